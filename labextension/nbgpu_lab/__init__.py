@@ -1,0 +1,1 @@
+"""The notebook side: server extension, kernel provisioner, widget."""

@@ -1,0 +1,18 @@
+"""nbgpu: a fraction of a GPU for every Jupyter notebook, that behaves like a small GPU of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["SliceMonitor", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SliceMonitor":
+        try:
+            from nbgpu_lab.widget import SliceMonitor  # pyright: ignore
+        except ImportError as error:
+            raise AttributeError(f"nbgpu.SliceMonitor needs the notebook part: pip install 'nbgpu[lab]' ({error})") from None
+        return SliceMonitor
+    raise AttributeError(f"module 'nbgpu' has no attribute {name!r}")

@@ -1,0 +1,278 @@
+"""The values that cross a boundary between parts, as JSON. One definition each; units are in the names.
+
+``docs/interfaces.md`` says which route carries which model.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+API_VERSION = 1
+"""Version of every HTTP API of nbgpu: the ``/v1`` of its paths."""
+
+Mode = Literal["strict", "burst"]
+Backend = Literal["limiter", "driver"]
+SliceId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{6,46}[a-z0-9]$")]
+"""Name of a request and of the slice that it becomes: a DNS label, made by the client (``uuid4().hex``)."""
+KernelId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,39}$")]
+"""A Jupyter kernel's id; 39 characters is what the shared layout holds."""
+Name = Annotated[str, StringConstraints(min_length=1, max_length=255)]
+Milli = Annotated[int, Field(ge=1, le=1000)]
+Bytes = Annotated[int, Field(ge=0, le=2**60)]
+
+
+class Model(BaseModel):
+    """Immutable, and closed: a key that is not named here is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Device(Model):
+    """One physical GPU that nbgpu may slice."""
+
+    uuid: Name
+    index: Annotated[int, Field(ge=0, lt=64)]
+    model: Name
+    node: Name
+    memory_bytes: Bytes
+    reserve_bytes: Bytes = 0
+    """Kept back for the driver and contexts; slices get what is left."""
+    simulated: bool = False
+    healthy: bool = True
+
+    @property
+    def usable_bytes(self) -> int:
+        """Memory that slices may hold together: memory minus reserve."""
+        return self.memory_bytes - self.reserve_bytes
+
+
+class Owner(Model):
+    """Who holds a slice: one (named) server of a user of a hub."""
+
+    hub: Name
+    user: Name
+    server: Annotated[str, StringConstraints(max_length=255)] = ""
+
+
+class Request(Model):
+    """What a spawner asks the pool for: the same part of each of `device_count` devices of one node.
+
+    `compute_milli` and `memory_milli` / `memory_bytes` may be given alone: the one that is missing follows
+    the other (half of the memory brings half of the time). At least one of the three is needed.
+    """
+
+    request_id: SliceId
+    owner: Owner
+    groups: Annotated[list[Name], Field(max_length=1000)] = []
+    device_count: Annotated[int, Field(ge=1, le=64)] = 1
+    compute_milli: Milli | None = None
+    memory_milli: Milli | None = None
+    memory_bytes: Annotated[int, Field(ge=1024**2, le=2**60)] | None = None
+    model: Name | None = None
+    mode: Mode = "burst"
+
+
+class SliceDevice(Model):
+    """A slice's part of one device."""
+
+    uuid: Name
+    index: Annotated[int, Field(ge=0, lt=64)]
+    model: Name
+    memory_bytes: Bytes
+    compute_milli: Milli
+
+
+class Slice(Model):
+    """What one server holds. `slice_id` is the request id of the request that it was granted for."""
+
+    slice_id: SliceId
+    owner: Owner
+    node: Name
+    mode: Mode
+    devices: Annotated[list[SliceDevice], Field(min_length=1, max_length=16)]
+    simulated: bool = False
+
+
+class GrantState(str, Enum):
+    """Where a request is: ``queued -> reserved -> bound -> releasing -> gone``."""
+
+    queued = "queued"
+    reserved = "reserved"
+    """Granted; falls back to the pool when its TTL ends before a server carries it."""
+    bound = "bound"
+    releasing = "releasing"
+    """Asked back; still counted until its last process is gone."""
+    gone = "gone"
+    """Released, cancelled or expired: `reason` says which."""
+
+
+class Grant(Model):
+    """A request and what became of it."""
+
+    request: Request
+    state: GrantState
+    slice: Slice | None = None
+    """From ``reserved`` on."""
+    position: int | None = None
+    """Place in the queue, 1 = next."""
+    wait_seconds: float | None = None
+    """Estimate of the time until granted; None when nothing is known."""
+    expires_seconds: float | None = None
+    """Time left of a reservation."""
+    reason: str | None = None
+    """Why it waits, or how it ended, in plain words."""
+
+
+class Launch(Model):
+    """How to start a process inside a prepared slice on this machine."""
+
+    env: dict[str, str]
+    """Set these; an empty value means unset."""
+    slice_dir: str
+    socket: str
+
+
+class KernelLimit(Model):
+    """A kernel's limit inside its server's slice, on each of its devices; None = the slice's own."""
+
+    memory_bytes: Bytes | None = None
+    compute_milli: Milli | None = None
+
+
+class DeviceUsage(Model):
+    """Use of a slice's part of one device."""
+
+    uuid: Name
+    index: int
+    model: Name
+    memory_limit_bytes: Bytes
+    memory_used_bytes: Bytes
+    compute_limit_milli: Milli
+    compute_used_milli: Annotated[int, Field(ge=0)]
+    """Busy GPU time over wall time in the last second, 1000 = the whole device."""
+    utilization_percent: Annotated[int, Field(ge=0, le=100)]
+    """`compute_used_milli` over the limit, capped: what NVML says inside the slice."""
+
+
+class KernelDeviceUsage(Model):
+    """Use of one device by one kernel."""
+
+    uuid: Name
+    memory_used_bytes: Bytes
+    memory_peak_bytes: Bytes
+    compute_used_milli: Annotated[int, Field(ge=0)]
+
+
+class KernelUsage(Model):
+    """Use by one kernel with all its processes; `kernel_id` None stands for everything else in the slice."""
+
+    kernel_id: str | None
+    pids: list[int]
+    limit: KernelLimit
+    devices: list[KernelDeviceUsage]
+    refusals: int
+    launches: int
+    idle_seconds: float | None
+    """Since its last launch; None when it never launched."""
+
+
+class Usage(Model):
+    """Use of one slice, now."""
+
+    version: int = API_VERSION
+    slice_id: SliceId
+    mode: Mode
+    backend: Backend
+    simulated: bool
+    time: float
+    """Unix time, seconds."""
+    devices: list[DeviceUsage]
+    kernels: list[KernelUsage]
+
+
+class Event(Model):
+    """Something that a person should know of a slice."""
+
+    id: int
+    """Rises by one; ask for what came after the last that you saw."""
+    time: float
+    """Unix time, seconds."""
+    slice_id: SliceId | None
+    kernel_id: str | None = None
+    kind: Literal["refused", "unlimited", "overhead", "over-limit", "foreign", "hostile", "limit-changed", "ended"]
+    level: Literal["info", "warning", "error"]
+    message: str
+    """What happened, and what to do."""
+    data: dict[str, int | float | str | None] = {}
+
+
+class AgentSlice(Model):
+    """A slice as the agent knows it: the truth on one machine."""
+
+    slice: Slice
+    state: Literal["prepared", "running", "releasing"]
+    """``prepared``: no process has joined yet."""
+    process_count: int
+    created: float
+    """Unix time, seconds."""
+    memory_used_bytes: Bytes = 0
+
+
+class AgentSlices(Model):
+    """All slices of a node, with a generation that rises at every change."""
+
+    generation: int
+    slices: list[AgentSlice]
+
+
+class Node(Model):
+    """What an agent serves."""
+
+    version: int = API_VERSION
+    node: Name
+    simulated: bool
+    driver_version: str
+    backend: Backend
+    devices: list[Device]
+
+
+class Shape(Model):
+    """What the start page asks about: a request without its owner."""
+
+    device_count: Annotated[int, Field(ge=1, le=64)] = 1
+    compute_milli: Milli | None = None
+    memory_milli: Milli | None = None
+    memory_bytes: Annotated[int, Field(ge=1024**2, le=2**60)] | None = None
+    model: Name | None = None
+
+
+class AvailabilityQuery(Model):
+    """Which of `shapes` could `owner` have now?"""
+
+    owner: Owner
+    groups: Annotated[list[Name], Field(max_length=1000)] = []
+    shapes: Annotated[list[Shape], Field(max_length=100)]
+
+
+class Availability(Model):
+    """Whether one shape is free now, and if not, why and what to expect."""
+
+    state: Literal["free", "wait", "forbidden", "impossible"]
+    reason: str
+    """Plain words: "free now", "in use: 3 people wait, about 4 minutes", "your quota is half a GPU"."""
+    wait_seconds: float | None = None
+    memory: dict[str, Bytes] = {}
+    """What the shape means on each GPU model: memory limit in bytes by model name."""
+    compute_milli: dict[str, Milli] = {}
+
+
+class DeviceBooks(Model):
+    """What the pool has given of one device."""
+
+    device: Device
+    memory_granted_bytes: Bytes
+    compute_granted_milli: Annotated[int, Field(ge=0, le=1000)]
+    slices: list[SliceId]

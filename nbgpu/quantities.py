@@ -1,0 +1,134 @@
+"""Fractions of a GPU and amounts of memory: exact, and integers inside.
+
+A fraction is written as ``0.25``, ``1/4`` or ``"25%"`` and kept as *milli-GPU* (1000 = a whole device).
+Memory is kept in bytes; a share of memory is rounded down to a whole MiB.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from decimal import Decimal
+from fractions import Fraction
+
+from .errors import InvalidValue
+
+MIB = 1024**2
+GIB = 1024**3
+WHOLE_MILLI = 1000
+
+_FRACTION_RANGE = "a fraction of one GPU above 0 and up to 1, such as 0.25, 1/4 or 25%"
+_MEMORY_RANGE = "an amount above 0 with a binary unit, such as 20 GiB or 512 MiB"
+_NUMBER = re.compile(r"^\d{1,9}(\.\d{1,9})?$")
+_MEMORY = re.compile(r"^(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT])(?:iB|i)?$", re.IGNORECASE)
+_UNITS = {"K": 1024, "M": MIB, "G": GIB, "T": 1024 * GIB}
+_WORDS = {1000: "the whole GPU", 750: "three quarters", 500: "half", 333: "a third", 250: "a quarter", 125: "an eighth"}
+
+
+def parse_fraction(value: object, field: str = "gpu_fraction") -> int:
+    """Return a fraction of one GPU as milli-GPU.
+
+    Parameters
+    ----------
+    value : int, float, Fraction or str
+        ``0.25``, ``1``, ``"1/3"``, ``"25%"``.
+    field : str
+        Name of the input, for the error.
+
+    Returns
+    -------
+    int
+        1..1000; a fraction that is no whole milli-GPU is rounded down (1/3 -> 333).
+
+    Raises
+    ------
+    InvalidValue
+        Not a number, not above 0, above 1, or below one milli-GPU.
+    """
+    exact = _exact(value)
+    if exact is None or exact <= 0 or exact > 1 or exact * WHOLE_MILLI < 1:
+        raise InvalidValue(field, value, _FRACTION_RANGE)
+    return math.floor(exact * WHOLE_MILLI)
+
+
+def parse_memory(value: object, field: str = "gpu_memory") -> int:
+    """Return an amount of memory in bytes, a whole number of MiB (rounded down).
+
+    Parameters
+    ----------
+    value : int or str
+        Bytes as an integer, or text with a binary unit: ``"20 GiB"``, ``"20G"``, ``"512 MiB"``.
+    field : str
+        Name of the input, for the error.
+
+    Raises
+    ------
+    InvalidValue
+        No such amount, or below one MiB.
+    """
+    if isinstance(value, bool):
+        raise InvalidValue(field, value, _MEMORY_RANGE)
+    if isinstance(value, int):
+        exact = Fraction(value)
+    else:
+        match = _MEMORY.match(value.strip()) if isinstance(value, str) else None
+        if match is None:
+            raise InvalidValue(field, value, _MEMORY_RANGE)
+        exact = Fraction(match[1]) * _UNITS[match[2].upper()]
+    if exact < MIB or exact > 2**60:
+        raise InvalidValue(field, value, _MEMORY_RANGE)
+    return math.floor(exact / MIB) * MIB
+
+
+def memory_share_bytes(usable_bytes: int, milli: int) -> int:
+    """Return `milli` thousandths of `usable_bytes`, rounded down to a whole MiB."""
+    return usable_bytes * milli // WHOLE_MILLI // MIB * MIB
+
+
+def compute_for_memory_milli(memory_bytes: int, usable_bytes: int) -> int:
+    """Return the smallest share, in milli-GPU, whose part of the memory is at least `memory_bytes`."""
+    milli = max(1, -(-memory_bytes * WHOLE_MILLI // usable_bytes))
+    while milli > 1 and memory_share_bytes(usable_bytes, milli - 1) >= memory_bytes:
+        milli -= 1
+    return milli
+
+
+def format_memory(memory_bytes: int) -> str:
+    """Return `memory_bytes` for people: ``19.5 GiB``, ``512 MiB``; at most one decimal."""
+    if memory_bytes >= GIB:
+        return f"{_trim(Fraction(memory_bytes, GIB))} GiB"
+    if memory_bytes >= MIB:
+        return f"{_trim(Fraction(memory_bytes, MIB))} MiB"
+    return f"{memory_bytes} B"
+
+
+def format_share(milli: int) -> str:
+    """Return a share for people: ``a quarter``, ``a third``, ``37.5 %``."""
+    return _WORDS.get(milli, f"{_trim(Fraction(milli, 10))} %")
+
+
+def _trim(value: Fraction) -> str:
+    tenths = math.floor(value * 10)
+    return str(tenths // 10) if tenths % 10 == 0 else f"{tenths // 10}.{tenths % 10}"
+
+
+def _exact(value: object) -> Fraction | None:
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, (int, Fraction)):
+        return Fraction(value)
+    if isinstance(value, float):
+        return Fraction(Decimal(repr(value))) if math.isfinite(value) else None
+    if not isinstance(value, str):
+        return None
+    text = value.strip()
+    if text.endswith("%"):
+        number = text[:-1].strip()
+        return Fraction(number) / 100 if _NUMBER.match(number) else None
+    top, slash, bottom = text.partition("/")
+    if not slash:
+        return Fraction(text) if _NUMBER.match(text) else None
+    top, bottom = top.strip(), bottom.strip()
+    if not (_NUMBER.match(top) and _NUMBER.match(bottom)) or Fraction(bottom) == 0:
+        return None
+    return Fraction(top) / Fraction(bottom)

@@ -1,0 +1,1 @@
+"""The node agent: keeps every process of a slice inside it."""

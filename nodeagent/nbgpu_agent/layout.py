@@ -1,0 +1,188 @@
+"""The two files through which the agent and a slice's processes speak: `ctl` and `use`.
+
+This module is the one description. ``python -m nbgpu_agent.layout`` prints the C header made from it
+(``nodeagent/limiter/nbgpu_layout.h``); a test fails when the committed header differs.
+
+* ``ctl``: written by the agent, mapped read-only by the slice. Limits, weights, gates, heartbeat.
+* ``use``: written by the slice's processes, read by the agent with ``pread`` and distrust.
+
+Little-endian, 64-byte lines; what different writers touch shares no line. Offsets are only ever appended:
+`VERSION` rises when a field is added, and readers refuse a file with another `MAGIC`.
+"""
+
+from __future__ import annotations
+
+import ctypes as c
+from typing import Any
+
+VERSION = 1
+CTL_MAGIC = 0x314C5443_5047424E  # "NBGPCTL1"
+USE_MAGIC = 0x31455355_5047424E  # "NBGPUSE1"
+DEVICES = 16
+KERNELS = 64
+SLOTS = 256
+UUID_BYTES = 48
+KERNEL_ID_BYTES = 40
+
+MODE_STRICT, MODE_BURST = 0, 1
+BACKEND_LIMITER, BACKEND_DRIVER = 0, 1
+GATE_CLOSED, GATE_OPEN, GATE_SUSPENDED, GATE_NONE = 0, 1, 2, 3
+REFUSED_NONE, REFUSED_SLICE, REFUSED_KERNEL, REFUSED_DRIVER = 0, 1, 2, 3
+
+CONSTANTS: dict[str, tuple[str, ...]] = {
+    "": ("VERSION", "CTL_MAGIC", "USE_MAGIC", "DEVICES", "KERNELS", "SLOTS", "UUID_BYTES", "KERNEL_ID_BYTES"),
+    "mode of a slice": ("MODE_STRICT", "MODE_BURST"),
+    "who refuses memory": ("BACKEND_LIMITER", "BACKEND_DRIVER"),
+    "gate words": ("GATE_CLOSED", "GATE_OPEN", "GATE_SUSPENDED", "GATE_NONE"),
+    "whose limit refused": ("REFUSED_NONE", "REFUSED_SLICE", "REFUSED_KERNEL", "REFUSED_DRIVER"),
+}
+
+
+class CtlDevice(c.LittleEndianStructure):
+    """Limits of the slice on one of its devices; `uuid` empty = entry not in use. 192 bytes, gate on a line of its own."""
+
+    _fields_ = [
+        ("uuid", c.c_char * UUID_BYTES),  # as NVML writes it: "GPU-…"
+        ("mem_limit", c.c_uint64),  # bytes
+        ("compute_milli", c.c_uint32),  # share, 1000 = the whole device
+        ("mode", c.c_uint32),
+        ("context_bytes", c.c_uint64),  # what the probe measured a bare context to cost
+        ("overhead_cap", c.c_uint64),  # most that overhead[] may say for one slot
+        ("turn_end_ns", c.c_uint64),  # CLOCK_MONOTONIC at which the open turn is meant to end; 0 = none
+        ("reserved0", c.c_uint8 * 40),
+        ("gate", c.c_uint32),  # futex: GATE_*
+        ("gate_generation", c.c_uint32),  # rises each time the gate word changes
+        ("reserved1", c.c_uint8 * 56),
+    ]
+
+
+class CtlKernel(c.LittleEndianStructure):
+    """Limits of one kernel on each of the slice's devices; `id` empty = entry not in use. 128 bytes."""
+
+    _fields_ = [
+        ("id", c.c_char * KERNEL_ID_BYTES),
+        ("mem_limit", c.c_uint64),  # bytes; 0 = the slice's own
+        ("compute_milli", c.c_uint32),  # of the whole device; 0 = the slice's own
+        ("reserved0", c.c_uint32),
+        ("reserved1", c.c_uint8 * 8),
+        ("gate", c.c_uint32 * DEVICES),  # futex: GATE_* per device
+    ]
+
+
+class Ctl(c.LittleEndianStructure):
+    """The whole `ctl` file."""
+
+    _fields_ = [
+        ("magic", c.c_uint64),
+        ("version", c.c_uint32),
+        ("size", c.c_uint32),  # of the file
+        ("generation", c.c_uint64),  # rises after each change of limits
+        ("heartbeat_ns", c.c_uint64),  # CLOCK_MONOTONIC of the scheduler's last sign of life
+        ("backend", c.c_uint32),
+        ("reserved0", c.c_uint8 * 28),
+        ("device", CtlDevice * DEVICES),
+        ("kernel", CtlKernel * KERNELS),
+        ("overhead", c.c_uint64 * SLOTS),  # bytes NVML sees of a slot's process beyond what is tracked, granted
+    ]
+
+
+class UseSlot(c.LittleEndianStructure):
+    """One process on one device. Only `owner` is ever written by two processes, and only by compare-and-swap. 256 bytes."""
+
+    _fields_ = [
+        # identity: written once, before `ready`
+        ("owner", c.c_uint64),  # 0 = free; else pid << 32 | a nonce (never 0)
+        ("start_time", c.c_uint64),  # field 22 of /proc/<pid>/stat, clock ticks
+        ("device", c.c_uint32),  # index into Ctl.device
+        ("ready", c.c_uint32),
+        ("kernel_id", c.c_char * KERNEL_ID_BYTES),  # empty: no kernel
+        # memory: bytes
+        ("used", c.c_uint64),
+        ("context", c.c_uint64),
+        ("peak", c.c_uint64),
+        ("allocs", c.c_uint64),
+        ("frees", c.c_uint64),
+        ("refusals", c.c_uint64),
+        ("refused_bytes", c.c_uint64),  # size of the last request refused
+        ("refused_by", c.c_uint32),  # REFUSED_*
+        ("reserved0", c.c_uint32),
+        # compute
+        ("want", c.c_uint32),  # threads that wait at the gate
+        ("near", c.c_uint32),  # 1: what was submitted is nearly done
+        ("busy_since", c.c_uint64),  # CLOCK_MONOTONIC ns; 0 = idle
+        ("busy_ns", c.c_uint64),  # GPU time of finished busy intervals
+        ("launches", c.c_uint64),
+        ("last_launch_ns", c.c_uint64),  # CLOCK_MONOTONIC, within 10 ms
+        ("stall_ns", c.c_uint64),  # waited at the gate, all threads together
+        ("copied_bytes", c.c_uint64),  # host <-> device
+        ("reserved1", c.c_uint64),
+        ("reserved2", c.c_uint8 * 64),
+    ]
+
+
+class Use(c.LittleEndianStructure):
+    """The whole `use` file. A process holds a POSIX record lock on the first byte of each slot that it owns."""
+
+    _fields_ = [
+        ("magic", c.c_uint64),
+        ("version", c.c_uint32),
+        ("size", c.c_uint32),
+        ("high_water", c.c_uint32),  # slots at and above this one were never taken
+        ("events", c.c_uint32),  # rises with each refusal
+        ("reserved0", c.c_uint8 * 40),
+        ("bell", c.c_uint32),  # futex: rung on want, near and idle
+        ("reserved1", c.c_uint8 * 60),
+        ("want", c.c_uint32 * DEVICES),  # per device of the slice: somebody waits at the gate
+        ("near", c.c_uint32 * DEVICES),  # per device: all that was submitted is nearly done
+        ("idle", c.c_uint32 * DEVICES),  # per device: nothing is outstanding
+        ("slot", UseSlot * SLOTS),
+    ]
+
+
+STRUCTURES: tuple[type[c.LittleEndianStructure], ...] = (CtlDevice, CtlKernel, Ctl, UseSlot, Use)
+CTL_SIZE = c.sizeof(Ctl)
+USE_SIZE = c.sizeof(Use)
+_C_TYPES: dict[Any, str] = {c.c_uint8: "uint8_t", c.c_uint32: "uint32_t", c.c_uint64: "uint64_t", c.c_char: "char"}
+
+
+def _field(name: str, kind: Any) -> str:
+    if issubclass(kind, c.Array):
+        return f"{_name(kind._type_)} {name}[{kind._length_}];"
+    return f"{_name(kind)} {name};"
+
+
+def _name(kind: Any) -> str:
+    return _C_TYPES.get(kind) or f"Nbgpu{kind.__name__}"
+
+
+def c_header() -> str:
+    """Return the C header: the same constants and structures, with the offsets asserted."""
+    out = [
+        "/* Made by `python -m nbgpu_agent.layout` from nodeagent/nbgpu_agent/layout.py: change that file, not this one. */",
+        "#ifndef NBGPU_LAYOUT_H",
+        "#define NBGPU_LAYOUT_H",
+        "#include <stddef.h>",
+        "#include <stdint.h>",
+        "",
+    ]
+    for comment, names in CONSTANTS.items():
+        if comment:
+            out.append(f"/* {comment} */")
+        for name in names:
+            value = globals()[name]
+            out.append(f"#define NBGPU_{name} " + (f"0x{value:016x}ull" if name.endswith("MAGIC") else f"{value}u"))
+    for structure in STRUCTURES:
+        name = _name(structure)
+        fields: list[Any] = list(structure._fields_)
+        out += ["", "typedef struct {"]
+        out += [f"    {_field(field, kind)}" for field, kind in fields]
+        out += [f"}} {name};", f'_Static_assert(sizeof({name}) == {c.sizeof(structure)}, "size of {name}");']
+        out += [
+            f'_Static_assert(offsetof({name}, {field}) == {getattr(structure, field).offset}, "{name}.{field}");' for field, _ in fields
+        ]
+    out += ["", "#endif", ""]
+    return "\n".join(out)
+
+
+if __name__ == "__main__":
+    print(c_header(), end="")

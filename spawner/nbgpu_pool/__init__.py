@@ -1,0 +1,1 @@
+"""The pool allocator: who gets which part of which GPU."""

@@ -1,0 +1,1 @@
+"""The hub side: GPUSliceMixin and the spawners."""
