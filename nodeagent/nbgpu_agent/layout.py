@@ -6,6 +6,18 @@ This module is the one description. ``python -m nbgpu_agent.layout`` prints the 
 * ``ctl``: written by the agent, mapped read-only by the slice. Limits, weights, gates, heartbeat.
 * ``use``: written by the slice's processes, read by the agent with ``pread`` and distrust.
 
+The gate. A process reads `ctl.device[d].gate` before it submits work to device `d`:
+
+* ``GATE_NONE``: no turns here; submit, ring nothing. ``GATE_OPEN``: submit. ``GATE_CLOSED``: set `slot.want` (threads that wait), add 1 to
+  `use.want[d]`, ring, futex-wait on the gate (at most 20 ms at a time, checking the heartbeat), lower `slot.want` when through.
+  ``GATE_SUSPENDED``: wait like closed; the slice's memory is being taken away or given back.
+* `slot.busy_since` is not 0 exactly while work is outstanding, written before the first submission of a busy interval. `slot.near` is 1
+  when less than 0.5 ms of GPU work remains and the gate is not open; 0 again before the next submission.
+* After it set `near`: add 1 to `use.near[d]`, ring. After it cleared `busy_since`: add 1 to `use.idle[d]`, ring. Both only when the gate
+  is closed or `turn_end_ns` is not 0: an open gate with `turn_end_ns` 0 means that nobody else waits, and costs no wake-ups.
+* To ring: add 1 to `use.bell`, then ``FUTEX_WAKE`` (shared, not private) on it. All these adds are atomic and wrap around; the words
+  are written first, the bell last. `use.want/near/idle` are edges (what changed since the scheduler looked), the slots are the state.
+
 Little-endian, 64-byte lines; what different writers touch shares no line. Offsets are only ever appended:
 `VERSION` rises when a field is added, and readers refuse a file with another `MAGIC`.
 """
@@ -48,7 +60,7 @@ class CtlDevice(c.LittleEndianStructure):
         ("mode", c.c_uint32),
         ("context_bytes", c.c_uint64),  # what the probe measured a bare context to cost
         ("overhead_cap", c.c_uint64),  # most that overhead[] may say for one slot
-        ("turn_end_ns", c.c_uint64),  # CLOCK_MONOTONIC at which the open turn is meant to end; 0 = none
+        ("turn_end_ns", c.c_uint64),  # CLOCK_MONOTONIC at which the open turn is meant to end; 0 = no end, nobody waits
         ("reserved0", c.c_uint8 * 40),
         ("gate", c.c_uint32),  # futex: GATE_*
         ("gate_generation", c.c_uint32),  # rises each time the gate word changes
@@ -132,9 +144,9 @@ class Use(c.LittleEndianStructure):
         ("reserved0", c.c_uint8 * 40),
         ("bell", c.c_uint32),  # futex: rung on want, near and idle
         ("reserved1", c.c_uint8 * 60),
-        ("want", c.c_uint32 * DEVICES),  # per device of the slice: somebody waits at the gate
-        ("near", c.c_uint32 * DEVICES),  # per device: all that was submitted is nearly done
-        ("idle", c.c_uint32 * DEVICES),  # per device: nothing is outstanding
+        ("want", c.c_uint32 * DEVICES),  # per device of the slice: rises each time a process begins to wait at the gate
+        ("near", c.c_uint32 * DEVICES),  # per device: rises each time a slot's `near` becomes 1
+        ("idle", c.c_uint32 * DEVICES),  # per device: rises each time a slot's `busy_since` becomes 0
         ("slot", UseSlot * SLOTS),
     ]
 

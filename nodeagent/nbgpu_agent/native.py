@@ -1,0 +1,269 @@
+"""`libnbgpu_agent.so` by ctypes: the GPU-time scheduler and the reader of tenants' `use` files.
+
+The contract is in ``nodeagent/agentlib/nbgpu_agent.h``. Calls release the GIL; the scheduler's thread never takes it.
+"""
+
+from __future__ import annotations
+
+import ctypes as c
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import layout
+
+ABI = 1
+LOCKED_ELSEWHERE = 0x7FFFFFFF
+JUNK_DEVICE, JUNK_KERNEL_ID, JUNK_MEMORY, JUNK_COMPUTE, JUNK_OWNER = 1, 2, 4, 8, 16
+
+
+class SchedConfig(c.Structure):
+    """Constants of the scheduling policy in ns; 0 = default."""
+
+    _fields_ = [
+        ("min_turn_ns", c.c_uint64),
+        ("period_ns", c.c_uint64),
+        ("period_per_slice_ns", c.c_uint64),
+        ("lag_ns", c.c_uint64),
+        ("idle_grace_ns", c.c_uint64),
+        ("overlap_behind_ns", c.c_uint64),
+        ("overlap_ns", c.c_uint64),
+        ("heartbeat_ns", c.c_uint64),
+    ]
+
+
+class _SchedStats(c.Structure):
+    _fields_ = [
+        ("charged_ns", c.c_uint64),
+        ("turns", c.c_uint64),
+        ("overruns", c.c_uint64),
+        ("junk", c.c_uint64),
+        ("gate", c.c_uint32),
+        ("active", c.c_uint32),
+    ]
+
+
+class _SchedTotals(c.Structure):
+    _fields_ = [("wakeups", c.c_uint64), ("cpu_ns", c.c_uint64), ("entries", c.c_uint32), ("polling", c.c_uint32)]
+
+
+class _UseHead(c.Structure):
+    _fields_ = [("high_water", c.c_uint32), ("events", c.c_uint32), ("bell", c.c_uint32), ("reserved", c.c_uint32)]
+
+
+class _UseRow(c.Structure):
+    _fields_ = [
+        ("slot", c.c_uint32),
+        ("junk", c.c_uint32),
+        ("pid", c.c_uint32),
+        ("device", c.c_uint32),
+        ("owner", c.c_uint64),
+        ("start_time", c.c_uint64),
+        ("kernel_id", c.c_char * layout.KERNEL_ID_BYTES),
+        ("used", c.c_uint64),
+        ("context", c.c_uint64),
+        ("peak", c.c_uint64),
+        ("allocs", c.c_uint64),
+        ("frees", c.c_uint64),
+        ("refusals", c.c_uint64),
+        ("refused_bytes", c.c_uint64),
+        ("refused_by", c.c_uint32),
+        ("want", c.c_uint32),
+        ("near", c.c_uint32),
+        ("reserved", c.c_uint32),
+        ("busy_since", c.c_uint64),
+        ("busy_ns", c.c_uint64),
+        ("launches", c.c_uint64),
+        ("last_launch_ns", c.c_uint64),
+        ("stall_ns", c.c_uint64),
+        ("copied_bytes", c.c_uint64),
+    ]
+
+
+@dataclass(frozen=True)
+class SchedStats:
+    """What the scheduler did for one (slice, device)."""
+
+    charged_ns: int
+    turns: int
+    overruns: int
+    junk: int
+    gate: int
+    active: bool
+
+
+@dataclass(frozen=True)
+class SchedTotals:
+    """What the scheduler's thread costs."""
+
+    wakeups: int
+    cpu_ns: int
+    entries: int
+    polling: bool
+
+
+@dataclass(frozen=True)
+class UseHead:
+    """Head of a `use` file, checked."""
+
+    high_water: int
+    events: int
+    bell: int
+
+
+@dataclass(frozen=True)
+class UseRow:
+    """One slot in use, every number in its range; `junk` (JUNK_*) says which ones were not and are 0 here. Sizes in bytes."""
+
+    slot: int
+    junk: int
+    pid: int
+    device: int
+    owner: int
+    start_time: int
+    kernel_id: str
+    used: int
+    context: int
+    peak: int
+    allocs: int
+    frees: int
+    refusals: int
+    refused_bytes: int
+    refused_by: int
+    want: int
+    near: int
+    busy_since: int
+    busy_ns: int
+    launches: int
+    last_launch_ns: int
+    stall_ns: int
+    copied_bytes: int
+
+
+_ROW_NUMBERS = [name for name in UseRow.__dataclass_fields__ if name != "kernel_id"]
+
+
+def library_path() -> Path:
+    """Return where the built library is (`nodeagent/build.py` puts it there)."""
+    return Path(__file__).parent / "_lib" / "libnbgpu_agent.so"
+
+
+def _load(path: Path) -> c.CDLL:
+    lib = c.CDLL(str(path))
+    lib.nbgpu_agent_abi.restype = c.c_uint32
+    lib.nbgpu_agent_abi.argtypes = []
+    if lib.nbgpu_agent_abi() != ABI:
+        raise OSError(f"{path} has ABI {lib.nbgpu_agent_abi()}, this agent needs {ABI}: build it again")
+    signatures: dict[str, tuple[type, list[type]]] = {
+        "nbgpu_sched_open": (c.c_void_p, [c.c_void_p]),
+        "nbgpu_sched_add": (c.c_int, [c.c_void_p, c.c_int, c.c_int, c.c_uint32, c.c_uint32, c.c_uint32, c.c_uint32]),
+        "nbgpu_sched_set": (c.c_int, [c.c_void_p, c.c_int, c.c_uint32, c.c_uint32]),
+        "nbgpu_sched_suspend": (c.c_int, [c.c_void_p, c.c_int, c.c_int]),
+        "nbgpu_sched_remove": (c.c_int, [c.c_void_p, c.c_int]),
+        "nbgpu_sched_stats": (c.c_int, [c.c_void_p, c.c_int, c.c_void_p]),
+        "nbgpu_sched_totals": (c.c_int, [c.c_void_p, c.c_void_p]),
+        "nbgpu_use_head": (c.c_int, [c.c_int, c.c_void_p]),
+        "nbgpu_use_read": (c.c_int, [c.c_int, c.c_void_p, c.c_int]),
+        "nbgpu_use_events": (c.c_int64, [c.c_int]),
+        "nbgpu_use_locked": (c.c_int, [c.c_int, c.c_uint32]),
+    }
+    for name, (restype, argtypes) in signatures.items():
+        function = getattr(lib, name)
+        function.restype = restype
+        function.argtypes = argtypes
+    lib.nbgpu_sched_close.restype = None
+    lib.nbgpu_sched_close.argtypes = [c.c_void_p]
+    return lib
+
+
+def _check(result: int, what: str) -> int:
+    if result < 0:
+        raise OSError(-result, f"{what}: {os.strerror(-result)}")
+    return result
+
+
+class Native:
+    """The library, loaded."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._lib = _load(path or library_path())
+
+    def use_head(self, fd: int) -> UseHead:
+        """Return the head of a `use` file; OSError EBADMSG when it is none."""
+        out = _UseHead()
+        _check(self._lib.nbgpu_use_head(fd, c.byref(out)), "use file")
+        return UseHead(out.high_water, out.events, out.bell)
+
+    def use_read(self, fd: int) -> list[UseRow]:
+        """Return the slots in use, in order; OSError EBADMSG when the file is none."""
+        rows = (_UseRow * layout.SLOTS)()
+        count = _check(self._lib.nbgpu_use_read(fd, rows, layout.SLOTS), "use file")
+        out: list[UseRow] = []
+        for i in range(count):
+            row = rows[i]
+            numbers = {name: int(getattr(row, name)) for name in _ROW_NUMBERS}
+            out.append(UseRow(kernel_id=row.kernel_id.decode("ascii"), **numbers))
+        return out
+
+    def use_events(self, fd: int) -> int:
+        """Return the word that rises with each refusal."""
+        return _check(self._lib.nbgpu_use_events(fd), "use file")
+
+    def use_locked(self, fd: int, slot: int) -> int:
+        """Return the pid that holds the slot's lock, 0 for nobody, LOCKED_ELSEWHERE for one with no pid here."""
+        return _check(self._lib.nbgpu_use_locked(fd, slot), "use file")
+
+    def scheduler(self, config: SchedConfig | None = None) -> Scheduler:
+        """Start a scheduler thread."""
+        return Scheduler(self._lib, config)
+
+
+class Scheduler:
+    """The GPU-time scheduler: one thread for all slices and devices of the node. Close it, or use it in a ``with``."""
+
+    def __init__(self, lib: c.CDLL, config: SchedConfig | None = None) -> None:
+        self._lib = lib
+        c.set_errno(0)
+        self._handle: int | None = lib.nbgpu_sched_open(c.byref(config) if config is not None else None)
+        if not self._handle:
+            raise OSError("the GPU-time scheduler could not start its thread")
+
+    def __enter__(self) -> Scheduler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the thread. Processes fall back at once (limiter.md, scheduler dead). Idempotent."""
+        if self._handle:
+            self._lib.nbgpu_sched_close(self._handle)
+            self._handle = None
+
+    def add(self, ctl_fd: int, use_fd: int, device: int, physical: int, compute_milli: int, mode: int) -> int:
+        """Schedule a slice on its `device` (index in ctl), which is GPU `physical`; return the entry's id. Descriptors are duplicated."""
+        return _check(self._lib.nbgpu_sched_add(self._handle, ctl_fd, use_fd, device, physical, compute_milli, mode), "scheduler add")
+
+    def set(self, entry: int, compute_milli: int, mode: int) -> None:
+        """Give an entry another share or mode."""
+        _check(self._lib.nbgpu_sched_set(self._handle, entry, compute_milli, mode), "scheduler set")
+
+    def suspend(self, entry: int, suspended: bool) -> None:
+        """Close an entry's gate until it is resumed."""
+        _check(self._lib.nbgpu_sched_suspend(self._handle, entry, int(suspended)), "scheduler suspend")
+
+    def remove(self, entry: int) -> None:
+        """Forget an entry."""
+        _check(self._lib.nbgpu_sched_remove(self._handle, entry), "scheduler remove")
+
+    def stats(self, entry: int) -> SchedStats:
+        """Return what was done for an entry."""
+        out = _SchedStats()
+        _check(self._lib.nbgpu_sched_stats(self._handle, entry, c.byref(out)), "scheduler stats")
+        return SchedStats(out.charged_ns, out.turns, out.overruns, out.junk, out.gate, bool(out.active))
+
+    def totals(self) -> SchedTotals:
+        """Return what the thread costs."""
+        out = _SchedTotals()
+        _check(self._lib.nbgpu_sched_totals(self._handle, c.byref(out)), "scheduler totals")
+        return SchedTotals(out.wakeups, out.cpu_ns, out.entries, bool(out.polling))
