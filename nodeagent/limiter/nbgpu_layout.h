@@ -37,7 +37,8 @@ typedef struct {
     uint64_t context_bytes;
     uint64_t overhead_cap;
     uint64_t turn_end_ns;
-    uint8_t reserved0[40];
+    uint32_t compute_used_milli;
+    uint8_t reserved0[36];
     uint32_t gate;
     uint32_t gate_generation;
     uint8_t reserved1[56];
@@ -50,7 +51,8 @@ _Static_assert(offsetof(NbgpuCtlDevice, mode) == 60, "NbgpuCtlDevice.mode");
 _Static_assert(offsetof(NbgpuCtlDevice, context_bytes) == 64, "NbgpuCtlDevice.context_bytes");
 _Static_assert(offsetof(NbgpuCtlDevice, overhead_cap) == 72, "NbgpuCtlDevice.overhead_cap");
 _Static_assert(offsetof(NbgpuCtlDevice, turn_end_ns) == 80, "NbgpuCtlDevice.turn_end_ns");
-_Static_assert(offsetof(NbgpuCtlDevice, reserved0) == 88, "NbgpuCtlDevice.reserved0");
+_Static_assert(offsetof(NbgpuCtlDevice, compute_used_milli) == 88, "NbgpuCtlDevice.compute_used_milli");
+_Static_assert(offsetof(NbgpuCtlDevice, reserved0) == 92, "NbgpuCtlDevice.reserved0");
 _Static_assert(offsetof(NbgpuCtlDevice, gate) == 128, "NbgpuCtlDevice.gate");
 _Static_assert(offsetof(NbgpuCtlDevice, gate_generation) == 132, "NbgpuCtlDevice.gate_generation");
 _Static_assert(offsetof(NbgpuCtlDevice, reserved1) == 136, "NbgpuCtlDevice.reserved1");
@@ -119,7 +121,7 @@ typedef struct {
     uint64_t stall_ns;
     uint64_t copied_bytes;
     uint64_t reserved1;
-    uint8_t reserved2[64];
+    uint64_t launches_by_thread[8];
 } NbgpuUseSlot;
 _Static_assert(sizeof(NbgpuUseSlot) == 256, "size of NbgpuUseSlot");
 _Static_assert(offsetof(NbgpuUseSlot, owner) == 0, "NbgpuUseSlot.owner");
@@ -145,7 +147,7 @@ _Static_assert(offsetof(NbgpuUseSlot, last_launch_ns) == 160, "NbgpuUseSlot.last
 _Static_assert(offsetof(NbgpuUseSlot, stall_ns) == 168, "NbgpuUseSlot.stall_ns");
 _Static_assert(offsetof(NbgpuUseSlot, copied_bytes) == 176, "NbgpuUseSlot.copied_bytes");
 _Static_assert(offsetof(NbgpuUseSlot, reserved1) == 184, "NbgpuUseSlot.reserved1");
-_Static_assert(offsetof(NbgpuUseSlot, reserved2) == 192, "NbgpuUseSlot.reserved2");
+_Static_assert(offsetof(NbgpuUseSlot, launches_by_thread) == 192, "NbgpuUseSlot.launches_by_thread");
 
 typedef struct {
     uint64_t magic;

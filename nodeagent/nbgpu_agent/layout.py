@@ -20,6 +20,26 @@ The gate. A process reads `ctl.device[d].gate` before it submits work to device 
 
 Little-endian, 64-byte lines; what different writers touch shares no line. Offsets are only ever appended:
 `VERSION` rises when a field is added, and readers refuse a file with another `MAGIC`.
+
+What `Use.want`, `near` and `idle` mean
+---------------------------------------
+A slice may be many processes; the three words of a device sum up its live slots. They are a function of the slots, written by whichever
+process of the slice changed its own slot, which writes, looks at all slots again and corrects: the last word is always right.
+The scheduler only reads them.
+
+* ``slot.want``: threads of this process that wait at the gate now. ``want[d] = 1``: some slot's is above 0.
+* ``slot.busy_since``: not 0 while launches of this process are outstanding. ``slot.near = 1``: the gate is closed (or `turn_end_ns` has
+  passed) and what is outstanding takes less than 0.5 ms. ``near[d] = 1``: every slot is near or has nothing outstanding.
+* ``idle[d] = 1``: no slot has anything outstanding and none waits. A process says so 0.1 ms after its queue ran empty, so that a loop of
+  launch and synchronize is one busy stretch. A thread that passes the gate marks its slot busy before it stops wanting: between
+  the grant and the first launch a slice that wanted is never idle.
+* The bell is raised by one with each word that turns to 1, and woken (``FUTEX_WAKE``, shared) too: for ``want`` always, for ``near`` and
+  ``idle`` only while ``turn_end_ns`` is not 0: a slice alone on its device (`GATE_OPEN`, `turn_end_ns` 0) causes no wake-ups.
+* The file starts as zeros: ``idle[d]`` is 0 until the first work on a device is done. Who wants nothing and has no busy slot has nothing
+  outstanding, whatever the words say. A process that died leaves its slot's words behind until it is reaped (`owner` back to 0).
+* Waiting threads wait on ``CtlDevice.gate`` (futex, at most 20 ms a time) and on ``CtlKernel.gate[d]`` where their kernel has an entry with
+  `compute_milli` not 0 (or whose gate is `GATE_SUSPENDED`). The scheduler wakes the gate's address after it changed the word. When
+  ``heartbeat_ns`` is older than 0.5 s gates are not obeyed: strict slices keep to their share by themselves, burst slices run free.
 """
 
 from __future__ import annotations
@@ -61,7 +81,8 @@ class CtlDevice(c.LittleEndianStructure):
         ("context_bytes", c.c_uint64),  # what the probe measured a bare context to cost
         ("overhead_cap", c.c_uint64),  # most that overhead[] may say for one slot
         ("turn_end_ns", c.c_uint64),  # CLOCK_MONOTONIC at which the open turn is meant to end; 0 = no end, nobody waits
-        ("reserved0", c.c_uint8 * 40),
+        ("compute_used_milli", c.c_uint32),  # of the whole device, over the last second: what NVML's utilisation in the slice is made of
+        ("reserved0", c.c_uint8 * 36),
         ("gate", c.c_uint32),  # futex: GATE_*
         ("gate_generation", c.c_uint32),  # rises each time the gate word changes
         ("reserved1", c.c_uint8 * 56),
@@ -123,12 +144,15 @@ class UseSlot(c.LittleEndianStructure):
         ("near", c.c_uint32),  # 1: what was submitted is nearly done
         ("busy_since", c.c_uint64),  # CLOCK_MONOTONIC ns; 0 = idle
         ("busy_ns", c.c_uint64),  # GPU time of finished busy intervals
-        ("launches", c.c_uint64),
-        ("last_launch_ns", c.c_uint64),  # CLOCK_MONOTONIC, within 10 ms
+        ("launches", c.c_uint64),  # by threads without a word of their own; all launches: launches + sum(launches_by_thread)
+        (
+            "last_launch_ns",
+            c.c_uint64,
+        ),  # CLOCK_MONOTONIC, within 10 ms; ungated (GATE_NONE) at each thread's 64th launch and each synchronize
         ("stall_ns", c.c_uint64),  # waited at the gate, all threads together
         ("copied_bytes", c.c_uint64),  # host <-> device
         ("reserved1", c.c_uint64),
-        ("reserved2", c.c_uint8 * 64),
+        ("launches_by_thread", c.c_uint64 * 8),  # each written by one thread at a time, without atomic operations
     ]
 
 
