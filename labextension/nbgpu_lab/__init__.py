@@ -1,1 +1,29 @@
-"""The notebook side: server extension, kernel provisioner, widget."""
+"""The notebook side: Jupyter server extension, kernel provisioner, widget, and the prebuilt JupyterLab extension.
+
+Nothing heavy is imported here: every Jupyter server that finds the extension enabled imports this module.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def _jupyter_server_extension_points() -> list[dict[str, Any]]:
+    return [{"module": "nbgpu_lab"}]
+
+
+def _jupyter_labextension_paths() -> list[dict[str, str]]:
+    return [{"src": "labextension", "dest": "nbgpu-lab"}]
+
+
+def _load_jupyter_server_extension(serverapp: Any) -> None:
+    from .extension import load
+
+    load(serverapp)
+
+
+def load_ipython_extension(ipython: Any) -> None:
+    """Add the ``%gpu`` magic: ``%load_ext nbgpu_lab``."""
+    from .magic import register
+
+    register(ipython)

@@ -1,0 +1,109 @@
+"""Puts the slice's routes, events and activity into a Jupyter server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from datetime import datetime, timezone
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from jupyter_client.provisioning.factory import KernelProvisionerFactory
+from jupyter_core.utils import ensure_async
+
+from nbgpu.errors import NbgpuError
+
+from .client import SliceClient
+from .handlers import routes
+from .notices import SERVER, Notice
+from .sampler import Json, Sampler
+
+SCHEMA_ID = "https://schema.nbgpu.io/slice/v1"
+PROVISIONER = "nbgpu-provisioner"
+_SCHEMA = Path(__file__).with_name("event_schemas") / "slice-v1.yaml"
+_ACTIVITY_SECONDS = 60
+
+
+def load(serverapp: Any) -> None:
+    """Add nbgpu to `serverapp`. On a server without a slice (no ``$NBGPU_SOCKET``) only the answer "no slice" is added."""
+    socket_path = os.environ.get("NBGPU_SOCKET")
+    web_app = serverapp.web_app
+    if not socket_path:
+        web_app.add_handlers(".*$", routes(web_app.settings["base_url"], None, SERVER))
+        return
+    sampler = Sampler(SliceClient(socket_path), lambda: kernels_of(serverapp), SERVER)
+    web_app.add_handlers(".*$", routes(web_app.settings["base_url"], sampler, SERVER))
+    _emit_notices(serverapp)
+    _use_provisioner(serverapp)
+    tasks = [sampler.follow_events(), _keep_busy_server(sampler, web_app.settings)]
+    web_app.settings["nbgpu_tasks"] = [_start(serverapp, task) for task in tasks]
+    serverapp.log.info("nbgpu: this server has a GPU slice, its agent is asked at %s", socket_path)
+
+
+async def kernels_of(serverapp: Any) -> dict[str, Json]:
+    """Return the server's kernels by id, each with the name, path and type of what it belongs to.
+
+    Kernels without a session (started through the API alone) go by the name of their kernelspec.
+    """
+    kernels: dict[str, Json] = {}
+    for kernel in await ensure_async(serverapp.kernel_manager.list_kernels()):
+        kernels[kernel["id"]] = {"name": kernel["name"], "path": None, "type": "kernel", "state": kernel.get("execution_state")}
+    for session in await serverapp.session_manager.list_sessions():
+        kernel = session.get("kernel") or {}
+        if kernel.get("id") in kernels:
+            path = session["path"]
+            name = session["name"] or path.rsplit("/", 1)[-1]
+            kernels[kernel["id"]] |= {"name": name, "path": path, "type": session["type"]}
+    return kernels
+
+
+def _start(serverapp: Any, task: Any) -> asyncio.Future[None]:
+    """Run `task` on the server's loop, which may not run yet; a failure is logged, not lost."""
+    future = asyncio.ensure_future(task, loop=serverapp.io_loop.asyncio_loop)
+
+    def done(ended: asyncio.Future[None]) -> None:
+        if not ended.cancelled() and ended.exception():
+            serverapp.log.error("nbgpu: a background task failed", exc_info=ended.exception())
+
+    future.add_done_callback(done)
+    return future
+
+
+def _use_provisioner(serverapp: Any) -> None:
+    """Start this server's kernels through our provisioner, unless the admin has named another one."""
+    factory = KernelProvisionerFactory.instance(parent=serverapp)
+    if factory.default_provisioner_name != "local-provisioner":
+        return
+    if PROVISIONER in {entry_point.name for entry_point in entry_points(group=KernelProvisionerFactory.GROUP_NAME)}:
+        factory.default_provisioner_name = PROVISIONER
+    else:
+        serverapp.log.warning(
+            "nbgpu: the kernel provisioner is not installed (pip install 'nbgpu[lab]'): limits in notebooks' metadata are not set"
+        )
+
+
+def _emit_notices(serverapp: Any) -> None:
+    """Send every notice to the server's event log as well, with the name of its notebook."""
+    serverapp.event_logger.register_event_schema(_SCHEMA)
+
+    async def emit(notice: Notice) -> None:
+        known = await kernels_of(serverapp) if notice["kernel_id"] else {}
+        notebook = known.get(notice["kernel_id"], {})
+        notice.update(name=notebook.get("name"), path=notebook.get("path"))
+        serverapp.event_logger.emit(schema_id=SCHEMA_ID, data=notice)
+
+    SERVER.listeners.append(lambda notice: _start(serverapp, emit(notice)) and None)
+
+
+async def _keep_busy_server(sampler: Sampler, settings: dict[str, Any]) -> None:
+    """While the slice's GPU works, the server counts as active: a training in a terminal must not be culled."""
+    while True:
+        await asyncio.sleep(_ACTIVITY_SECONDS)
+        try:
+            history = await sampler.history(_ACTIVITY_SECONDS)
+            busy = any(any(device["compute_used_milli"]) for device in history["devices"].values())
+        except (NbgpuError, KeyError, TypeError):
+            continue
+        if busy:
+            settings["nbgpu_last_activity"] = datetime.now(timezone.utc)

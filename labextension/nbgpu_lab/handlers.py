@@ -1,0 +1,132 @@
+"""HTTP routes of the Jupyter server: ``nbgpu/api/...`` (docs/interfaces.md)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from functools import wraps
+from typing import Any
+
+from jupyter_server.auth.decorator import authorized
+from jupyter_server.base.handlers import APIHandler
+from jupyter_server.utils import url_path_join
+from tornado import web
+
+from nbgpu.errors import InvalidValue, NbgpuError, Unavailable
+
+from .limits import kernel_limit
+from .notices import Notices
+from .sampler import NO_SLICE, Sampler
+
+HISTORY_SECONDS = 600
+_MAX_BODY_BYTES = 4096
+
+
+def _answers(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[None]]:
+    """Finish the request with what `method` returns, or with the error that it raises, as JSON."""
+
+    @wraps(method)
+    async def answer(self: SliceHandler, *args: str) -> None:
+        try:
+            result = await method(self, *args)
+        except NbgpuError as error:
+            self.set_status(error.status)
+            result = error.as_json()
+        self.finish(json.dumps(result))
+
+    return answer
+
+
+class SliceHandler(APIHandler):
+    """What all routes share. `sampler` is None on a server without a slice."""
+
+    auth_resource = "nbgpu"
+    _track_activity = False  # a page that polls must not keep an idle server alive
+
+    def initialize(self, sampler: Sampler | None, notices: Notices) -> None:
+        """Take what the application was made with."""
+        self.sampler = sampler
+        self.notices = notices
+
+    def slice(self) -> Sampler:
+        """Return the sampler, or refuse: there is no slice."""
+        if self.sampler is None:
+            raise NbgpuError("This server has no GPU slice.", code="no-slice", status=404)
+        return self.sampler
+
+    def whole_number(self, name: str, default: int, low: int, high: int) -> int:
+        """Return a whole number from the query."""
+        text = self.get_query_argument(name, str(default))
+        if not (text.isascii() and text.isdigit() and len(text) < 17 and low <= int(text) <= high):
+            raise InvalidValue(name, text, f"a whole number from {low} to {high}")
+        return int(text)
+
+
+class UsageHandler(SliceHandler):
+    """``GET nbgpu/api/usage[?after=<event id>]``: the slice now; with `after`, also the notices since that id."""
+
+    @web.authenticated
+    @authorized
+    @_answers
+    async def get(self) -> Any:
+        if self.sampler is None:
+            return NO_SLICE
+        usage = await self.sampler.usage()
+        if self.get_query_argument("after", None) is None:
+            return usage
+        return {**usage, "events": self.notices.after(self.whole_number("after", 0, 0, 2**53))}
+
+
+class HistoryHandler(SliceHandler):
+    """``GET nbgpu/api/history?seconds=600``: one value a second, per device."""
+
+    @web.authenticated
+    @authorized
+    @_answers
+    async def get(self) -> Any:
+        return await self.slice().history(self.whole_number("seconds", HISTORY_SECONDS, 1, HISTORY_SECONDS))
+
+
+class EventsHandler(SliceHandler):
+    """``GET nbgpu/api/events?after=<id>``: the last notices, oldest first."""
+
+    @web.authenticated
+    @authorized
+    @_answers
+    async def get(self) -> Any:
+        return self.notices.after(self.whole_number("after", 0, 0, 2**53)) if self.sampler else []
+
+
+class KernelHandler(SliceHandler):
+    """``PUT nbgpu/api/kernels/{kernel_id}``: a ``KernelLimit``, or the same as text (`limits.kernel_limit`)."""
+
+    _track_activity = True
+
+    @web.authenticated
+    @authorized
+    @_answers
+    async def put(self, kernel_id: str) -> Any:
+        sampler = self.slice()
+        body = self.request.body
+        try:
+            asked = json.loads(body) if len(body) <= _MAX_BODY_BYTES else None
+        except ValueError:
+            asked = None
+        if not isinstance(asked, dict):
+            raise InvalidValue("body", body[:40].decode("utf-8", "replace"), "a JSON object with a kernel's limits")
+        usage = await sampler.usage()
+        if not usage.get("devices"):
+            raise Unavailable("The GPU's node agent does not answer yet. Try again in a moment.")
+        return await sampler.set_limit(kernel_id, kernel_limit(asked, usage["devices"]))
+
+
+def routes(base_url: str, sampler: Sampler | None, notices: Notices) -> list[tuple[str, type[SliceHandler], dict[str, Any]]]:
+    """Return the routes to add to a Jupyter server's web application."""
+    made_with = {"sampler": sampler, "notices": notices}
+    paths: list[tuple[str, type[SliceHandler]]] = [
+        ("usage", UsageHandler),
+        ("history", HistoryHandler),
+        ("events", EventsHandler),
+        (r"kernels/([A-Za-z0-9_.-]{1,39})", KernelHandler),
+    ]
+    return [(url_path_join(base_url, "nbgpu/api", path), handler, made_with) for path, handler in paths]

@@ -1,0 +1,90 @@
+"""Starts kernels of any language inside the slice: under their own id, and with the limit that their notebook asks for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from jupyter_client.provisioning.local_provisioner import LocalProvisioner
+
+from nbgpu.errors import NbgpuError
+
+from .client import SliceClient
+from .limits import kernel_limit
+from .notices import SERVER
+
+_MAX_NOTEBOOK_BYTES = 256 * 1024**2
+
+
+class SliceProvisioner(LocalProvisioner):
+    """A local kernel that carries ``NBGPU_KERNEL_ID``; its limit comes from the notebook's metadata.
+
+    ``"nbgpu": {"memory": "5 GiB", "compute": "1/2"}`` in a notebook's metadata limits its kernel before the process
+    starts; fractions are of the server's slice. Junk there becomes a notice: the kernel starts in any case. A limit that
+    was set since (from the panel) outlives a restart of the kernel.
+    """
+
+    _limited = False
+
+    async def pre_launch(self, **kwargs: Any) -> dict[str, Any]:
+        """Name the kernel in its environment, and limit it."""
+        env = {**(kwargs.get("env") or os.environ), "NBGPU_KERNEL_ID": self.kernel_id}
+        kwargs["env"] = env
+        socket_path = os.environ.get("NBGPU_SOCKET")
+        if socket_path and not self._limited:
+            await self._limit(SliceClient(socket_path), env.get("JPY_SESSION_NAME", ""))
+        return await super().pre_launch(**kwargs)
+
+    async def cleanup(self, restart: bool = False) -> None:
+        """Remove the limit with the kernel."""
+        await super().cleanup(restart=restart)
+        socket_path = os.environ.get("NBGPU_SOCKET")
+        if socket_path and not restart:
+            try:
+                await SliceClient(socket_path).put(f"/v1/kernels/{self.kernel_id}", {"memory_bytes": None, "compute_milli": None})
+            except NbgpuError as error:
+                self.log.debug("nbgpu: the limit of kernel %s stays until the slice ends: %s", self.kernel_id, error)
+
+    async def _limit(self, client: SliceClient, notebook: str) -> None:
+        try:
+            asked = await asyncio.to_thread(read_metadata, notebook)
+            if asked is None:
+                return
+            usage = await client.get("/v1/usage")
+            limit = kernel_limit(asked, usage["devices"])
+            if any(value is not None for value in limit.values()):
+                await client.put(f"/v1/kernels/{self.kernel_id}", limit)
+            self._limited = True
+        except NbgpuError as error:
+            name = Path(notebook).name
+            self._tell(
+                f"{name} asks in its metadata (nbgpu) for a limit that was not set: {error.message} Its kernel runs with the whole slice."
+            )
+        except Exception as error:
+            name = Path(notebook).name
+            self._tell(f"The limit in the metadata of {name} was not set ({type(error).__name__}). Its kernel runs with the whole slice.")
+
+    def _tell(self, message: str) -> None:
+        self.log.warning("nbgpu: kernel %s: %s", self.kernel_id, message)
+        SERVER.say("metadata", message, kernel_id=self.kernel_id)
+
+
+def read_metadata(notebook: str) -> object:
+    """Return what a notebook's metadata says under ``nbgpu``, None when it says nothing or is no readable notebook file.
+
+    Large notebooks that do not mention the word are not parsed.
+    """
+    path = Path(notebook)
+    try:
+        if path.suffix != ".ipynb" or path.stat().st_size > _MAX_NOTEBOOK_BYTES:
+            return None
+        content = path.read_bytes()
+        if b'"nbgpu"' not in content:
+            return None
+        metadata = json.loads(content).get("metadata")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return metadata.get("nbgpu") if isinstance(metadata, dict) else None

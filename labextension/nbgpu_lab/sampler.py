@@ -1,0 +1,143 @@
+"""One sampler per server: however many tabs ask, the agent hears at most two questions a second."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from nbgpu.errors import NbgpuError, Unavailable
+
+from .client import SliceClient
+from .notices import Notices
+
+Json = dict[str, Any]
+NO_SLICE: Json = {"slice_id": None}
+
+
+class Sampler:
+    """The slice's usage with notebook names, kept for a moment; and the agent's events as they come.
+
+    Parameters
+    ----------
+    client : SliceClient
+        The slice's API.
+    sessions : callable
+        Returns the server's kernels: ``{kernel_id: {"name", "path", "type", "state"}}``.
+    notices : Notices
+        Where the agent's events go.
+    keep_seconds : float
+        How old an answer may be.
+    """
+
+    def __init__(
+        self,
+        client: SliceClient,
+        sessions: Callable[[], Awaitable[dict[str, Json]]],
+        notices: Notices,
+        *,
+        keep_seconds: float = 0.5,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.client = client
+        self.notices = notices
+        self.agent: Json = {"ok": True, "since": time.time()}
+        self._sessions = sessions
+        self._keep_seconds = keep_seconds
+        self._clock = clock
+        self._usage: Json = NO_SLICE
+        self._kept: dict[str, tuple[float, Any]] = {}
+        self._pending: dict[str, asyncio.Task[Any]] = {}
+
+    async def usage(self) -> Json:
+        """Return the slice's ``Usage``, its kernels with notebook names, and how the agent is.
+
+        While the agent is away these are its last values, with ``agent: {"ok": false, "since": unix time}``.
+        """
+        return await self._shared("usage", self._keep_seconds, self._sample)
+
+    async def history(self, seconds: int) -> Json:
+        """Return what the agent remembers of the last `seconds`. Raises `Unavailable` while it is away."""
+        return await self._shared(f"history {seconds}", 1.0, lambda: self.client.get(f"/v1/history?seconds={seconds}"))
+
+    async def set_limit(self, kernel_id: str, limit: Json) -> Json:
+        """Ask the agent to limit a kernel; the next usage shows it. Raises what the agent says."""
+        answer = await self.client.put(f"/v1/kernels/{kernel_id}", limit)
+        self._kept.clear()
+        return answer
+
+    async def _shared(self, key: str, keep_seconds: float, ask: Callable[[], Awaitable[Json]]) -> Json:
+        """Return a recent answer, or join the question that is on its way, or ask."""
+        when, answer = self._kept.get(key, (-keep_seconds, None))
+        if answer is not None and self._clock() - when < keep_seconds:
+            return answer
+        task = self._pending.get(key)
+        if task is None:
+            task = self._pending[key] = asyncio.ensure_future(self._ask(key, ask))
+        return await asyncio.shield(task)
+
+    async def _ask(self, key: str, ask: Callable[[], Awaitable[Json]]) -> Json:
+        try:
+            answer = await ask()
+            if len(self._kept) > 8:
+                self._kept.clear()
+            self._kept[key] = (self._clock(), answer)
+            return answer
+        finally:
+            del self._pending[key]
+
+    async def _sample(self) -> Json:
+        try:
+            usage = await self.client.get("/v1/usage")
+            if not isinstance(usage, dict) or "kernels" not in usage:
+                raise Unavailable("The GPU's node agent sent no usage.")
+            sessions = await self._sessions()
+            idle = sessions.keys() - {kernel["kernel_id"] for kernel in usage["kernels"]}
+            limits = await self.client.get("/v1/kernels") if idle else {}
+            self._usage = {**usage, "kernels": join(usage["kernels"], sessions, limits)}
+            self._heard(True)
+        except NbgpuError:
+            self._heard(False)
+        return {**self._usage, "agent": self.agent, "last_event": self.notices.last_id}
+
+    def _heard(self, ok: bool) -> None:
+        if self.agent["ok"] != ok:
+            self.agent = {"ok": ok, "since": time.time()}
+
+    async def follow_events(self) -> None:
+        """Pass on the agent's events as they happen, for ever; an agent that is away is asked again every second."""
+        after = 0
+        seen: deque[tuple[int, float]] = deque(maxlen=1000)
+        while True:
+            try:
+                events = await self.client.get(f"/v1/events?after={after}&wait_seconds=25", wait_seconds=25)
+                for event in events:
+                    mark = (int(event["id"]), float(event["time"]))
+                    after = max(after, mark[0])
+                    if mark not in seen:
+                        seen.append(mark)
+                        self.notices.add(event)
+            except NbgpuError:
+                # the agent that comes back may be a new one that counts from one again
+                after = 0
+                await asyncio.sleep(1)
+            except (TypeError, KeyError, ValueError):
+                await asyncio.sleep(1)
+
+
+def join(kernels: list[Json], sessions: dict[str, Json], limits: dict[str, Json]) -> list[Json]:
+    """Return the agent's kernels with their notebooks, then the server's kernels that the agent has not seen on a GPU.
+
+    Notebook kernels come by path, everything else in the slice (``kernel_id`` None) comes last.
+    """
+    blank: Json = {"name": None, "path": None, "type": None, "state": None}
+    joined = [{**kernel, **sessions.get(kernel["kernel_id"], blank)} for kernel in kernels]
+    seen = {kernel["kernel_id"] for kernel in kernels}
+    unlimited = {"memory_bytes": None, "compute_milli": None}
+    for kernel_id, session in sessions.items():
+        if kernel_id not in seen:
+            idle: Json = {"kernel_id": kernel_id, "pids": [], "limit": limits.get(kernel_id, unlimited), "devices": []}
+            joined.append({**idle, "refusals": 0, "launches": 0, "idle_seconds": None, **session})
+    return sorted(joined, key=lambda kernel: (kernel["kernel_id"] is None, kernel["path"] or "~", kernel["kernel_id"] or ""))

@@ -1,0 +1,135 @@
+"""Kernels start under their own id, with the limit that their notebook asks for; with a real kernel process each."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import until
+from fake_agent import GIB, FakeAgent
+from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_client.provisioning import KernelProvisionerFactory
+from nbgpu_lab import notices
+from nbgpu_lab.provisioner import SliceProvisioner, read_metadata
+
+pytestmark = pytest.mark.usefixtures("our_provisioner")
+
+
+@pytest.fixture
+def our_provisioner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our provisioner as the installed default, without an installation."""
+
+    def create(self: Any, kernel_id: str, kernel_spec: Any, parent: Any) -> SliceProvisioner:
+        return SliceProvisioner(kernel_id=kernel_id, kernel_spec=kernel_spec, parent=parent)
+
+    monkeypatch.setattr(KernelProvisionerFactory, "create_provisioner_instance", create)
+
+
+@pytest.fixture
+def manager(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncKernelManager:
+    """A kernel of "another language": a shell that writes its environment down."""
+    spec = KernelSpec(argv=["sh", "-c", f"env > {tmp_path}/env; exec sleep 600"], display_name="Shell", language="sh")
+    monkeypatch.setattr(KernelSpecManager, "get_kernel_spec", lambda self, name: spec)
+    return AsyncKernelManager(kernel_name="shell", shutdown_wait_time=0.2)
+
+
+def notebook(tmp_path: Path, metadata: object) -> str:
+    path = tmp_path / "train.ipynb"
+    path.write_text(json.dumps({"cells": [], "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}))
+    return str(path)
+
+
+async def start(manager: AsyncKernelManager, tmp_path: Path, session: str) -> dict[str, str]:
+    await manager.start_kernel(env={"PATH": "/usr/bin:/bin", "JPY_SESSION_NAME": session})
+    env = tmp_path / "env"
+    await until(lambda: env.exists() and "JPY_SESSION_NAME" in env.read_text())
+    return dict(line.split("=", 1) for line in env.read_text().splitlines() if "=" in line)
+
+
+async def stop(manager: AsyncKernelManager) -> None:
+    await manager.shutdown_kernel(now=True)
+
+
+async def test_limit_is_set_before_the_process_and_removed_after(agent: FakeAgent, manager: Any, tmp_path: Path) -> None:
+    session = notebook(tmp_path, {"nbgpu": {"memory": "5 GiB", "compute": "1/2"}})
+    env = await start(manager, tmp_path, session)
+    kernel_id = env["NBGPU_KERNEL_ID"]
+    assert kernel_id == manager.kernel_id
+    assert agent.limits == {kernel_id: {"memory_bytes": 5 * GIB, "compute_milli": 125}}
+    assert notices.SERVER.after(0) == []
+    await stop(manager)
+    assert agent.limits == {}
+
+
+async def test_a_restart_keeps_the_limit_of_the_panel(agent: FakeAgent, manager: Any, tmp_path: Path) -> None:
+    session = notebook(tmp_path, {"nbgpu": {"memory": "5 GiB"}})
+    await start(manager, tmp_path, session)
+    from_the_panel = {"memory_bytes": 2 * GIB, "compute_milli": None}
+    agent.limits[manager.kernel_id] = from_the_panel
+    await manager.restart_kernel(now=True)
+    assert agent.limits == {manager.kernel_id: from_the_panel}
+    await stop(manager)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"nbgpu": "everything"},
+        {"nbgpu": {"memory": "5 apples"}},
+        {"nbgpu": {"memory": "900 GiB"}},
+        {"nbgpu": {"compute": 7}},
+        {"nbgpu": [1]},
+    ],
+)
+async def test_junk_in_the_metadata_is_a_notice(agent: FakeAgent, manager: Any, tmp_path: Path, metadata: object) -> None:
+    env = await start(manager, tmp_path, notebook(tmp_path, metadata))
+    assert env["NBGPU_KERNEL_ID"] == manager.kernel_id
+    assert await manager.is_alive()
+    (notice,) = notices.SERVER.after(0)
+    assert notice["kernel_id"] == manager.kernel_id
+    assert "train.ipynb" in notice["message"]
+    assert "whole slice" in notice["message"]
+    assert agent.limits == {}
+    await stop(manager)
+
+
+async def test_agent_away_is_a_notice(socket_path: str, manager: Any, tmp_path: Path) -> None:
+    await start(manager, tmp_path, notebook(tmp_path, {"nbgpu": {"memory": "5 GiB"}}))
+    (notice,) = notices.SERVER.after(0)
+    assert "does not answer" in notice["message"]
+    await stop(manager)
+
+
+async def test_a_stuck_agent_delays_a_start_by_seconds_only(agent: FakeAgent, manager: Any, tmp_path: Path) -> None:
+    agent.delay_seconds = 60
+    await asyncio.wait_for(start(manager, tmp_path, notebook(tmp_path, {"nbgpu": {"memory": "5 GiB"}})), 8)
+    await asyncio.wait_for(stop(manager), 8)
+
+
+async def test_no_metadata_asks_nothing(agent: FakeAgent, manager: Any, tmp_path: Path) -> None:
+    await start(manager, tmp_path, notebook(tmp_path, {"kernelspec": {"name": "python3"}}))
+    assert agent.asked == []
+    await stop(manager)
+
+
+async def test_no_slice_no_talk(manager: Any, tmp_path: Path) -> None:
+    env = await start(manager, tmp_path, notebook(tmp_path, {"nbgpu": {"memory": "5 GiB"}}))
+    assert env["NBGPU_KERNEL_ID"] == manager.kernel_id
+    assert notices.SERVER.after(0) == []
+    await stop(manager)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b'"nbgpu"', b'["nbgpu"]', b'{"metadata": "nbgpu"}', b'{"metadata": null, "x": "nbgpu"}', b"\xff\xfe"]
+)
+def test_files_that_are_no_notebooks(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.ipynb"
+    path.write_bytes(content)
+    assert read_metadata(str(path)) is None
+    assert read_metadata(str(tmp_path / "gone.ipynb")) is None
+    assert read_metadata(str(tmp_path)) is None
+    assert read_metadata("console-1-abc") is None

@@ -1,0 +1,188 @@
+"""The routes of the server extension, in a real Jupyter server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from conftest import until
+from fake_agent import GIB, FakeAgent
+from tornado.httpclient import HTTPClientError
+
+
+async def usage(jp_fetch: Any, **query: str) -> Any:
+    return json.loads((await jp_fetch("nbgpu/api/usage", params=query)).body)
+
+
+async def test_no_slice_shows_nothing(jp_fetch: Any) -> None:
+    assert await usage(jp_fetch) == {"slice_id": None}
+    assert json.loads((await jp_fetch("nbgpu/api/events")).body) == []
+    with pytest.raises(HTTPClientError) as refusal:
+        await jp_fetch("nbgpu/api/kernels/abc", method="PUT", body="{}")
+    assert refusal.value.code == 404
+
+
+async def test_many_tabs_cost_the_agent_no_more(agent: FakeAgent, jp_fetch: Any) -> None:
+    answers = await asyncio.gather(*(usage(jp_fetch) for _ in range(100)))
+    assert {answer["devices"][0]["memory_used_bytes"] for answer in answers} == {3 * GIB}
+    assert all(answer["agent"]["ok"] for answer in answers)
+    # 100 answers may take longer than an answer is kept
+    assert agent.count("/v1/usage") <= 4
+
+
+async def test_change_is_seen_within_a_second(agent: FakeAgent, jp_fetch: Any) -> None:
+    await usage(jp_fetch)
+    agent.used_bytes = 7 * GIB
+    deadline = asyncio.get_running_loop().time() + 1
+    while (await usage(jp_fetch))["devices"][0]["memory_used_bytes"] != 7 * GIB:
+        assert asyncio.get_running_loop().time() < deadline
+        await asyncio.sleep(0.02)
+
+
+async def test_polling_is_no_activity(agent: FakeAgent, jp_fetch: Any, jp_serverapp: Any) -> None:
+    settings = jp_serverapp.web_app.settings
+    settings.pop("api_last_activity", None)
+    for path in ("usage", "history", "events"):
+        await jp_fetch("nbgpu/api", path)
+    assert "api_last_activity" not in settings
+    await jp_fetch("nbgpu/api/kernels/abc", method="PUT", body='{"memory": "1 GiB"}')
+    assert "api_last_activity" in settings
+
+
+async def test_agent_away_keeps_the_last_values(agent: FakeAgent, jp_fetch: Any) -> None:
+    await usage(jp_fetch)
+    await agent.stop()
+    await asyncio.sleep(0.6)
+    answer = await usage(jp_fetch)
+    assert answer["agent"]["ok"] is False
+    assert answer["devices"][0]["memory_used_bytes"] == 3 * GIB
+    since = answer["agent"]["since"]
+    await asyncio.sleep(0.6)
+    assert (await usage(jp_fetch))["agent"]["since"] == since
+    with pytest.raises(HTTPClientError) as refusal:
+        await jp_fetch("nbgpu/api/history", params={"seconds": "60"})
+    assert refusal.value.code == 503
+    await agent.start()
+    await asyncio.sleep(0.6)
+    assert (await usage(jp_fetch))["agent"]["ok"] is True
+
+
+async def test_agent_never_seen(socket_path: str, jp_fetch: Any) -> None:
+    answer = await usage(jp_fetch)
+    assert answer["slice_id"] is None
+    assert answer["agent"]["ok"] is False
+
+
+async def test_kernels_carry_their_notebooks(agent: FakeAgent, jp_fetch: Any) -> None:
+    async def open_session(name: str, kind: str, path: str) -> str:
+        body = json.dumps({"name": name, "type": kind, "path": path, "kernel": {"name": "python3"}})
+        return json.loads((await jp_fetch("api/sessions", method="POST", body=body)).body)["kernel"]["id"]
+
+    notebook = await open_session("", "notebook", "deep/train.ipynb")
+    console = await open_session("Console 1", "console", "console-1-abc")
+    bare = json.loads((await jp_fetch("api/kernels", method="POST", body="{}")).body)["id"]
+    agent.kernel(notebook, 2 * GIB)
+    agent.kernel(None, GIB)
+    kernels = {kernel["kernel_id"]: kernel for kernel in (await usage(jp_fetch))["kernels"]}
+    assert kernels[notebook]["name"] == "train.ipynb"
+    assert kernels[notebook]["path"] == "deep/train.ipynb"
+    assert kernels[notebook]["devices"][0]["memory_used_bytes"] == 2 * GIB
+    assert (kernels[console]["name"], kernels[console]["type"]) == ("Console 1", "console")
+    assert kernels[console]["devices"] == []
+    assert (kernels[bare]["name"], kernels[bare]["path"]) == ("python3", None)
+    assert list(kernels)[-1] is None
+
+
+async def test_limits_a_kernel(agent: FakeAgent, jp_fetch: Any) -> None:
+    await jp_fetch("nbgpu/api/kernels/abc", method="PUT", body='{"memory": "5 GiB"}')
+    assert agent.limits == {"abc": {"memory_bytes": 5 * GIB, "compute_milli": None}}
+    await jp_fetch("nbgpu/api/kernels/abc", method="PUT", body='{"memory": "1/2", "compute": "1/2"}')
+    assert agent.limits == {"abc": {"memory_bytes": 10 * GIB, "compute_milli": 125}}
+    await jp_fetch("nbgpu/api/kernels/abc", method="PUT", body='{"memory_bytes": null, "compute_milli": null}')
+    assert agent.limits == {}
+
+
+@pytest.mark.parametrize("body", ["[]", "junk", '{"memory": "5 apples"}', '{"memory_bytes": -1}', "x" * 10_000, '{"other": 1}'])
+async def test_junk_limit_is_a_plain_400(agent: FakeAgent, jp_fetch: Any, body: str) -> None:
+    with pytest.raises(HTTPClientError) as refusal:
+        await jp_fetch("nbgpu/api/kernels/abc", method="PUT", body=body)
+    assert refusal.value.code == 400
+    assert json.loads(refusal.value.response.body)["error"]["code"] == "invalid"
+    assert agent.limits == {}
+
+
+async def test_limit_above_the_slice_has_the_agents_words(agent: FakeAgent, jp_fetch: Any) -> None:
+    with pytest.raises(HTTPClientError) as refusal:
+        await jp_fetch("nbgpu/api/kernels/abc", method="PUT", body='{"memory": "30 GiB"}')
+    assert refusal.value.code == 400
+    error = json.loads(refusal.value.response.body)["error"]
+    assert error["message"] == f"memory_bytes is {30 * GIB}; it must be at most the slice's {20 * GIB}."
+
+
+async def test_refusal_becomes_an_event(agent: FakeAgent, jp_fetch: Any, jp_serverapp: Any) -> None:
+    heard: list[dict[str, Any]] = []
+
+    async def listen(logger: Any, schema_id: str, data: dict[str, Any]) -> None:
+        heard.append(data)
+
+    jp_serverapp.event_logger.add_listener(schema_id="https://schema.nbgpu.io/slice/v1", listener=listen)
+    before = (await usage(jp_fetch))["last_event"]
+    agent.tell("refused", "The slice's limit of 20 GiB refused 1 GiB.")
+    await until(lambda: heard, seconds=1)
+    assert heard[0]["message"] == "The slice's limit of 20 GiB refused 1 GiB."
+    (event,) = json.loads((await jp_fetch("nbgpu/api/events", params={"after": str(before)})).body)
+    assert event["kind"] == "refused"
+    assert (await usage(jp_fetch, after=str(before)))["events"] == [event]
+    assert (await usage(jp_fetch, after=str(event["id"])))["events"] == []
+
+
+async def test_events_survive_an_agent_restart_once(agent: FakeAgent, jp_fetch: Any) -> None:
+    agent.tell("refused", "first")
+    await until(lambda: agent.count("/v1/events?after=1"))
+    await agent.stop()
+    agent.tell("refused", "second, which ends the open question")
+    await agent.start()
+    await asyncio.sleep(1.3)
+    agent.events.clear()
+    agent.tell("refused", "a new agent counts from one again")
+    await asyncio.sleep(0.2)
+    events = json.loads((await jp_fetch("nbgpu/api/events")).body)
+    assert [event["message"] for event in events].count("first") == 1
+    assert len({event["id"] for event in events}) == len(events)
+
+
+async def test_keeps_the_last_hundred(agent: FakeAgent, jp_fetch: Any) -> None:
+    for number in range(150):
+        agent.tell("refused", str(number))
+    await until(lambda: agent.count("/v1/events?after=150"))
+    events = json.loads((await jp_fetch("nbgpu/api/events")).body)
+    assert [event["message"] for event in events] == [str(number) for number in range(50, 150)]
+
+
+async def test_needs_a_login(agent: FakeAgent, jp_fetch: Any) -> None:
+    for path in ("usage", "history", "events"):
+        with pytest.raises(HTTPClientError) as refusal:
+            await jp_fetch("nbgpu/api", path, headers={"Authorization": "token wrong"})
+        assert refusal.value.code == 403
+
+
+async def test_bad_queries(agent: FakeAgent, jp_fetch: Any) -> None:
+    for path, query in (
+        ("history", {"seconds": "0"}),
+        ("history", {"seconds": "9999999"}),
+        ("events", {"after": "-1"}),
+        ("usage", {"after": "x"}),
+    ):
+        with pytest.raises(HTTPClientError) as refusal:
+            await jp_fetch("nbgpu/api", path, params=query)
+        assert refusal.value.code == 400
+
+
+async def test_hanging_agent_does_not_hang_the_page(agent: FakeAgent, jp_fetch: Any) -> None:
+    await usage(jp_fetch)
+    await asyncio.sleep(0.6)
+    agent.delay_seconds = 30
+    answer = await asyncio.wait_for(usage(jp_fetch), 4)
+    assert answer["agent"]["ok"] is False
