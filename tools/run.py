@@ -1,0 +1,254 @@
+"""Start JupyterHub with everything it needs, say how to reach it, and end all of it on Ctrl-C (`make run`)."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+from nbgpu.client import Client
+from nbgpu.errors import NbgpuError
+from nbgpu.models import Node
+from nbgpu.paths import AGENT_SOCKET, runtime_dir
+from nbgpu.quantities import GIB
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / ".nbgpu"
+START_SECONDS = 60
+STOP_SECONDS = 15
+PR_SET_CHILD_SUBREAPER = 36
+
+
+class Stop(Exception):
+    """It cannot start, or has ended; the message says why."""
+
+
+def port_is_free(port: int) -> bool:
+    """Return whether a server may listen on `port`."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def free_port(wanted: int) -> int:
+    """Return `wanted`, or another port when it is taken: for ports that nobody has to know."""
+    if port_is_free(wanted):
+        return wanted
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def stat_fields(pid: int) -> list[str]:
+    """Return the fields of /proc/<pid>/stat that follow the name; empty when the process is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def descendants() -> list[int]:
+    """Return all living processes below this one. As a subreaper it inherits orphans, so none of them can escape the count."""
+    parents: dict[int, int] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and (fields := stat_fields(int(entry))) and fields[0] != "Z":
+            parents[int(entry)] = int(fields[1])
+    found: list[int] = []
+    for pid in parents:
+        above = pid
+        while above in parents and above != os.getpid():
+            above = parents[above]
+        if above == os.getpid() and pid != os.getpid():
+            found.append(pid)
+    return found
+
+
+def reap() -> None:
+    """Collect orphans that have ended."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+
+
+def wait_until(done: Callable[[], bool], seconds: float) -> bool:
+    """Wait for a condition; return whether it came true in time."""
+    deadline = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def end(hub: subprocess.Popen[bytes]) -> None:
+    """End the hub and whatever it started: asked first, then told."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print("\nStopping: servers, kernels, pool, agent and hub ...", flush=True)
+    if hub.poll() is None:
+        hub.terminate()
+        try:
+            hub.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            hub.kill()
+
+    def gone() -> bool:
+        reap()
+        return not descendants()
+
+    for number, seconds in ((signal.SIGTERM, 5), (signal.SIGKILL, 5)):
+        if gone():
+            break
+        for pid in descendants():
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                pass
+        wait_until(gone, seconds)
+    left = descendants()
+    print(f"Still running: {left}" if left else "All stopped.", flush=True)
+
+
+def gpus(node: Node) -> str:
+    """Return the GPUs found, in one line: ``2 simulated GPUs, 80 GiB each: no NVIDIA driver on this machine``."""
+    count = len(node.devices)
+    sizes = sorted({device.memory_bytes for device in node.devices})
+    size = " or ".join(f"{size / GIB:.0f} GiB" for size in sizes) + (" each" if count > 1 else "")
+    if node.simulated:
+        return f"{count} simulated GPU{'s' if count != 1 else ''}, {size}: no NVIDIA driver on this machine"
+    models = ", ".join(sorted({device.model for device in node.devices}))
+    return f"{count} GPU{'s' if count != 1 else ''} ({models}), {size}; driver {node.driver_version}"
+
+
+def say(url: str, log: Path) -> None:
+    """Print where it is, how to log in, which GPUs it has."""
+    runtime = runtime_dir()
+    node = Client(runtime / AGENT_SOCKET, "agent").node()
+    password = runtime / "login-password"
+    word = password.read_text().strip() if password.is_file() else ""
+    print(
+        f"\n  nbgpu is ready:  {url}\n"
+        f"  Log in:          any name, such as ada or grace; password: {word or '(see ' + str(log) + ')'}\n"
+        f"  GPUs:            {gpus(node)}\n"
+        f"  In a terminal:   .venv/bin/nbgpu status\n"
+        f"  Log:             {log.relative_to(ROOT)}\n"
+        f"  Stop:            Ctrl-C\n",
+        flush=True,
+    )
+
+
+def answers(url: str, hub: subprocess.Popen[bytes]) -> bool:
+    """Return whether the hub and the agent answer; raise `Stop` when the hub has ended."""
+    if hub.poll() is not None:
+        raise Stop(f"JupyterHub ended with {hub.returncode} before it answered.")
+    try:
+        with urllib.request.urlopen(f"{url}hub/health", timeout=2):
+            pass
+        Client(runtime_dir() / AGENT_SOCKET, "agent").node()
+    except (urllib.error.URLError, http.client.HTTPException, OSError, NbgpuError):
+        return False
+    return True
+
+
+def errors_of(log: Path) -> str:
+    """Return the last lines of the hub's log that look like an error."""
+    lines = log.read_text(errors="replace").splitlines()
+    wrong = [line for line in lines if any(word in line for word in ("[E ", "[C ", "Error", "error:"))]
+    return "\n".join("    " + line for line in (wrong or lines)[-8:])
+
+
+def start(port: int, log: Path) -> tuple[subprocess.Popen[bytes], str]:
+    """Start the hub; return its process and address once it answers."""
+    if not port_is_free(port):
+        raise Stop(f"Port {port} is taken by another program. End that one, or take another port: make run PORT={port + 100}")
+    data = WORK / "hub"
+    data.mkdir(parents=True, exist_ok=True)
+    url = f"http://127.0.0.1:{port}/"
+    command = [
+        sys.executable, "-m", "jupyterhub", "-f", str(ROOT / "jupyterhub_config.py"),
+        f"--JupyterHub.bind_url={url}", f"--JupyterHub.hub_port={free_port(8081)}",
+        f"--ConfigurableHTTPProxy.api_url=http://127.0.0.1:{free_port(8001)}",
+    ]  # fmt: skip
+    with log.open("wb") as out:
+        hub = subprocess.Popen(command, cwd=data, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
+    try:
+        if not wait_until(lambda: answers(url, hub), START_SECONDS):
+            raise Stop(f"JupyterHub did not answer within {START_SECONDS} s.")
+    except BaseException:
+        end(hub)
+        raise
+    return hub, url
+
+
+def watch(hub: subprocess.Popen[bytes], log: Path) -> None:
+    """Show what the hub logs as errors until it ends."""
+    with log.open(errors="replace") as lines:
+        lines.seek(0, os.SEEK_END)
+        while hub.poll() is None:
+            reap_others(hub)
+            for line in lines:
+                if "[E " in line or "[C " in line:
+                    print(f"  {line.rstrip()}", flush=True)
+            time.sleep(0.5)
+    raise Stop(f"JupyterHub ended with {hub.returncode}.")
+
+
+def reap_others(hub: subprocess.Popen[bytes]) -> None:
+    """Collect ended orphans, but leave the hub's exit status to its `Popen`."""
+    for pid in children():
+        if pid != hub.pid and stat_fields(pid)[:1] == ["Z"]:
+            os.waitpid(pid, os.WNOHANG)
+
+
+def children() -> list[int]:
+    """Return this process's own children, ended ones included."""
+    try:
+        return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def main() -> int:
+    """Run until Ctrl-C; return the exit status."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--port", type=int, default=8000, help="where JupyterHub listens on 127.0.0.1 (default: 8000)")
+    port = options.parse_args().port
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    WORK.mkdir(exist_ok=True)
+    log = WORK / "hub.log"
+    hub = None
+    try:
+        print("Starting JupyterHub ...", flush=True)
+        hub, url = start(port, log)
+        say(url, log)
+        watch(hub, log)
+    except KeyboardInterrupt:
+        return 0
+    except (Stop, NbgpuError) as error:
+        print(f"{error}\n{errors_of(log) if log.is_file() and hub is not None else ''}\n  The whole log: {log}", file=sys.stderr)
+        return 1
+    finally:
+        if hub is not None:
+            end(hub)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
