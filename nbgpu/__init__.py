@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["SliceMonitor", "__version__"]
+__all__ = ["SliceMonitor", "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]  # made on demand, below
 
 
 def __getattr__(name: str) -> Any:
@@ -14,5 +14,5 @@ def __getattr__(name: str) -> Any:
             from nbgpu_lab.widget import SliceMonitor  # pyright: ignore
         except ImportError as error:
             raise AttributeError(f"nbgpu.SliceMonitor needs the notebook part: pip install 'nbgpu[lab]' ({error})") from None
-        return SliceMonitor
+        return SliceMonitor  # pyright: ignore
     raise AttributeError(f"module 'nbgpu' has no attribute {name!r}")

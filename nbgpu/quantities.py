@@ -19,8 +19,8 @@ WHOLE_MILLI = 1000
 
 _FRACTION_RANGE = "a fraction of one GPU above 0 and up to 1, such as 0.25, 1/4 or 25%"
 _MEMORY_RANGE = "an amount above 0 with a binary unit, such as 20 GiB or 512 MiB"
-_NUMBER = re.compile(r"^\d{1,9}(\.\d{1,9})?$")
-_MEMORY = re.compile(r"^(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT])(?:iB|i)?$", re.IGNORECASE)
+_NUMBER = re.compile(r"^\d{1,9}(\.\d{1,9})?$", re.ASCII)
+_MEMORY = re.compile(r"^(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT])(?:iB|i)?$", re.IGNORECASE | re.ASCII)
 _UNITS = {"K": 1024, "M": MIB, "G": GIB, "T": 1024 * GIB}
 _WORDS = {1000: "the whole GPU", 750: "three quarters", 500: "half", 333: "a third", 250: "a quarter", 125: "an eighth"}
 
@@ -87,10 +87,8 @@ def memory_share_bytes(usable_bytes: int, milli: int) -> int:
 
 def compute_for_memory_milli(memory_bytes: int, usable_bytes: int) -> int:
     """Return the smallest share, in milli-GPU, whose part of the memory is at least `memory_bytes`."""
-    milli = max(1, -(-memory_bytes * WHOLE_MILLI // usable_bytes))
-    while milli > 1 and memory_share_bytes(usable_bytes, milli - 1) >= memory_bytes:
-        milli -= 1
-    return milli
+    whole_mib = -(-memory_bytes // MIB) * MIB  # a share is rounded down to a MiB, so what is wanted is rounded up
+    return max(1, -(-whole_mib * WHOLE_MILLI // usable_bytes))
 
 
 def format_memory(memory_bytes: int) -> str:

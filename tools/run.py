@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import http.client
 import os
@@ -16,7 +17,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from nbgpu.client import Client
+from nbgpu.client import AgentClient
 from nbgpu.errors import NbgpuError
 from nbgpu.models import Node
 from nbgpu.paths import AGENT_SOCKET, runtime_dir
@@ -79,11 +80,9 @@ def descendants() -> list[int]:
 
 def reap() -> None:
     """Collect orphans that have ended."""
-    try:
+    with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
-    except ChildProcessError:
-        pass
 
 
 def wait_until(done: Callable[[], bool], seconds: float) -> bool:
@@ -116,10 +115,8 @@ def end(hub: subprocess.Popen[bytes]) -> None:
         if gone():
             break
         for pid in descendants():
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-            except ProcessLookupError:
-                pass
         wait_until(gone, seconds)
     left = descendants()
     print(f"Still running: {left}" if left else "All stopped.", flush=True)
@@ -139,7 +136,7 @@ def gpus(node: Node) -> str:
 def say(url: str, log: Path) -> None:
     """Print where it is, how to log in, which GPUs it has."""
     runtime = runtime_dir()
-    node = Client(runtime / AGENT_SOCKET, "agent").node()
+    node = AgentClient(runtime / AGENT_SOCKET).node()
     password = runtime / "login-password"
     word = password.read_text().strip() if password.is_file() else ""
     print(
@@ -160,7 +157,7 @@ def answers(url: str, hub: subprocess.Popen[bytes]) -> bool:
     try:
         with urllib.request.urlopen(f"{url}hub/health", timeout=2):
             pass
-        Client(runtime_dir() / AGENT_SOCKET, "agent").node()
+        AgentClient(runtime_dir() / AGENT_SOCKET).node()
     except (urllib.error.URLError, http.client.HTTPException, OSError, NbgpuError):
         return False
     return True

