@@ -94,6 +94,8 @@ class Slice(Model):
     mode: Mode
     devices: Annotated[list[SliceDevice], Field(min_length=1, max_length=16)]
     simulated: bool = False
+    groups: Annotated[list[Name], Field(max_length=1000)] = []
+    """Those groups of the owner that have a quota: the pool finds them here again after a restart."""
 
 
 class GrantState(str, Enum):
