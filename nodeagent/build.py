@@ -56,8 +56,10 @@ class Target:
 TARGETS = {
     "limiter": Target("libnbgpu.so", ("limiter/*.c", "limiter/*.S"), soname="libnbgpu.so"),
     "agentlib": Target("libnbgpu_agent.so", ("agentlib/*.c",), soname="libnbgpu_agent.so"),
-    "libcuda": Target("sim/libcuda.so.1", ("simgpu/sim_*.c", "simgpu/drv_*.c"), soname="libcuda.so.1"),
-    "libnvml": Target("sim/libnvidia-ml.so.1", ("simgpu/sim_*.c", "simgpu/nvml_*.c"), soname="libnvidia-ml.so.1"),
+    "libcuda": Target("sim/libcuda.so.1", ("simgpu/sim_*.c", "simgpu/drv_*.c"), soname="libcuda.so.1", cflags=("-DNBGPU_FAULTS",)),
+    "libnvml": Target(
+        "sim/libnvidia-ml.so.1", ("simgpu/sim_*.c", "simgpu/nvml_*.c"), soname="libnvidia-ml.so.1", cflags=("-DNBGPU_FAULTS",)
+    ),
     "nvidia-smi": Target("sim/nvidia-smi", ("simgpu/smi_*.c",), link=()),
 }
 REQUIRED = {"libcuda": "simgpu/drv_*.c", "libnvml": "simgpu/nvml_*.c"}  # shared sources alone make no library
