@@ -1,0 +1,147 @@
+/* Reads a slice's `use` file as hostile input: pread with bounds into our own memory, then every number against its range. The file
+ * is never mapped here: a tenant that truncates it would give the reader SIGBUS. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdbool.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "nbgpu_agent.h"
+
+#define MEMORY_MAX (1ull << 50) /* bytes: more than any node's GPUs hold together */
+#define COUNT_MAX (1ull << 62)  /* of anything that only rises */
+#define WORDS_MAX 65536u        /* threads that wait */
+#define BATCH 16u               /* slots read at once: 4 KiB of stack */
+
+uint32_t nbgpu_agent_abi(void) { return NBGPU_AGENT_ABI; }
+
+static int read_at(int fd, void *out, size_t size, off_t at) {
+    ssize_t got;
+    do {
+        got = pread(fd, out, size, at);
+    } while (got < 0 && errno == EINTR);
+    if (got < 0) return -errno;
+    return (size_t)got == size ? 0 : -EBADMSG;
+}
+
+int nbgpu_use_head(int fd, NbgpuUseHead *out) {
+    struct {
+        uint64_t magic;
+        uint32_t version, size, high_water, events;
+    } head;
+    _Static_assert(offsetof(NbgpuUse, events) + sizeof(uint32_t) == sizeof head, "head of use");
+    uint32_t bell;
+    int rc = read_at(fd, &head, sizeof head, 0);
+    if (!rc) rc = read_at(fd, &bell, sizeof bell, offsetof(NbgpuUse, bell));
+    if (rc) return rc;
+    if (head.magic != NBGPU_USE_MAGIC || head.version < NBGPU_VERSION) return -EBADMSG;
+    *out = (NbgpuUseHead){
+        .high_water = head.high_water < NBGPU_SLOTS ? head.high_water : NBGPU_SLOTS,
+        .events = head.events,
+        .bell = bell,
+    };
+    return 0;
+}
+
+int64_t nbgpu_use_events(int fd) {
+    uint32_t events;
+    int rc = read_at(fd, &events, sizeof events, offsetof(NbgpuUse, events));
+    return rc ? rc : (int64_t)events;
+}
+
+static bool is_id_char(char c) {
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '-' || c == '_' || c == '.';
+}
+
+static void copy_kernel_id(const NbgpuUseSlot *slot, NbgpuUseRow *row) {
+    size_t length = strnlen(slot->kernel_id, NBGPU_KERNEL_ID_BYTES);
+    bool good = length < NBGPU_KERNEL_ID_BYTES;
+    for (size_t i = 0; good && i < length; i++) good = is_id_char(slot->kernel_id[i]);
+    if (good)
+        memcpy(row->kernel_id, slot->kernel_id, length);
+    else
+        row->junk |= NBGPU_JUNK_KERNEL_ID;
+}
+
+static void copy_memory(const NbgpuUseSlot *slot, NbgpuUseRow *row) {
+    const uint64_t bytes[] = {slot->used, slot->context, slot->peak};
+    const uint64_t counts[] = {slot->allocs, slot->frees, slot->refusals};
+    bool good = slot->refused_by <= NBGPU_REFUSED_DRIVER;
+    for (int i = 0; i < 3; i++) good = good && bytes[i] <= MEMORY_MAX && counts[i] <= COUNT_MAX;
+    if (!good) {
+        row->junk |= NBGPU_JUNK_MEMORY;
+        return;
+    }
+    row->used = slot->used;
+    row->context = slot->context;
+    row->peak = slot->peak;
+    row->allocs = slot->allocs;
+    row->frees = slot->frees;
+    row->refusals = slot->refusals;
+    row->refused_bytes = slot->refused_bytes; /* any size may have been asked for */
+    row->refused_by = slot->refused_by;
+}
+
+static void copy_compute(const NbgpuUseSlot *slot, NbgpuUseRow *row) {
+    const uint64_t counts[] = {slot->busy_since, slot->busy_ns, slot->launches, slot->last_launch_ns, slot->stall_ns, slot->copied_bytes};
+    bool good = slot->want <= WORDS_MAX && slot->near <= 1;
+    for (int i = 0; i < 6; i++) good = good && counts[i] <= COUNT_MAX;
+    if (!good) {
+        row->junk |= NBGPU_JUNK_COMPUTE;
+        return;
+    }
+    row->want = slot->want;
+    row->near = slot->near;
+    row->busy_since = slot->busy_since;
+    row->busy_ns = slot->busy_ns;
+    row->launches = slot->launches;
+    row->last_launch_ns = slot->last_launch_ns;
+    row->stall_ns = slot->stall_ns;
+    row->copied_bytes = slot->copied_bytes;
+}
+
+static void copy_row(uint32_t index, const NbgpuUseSlot *slot, NbgpuUseRow *row) {
+    *row = (NbgpuUseRow){.slot = index, .owner = slot->owner, .start_time = slot->start_time};
+    row->pid = (uint32_t)(slot->owner >> 32);
+    if (row->pid == 0 || row->pid > 0x7ffffffeu) {
+        row->pid = 0;
+        row->junk |= NBGPU_JUNK_OWNER;
+    }
+    if (slot->device < NBGPU_DEVICES)
+        row->device = slot->device;
+    else
+        row->junk |= NBGPU_JUNK_DEVICE;
+    copy_kernel_id(slot, row);
+    copy_memory(slot, row);
+    copy_compute(slot, row);
+}
+
+int nbgpu_use_read(int fd, NbgpuUseRow *out, int max) {
+    NbgpuUseHead head;
+    NbgpuUseSlot batch[BATCH];
+    int count = 0;
+    int rc = nbgpu_use_head(fd, &head);
+    if (rc) return rc;
+    for (uint32_t first = 0; first < head.high_water; first += BATCH) {
+        uint32_t n = head.high_water - first < BATCH ? head.high_water - first : BATCH;
+        rc = read_at(fd, batch, n * sizeof *batch, (off_t)(offsetof(NbgpuUse, slot) + first * sizeof *batch));
+        if (rc) return rc;
+        for (uint32_t i = 0; i < n && count < max; i++)
+            if (batch[i].owner && batch[i].ready) copy_row(first + i, &batch[i], &out[count++]);
+    }
+    return count;
+}
+
+int nbgpu_use_locked(int fd, uint32_t slot) {
+    if (slot >= NBGPU_SLOTS) return -EINVAL;
+    struct flock lock = {
+        .l_type = F_WRLCK,
+        .l_whence = SEEK_SET,
+        .l_start = (off_t)(offsetof(NbgpuUse, slot) + slot * sizeof(NbgpuUseSlot)),
+        .l_len = 1,
+    };
+    if (fcntl(fd, F_GETLK, &lock)) return -errno;
+    if (lock.l_type == F_UNLCK) return 0;
+    return lock.l_pid > 0 ? lock.l_pid : NBGPU_LOCKED_ELSEWHERE;
+}
