@@ -1,0 +1,79 @@
+/* The GPU-time policy of one device: who may submit, until when. Pure: no clock, no I/O, no threads; a step is a function of this
+ * state and of `now`, so that tests drive it in virtual time (tests/model/test_sched_policy.py).
+ *
+ * Slices take turns. A slice pays virtual time for as long as its gate is open and its work drains: vt += time * 1000 / weight; the least
+ * vt among the waiting goes next. A strict slice also pays from a bucket that fills at its weight. What tenants say (`SchedSeen`) only
+ * ever ends a turn sooner or asks for one; no charge is computed from it.
+ */
+#ifndef NBGPU_SCHED_POLICY_H
+#define NBGPU_SCHED_POLICY_H
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "nbgpu_agent.h"
+
+#define SCHED_SLICES 128u
+#define SCHED_NEVER UINT64_MAX
+#define SCHED_NOBODY (-1)
+
+typedef enum {
+    PHASE_OUT,   /* gate closed */
+    PHASE_OPEN,  /* gate open: the owner, or the guest beside it */
+    PHASE_DRAIN, /* gate closed, what it submitted still runs and the next one waits for that */
+} SchedPhase;
+
+/* What the slice's own words say of it on this device, as last read. */
+typedef struct {
+    bool want;      /* somebody waits at the gate */
+    bool busy;      /* work is outstanding */
+    bool near;      /* ...but nearly done */
+    uint32_t edges; /* sum of the slice's edge counters: it changed = something happened in between */
+} SchedSeen;
+
+typedef struct {
+    bool joined;
+    bool strict;
+    bool suspended;
+    uint32_t weight_milli;
+    SchedSeen seen;
+    SchedPhase phase;
+    int64_t vt;           /* ns of device time per unit of weight */
+    int64_t bucket_ns;    /* strict: time it may still take; below 0 = debt */
+    bool dry;             /* strict: spent its bucket, waits for a turn's worth */
+    bool woke;            /* it began to want out of idleness and has had no turn since */
+    uint64_t open_since;  /* of the present turn */
+    uint64_t turn_end;    /* 0 = nobody else wants the device: no end */
+    uint64_t drain_until; /* after this the next one is let in beside it */
+    uint64_t quiet_since; /* open, and nothing outstanding since then; 0 = busy */
+    uint64_t spent_until; /* did not use its last turn: no other before this or before it rings again */
+    uint64_t last_active;
+    uint64_t charged_ns, turns, overruns;
+} SchedSlice;
+
+typedef struct {
+    NbgpuSchedConfig config; /* defaults filled in */
+    uint64_t now;            /* charged up to here */
+    uint64_t wake_at;        /* the next step is due then, if nothing is seen before */
+    int64_t vt_floor;        /* newcomers start here; never falls */
+    int owner;               /* whose turn it is (OPEN), or SCHED_NOBODY */
+    int guest;               /* let in beside the owner because it woke behind it, or SCHED_NOBODY */
+    uint32_t high;           /* slices at and above were never joined */
+    SchedSlice slice[SCHED_SLICES];
+} SchedDevice;
+
+/* Fill in the defaults of the fields that are 0. */
+NbgpuSchedConfig sched_config(const NbgpuSchedConfig *asked);
+void sched_init(SchedDevice *device, const NbgpuSchedConfig *config, uint64_t now);
+/* Returns the slice's index, or -1 when the device has SCHED_SLICES already. */
+int sched_join(SchedDevice *device, uint32_t weight_milli, bool strict, uint64_t now);
+void sched_leave(SchedDevice *device, int index, uint64_t now);
+void sched_set(SchedDevice *device, int index, uint32_t weight_milli, bool strict, uint64_t now);
+void sched_suspend(SchedDevice *device, int index, bool suspended, uint64_t now);
+/* Take in what a slice's words say. The caller steps afterwards. */
+void sched_observe(SchedDevice *device, int index, SchedSeen seen, uint64_t now);
+/* Charge up to now, then decide; sets phases, turn ends and wake_at. */
+void sched_step(SchedDevice *device, uint64_t now);
+/* GATE_* for the slice's gate word. */
+uint32_t sched_gate(const SchedSlice *slice);
+
+#endif
