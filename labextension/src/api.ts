@@ -1,0 +1,97 @@
+/** What the Jupyter server's `nbgpu/api` answers; see docs/interfaces.md. */
+
+export interface IDeviceUsage {
+  uuid: string;
+  index: number;
+  model: string;
+  memory_limit_bytes: number;
+  memory_used_bytes: number;
+  compute_limit_milli: number;
+  compute_used_milli: number;
+  utilization_percent: number;
+}
+
+export interface IKernelLimit {
+  memory_bytes: number | null;
+  compute_milli: number | null;
+}
+
+export interface IKernelDeviceUsage {
+  uuid: string;
+  memory_used_bytes: number;
+  memory_peak_bytes: number;
+  compute_used_milli: number;
+}
+
+export interface IKernelUsage {
+  /** Null stands for everything else in the slice: terminals, other programs. */
+  kernel_id: string | null;
+  limit: IKernelLimit;
+  devices: IKernelDeviceUsage[];
+  refusals: number;
+  launches: number;
+  idle_seconds: number | null;
+  name: string | null;
+  path: string | null;
+  type: string | null;
+  state: string | null;
+}
+
+export interface INotice {
+  id: number;
+  /** Unix time, seconds. */
+  time: number;
+  kernel_id: string | null;
+  kind: string;
+  level: 'info' | 'warning' | 'error';
+  message: string;
+  name?: string | null;
+  path?: string | null;
+}
+
+export interface IUsage {
+  slice_id: string;
+  mode: 'strict' | 'burst';
+  backend: 'limiter' | 'driver';
+  simulated: boolean;
+  time: number;
+  devices: IDeviceUsage[];
+  kernels: IKernelUsage[];
+}
+
+/** The node agent: whether it answers, and since when that is so (Unix time, seconds). */
+export interface IAgentState {
+  ok: boolean;
+  since: number;
+}
+
+export interface IUsageAnswer extends Partial<Omit<IUsage, 'slice_id'>> {
+  slice_id: string | null;
+  agent?: IAgentState;
+  last_event?: number;
+  events?: INotice[];
+}
+
+export interface IHistoryAnswer {
+  interval_seconds: number;
+  time: number[];
+  devices: {
+    [uuid: string]: {
+      memory_used_bytes: number[];
+      compute_used_milli: number[];
+    };
+  };
+}
+
+/** A limit as a person writes it: "5 GiB", or a fraction of the slice; empty = none of its own. */
+export interface IWrittenLimit {
+  memory: string;
+  compute: string;
+}
+
+/** What the model asks of the server; a test passes its own. */
+export interface ISliceApi {
+  usage(after: number): Promise<IUsageAnswer>;
+  history(seconds: number): Promise<IHistoryAnswer>;
+  setLimit(kernelId: string, limit: IWrittenLimit): Promise<void>;
+}

@@ -1,0 +1,130 @@
+import type { TranslationBundle } from '@jupyterlab/translation';
+import * as React from 'react';
+
+import type { IDeviceUsage } from './api';
+import { formatFraction, formatMemoryOf, memoryLevel, percent } from './format';
+import type { ISample } from './history';
+import { Sparkline } from './sparkline';
+import { warningWords } from './words';
+
+interface IDeviceProps {
+  device: IDeviceUsage;
+  samples: readonly ISample[];
+  warnPercent: number;
+  trans: TranslationBundle;
+}
+
+/** One device of the slice: memory and compute, now and over the last minutes. */
+export function Device(props: IDeviceProps): JSX.Element {
+  const { device, samples, trans } = props;
+  const level = memoryLevel(
+    device.memory_used_bytes,
+    device.memory_limit_bytes,
+    props.warnPercent
+  );
+  const busiest = Math.max(
+    device.compute_limit_milli,
+    ...samples.map(sample => sample.compute)
+  );
+  return (
+    <section
+      className="nbgpu-Device"
+      aria-label={trans.__('GPU %1', device.index)}
+    >
+      <h3>
+        {trans.__('GPU %1', device.index)}
+        <span className="nbgpu-Device-model">{device.model}</span>
+      </h3>
+      <Gauge
+        name={trans.__('Memory')}
+        value={formatMemoryOf(
+          device.memory_used_bytes,
+          device.memory_limit_bytes
+        )}
+        percent={percent(device.memory_used_bytes, device.memory_limit_bytes)}
+        kind="memory"
+        level={level}
+        warning={warningWords(level, trans)}
+      />
+      <Sparkline
+        kind="memory"
+        label={trans.__('Memory in the last 10 minutes')}
+        values={samples.map(({ time, memory }) => ({ time, value: memory }))}
+        top={device.memory_limit_bytes}
+        limit={device.memory_limit_bytes}
+      />
+      <Gauge
+        name={trans.__('Compute')}
+        value={computeWords(device, trans)}
+        percent={device.utilization_percent}
+        kind="compute"
+        level="ok"
+        warning={null}
+      />
+      <Sparkline
+        kind="compute"
+        label={trans.__('Compute in the last 10 minutes')}
+        values={samples.map(({ time, compute }) => ({ time, value: compute }))}
+        top={busiest}
+        limit={device.compute_limit_milli}
+      />
+      <div className="nbgpu-Device-axis" aria-hidden="true">
+        <span>{trans.__('10 min ago')}</span>
+        <span>{trans.__('now')}</span>
+      </div>
+    </section>
+  );
+}
+
+function computeWords(device: IDeviceUsage, trans: TranslationBundle): string {
+  const over = device.compute_used_milli - device.compute_limit_milli;
+  const part = trans.__(
+    '%1 % of %2 GPU',
+    device.utilization_percent,
+    formatFraction(device.compute_limit_milli)
+  );
+  // a few milli-GPU above the share are rounding, not a burst
+  return over > 20
+    ? trans.__(
+        '%1, bursting to %2',
+        part,
+        formatFraction(device.compute_used_milli)
+      )
+    : part;
+}
+
+interface IGaugeProps {
+  name: string;
+  value: string;
+  percent: number;
+  kind: 'memory' | 'compute';
+  level: string;
+  warning: string | null;
+}
+
+/** A bar with its name, its value in words, and a warning in words. */
+function Gauge(props: IGaugeProps): JSX.Element {
+  const width = Math.min(100, props.percent);
+  return (
+    <div className="nbgpu-Gauge" data-level={props.level}>
+      <div className="nbgpu-Gauge-words">
+        <span>{props.name}</span>
+        <span>{props.value}</span>
+      </div>
+      <div
+        className={`nbgpu-Gauge-track nbgpu-mod-${props.kind}`}
+        role="meter"
+        aria-label={props.name}
+        aria-valuemin={0}
+        aria-valuemax={100}
+        aria-valuenow={width}
+        aria-valuetext={props.value}
+      >
+        <div className="nbgpu-Gauge-bar" style={{ width: `${width}%` }} />
+      </div>
+      {props.warning && (
+        <div className="nbgpu-Gauge-warning">{props.warning}</div>
+      )}
+    </div>
+  );
+}

@@ -1,0 +1,93 @@
+/** Numbers as people read them. The same rules as `nbgpu/quantities.py`: rounded down, one decimal at most. */
+
+import type { IDeviceUsage, IKernelUsage } from './api';
+
+const MIB = 1024 ** 2;
+const GIB = 1024 ** 3;
+
+const FRACTIONS: { [milli: number]: string } = {
+  1000: '1',
+  750: '3/4',
+  667: '2/3',
+  666: '2/3',
+  500: '1/2',
+  333: '1/3',
+  250: '1/4',
+  125: '1/8'
+};
+
+/** One decimal, rounded down, none where it is zero: 19.5, 20. */
+function tenths(value: number): string {
+  const floored = Math.floor(value * 10 + 1e-9);
+  return floored % 10 === 0 ? `${floored / 10}` : (floored / 10).toFixed(1);
+}
+
+/** "19.5 GiB", "512 MiB". */
+export function formatMemory(bytes: number): string {
+  if (bytes >= GIB) {
+    return `${tenths(bytes / GIB)} GiB`;
+  }
+  return bytes >= MIB ? `${tenths(bytes / MIB)} MiB` : `${bytes} B`;
+}
+
+/** "3.2 / 19.5 GiB": both in the unit of the limit. */
+export function formatMemoryOf(usedBytes: number, limitBytes: number): string {
+  if (limitBytes >= GIB) {
+    return `${tenths(usedBytes / GIB)} / ${tenths(limitBytes / GIB)} GiB`;
+  }
+  return `${tenths(usedBytes / MIB)} / ${tenths(limitBytes / MIB)} MiB`;
+}
+
+/** A share of one GPU: "1/4", "37.5 %". */
+export function formatFraction(milli: number): string {
+  return FRACTIONS[milli] ?? `${tenths(milli / 10)} %`;
+}
+
+/** A part of a whole in percent, rounded down; 0 where there is no whole. */
+export function percent(part: number, whole: number): number {
+  return whole > 0 ? Math.floor((part * 100) / whole) : 0;
+}
+
+/** The device that is nearest to its memory limit: the one to show where there is room for one. */
+export function fullest(devices: IDeviceUsage[]): IDeviceUsage {
+  return devices.reduce((most, device) =>
+    device.memory_used_bytes * most.memory_limit_bytes >
+    most.memory_used_bytes * device.memory_limit_bytes
+      ? device
+      : most
+  );
+}
+
+export type Level = 'ok' | 'warning' | 'full';
+
+/** How near memory is to its limit. */
+export function memoryLevel(
+  usedBytes: number,
+  limitBytes: number,
+  warnPercent: number
+): Level {
+  const now = percent(usedBytes, limitBytes);
+  return now >= 99 ? 'full' : now >= warnPercent ? 'warning' : 'ok';
+}
+
+/** What a kernel holds on all devices of the slice. */
+export function kernelTotals(kernel: IKernelUsage): {
+  usedBytes: number;
+  peakBytes: number;
+  computeMilli: number;
+} {
+  const totals = { usedBytes: 0, peakBytes: 0, computeMilli: 0 };
+  for (const device of kernel.devices) {
+    totals.usedBytes += device.memory_used_bytes;
+    totals.peakBytes += device.memory_peak_bytes;
+    totals.computeMilli += device.compute_used_milli;
+  }
+  return totals;
+}
+
+/** A compute limit in milli-GPU as a fraction of the slice, as its field takes it: "1/2", "30%". */
+export function computeOfSlice(milli: number, sliceMilli: number): string {
+  const share = Math.round((milli * 1000) / sliceMilli);
+  const words = FRACTIONS[share];
+  return words ?? `${tenths(share / 10)}%`;
+}

@@ -1,0 +1,156 @@
+import type {
+  JupyterFrontEnd,
+  JupyterFrontEndPlugin
+} from '@jupyterlab/application';
+import { ICommandPalette } from '@jupyterlab/apputils';
+import { ISettingRegistry } from '@jupyterlab/settingregistry';
+import { IStatusBar } from '@jupyterlab/statusbar';
+import { ITranslator, nullTranslator } from '@jupyterlab/translation';
+import { Signal } from '@lumino/signaling';
+
+import type { INotice } from './api';
+import { sliceIcon } from './icons';
+import { SliceModel } from './model';
+import { Notifier } from './notifier';
+import { SlicePanel } from './panel';
+import { sliceApi } from './request';
+import { StatusItem } from './status';
+import { ISliceModel } from './tokens';
+
+export { ISliceModel } from './tokens';
+
+const SCHEMA_ID = 'https://schema.nbgpu.io/slice/v1';
+const MODEL_PLUGIN = 'nbgpu-lab:model';
+
+namespace CommandIDs {
+  export const showPanel = 'nbgpu:show-panel';
+}
+
+const modelPlugin: JupyterFrontEndPlugin<ISliceModel> = {
+  id: MODEL_PLUGIN,
+  description: 'Follows the GPU slice of this Jupyter server.',
+  autoStart: true,
+  provides: ISliceModel,
+  optional: [ISettingRegistry],
+  activate: (app: JupyterFrontEnd, settings: ISettingRegistry | null) => {
+    const services = app.serviceManager;
+    const model = new SliceModel({ api: sliceApi(services.serverSettings) });
+    services.events.stream.connect((_, event) => {
+      if ((event.schema_id as unknown) === SCHEMA_ID) {
+        model.hear(event as unknown as INotice);
+      }
+    });
+    void settings?.load(MODEL_PLUGIN).then(loaded => {
+      const configure = () =>
+        model.configure({
+          warnPercent: loaded.get('warnPercent').composite as number,
+          notify: loaded.get('notify').composite as boolean
+        });
+      loaded.changed.connect(configure);
+      configure();
+    });
+    return model;
+  }
+};
+
+/** Run `show` once, as soon as there is a slice; never on a server without one. */
+function whenPresent(model: ISliceModel, show: () => void): void {
+  const check = () => {
+    if (model.present) {
+      model.changed.disconnect(check);
+      show();
+    }
+  };
+  model.changed.connect(check);
+  check();
+}
+
+const panelPlugin: JupyterFrontEndPlugin<void> = {
+  id: 'nbgpu-lab:panel',
+  description: 'A side panel with the GPU slice, its kernels and their limits.',
+  autoStart: true,
+  requires: [ISliceModel],
+  optional: [ICommandPalette, ITranslator],
+  activate: (
+    app: JupyterFrontEnd,
+    model: ISliceModel,
+    palette: ICommandPalette | null,
+    translator: ITranslator | null
+  ) => {
+    const trans = (translator ?? nullTranslator).load('nbgpu');
+    whenPresent(model, () => {
+      const panel = new SlicePanel(model, trans);
+      app.shell.add(panel, 'right', { rank: 700, type: 'GPU' });
+      app.commands.addCommand(CommandIDs.showPanel, {
+        label: trans.__('Show GPU Slice'),
+        icon: sliceIcon,
+        execute: () => app.shell.activateById(panel.id)
+      });
+      palette?.addItem({
+        command: CommandIDs.showPanel,
+        category: trans.__('GPU')
+      });
+    });
+  }
+};
+
+const statusPlugin: JupyterFrontEndPlugin<void> = {
+  id: 'nbgpu-lab:status',
+  description: 'GPU memory and compute of the slice in the status bar.',
+  autoStart: true,
+  requires: [ISliceModel, IStatusBar],
+  optional: [ITranslator],
+  activate: (
+    app: JupyterFrontEnd,
+    model: ISliceModel,
+    statusBar: IStatusBar,
+    translator: ITranslator | null
+  ) => {
+    const trans = (translator ?? nullTranslator).load('nbgpu');
+    const item = new StatusItem(
+      model,
+      trans,
+      () => void app.commands.execute(CommandIDs.showPanel)
+    );
+    const activeStateChanged = new Signal<StatusItem, void>(item);
+    whenPresent(model, () => activeStateChanged.emit());
+    statusBar.registerStatusItem('nbgpu-lab:status', {
+      item,
+      align: 'left',
+      rank: 3,
+      priority: 1,
+      isActive: () => model.present,
+      activeStateChanged
+    });
+  }
+};
+
+const noticesPlugin: JupyterFrontEndPlugin<void> = {
+  id: 'nbgpu-lab:notices',
+  description:
+    'Notifications when the slice refuses memory or a process does not keep its limit.',
+  autoStart: true,
+  requires: [ISliceModel],
+  optional: [ITranslator],
+  activate: (
+    app: JupyterFrontEnd,
+    model: ISliceModel,
+    translator: ITranslator | null
+  ) => {
+    const trans = (translator ?? nullTranslator).load('nbgpu');
+    new Notifier(
+      model,
+      trans,
+      () => void app.commands.execute(CommandIDs.showPanel)
+    );
+  }
+};
+
+const plugins: JupyterFrontEndPlugin<any>[] = [
+  modelPlugin,
+  panelPlugin,
+  statusPlugin,
+  noticesPlugin
+];
+
+export default plugins;

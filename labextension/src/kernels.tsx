@@ -1,0 +1,231 @@
+import type { TranslationBundle } from '@jupyterlab/translation';
+import { closeIcon, editIcon } from '@jupyterlab/ui-components';
+import * as React from 'react';
+
+import type { IDeviceUsage, IKernelUsage, IWrittenLimit } from './api';
+import {
+  computeOfSlice,
+  formatMemory,
+  formatMemoryOf,
+  kernelTotals,
+  percent
+} from './format';
+import { kernelName } from './words';
+
+interface IKernelsProps {
+  kernels: IKernelUsage[];
+  devices: IDeviceUsage[];
+  trans: TranslationBundle;
+  setLimit: (kernelId: string, limit: IWrittenLimit) => Promise<void>;
+}
+
+/** The server's kernels by notebook: what each holds, and its limit, which can be set here. */
+export function Kernels(props: IKernelsProps): JSX.Element {
+  const { kernels, devices, trans } = props;
+  const [editing, setEditing] = React.useState<string | null>(null);
+  if (kernels.length === 0) {
+    return (
+      <p className="nbgpu-quiet">
+        {trans.__('No kernel runs on this server.')}
+      </p>
+    );
+  }
+  return (
+    <table className="nbgpu-Kernels">
+      <caption className="nbgpu-hidden">
+        {trans.__('Kernels of this server and what they hold')}
+      </caption>
+      <thead>
+        <tr>
+          <th scope="col">{trans.__('Notebook')}</th>
+          <th scope="col">{trans.__('Memory')}</th>
+          <th scope="col">{trans.__('Compute')}</th>
+          <th scope="col">{trans.__('Limit')}</th>
+        </tr>
+      </thead>
+      <tbody>
+        {kernels.map(kernel => (
+          <Kernel
+            key={kernel.kernel_id ?? ''}
+            kernel={kernel}
+            devices={devices}
+            trans={trans}
+            editing={kernel.kernel_id !== null && editing === kernel.kernel_id}
+            edit={on => setEditing(on ? kernel.kernel_id : null)}
+            setLimit={props.setLimit}
+          />
+        ))}
+      </tbody>
+    </table>
+  );
+}
+
+interface IKernelProps {
+  kernel: IKernelUsage;
+  devices: IDeviceUsage[];
+  trans: TranslationBundle;
+  editing: boolean;
+  edit: (on: boolean) => void;
+  setLimit: (kernelId: string, limit: IWrittenLimit) => Promise<void>;
+}
+
+function Kernel(props: IKernelProps): JSX.Element {
+  const { kernel, devices, trans } = props;
+  const totals = kernelTotals(kernel);
+  const sliceMilli = devices.reduce((sum, d) => sum + d.compute_limit_milli, 0);
+  const name = kernelName(kernel, trans);
+  const limited = kernel.limit.memory_bytes;
+  const used =
+    limited !== null
+      ? formatMemoryOf(totals.usedBytes, limited)
+      : formatMemory(totals.usedBytes);
+  return (
+    <>
+      <tr data-kernel={kernel.kernel_id ?? 'other'}>
+        <th scope="row" title={kernel.path ?? name}>
+          <span className="nbgpu-Kernels-name">{name}</span>
+          {kernel.refusals > 0 && (
+            <span className="nbgpu-quiet">
+              {trans._n('%1 refusal', '%1 refusals', kernel.refusals)}
+            </span>
+          )}
+        </th>
+        <td>
+          {totals.usedBytes > 0 ? used : '–'}
+          {totals.peakBytes > totals.usedBytes && (
+            <span className="nbgpu-quiet">
+              {trans.__('peak %1', formatMemory(totals.peakBytes))}
+            </span>
+          )}
+        </td>
+        <td>{trans.__('%1 %', percent(totals.computeMilli, sliceMilli))}</td>
+        <td>
+          {kernel.kernel_id !== null && (
+            <button
+              className="nbgpu-Kernels-limit"
+              aria-expanded={props.editing}
+              aria-label={trans.__(
+                'Limit of %1: %2. Change it',
+                name,
+                limitWords(kernel, devices, trans)
+              )}
+              title={trans.__('Change the limit of %1', name)}
+              onClick={() => props.edit(!props.editing)}
+            >
+              {limitWords(kernel, devices, trans)}
+              <editIcon.react tag="span" width="12px" />
+            </button>
+          )}
+        </td>
+      </tr>
+      {props.editing && (
+        <tr>
+          <td colSpan={4}>
+            <LimitForm {...props} name={name} />
+          </td>
+        </tr>
+      )}
+    </>
+  );
+}
+
+function limitWords(
+  kernel: IKernelUsage,
+  devices: IDeviceUsage[],
+  trans: TranslationBundle
+): string {
+  const { memory_bytes, compute_milli } = kernel.limit;
+  const words = [];
+  if (memory_bytes !== null) {
+    words.push(formatMemory(memory_bytes));
+  }
+  if (compute_milli !== null) {
+    const share = computeOfSlice(compute_milli, devices[0].compute_limit_milli);
+    words.push(trans.__('%1 time', share));
+  }
+  return words.length > 0 ? words.join(', ') : trans.__('none');
+}
+
+/** Both limits of one kernel as text; the server checks them and says what is wrong. */
+function LimitForm(props: IKernelProps & { name: string }): JSX.Element {
+  const { kernel, devices, trans } = props;
+  const { memory_bytes, compute_milli } = kernel.limit;
+  const [memory, setMemory] = React.useState(
+    memory_bytes !== null ? formatMemory(memory_bytes) : ''
+  );
+  const [compute, setCompute] = React.useState(
+    compute_milli !== null
+      ? computeOfSlice(compute_milli, devices[0].compute_limit_milli)
+      : ''
+  );
+  const [error, setError] = React.useState('');
+  const first = React.useRef<HTMLInputElement>(null);
+  React.useEffect(() => first.current?.focus(), []);
+
+  const save = async (limit: IWrittenLimit): Promise<void> => {
+    try {
+      await props.setLimit(kernel.kernel_id!, limit);
+      props.edit(false);
+    } catch (reason) {
+      setError((reason as Error).message);
+    }
+  };
+  const limited = memory_bytes !== null || compute_milli !== null;
+  return (
+    <form
+      className="nbgpu-LimitForm"
+      aria-label={trans.__('Limit of %1', props.name)}
+      onSubmit={event => {
+        event.preventDefault();
+        void save({ memory, compute });
+      }}
+      onKeyDown={event => event.key === 'Escape' && props.edit(false)}
+    >
+      <button
+        type="button"
+        className="nbgpu-LimitForm-close"
+        aria-label={trans.__('Close')}
+        onClick={() => props.edit(false)}
+      >
+        <closeIcon.react tag="span" width="14px" />
+      </button>
+      <label>
+        {trans.__('Memory')}
+        <input
+          ref={first}
+          className="jp-mod-styled"
+          value={memory}
+          placeholder={trans.__('such as 5 GiB or 1/2')}
+          onChange={event => setMemory(event.target.value)}
+        />
+      </label>
+      <label>
+        {trans.__('Compute')}
+        <input
+          className="jp-mod-styled"
+          value={compute}
+          placeholder={trans.__('such as 1/2')}
+          onChange={event => setCompute(event.target.value)}
+        />
+      </label>
+      <p className="nbgpu-quiet">
+        {trans.__('Fractions are of this slice. Empty: no limit of its own.')}
+      </p>
+      {error && <p role="alert">{error}</p>}
+      <div className="nbgpu-LimitForm-buttons">
+        {limited && (
+          <button
+            type="button"
+            className="jp-mod-styled jp-mod-reject"
+            onClick={() => void save({ memory: '', compute: '' })}
+          >
+            {trans.__('Remove')}
+          </button>
+        )}
+        <button type="submit" className="jp-mod-styled jp-mod-accept">
+          {trans.__('Set limit')}
+        </button>
+      </div>
+    </form>
+  );
+}

@@ -1,0 +1,59 @@
+import { Notification } from '@jupyterlab/apputils';
+import type { TranslationBundle } from '@jupyterlab/translation';
+
+import type { INotice } from './api';
+import type { ISliceModel } from './tokens';
+
+/** Notices of one kind and kernel that follow each other this fast are one notification. */
+const SAME_SECONDS = 20;
+const AUTO_CLOSE_MS = 15_000;
+
+interface IShown {
+  id: string;
+  time: number;
+  count: number;
+}
+
+/** Shows each new notice; a loop of refusals becomes one notification that counts. */
+export class Notifier {
+  constructor(
+    model: ISliceModel,
+    private _trans: TranslationBundle,
+    private _openPanel: () => void
+  ) {
+    model.noticed.connect((_, notice) => {
+      if (model.notify && notice.level !== 'info') {
+        this.show(notice);
+      }
+    });
+  }
+
+  show(notice: INotice): void {
+    const key = `${notice.kind} ${notice.kernel_id}`;
+    const shown = this._shown.get(key);
+    const again = shown && notice.time - shown.time < SAME_SECONDS;
+    const count = again ? shown.count + 1 : 1;
+    const text = notice.name
+      ? `${notice.name}: ${notice.message}`
+      : notice.message;
+    const message =
+      count > 1 ? this._trans.__('%1 (%2 times)', text, count) : text;
+    const options = {
+      autoClose: AUTO_CLOSE_MS,
+      actions: [
+        {
+          label: this._trans.__('Show panel'),
+          callback: this._openPanel
+        }
+      ]
+    };
+    const type = notice.level === 'error' ? 'error' : 'warning';
+    let id = shown?.id ?? '';
+    if (!again || !Notification.update({ id, message, type, ...options })) {
+      id = Notification.emit(message, type, options);
+    }
+    this._shown.set(key, { id, time: notice.time, count });
+  }
+
+  private _shown = new Map<string, IShown>();
+}

@@ -1,0 +1,122 @@
+import type { TranslationBundle } from '@jupyterlab/translation';
+import { ReactWidget, UseSignal } from '@jupyterlab/ui-components';
+import * as React from 'react';
+
+import type { INotice, IUsage } from './api';
+import { Device } from './device';
+import { sliceIcon } from './icons';
+import { Kernels } from './kernels';
+import type { ISliceModel } from './tokens';
+import { clock, modeWords, sliceName } from './words';
+
+const SHOWN_NOTICES = 8;
+
+/** The side panel: the slice, its devices over time, its kernels and the last notices. */
+export class SlicePanel extends ReactWidget {
+  constructor(
+    private _model: ISliceModel,
+    private _trans: TranslationBundle
+  ) {
+    super();
+    this.id = 'nbgpu-panel';
+    this.addClass('nbgpu-Panel');
+    this.title.icon = sliceIcon;
+    this.title.caption = this._trans.__('GPU slice');
+    this.node.setAttribute('role', 'region');
+    this.node.setAttribute('aria-label', this._trans.__('GPU slice'));
+  }
+
+  protected render(): JSX.Element {
+    return (
+      <UseSignal signal={this._model.changed}>
+        {() => this._renderNow()}
+      </UseSignal>
+    );
+  }
+
+  private _renderNow(): JSX.Element {
+    const { usage, agent, history, notices, warnPercent } = this._model;
+    const trans = this._trans;
+    return (
+      <div className="nbgpu-Panel-content">
+        {!agent.ok && (
+          <p className="nbgpu-Panel-away" role="status">
+            {trans.__(
+              'The node agent does not answer since %1. Limits stay in force.',
+              clock(agent.since)
+            )}
+          </p>
+        )}
+        {usage && (
+          <>
+            <Header usage={usage} trans={trans} />
+            {usage.devices.map(device => (
+              <Device
+                key={device.uuid}
+                device={device}
+                samples={history.of(device.uuid)}
+                warnPercent={warnPercent}
+                trans={trans}
+              />
+            ))}
+            <section aria-label={trans.__('Kernels')}>
+              <h3>{trans.__('Kernels')}</h3>
+              <Kernels
+                kernels={usage.kernels}
+                devices={usage.devices}
+                trans={trans}
+                setLimit={(id, limit) => this._model.setLimit(id, limit)}
+              />
+            </section>
+          </>
+        )}
+        <Notices notices={notices} trans={trans} />
+      </div>
+    );
+  }
+}
+
+function Header(props: {
+  usage: IUsage;
+  trans: TranslationBundle;
+}): JSX.Element {
+  const { usage, trans } = props;
+  return (
+    <header className="nbgpu-Header">
+      <h2>{sliceName(usage, trans)}</h2>
+      <p className="nbgpu-quiet">{modeWords(usage, trans)}</p>
+      {usage.simulated && (
+        <p className="nbgpu-Header-simulated">
+          {trans.__('Simulated: this machine has no NVIDIA driver.')}
+        </p>
+      )}
+    </header>
+  );
+}
+
+function Notices(props: {
+  notices: readonly INotice[];
+  trans: TranslationBundle;
+}): JSX.Element | null {
+  const { notices, trans } = props;
+  if (notices.length === 0) {
+    return null;
+  }
+  const shown = [...notices].slice(-SHOWN_NOTICES).reverse();
+  return (
+    <section aria-label={trans.__('Notices')}>
+      <h3>{trans.__('Notices')}</h3>
+      <ul className="nbgpu-Notices">
+        {shown.map(notice => (
+          <li key={notice.id} data-level={notice.level}>
+            <span className="nbgpu-quiet">
+              {clock(notice.time)}
+              {notice.name ? ` · ${notice.name}` : ''}
+            </span>
+            {notice.message}
+          </li>
+        ))}
+      </ul>
+    </section>
+  );
+}

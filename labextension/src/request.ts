@@ -1,0 +1,28 @@
+import { URLExt } from '@jupyterlab/coreutils';
+import { ServerConnection } from '@jupyterlab/services';
+
+import type { ISliceApi, IWrittenLimit } from './api';
+
+/** The server's API over HTTP, with the server's own words as error messages. */
+export function sliceApi(settings: ServerConnection.ISettings): ISliceApi {
+  async function request<T>(path: string, init: RequestInit = {}): Promise<T> {
+    const url = URLExt.join(settings.baseUrl, 'nbgpu/api', path);
+    const response = await ServerConnection.makeRequest(url, init, settings);
+    const answer = await response.json().catch(() => null);
+    if (!response.ok) {
+      throw new Error(
+        answer?.error?.message ?? `${response.status} ${response.statusText}`
+      );
+    }
+    return answer as T;
+  }
+  return {
+    usage: after => request(`usage?after=${after}`),
+    history: seconds => request(`history?seconds=${seconds}`),
+    setLimit: (kernelId: string, limit: IWrittenLimit) =>
+      request(`kernels/${encodeURIComponent(kernelId)}`, {
+        method: 'PUT',
+        body: JSON.stringify(limit)
+      })
+  };
+}

@@ -1,0 +1,73 @@
+import type { TranslationBundle } from '@jupyterlab/translation';
+import { ReactWidget, UseSignal } from '@jupyterlab/ui-components';
+import * as React from 'react';
+
+import { formatMemoryOf } from './format';
+import { sliceIcon, warningIcon } from './icons';
+import type { ISliceModel } from './tokens';
+import { clock, modeWords, nearest, sliceName, warningWords } from './words';
+
+/** The status bar's item: slice, memory of its limit, compute; a click opens the panel. */
+export class StatusItem extends ReactWidget {
+  constructor(
+    private _model: ISliceModel,
+    private _trans: TranslationBundle,
+    private _openPanel: () => void
+  ) {
+    super();
+    this.addClass('nbgpu-StatusItem');
+  }
+
+  protected render(): JSX.Element {
+    return (
+      <UseSignal signal={this._model.changed}>
+        {() => this._renderNow()}
+      </UseSignal>
+    );
+  }
+
+  private _renderNow(): JSX.Element {
+    const { model, trans } = { model: this._model, trans: this._trans };
+    const usage = model.usage;
+    if (!usage) {
+      const words = trans.__('GPU: the node agent does not answer yet');
+      return this._button('warning', words, words);
+    }
+    const { device, level } = nearest(usage, model.warnPercent);
+    const memory = formatMemoryOf(
+      device.memory_used_bytes,
+      device.memory_limit_bytes
+    );
+    const compute = trans.__('%1 % busy', device.utilization_percent);
+    const text = `${sliceName(usage, trans)}: ${memory}, ${compute}`;
+    const away = model.agent.ok
+      ? null
+      : trans.__('no news since %1', clock(model.agent.since));
+    const warning = away ?? warningWords(level, trans);
+    const title = [
+      trans.__('GPU slice of this server (%1)', modeWords(usage, trans)),
+      trans.__('Compute is in percent of the slice. Click for details.')
+    ].join('\n');
+    return this._button(
+      away ? 'warning' : level,
+      warning ? `${text} · ${warning}` : text,
+      title
+    );
+  }
+
+  private _button(level: string, text: string, title: string): JSX.Element {
+    const Icon = level === 'ok' ? sliceIcon : warningIcon;
+    return (
+      <button
+        className="nbgpu-Status"
+        data-level={level}
+        title={title}
+        aria-label={this._trans.__('%1. Show the GPU panel', text)}
+        onClick={this._openPanel}
+      >
+        <Icon.react tag="span" className="nbgpu-Status-icon" />
+        <span className="nbgpu-Status-text">{text}</span>
+      </button>
+    );
+  }
+}

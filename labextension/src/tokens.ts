@@ -1,0 +1,33 @@
+import { Token } from '@lumino/coreutils';
+import type { IDisposable } from '@lumino/disposable';
+import type { ISignal } from '@lumino/signaling';
+
+import type { IAgentState, INotice, IUsage, IWrittenLimit } from './api';
+import type { History } from './history';
+
+/** The GPU slice of this Jupyter server, for every widget that shows it. */
+export interface ISliceModel extends IDisposable {
+  /** The last known use; null before the first answer. */
+  readonly usage: IUsage | null;
+  readonly agent: IAgentState;
+  /** Whether this server has a slice; nothing is shown where it has none. */
+  readonly present: boolean;
+  /** The last 10 minutes. */
+  readonly history: History;
+  /** The last notices, oldest first. */
+  readonly notices: readonly INotice[];
+  /** Part of the memory, in percent, from which to warn. */
+  readonly warnPercent: number;
+  /** Whether notices are shown as notifications. */
+  readonly notify: boolean;
+  readonly changed: ISignal<ISliceModel, void>;
+  /** A notice that nobody has seen. */
+  readonly noticed: ISignal<ISliceModel, INotice>;
+  /** Limit a kernel; rejects with the server's words. */
+  setLimit(kernelId: string, limit: IWrittenLimit): Promise<void>;
+}
+
+export const ISliceModel = new Token<ISliceModel>(
+  'nbgpu-lab:ISliceModel',
+  'The use of the GPU slice that this Jupyter server holds.'
+);
