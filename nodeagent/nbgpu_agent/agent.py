@@ -1,0 +1,294 @@
+"""The agent's state and what can be done with it. HTTP is in `admin_api` and `slice_api`, the clock in `monitor`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbgpu.errors import InvalidValue, NbgpuError
+from nbgpu.models import AgentSlice, AgentSlices, Backend, Device, KernelLimit, Launch, Node, Slice
+from nbgpu.quantities import format_memory, format_share
+
+from . import layout, procs, slicedir
+from .books import Conflict, check_fits, check_kernel_limit, check_slice, resized
+from .cgroups import Cgroups
+from .events import EventLog, Signal, first_id
+from .live import LiveSlice
+from .native import Native
+from .probe import overhead_cap_bytes
+from .runtime import SOCKET_PATH_MAX
+from .slicedir import Record
+from .turns import Turns
+
+log = logging.getLogger("nbgpu.agent")
+
+
+class NoSuchSlice(NbgpuError):
+    """No slice of this id is on this node."""
+
+    code = "not-found"
+    status = 404
+
+    def __init__(self, slice_id: str):
+        super().__init__(f"There is no slice {slice_id} on this node: it has ended, or never was here.")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What does not change while the agent runs."""
+
+    runtime: Path
+    node: str
+    simulated: bool
+    driver_version: str
+    libraries: Path
+    """The versioned copy under the runtime directory."""
+    sim_state: Path | None
+    backend: Backend = "limiter"
+
+
+class Agent:
+    """All slices of a node.
+
+    Parameters
+    ----------
+    context_bytes : dict
+        What a bare context costs, bytes by device uuid; 0 or missing where that is not known.
+    """
+
+    def __init__(self, settings: Settings, devices: list[Device], native: Native, context_bytes: dict[str, int]):
+        self.settings = settings
+        self.devices = {device.uuid: device for device in devices}
+        self.native = native
+        self.context_bytes = context_bytes
+        self.overhead_caps = {device.uuid: overhead_cap_bytes(context_bytes.get(device.uuid, 0)) for device in devices}
+        self.cgroups = Cgroups()
+        self.turns = Turns(native, devices)
+        self.events = EventLog()
+        self.slices: dict[str, LiveSlice] = {}
+        self.generation = first_id()
+        self.changed = Signal()
+        self.on_slice_added: Callable[[LiveSlice], None] = lambda _: None
+        self.on_slice_ended: Callable[[LiveSlice], None] = lambda _: None
+
+    # ---- life of a slice
+
+    def load(self) -> None:
+        """Take up the slices that the directories tell of; what an earlier agent left half made goes."""
+        for directory in sorted((self.settings.runtime / "slices").iterdir()):
+            try:
+                record = slicedir.read_record(directory)
+            except (OSError, ValueError) as error:
+                log.error("The slice in %s cannot be read and is left alone: %s", directory, error)
+                continue
+            if record is None:
+                slicedir.remove(directory)
+                continue
+            if record.boot_id != procs.boot_id():
+                record = self._after_boot(directory, record)
+            self._start(directory, record)
+        for live in list(self.slices.values()):
+            self.end_if_over(live)
+
+    def _after_boot(self, directory: Path, record: Record) -> Record:
+        """No process of an earlier boot lives: a running slice is over, a prepared one gets a fresh `use` file."""
+        os.close(slicedir.create_use(directory, record.uid))
+        record = record.model_copy(update={"roots": (), "cgroup": None, "boot_id": procs.boot_id()})
+        slicedir.write_record(directory, record)
+        return record
+
+    def _start(self, directory: Path, record: Record) -> LiveSlice:
+        live = LiveSlice(directory, record, self.native, self.cgroups, self.slice_lost_process)
+        self._write_limits(live)
+        self.slices[live.id] = live
+        self.turns.add(live)
+        self.on_slice_added(live)
+        return live
+
+    def _write_limits(self, live: LiveSlice) -> None:
+        backend = layout.BACKEND_DRIVER if self.settings.backend == "driver" else layout.BACKEND_LIMITER
+        live.ctl.set_slice(live.slice, self.context_bytes, self.overhead_caps, backend)
+
+    def put_slice(self, wanted: Slice, uid: int | None) -> Launch:
+        """Prepare a slice; the same slice again is answered the same. See ``PUT /v1/slices/{slice_id}``."""
+        existing = self.slices.get(wanted.slice_id)
+        if existing is not None:
+            if existing.slice != wanted or existing.record.uid != uid:
+                raise Conflict(f"Slice {wanted.slice_id} exists and is another one: ask for it under another id.")
+            if existing.state == "releasing":
+                raise Conflict(f"Slice {wanted.slice_id} is being released: ask for a new one under another id.")
+            return self.launch(existing)
+        check_slice(wanted, self.devices, self.settings.node)
+        if wanted.simulated != self.settings.simulated:
+            raise InvalidValue("slice.simulated", wanted.simulated, f"{self.settings.simulated}, as the GPUs of this node are")
+        if uid is not None and uid != os.geteuid() and os.geteuid() != 0:
+            raise InvalidValue("uid", uid, "null: this agent does not run as root and makes slices for its own user only")
+        check_fits(wanted, (live.slice for live in self.slices.values()), self.devices)
+        directory = self.settings.runtime / "slices" / wanted.slice_id
+        if len(str(directory / "api.sock")) > SOCKET_PATH_MAX:
+            raise InvalidValue("slice_id", wanted.slice_id, "shorter: the path of its socket would be too long")
+        slicedir.create(directory)
+        os.close(slicedir.create_use(directory, uid))
+        record = Record(slice=wanted, uid=uid, state="prepared", created=time.time(), boot_id=procs.boot_id())
+        live = self._start(directory, record)
+        slicedir.write_record(directory, record)
+        self._touch()
+        parts = ", ".join(f"GPU {d.index}: {format_memory(d.memory_bytes)}, {d.compute_milli} milli-GPU" for d in wanted.devices)
+        log.info("prepared slice=%s owner=%s: %s, %s", live.id, live.owner, parts, wanted.mode)
+        return self.launch(live)
+
+    def find(self, slice_id: str) -> LiveSlice:
+        """Return a slice by id; NoSuchSlice when there is none."""
+        live = self.slices.get(slice_id)
+        if live is None:
+            raise NoSuchSlice(slice_id)
+        return live
+
+    def adopt(self, slice_id: str, pid: int) -> AgentSlice:
+        """Take a running process and its descendants into a slice."""
+        live = self.find(slice_id)
+        if live.adopt(pid):
+            log.info("adopted slice=%s owner=%s: process %d", live.id, live.owner, pid)
+            self._touch()
+            self.end_if_over(live)
+        return live.as_model() if live.id in self.slices else self._ended_model(live)
+
+    @staticmethod
+    def _ended_model(live: LiveSlice) -> AgentSlice:
+        return AgentSlice(slice=live.slice, state="releasing", process_count=0, created=live.record.created)
+
+    def release(self, slice_id: str) -> bool:
+        """Ask a slice to end; return whether it is gone already."""
+        live = self.slices.get(slice_id)
+        if live is None:
+            return True
+        if live.state == "prepared" and not live.join_by_lock():
+            self._end(live, "it was released before anything ran in it")
+            return True
+        if live.state != "releasing":
+            live.save(state="releasing")
+            log.info("releasing slice=%s owner=%s", live.id, live.owner)
+            self._touch()
+        return self.end_if_over(live)
+
+    def slice_lost_process(self, live: LiveSlice) -> None:
+        """A process of the slice has ended: free its slots, end the slice when it was the last."""
+        if live.id in self.slices:
+            live.tenant.reap()
+            self.end_if_over(live)
+
+    def end_if_over(self, live: LiveSlice) -> bool:
+        """End a slice whose last process is gone; return whether it ended."""
+        if not live.over():
+            return False
+        self._end(live, "its last process is gone")
+        return True
+
+    def _end(self, live: LiveSlice, why: str) -> None:
+        del self.slices[live.id]
+        self.turns.remove(live)
+        self.events.add("ended", "info", f"The slice of {live.owner} has ended: {why}.", live.id, owner=live.owner)
+        self.on_slice_ended(live)
+        self.events.forget(live.id)
+        live.close()
+        slicedir.remove(live.directory)
+        if live.record.cgroup:
+            self.cgroups.remove(Path(live.record.cgroup))
+        self._touch()
+
+    def _touch(self) -> None:
+        self.generation += 1
+        self.changed.fire()
+
+    # ---- limits
+
+    def patch(self, slice_id: str, memory_bytes: int | None, compute_milli: int | None, mode: str | None) -> AgentSlice:
+        """Give a slice new limits on each of its devices; the books are checked first."""
+        live = self.find(slice_id)
+        wanted = resized(live.slice, memory_bytes, compute_milli, mode)
+        if wanted != live.slice:
+            check_slice(wanted, self.devices, self.settings.node)
+            check_fits(wanted, (other.slice for other in self.slices.values() if other is not live), self.devices)
+            live.save(slice=wanted)
+            self._write_limits(live)
+            self.turns.change(live)
+            self._touch()
+            first = wanted.devices[0]
+            what = f"{format_memory(first.memory_bytes)}, {format_share(first.compute_milli)} of the GPU's time, {wanted.mode}"
+            self.events.add("limit-changed", "info", f"This server's slice is now {what}.", live.id, owner=live.owner)
+        return live.as_model()
+
+    def set_kernel_limit(self, live: LiveSlice, kernel_id: str, limit: KernelLimit) -> KernelLimit:
+        """Limit a kernel inside its slice; both None removes its limit."""
+        check_kernel_limit(limit, live.slice)
+        if live.record.kernel_limits.get(kernel_id, KernelLimit()) != limit:
+            live.set_kernel_limit(kernel_id, limit)
+            parts = [format_memory(limit.memory_bytes)] if limit.memory_bytes is not None else []
+            parts += [f"{limit.compute_milli} milli-GPU"] if limit.compute_milli is not None else []
+            what = f"is limited to {' and '.join(parts)}" if parts else "has no limit of its own any more"
+            self.events.add("limit-changed", "info", f"Notebook kernel {short(kernel_id)} {what}.", live.id, kernel_id, live.owner)
+        return limit
+
+    # ---- answers
+
+    def launch(self, live: LiveSlice) -> Launch:
+        """Return how to start a process inside a slice."""
+        socket = str(live.directory / "api.sock")
+        env = {
+            "LD_PRELOAD": str(self.settings.libraries / "libnbgpu.so"),
+            "NBGPU_SLICE_DIR": str(live.directory),
+            "NBGPU_SOCKET": socket,
+        }
+        if self.settings.sim_state is not None:
+            sim = str(self.settings.libraries / "sim")
+            env["LD_LIBRARY_PATH"] = _in_front(sim, os.environ.get("LD_LIBRARY_PATH", ""))
+            env["PATH"] = _in_front(sim, os.environ.get("PATH", "/usr/local/bin:/usr/bin:/bin"))
+            env["NBGPU_SIM_STATE"] = str(self.settings.sim_state)
+        return Launch(env=env, slice_dir=str(live.directory), socket=socket)
+
+    def node(self) -> Node:
+        """Return what this agent serves."""
+        settings = self.settings
+        return Node(
+            node=settings.node,
+            simulated=settings.simulated,
+            driver_version=settings.driver_version,
+            backend=settings.backend,
+            devices=list(self.devices.values()),
+        )
+
+    async def list_slices(self, after: int, wait_seconds: float) -> AgentSlices:
+        """Return all slices, once the generation is above `after`, at the latest after `wait_seconds`."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + wait_seconds
+        while self.generation <= after and (left := deadline - loop.time()) > 0:
+            await self.changed.wait(left)
+        return AgentSlices(generation=self.generation, slices=[live.as_model() for live in list(self.slices.values())])
+
+    def set_healthy(self, uuid: str, healthy: bool) -> None:
+        """Note whether a device answers."""
+        device = self.devices[uuid]
+        if device.healthy != healthy:
+            self.devices[uuid] = device.model_copy(update={"healthy": healthy})
+            log.warning("GPU %d (%s) %s", device.index, uuid, "answers again" if healthy else "does not answer")
+            self._touch()
+
+    def close(self) -> None:
+        """Let go of everything; the slices go on without the agent."""
+        self.turns.close()
+        for live in self.slices.values():
+            live.close()
+
+
+def short(kernel_id: str) -> str:
+    """Return a kernel's id for people: its first eight characters."""
+    return kernel_id if len(kernel_id) <= 9 else f"{kernel_id[:8]}…"
+
+
+def _in_front(path: str, others: str) -> str:
+    return os.pathsep.join([path, *(other for other in others.split(os.pathsep) if other and other != path)])

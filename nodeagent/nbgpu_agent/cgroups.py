@@ -1,0 +1,100 @@
+"""A cgroup per slice, where one can be made: whatever a slice's processes start, stays in it.
+
+The slice's cgroup is a child of the one that its server is in already, so that a systemd unit keeps what is its own.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+PREFIX = "nbgpu-"
+
+
+def _hierarchy() -> tuple[Path, str] | None:
+    """Return the mount point and the controller's name in ``/proc/<pid>/cgroup`` ("" = v2) of the hierarchy to use."""
+    base = Path("/sys/fs/cgroup")
+    if (base / "cgroup.controllers").exists():
+        return base, ""
+    for controller in ("freezer", "pids"):
+        if (base / controller / "cgroup.procs").exists():
+            return base / controller, controller
+    return None
+
+
+class Cgroups:
+    """Makes, reads and removes the cgroups of slices; every method is a no-op or empty where that cannot be done."""
+
+    def __init__(self) -> None:
+        self._found = _hierarchy()
+
+    def path_of(self, pid: int) -> str | None:
+        """Return the cgroup of a process in the hierarchy used here, as a path under its mount point."""
+        if self._found is None:
+            return None
+        controller = self._found[1]
+        try:
+            with open(f"/proc/{pid}/cgroup") as file:
+                for line in file:
+                    number, names, path = line.rstrip("\n").split(":", 2)
+                    if (controller and controller in names.split(",")) or (not controller and number == "0"):
+                        return None if "/.." in path else path
+        except (OSError, ValueError):
+            pass
+        return None
+
+    def slice_of(self, pid: int) -> str | None:
+        """Return the id of the slice whose cgroup a process is in."""
+        path = self.path_of(pid)
+        if path is None or PREFIX not in path:
+            return None
+        for part in reversed(path.split("/")):
+            if part.startswith(PREFIX):
+                return part[len(PREFIX) :]
+        return None
+
+    def create(self, slice_id: str, pid: int) -> Path | None:
+        """Make a slice's cgroup below that of `pid`; None where it cannot be made."""
+        current = self.path_of(pid)
+        if self._found is None or current is None:
+            return None
+        above = self._found[0] / current.lstrip("/")
+        while above.name.startswith(PREFIX):  # started from inside another slice
+            above = above.parent
+        path = above / f"{PREFIX}{slice_id}"
+        try:
+            path.mkdir(exist_ok=True)
+        except OSError:
+            return None
+        return path if os.access(path / "cgroup.procs", os.W_OK) else None
+
+    @staticmethod
+    def add(path: Path, pid: int) -> bool:
+        """Move a process into a cgroup; False when it is gone or may not be moved."""
+        try:
+            (path / "cgroup.procs").write_text(str(pid))
+        except OSError:
+            return False
+        return True
+
+    @staticmethod
+    def members(path: Path) -> set[int]:
+        """Return the pids in a cgroup and in those below it."""
+        pids: set[int] = set()
+        for directory, _, _ in os.walk(path):
+            try:
+                with open(f"{directory}/cgroup.procs") as file:
+                    pids.update(int(line) for line in file)
+            except OSError:
+                continue
+        pids.discard(0)  # a process of another pid namespace
+        return pids
+
+    @staticmethod
+    def remove(path: Path) -> None:
+        """Remove a slice's cgroup and those below it, as far as they are empty."""
+        for directory, _, _ in os.walk(path, topdown=False):
+            try:
+                os.rmdir(directory)
+            except OSError:
+                continue

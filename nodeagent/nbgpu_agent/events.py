@@ -1,0 +1,104 @@
+"""What people should know, in order, with ids that go on rising over restarts."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from typing import Any, Literal
+
+from nbgpu.models import Event
+
+log = logging.getLogger("nbgpu.agent")
+KEPT = 2000
+_LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+class Signal:
+    """Wakes all who wait, each time that something happened."""
+
+    def __init__(self) -> None:
+        self._waiters: set[asyncio.Future[None]] = set()
+
+    def fire(self) -> None:
+        """Wake everyone who waits now."""
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def wait(self, seconds: float) -> bool:
+        """Wait for the next `fire`, at most so long; return whether it came."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.add(waiter)
+        try:
+            await asyncio.wait_for(waiter, seconds)
+        except asyncio.TimeoutError:
+            return False
+        finally:
+            self._waiters.discard(waiter)
+        return True
+
+
+def first_id() -> int:
+    """Return a number above every id that an earlier agent gave: milliseconds of Unix time."""
+    return int(time.time() * 1000)
+
+
+class EventLog:
+    """The last events of all slices, and those who wait for more."""
+
+    def __init__(self) -> None:
+        self._events: deque[Event] = deque(maxlen=KEPT)
+        self._next = first_id()
+        self._all = Signal()
+        self._by_slice: dict[str, Signal] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(
+        self,
+        kind: str,
+        level: Literal["info", "warning", "error"],
+        message: str,
+        slice_id: str | None = None,
+        kernel_id: str | None = None,
+        owner: str = "",
+        **data: int | float | str | None,
+    ) -> Event:
+        """Record an event, log it in one line, wake those who wait for it."""
+        values: dict[str, Any] = {"kind": kind, "level": level, "message": message, "slice_id": slice_id, "kernel_id": kernel_id}
+        event = Event(id=self._next, time=time.time(), data=data, **values)
+        self._next += 1
+        self._events.append(event)
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        log.log(_LEVELS[level], "%s slice=%s owner=%s kernel=%s: %s", kind, slice_id or "-", owner or "-", kernel_id or "-", message)
+        self._all.fire()
+        if slice_id in self._by_slice:
+            self._by_slice[slice_id].fire()
+        return event
+
+    def after(self, event_id: int, slice_id: str | None = None) -> list[Event]:
+        """Return the events above `event_id`, of one slice or of all, oldest first."""
+        found: list[Event] = []
+        for event in reversed(self._events):
+            if event.id <= event_id:
+                break
+            if slice_id is None or event.slice_id == slice_id:
+                found.append(event)
+        return found[::-1]
+
+    async def wait(self, event_id: int, seconds: float, slice_id: str | None = None) -> list[Event]:
+        """Return `after`; when there is nothing yet, wait at most `seconds` for it."""
+        deadline = time.monotonic() + seconds
+        signal = self._all if slice_id is None else self._by_slice.setdefault(slice_id, Signal())
+        while not (found := self.after(event_id, slice_id)):
+            left = deadline - time.monotonic()
+            if left <= 0 or not await signal.wait(left):
+                return self.after(event_id, slice_id)
+        return found
+
+    def forget(self, slice_id: str) -> None:
+        """Drop the waiting list of a slice that ended; those who wait see its last events."""
+        signal = self._by_slice.pop(slice_id, None)
+        if signal is not None:
+            signal.fire()

@@ -1,0 +1,194 @@
+"""Many Unix sockets, one event loop: uvicorn's HTTP protocol, without one uvicorn server each.
+
+Each socket has a `Door` with its own bounds, so that one slice's flood costs the others nothing: beyond its rate a slice
+gets 429, and who goes on all the same is not read from, nor accepted, until the second is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+from uvicorn.config import Config
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+HEADER_BYTES = 16 * 1024
+KEEP_ALIVE_SECONDS = 75
+ACCEPTS_AT_ONCE = 16
+PATIENCE = 25
+"""Requests over the rate that are answered with 429 before the door shuts for a while."""
+SHUT_SECONDS = 1.0
+
+
+async def answer_error(send: Send, status: int, code: str, message: str, close: bool = False) -> None:
+    """Answer with an error as all of nbgpu's APIs do."""
+    body = json.dumps({"error": {"code": code, "message": message}}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if close:
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+class Bounds:
+    """How much one socket may ask for; None = as much as it likes."""
+
+    def __init__(self, connections: int, body_bytes: int, requests_per_second: float | None):
+        self.connections = connections
+        self.body_bytes = body_bytes
+        self.requests_per_second = requests_per_second
+
+
+class Door:
+    """One listening socket: its connections, its rate, the app behind it."""
+
+    def __init__(self, path: Path, app: App, state: dict[str, Any], bounds: Bounds, uid: int | None = None):
+        self.path = path
+        self._app = app
+        self._bounds = bounds
+        self._loop = asyncio.get_running_loop()
+        self._config = Config(self, lifespan="off", log_config=None, access_log=False, ws="none", http="h11", proxy_headers=False)
+        self._config.timeout_keep_alive = KEEP_ALIVE_SECONDS
+        self._config.h11_max_incomplete_event_size = HEADER_BYTES
+        self._config.load()
+        self._config.loaded_app = self
+        self._server_state = ServerState()
+        self._state = state
+        self._tokens = bounds.requests_per_second or 0.0
+        self._refilled = self._loop.time()
+        self._over = 0
+        self._shut: asyncio.TimerHandle | None = None
+        self._connecting: set[asyncio.Task[Any]] = set()
+        self._socket = _listen(path, uid)
+        self._loop.add_reader(self._socket.fileno(), self._accept)
+
+    def _accept(self) -> None:
+        for _ in range(ACCEPTS_AT_ONCE):
+            try:
+                connection, _ = self._socket.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError:  # out of descriptors: try again when there may be some
+                self._shut_for_a_while()
+                return
+            open_now = len(self._server_state.connections) + len(self._connecting)
+            if open_now >= self._bounds.connections or not self._take_token(0.2):
+                connection.close()
+                continue
+            connection.setblocking(False)
+            task = self._loop.create_task(self._loop.connect_accepted_socket(self._protocol, connection))
+            self._connecting.add(task)
+            task.add_done_callback(self._connecting.discard)
+
+    def _protocol(self) -> H11Protocol:
+        return H11Protocol(self._config, self._server_state, self._state, self._loop)
+
+    def _take_token(self, cost: float = 1.0) -> bool:
+        """Return whether the socket may be served now; shut the door on who does not stop asking."""
+        rate = self._bounds.requests_per_second
+        if rate is None:
+            return True
+        now = self._loop.time()
+        self._tokens = min(rate, self._tokens + (now - self._refilled) * rate)
+        self._refilled = now
+        if self._tokens >= cost:
+            self._tokens -= cost
+            self._over = 0
+            return True
+        self._over += 1
+        if self._over >= PATIENCE:
+            self._shut_for_a_while()
+        return False
+
+    def _shut_for_a_while(self) -> None:
+        if self._shut is not None:
+            return
+        self._loop.remove_reader(self._socket.fileno())
+        for protocol in self._server_state.connections:
+            protocol.flow.pause_reading()  # pyright: ignore
+        self._shut = self._loop.call_later(SHUT_SECONDS, self._open_again)
+
+    def _open_again(self) -> None:
+        self._shut = None
+        self._over = 0
+        self._loop.add_reader(self._socket.fileno(), self._accept)
+        for protocol in list(self._server_state.connections):
+            protocol.flow.resume_reading()  # pyright: ignore
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request within the bounds."""
+        if not self._take_token():
+            await answer_error(send, 429, "too-many-requests", "Too many requests: slow down and try again in a second.", close=True)
+            return
+        length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        if not length.isdigit() or int(length) > self._bounds.body_bytes:
+            await self._too_large(send)
+            return
+        body = b""
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            if len(body) > self._bounds.body_bytes:
+                await self._too_large(send)
+                return
+            if not message.get("more_body"):
+                break
+        await self._app(scope, _Body(body, receive), send)
+
+    async def _too_large(self, send: Send) -> None:
+        await answer_error(send, 413, "too-large", f"The body of a request may have {self._bounds.body_bytes} bytes.", close=True)
+
+    def close(self) -> None:
+        """Stop listening, end the connections, remove the socket."""
+        if self._shut is not None:
+            self._shut.cancel()
+        self._loop.remove_reader(self._socket.fileno())
+        self._socket.close()
+        for protocol in list(self._server_state.connections):
+            protocol.shutdown()  # pyright: ignore
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+
+
+class _Body:
+    """`receive` of an app whose request's body has been read already."""
+
+    def __init__(self, body: bytes, receive: Receive):
+        self._body: bytes | None = body
+        self._receive = receive
+
+    async def __call__(self) -> MutableMapping[str, Any]:
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        return await self._receive()
+
+
+def _listen(path: Path, uid: int | None) -> socket.socket:
+    """Return a listening socket that only its owner (`uid`, None = the agent's user) may open."""
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    before = os.umask(0o177)
+    try:
+        listener.bind(str(path))
+    finally:
+        os.umask(before)
+    if uid is not None:
+        os.chown(path, uid, -1)
+    listener.listen(64)
+    return listener

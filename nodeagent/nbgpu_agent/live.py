@@ -1,0 +1,268 @@
+"""One slice while it lives: its files, its processes, its kernels' limits."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from nbgpu.models import AgentSlice, Backend, KernelLimit, Slice, Usage
+
+from . import layout, procs, slicedir
+from .books import Conflict
+from .cgroups import Cgroups
+from .history import History
+from .native import Native, UseRow
+from .procs import Process
+from .slicedir import CtlFile, Record, Root
+from .tenant import Tenant
+from .usage import SlotUse, compute_by_device, memory_by_device, slice_usage
+from .watch import Watch
+
+log = logging.getLogger("nbgpu.agent")
+State = Literal["prepared", "running", "releasing"]
+NVML_DOUBT_MILLI = 100
+"""How much more than a slice tells NVML must see of it, for three samples, to be believed instead."""
+
+
+class LiveSlice:
+    """A slice of this node.
+
+    Parameters
+    ----------
+    directory : Path
+        Its directory, with `record` written in it.
+    on_exit : callable
+        Called with the slice when one of its processes has ended.
+    """
+
+    def __init__(self, directory: Path, record: Record, native: Native, cgroups: Cgroups, on_exit: Callable[[LiveSlice], None]):
+        self.directory = directory
+        self.record = record
+        self._cgroups = cgroups
+        self._on_exit = on_exit
+        self.ctl = CtlFile(directory)
+        fd = slicedir.open_use(directory)
+        if fd is None:
+            fd = slicedir.create_use(directory, record.uid)
+        self.tenant = Tenant(fd, native, len(record.slice.devices), self._member_ended)
+        self.history = History([part.uuid for part in record.slice.devices])
+        self.entries: list[int] = []
+        """Of the GPU-time scheduler, one a device."""
+        self.seen_milli: dict[int, int] = {}
+        """Compute that NVML saw and the slice did not tell, by its device's place."""
+        self.doubts: dict[int, int] = {}
+        self.busy_seconds: dict[str, float] = {}
+        self.refusals = 0
+        self._watches: dict[int, Watch] = {}
+        self._known: dict[int, Process] = {}
+        self.ctl.set_kernels(record.kernel_limits)
+        for root in record.roots:
+            self._watch(Process(root.pid, root.start_time))
+
+    @property
+    def slice(self) -> Slice:
+        """What the slice is."""
+        return self.record.slice
+
+    @property
+    def id(self) -> str:
+        """The slice's id."""
+        return self.record.slice.slice_id
+
+    @property
+    def owner(self) -> str:
+        """The owner, for logs and metrics: ``user/server@hub``."""
+        owner = self.record.slice.owner
+        return f"{owner.user}/{owner.server}@{owner.hub}"
+
+    @property
+    def state(self) -> State:
+        """Where the slice is in its life."""
+        return self.record.state
+
+    def save(self, **changes: object) -> None:
+        """Change the record and write it."""
+        record = self.record.model_copy(update=changes)
+        slicedir.write_record(self.directory, record)
+        self.record = record
+
+    # ---- processes
+
+    def adopt(self, pid: int) -> bool:
+        """Take a running process and its descendants into the slice; return whether it was new.
+
+        Raises
+        ------
+        Conflict
+            There is no such process.
+        """
+        process = procs.find(pid)
+        if process is None:
+            raise Conflict(f"There is no process {pid} to adopt into slice {self.id}: it has ended already.", field="pid")
+        if any(root.pid == pid and root.start_time == process.start_time for root in self.record.roots):
+            return False
+        cgroup = Path(self.record.cgroup) if self.record.cgroup else self._cgroups.create(self.id, pid)
+        if cgroup is not None and not self._cgroups.add(cgroup, pid):
+            # The agent may not move it, or it ended just now: then ancestry tells who belongs to it.
+            if not self.record.cgroup:
+                self._cgroups.remove(cgroup)
+                cgroup = None
+        roots = [root for root in self.record.roots if Process(root.pid, root.start_time).alive()]
+        self.save(
+            roots=(*roots, Root(pid=pid, start_time=process.start_time)),
+            state="releasing" if self.state == "releasing" else "running",
+            cgroup=str(cgroup) if cgroup else None,
+        )
+        self._gather(pid, cgroup)
+        self._watch(process)
+        return True
+
+    def _gather(self, pid: int, cgroup: Path | None) -> None:
+        """Move a process and its descendants into the cgroup, until no new one turned up meanwhile."""
+        moved: set[int] = set()
+        while fresh := procs.descendants([pid]) - moved:
+            for member in fresh:
+                if cgroup is not None:
+                    self._cgroups.add(cgroup, member)
+                elif (process := procs.find(member)) is not None:
+                    self._known[member] = process
+            moved |= fresh
+
+    def _watch(self, process: Process) -> None:
+        if process.pid not in self._watches:
+            self._watches[process.pid] = Watch(process, self._watched_ended)
+
+    def _watched_ended(self, process: Process) -> None:
+        self._watches.pop(process.pid, None)
+        self._known.pop(process.pid, None)
+        self._member_ended()
+
+    def _member_ended(self) -> None:
+        self._on_exit(self)
+
+    def has_root(self) -> bool:
+        """Return whether an adopted process still runs."""
+        return any(Process(root.pid, root.start_time).alive() for root in self.record.roots)
+
+    def members(self) -> set[int]:
+        """Return the pids of all processes of the slice that live."""
+        pids = {root.pid for root in self.record.roots if Process(root.pid, root.start_time).alive()} | self.tenant.holders()
+        if self.record.cgroup:
+            return pids | {pid for pid in self._cgroups.members(Path(self.record.cgroup)) if procs.start_time(pid) is not None}
+        pids |= {process.pid for process in self._known.values() if process.alive()}
+        return pids
+
+    def learn_descendants(self) -> None:
+        """Without a cgroup: remember who descends from the members now, for when those in between are gone."""
+        if self.record.cgroup is None and (self._known or self.record.roots):
+            live = [process.pid for process in self._known.values() if process.alive()]
+            for pid in procs.descendants([*live, *(root.pid for root in self.record.roots)]):
+                if pid not in self._known and (process := procs.find(pid)) is not None:
+                    self._known[pid] = process
+
+    def join_by_lock(self) -> bool:
+        """A process that nobody announced holds a slot: the prepared slice runs. Return whether that is so."""
+        if self.state == "prepared" and (self.tenant.holders() or self.tenant.locked_elsewhere()):
+            self.save(state="running")
+            return True
+        return False
+
+    def over(self) -> bool:
+        """Return whether the slice's last process is gone; until then watch those that are left."""
+        if self.state == "prepared" or self.has_root():
+            return False
+        members = self.members()
+        for pid in members:
+            process = procs.find(pid)
+            if process is not None:
+                self._watch(process)
+        return not members and not self.tenant.locked_elsewhere()
+
+    # ---- limits
+
+    def set_kernel_limit(self, kernel_id: str, limit: KernelLimit) -> None:
+        """Set or (both None) remove a kernel's limit; when the table is full, a limit of a kernel that holds nothing goes."""
+        limits = {name: value for name, value in self.record.kernel_limits.items() if name != kernel_id}
+        if limit.memory_bytes is not None or limit.compute_milli is not None:
+            busy = {row.kernel_id for row in self.tenant.read()}
+            idle = [name for name in limits if name not in busy]
+            while len(limits) >= layout.KERNELS and idle:
+                del limits[idle.pop(0)]
+            if len(limits) >= layout.KERNELS:
+                raise Conflict(f"{layout.KERNELS} kernels of this server have limits of their own already: remove one first.")
+            limits[kernel_id] = limit
+        self.save(kernel_limits=limits)
+        self.ctl.set_kernels(limits)
+
+    # ---- usage
+
+    def slots(self, rows: list[UseRow], now_ns: int) -> list[SlotUse]:
+        """Return what each slot uses, with what the agent knows of it."""
+        found: list[SlotUse] = []
+        for row in rows:
+            state = self.tenant.states[row.slot]
+            found.append(
+                SlotUse(
+                    device=row.device,
+                    kernel_id=row.kernel_id,
+                    pid=state.process.pid if state.process else None,
+                    memory_bytes=row.used + row.context + state.overhead_bytes,
+                    peak_bytes=max(row.peak, row.used) + row.context + state.overhead_bytes,
+                    compute_milli=self.tenant.compute_milli(row, now_ns),
+                    refusals=row.refusals,
+                    launches=row.launches,
+                    last_launch_ns=min(row.last_launch_ns, now_ns),
+                )
+            )
+        return found
+
+    def usage(self, backend: Backend) -> Usage:
+        """Return what the slice uses now, read from its files."""
+        now_ns = time.monotonic_ns()
+        slots = self.slots(self.tenant.read(), now_ns)
+        return slice_usage(self.slice, slots, self.record.kernel_limits, self.seen_milli, backend, time.time(), now_ns)
+
+    def memory_used_bytes(self) -> int:
+        """Return the memory that the slice uses on all its devices together."""
+        return sum(memory_by_device(self.slice, self.slots(self.tenant.read(), time.monotonic_ns())))
+
+    def tick(self, wall: float) -> list[UseRow]:
+        """Once a second: read the slots, add a point to the history."""
+        now_ns = time.monotonic_ns()
+        rows = self.tenant.read()
+        slots = self.slots(rows, now_ns)
+        compute = compute_by_device(self.slice, slots, self.seen_milli)
+        self.history.add(wall, memory_by_device(self.slice, slots), compute)
+        for part, milli in zip(self.slice.devices, compute, strict=True):
+            self.busy_seconds[part.uuid] = self.busy_seconds.get(part.uuid, 0.0) + milli / 1000
+        self.tenant.tick(rows, now_ns)
+        return rows
+
+    def doubt(self, index: int, nvml_milli: int, told_milli: int) -> None:
+        """Believe NVML's view of a device instead of the slice's, after it was much higher three times in a row."""
+        self.doubts[index] = self.doubts.get(index, 0) + 1 if nvml_milli > told_milli + NVML_DOUBT_MILLI else 0
+        if self.doubts[index] >= 3:
+            self.seen_milli[index] = nvml_milli
+        else:
+            self.seen_milli.pop(index, None)
+
+    def as_model(self) -> AgentSlice:
+        """Return the slice as the API shows it."""
+        return AgentSlice(
+            slice=self.slice,
+            state=self.state,
+            process_count=len(self.members()),
+            created=self.record.created,
+            memory_used_bytes=self.memory_used_bytes(),
+        )
+
+    def close(self) -> None:
+        """Let go of the files and processes; the slice itself goes on."""
+        for watch in self._watches.values():
+            watch.close()
+        self._watches.clear()
+        self.tenant.close()
+        self.ctl.close()

@@ -1,0 +1,179 @@
+"""Starts the agent: ``python -m nbgpu_agent``, or ``run(options)`` from the command line of nbgpu."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import logging
+import os
+import resource
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbgpu.errors import NbgpuError
+from nbgpu.paths import AGENT_SOCKET, runtime_dir
+from nbgpu.quantities import format_memory, parse_memory
+
+from . import admin_api, slice_api
+from .agent import Agent, Settings
+from .http import App, Bounds, Door
+from .live import LiveSlice
+from .metrics import Metrics
+from .monitor import Monitor, stop
+from .native import Native
+from .nvml import Nvml, driver_present, use_simulated_driver
+from .probe import context_bytes
+from .runtime import RuntimeLock, StartError, built_libraries, install_libraries, prepare
+
+log = logging.getLogger("nbgpu.agent")
+ADMIN_BOUNDS = Bounds(connections=256, body_bytes=1024 * 1024, requests_per_second=None)
+SLICE_BOUNDS = Bounds(connections=32, body_bytes=64 * 1024, requests_per_second=50)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run an agent; None = the default that the help names."""
+
+    runtime_dir: Path | None = None
+    simulate: bool | None = None
+    sim_devices: int | None = None
+    reserve: str | None = None
+    node: str | None = None
+    devices: str = "all"
+    takeover: bool = False
+    log_level: str = "info"
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """Return the options of a command line."""
+    parser = argparse.ArgumentParser(prog="nbgpu agent", description="The nbgpu node agent: keeps every process of a slice inside it.")
+    parser.add_argument(
+        "--runtime-dir", type=Path, help="directory of sockets and slices (default: $NBGPU_RUNTIME_DIR, /run/nbgpu for root)"
+    )
+    parser.add_argument(
+        "--simulate", action=argparse.BooleanOptionalAction, help="simulated GPUs (default: when there is no NVIDIA driver)"
+    )
+    parser.add_argument("--sim-devices", type=int, help="number of simulated GPUs (default: 2)")
+    parser.add_argument("--reserve", help="memory of each GPU kept back for driver and contexts (default: 2 GiB, at most 5 %%); 0 for none")
+    parser.add_argument("--node", help="name of this node (default: the host's name)")
+    parser.add_argument("--devices", default="all", help="GPUs that may be sliced: indexes or UUIDs with commas between (default: all)")
+    parser.add_argument("--takeover", action="store_true", help="end another agent of this runtime directory and take its place")
+    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    return Options(**vars(parser.parse_args(arguments)))
+
+
+def run(options: Options) -> int:
+    """Run the agent until SIGTERM or SIGINT; return the exit status."""
+    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s agent: %(message)s", stream=sys.stderr)
+    # What tenants send must not fill the log.
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+    os.umask(0o022)
+    try:
+        asyncio.run(_serve(options))
+    except NbgpuError as error:
+        print(f"nbgpu agent: {error.message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the agent with the options of a command line."""
+    return run(parse(arguments))
+
+
+def _sim_state(runtime: Path, device_count: int | None) -> Path:
+    """Return the simulated machine's file: ``$NBGPU_SIM_STATE``, else one of this runtime directory's own in shared memory."""
+    named = os.environ.get("NBGPU_SIM_STATE")
+    if named:
+        return Path(named).absolute()
+    shared = Path("/dev/shm")
+    name = f"nbgpu-sim-{hashlib.sha256(str(runtime).encode()).hexdigest()[:12]}"
+    directory = shared / name if os.access(shared, os.W_OK) else runtime / "sim"
+    if directory.exists() and directory.stat().st_uid != os.geteuid():
+        raise StartError(f"{directory} belongs to another user: name another file with NBGPU_SIM_STATE.")
+    if not any((runtime / "slices").iterdir()):
+        # Nobody maps it: a machine of another size may take its place.
+        shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(mode=0o755, exist_ok=True)
+    return directory / "state"
+
+
+def _reserve_bytes(text: str | None) -> int | None:
+    if text is None:
+        return None
+    return 0 if text.strip() == "0" else parse_memory(text, "--reserve")
+
+
+def _raise_file_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536) if hard != resource.RLIM_INFINITY else 65536, hard))
+
+
+async def _serve(options: Options) -> None:
+    runtime = prepare(options.runtime_dir or runtime_dir())
+    lock = RuntimeLock(runtime)
+    await asyncio.to_thread(lock.acquire, options.takeover)
+    _raise_file_limit()
+    simulate = not driver_present() if options.simulate is None else options.simulate
+    libraries = install_libraries(built_libraries(), runtime)
+    sim_state = _sim_state(runtime, options.sim_devices) if simulate else None
+    if sim_state is not None:
+        use_simulated_driver(sim_state, options.sim_devices)
+    nvml = Nvml(libraries / "sim" / "libnvidia-ml.so.1" if simulate else None)
+    if sim_state is not None and sim_state.exists() and sim_state.stat().st_uid == os.geteuid():
+        sim_state.chmod(0o666)  # the simulated machine is everybody's, as a real one's device files are
+    node = options.node or socket.gethostname()
+    devices = nvml.devices(node, simulate, _reserve_bytes(options.reserve), options.devices)
+    if not devices:
+        raise StartError("The NVIDIA driver of this machine shows no GPU. With --simulate nbgpu runs on simulated ones.")
+    cuda = str(libraries / "sim" / "libcuda.so.1") if simulate else "libcuda.so.1"
+    contexts = await context_bytes(nvml, devices, runtime, cuda)
+    settings = Settings(runtime, node, simulate, nvml.driver_version, libraries, sim_state)
+    agent = Agent(settings, devices, Native(libraries / "libnbgpu_agent.so"), contexts)
+    await _work(agent, nvml)
+    lock.release()
+
+
+async def _work(agent: Agent, nvml: Nvml) -> None:
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    monitor = Monitor(agent, nvml)
+    doors: dict[str, Door] = {}
+    slice_app: App = slice_api.make_app(agent)  # pyright: ignore[reportAssignmentType]
+
+    def added(live: LiveSlice) -> None:
+        doors[live.id] = Door(live.directory / "api.sock", slice_app, {"slice": live}, SLICE_BOUNDS, live.record.uid)
+
+    def removed(live: LiveSlice) -> None:
+        doors.pop(live.id).close()
+
+    agent.on_slice_added = added
+    agent.on_slice_ended = removed
+    agent.load()
+    admin_app: App = admin_api.make_app(agent, Metrics(agent, monitor))  # pyright: ignore[reportAssignmentType]
+    admin = Door(agent.settings.runtime / AGENT_SOCKET, admin_app, {}, ADMIN_BOUNDS)
+    watch = asyncio.create_task(monitor.run())
+    first = next(iter(agent.devices.values()))
+    kind = "simulated GPUs" if agent.settings.simulated else "GPUs"
+    usable = format_memory(first.usable_bytes)
+    log.info("ready: %d %s, %s for slices on the first, %d slices, %s", len(agent.devices), kind, usable, len(agent.slices), admin.path)
+    try:
+        await ended.wait()
+    finally:
+        log.info("ending; %d slices keep their limits", len(agent.slices))
+        await stop(watch)
+        admin.close()
+        for door in doors.values():
+            door.close()
+        agent.close()

@@ -1,0 +1,89 @@
+"""Prometheus metrics, made from the agent's state at each scrape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.metrics_core import Metric
+
+from nbgpu import __version__
+
+from .agent import Agent
+from .monitor import Monitor
+
+DEVICE = ["uuid", "index", "model"]
+SLICE = ["slice_id", "user", "server", "hub"]
+
+
+class Metrics:
+    """A registry of its own with one collector: the agent."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self, agent: Agent, monitor: Monitor):
+        self._agent = agent
+        self._monitor = monitor
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(self)  # pyright: ignore[reportArgumentType]
+
+    def text(self) -> str:
+        """Return the page that Prometheus reads."""
+        return generate_latest(self._registry).decode()
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield all metrics, as prometheus-client asks for them."""
+        settings = self._agent.settings
+        labels = {"version": __version__, "node": settings.node, "driver_version": settings.driver_version}
+        labels |= {"backend": settings.backend, "simulated": str(settings.simulated).lower()}
+        yield InfoMetricFamily("nbgpu_agent", "What this agent is", labels)
+        yield from self._devices()
+        yield from self._slices()
+        events = CounterMetricFamily("nbgpu_events", "Events by kind", labels=["kind"])
+        for kind, count in self._agent.events.counts.items():
+            events.add_metric([kind], count)
+        yield events
+        scheduler = CounterMetricFamily("nbgpu_scheduler_cpu_seconds", "CPU time of the GPU-time scheduler's thread")
+        scheduler.add_metric([], self._agent.turns.cpu_seconds())
+        yield scheduler
+
+    def _devices(self) -> Iterator[Metric]:
+        usable = GaugeMetricFamily("nbgpu_device_usable_bytes", "Memory that slices may hold: memory minus reserve", labels=DEVICE)
+        used = GaugeMetricFamily("nbgpu_device_memory_used_bytes", "Memory in use on the device, by NVML", labels=DEVICE)
+        granted = GaugeMetricFamily("nbgpu_device_memory_granted_bytes", "Sum of the slices' memory limits", labels=DEVICE)
+        compute = GaugeMetricFamily("nbgpu_device_compute_granted_milli", "Sum of the slices' compute shares", labels=DEVICE)
+        healthy = GaugeMetricFamily("nbgpu_device_healthy", "1 when the device answers", labels=DEVICE)
+        for device in self._agent.devices.values():
+            names = [device.uuid, str(device.index), device.model]
+            parts = [part for live in self._agent.slices.values() for part in live.slice.devices if part.uuid == device.uuid]
+            sample = self._monitor.samples.get(device.uuid)
+            usable.add_metric(names, device.usable_bytes)
+            used.add_metric(names, sample.used_bytes if sample is not None else 0)
+            granted.add_metric(names, sum(part.memory_bytes for part in parts))
+            compute.add_metric(names, sum(part.compute_milli for part in parts))
+            healthy.add_metric(names, int(device.healthy))
+        yield from (usable, used, granted, compute, healthy)
+
+    def _slices(self) -> Iterator[Metric]:
+        labels = [*SLICE, "uuid"]
+        limit = GaugeMetricFamily("nbgpu_slice_memory_limit_bytes", "Memory limit of a slice on a device", labels=labels)
+        used = GaugeMetricFamily("nbgpu_slice_memory_used_bytes", "Memory that a slice uses on a device", labels=labels)
+        share = GaugeMetricFamily("nbgpu_slice_compute_limit_milli", "Share of a device's time, 1000 = all", labels=labels)
+        compute = GaugeMetricFamily("nbgpu_slice_compute_used_milli", "Share of a device's time used in the last second", labels=labels)
+        busy = CounterMetricFamily("nbgpu_slice_busy_seconds", "GPU time that a slice used on a device", labels=labels)
+        refusals = CounterMetricFamily("nbgpu_slice_refusals", "Allocations refused", labels=SLICE)
+        processes = GaugeMetricFamily("nbgpu_slice_processes", "Processes of a slice", labels=SLICE)
+        for live in list(self._agent.slices.values()):
+            owner = live.slice.owner
+            names = [live.id, owner.user, owner.server, owner.hub]
+            for device in live.usage(self._agent.settings.backend).devices:
+                on_device = [*names, device.uuid]
+                limit.add_metric(on_device, device.memory_limit_bytes)
+                used.add_metric(on_device, device.memory_used_bytes)
+                share.add_metric(on_device, device.compute_limit_milli)
+                compute.add_metric(on_device, device.compute_used_milli)
+                busy.add_metric(on_device, live.busy_seconds.get(device.uuid, 0.0))
+            refusals.add_metric(names, live.refusals)
+            processes.add_metric(names, len(live.members()))
+        yield from (limit, used, share, compute, busy, refusals, processes)

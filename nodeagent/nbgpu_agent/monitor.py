@@ -1,0 +1,313 @@
+"""The agent's clock: once a second usage, NVML and the watchdog; four times a second a look for refusals."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from nbgpu.quantities import format_memory
+
+from . import layout
+from .agent import Agent, short
+from .live import LiveSlice
+from .native import UseRow
+from .nvml import DeviceSample, Nvml
+from .procs import Process, find, parent
+from .watchdog import Confirmed, Finding, SlotSeen, judge_slice, overheads
+
+log = logging.getLogger("nbgpu.agent")
+TICK_SECONDS = 1.0
+REFUSALS_SECONDS = 0.25
+DESCENDANTS_TICKS = 2
+HOSTILE_SECONDS = 60.0
+BURST_SECONDS = 1.0
+
+
+@dataclass
+class Burst:
+    """Refusals of one kernel that no event has told of yet."""
+
+    count: int = 0
+    row: UseRow | None = None
+    last_event: float = 0.0
+
+
+@dataclass
+class SliceMemory:
+    """What the monitor remembers of a slice."""
+
+    bursts: dict[str, Burst] = field(default_factory=dict[str, Burst])
+    hostile_at: float = -HOSTILE_SECONDS
+
+
+class Monitor:
+    """Looks after all slices of an agent."""
+
+    def __init__(self, agent: Agent, nvml: Nvml):
+        self._agent = agent
+        self._nvml = nvml
+        # One thread: NVML may take its time, the loop goes on meanwhile.
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="nvml")
+        self._confirmed = Confirmed()
+        self._memory: dict[str, SliceMemory] = {}
+        self._slice_of_pid: dict[Process, str | None] = {}
+        self._ticks = 0
+        self.samples: dict[str, DeviceSample] = {}
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        try:
+            await asyncio.gather(self._every(TICK_SECONDS, self._tick), self._every(REFUSALS_SECONDS, self._look_for_refusals))
+        finally:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _every(self, seconds: float, work: object) -> None:
+        assert callable(work)
+        loop = asyncio.get_running_loop()
+        due = loop.time()
+        while True:
+            try:
+                result = work()
+                if asyncio.iscoroutine(result):
+                    await result
+            except Exception:
+                log.exception("The agent's watch over the slices met an error and goes on")
+            due = max(due + seconds, loop.time())
+            await asyncio.sleep(due - loop.time())
+
+    # ---- once a second
+
+    async def _tick(self) -> None:
+        self._ticks += 1
+        agent = self._agent
+        loop = asyncio.get_running_loop()
+        self.samples = await loop.run_in_executor(self._pool, self._sample)
+        wall = time.time()
+        rows_of: dict[str, list[UseRow]] = {}
+        for live in list(agent.slices.values()):
+            if live.state == "prepared" and not live.tenant.read():
+                continue
+            rows_of[live.id] = self._look_after(live, wall)
+        findings = self._judge(rows_of)
+        for finding in self._confirmed.pass_new(findings):
+            self._report(finding)
+        agent.turns.keep_alive(agent.slices.values())
+        for gone in self._memory.keys() - agent.slices.keys():
+            del self._memory[gone]
+
+    def _sample(self) -> dict[str, DeviceSample]:
+        return {uuid: self._nvml.sample(uuid) for uuid in list(self._agent.devices)}
+
+    def _look_after(self, live: LiveSlice, wall: float) -> list[UseRow]:
+        agent = self._agent
+        if live.join_by_lock():
+            agent.changed.fire()
+        if self._ticks % DESCENDANTS_TICKS == 0:
+            live.learn_descendants()
+        live.tenant.reap()
+        rows = live.tick(wall)
+        if live.tenant.junk is not None:
+            self._hostile(live, live.tenant.junk)
+        if not live.has_root():
+            agent.end_if_over(live)
+        return rows
+
+    def _hostile(self, live: LiveSlice, what: str) -> None:
+        memory = self._memory.setdefault(live.id, SliceMemory())
+        now = time.monotonic()
+        if now - memory.hostile_at >= HOSTILE_SECONDS:
+            memory.hostile_at = now
+            message = f"The usage file of {live.owner} is not as the limiter writes it: {what}. What it says of this slice is not believed."
+            self._agent.events.add("hostile", "warning", message, live.id, owner=live.owner)
+
+    # ---- NVML against the ledger
+
+    def _judge(self, rows_of: dict[str, list[UseRow]]) -> list[Finding]:
+        agent = self._agent
+        findings: list[Finding] = []
+        seen: set[Process] = set()
+        for uuid, sample in self.samples.items():
+            agent.set_healthy(uuid, sample.error is None)
+            by_slice: dict[str | None, list[int]] = {}
+            for pid in sample.memory.keys() | sample.compute.keys():
+                process = find(pid)
+                if process is not None:  # of a process that just ended the driver shows the rest
+                    seen.add(process)
+                    by_slice.setdefault(self._slice_of(process), []).append(pid)
+            for pid in by_slice.pop(None, []):
+                held = sample.memory.get(pid, 0)
+                findings.append(Finding("foreign", None, ("foreign", uuid, pid), pid, held, 0, sample.compute.get(pid, 0)))
+            for slice_id, rows in rows_of.items():
+                live = agent.slices.get(slice_id)
+                if live is not None:
+                    findings += self._judge_slice(live, uuid, rows, by_slice.get(slice_id, []), sample)
+        self._slice_of_pid = {process: owner for process, owner in self._slice_of_pid.items() if process in seen}
+        return findings
+
+    def _judge_slice(self, live: LiveSlice, uuid: str, rows: list[UseRow], pids: list[int], sample: DeviceSample) -> list[Finding]:
+        for index, part in enumerate(live.slice.devices):
+            if part.uuid != uuid:
+                continue
+            cap = self._agent.overhead_caps.get(uuid, 0)
+            memory = {pid: sample.memory[pid] for pid in pids if pid in sample.memory}
+            compute = {pid: sample.compute[pid] for pid in pids if pid in sample.compute}
+            slots = [SlotSeen(row.slot, self._pid(live, row), row.used, row.context) for row in rows if row.device == index]
+            self._write_overheads(live, slots, memory, cap)
+            told = sum(live.tenant.compute_milli(row, time.monotonic_ns()) for row in rows if row.device == index)
+            live.doubt(index, sum(compute.values()), told)
+            live.ctl.words.device[index].compute_used_milli = min(1000, max(told, live.seen_milli.get(index, 0)))
+            strict = part.compute_milli if live.slice.mode == "strict" else None
+            return judge_slice(live.id, uuid, part.memory_bytes, cap, strict, slots, memory, compute)
+        if not pids:
+            return []
+        # Processes of the slice on a device that it has no part of: all that they hold there is unlimited.
+        memory = {pid: sample.memory[pid] for pid in pids if pid in sample.memory}
+        return judge_slice(live.id, uuid, 0, 0, None, [], memory, {})
+
+    @staticmethod
+    def _pid(live: LiveSlice, row: UseRow) -> int | None:
+        process = live.tenant.states[row.slot].process
+        return process.pid if process is not None else None
+
+    @staticmethod
+    def _write_overheads(live: LiveSlice, slots: list[SlotSeen], memory: dict[int, int], cap: int) -> None:
+        granted = overheads(slots, memory, cap)
+        for seen in slots:
+            value = granted.get(seen.slot, (0, 0))[0]
+            live.tenant.states[seen.slot].overhead_bytes = value
+            if live.ctl.words.overhead[seen.slot] != value:
+                live.ctl.words.overhead[seen.slot] = value
+
+    def _slice_of(self, process: Process) -> str | None:
+        """Return the slice that a process belongs to: by its cgroup, by the slot it holds, by its ancestors."""
+        if process in self._slice_of_pid:
+            return self._slice_of_pid[process]
+        found = self._find_slice(process)
+        if found is not None or process not in self._slice_of_pid:
+            self._slice_of_pid[process] = found
+        return found
+
+    def _find_slice(self, process: Process) -> str | None:
+        slices = self._agent.slices
+        by_cgroup = self._agent.cgroups.slice_of(process.pid)
+        if by_cgroup in slices:
+            return by_cgroup
+        roots = {root.pid: live.id for live in slices.values() for root in live.record.roots}
+        holders = {pid: live.id for live in slices.values() for pid in live.tenant.holders()}
+        pid: int | None = process.pid
+        while pid is not None and pid > 1:
+            owner = holders.get(pid) or roots.get(pid)
+            if owner is not None:
+                return owner
+            pid = parent(pid)
+        return None
+
+    def _report(self, finding: Finding) -> None:
+        agent = self._agent
+        live = agent.slices.get(finding.slice_id or "")
+        who = f"Process {finding.pid}" if finding.pid is not None else "This server"
+        held, allowed = format_memory(finding.memory_bytes), format_memory(finding.allowed_bytes)
+        if finding.kind == "unlimited":
+            message = f"{who} uses the GPU ({held}) without nbgpu's limiter. Start it without changing LD_PRELOAD, or stop it."
+        elif finding.kind == "overhead":
+            message = f"{who} holds {held} beyond what it allocated; up to {allowed} are granted. Restart it to give the memory back."
+        elif finding.kind == "foreign":
+            message = f"{who} uses the GPU ({held}) and belongs to no slice of this node. Its memory is not counted by nbgpu."
+        elif finding.key[0] == "compute":
+            message = f"{who} used {finding.compute_milli / 10:.0f} % of the GPU's time, more than its strict share, for 5 seconds."
+        else:
+            message = f"{who} holds {held} on the GPU, its limit is {allowed}. Free memory, or restart it."
+        kernel = next((k for k in self._kernels(live) if k[0] == finding.pid), (None, None))[1] if live is not None else None
+        agent.events.add(
+            finding.kind,
+            "warning" if finding.kind != "unlimited" else "error",
+            message,
+            finding.slice_id,
+            kernel or None,
+            live.owner if live is not None else "",
+            pid=finding.pid,
+            memory_bytes=finding.memory_bytes,
+            allowed_bytes=finding.allowed_bytes,
+            compute_milli=finding.compute_milli,
+        )
+
+    def _kernels(self, live: LiveSlice) -> list[tuple[int | None, str]]:
+        return [(self._pid(live, row), row.kernel_id) for row in live.tenant.read()]
+
+    # ---- refusals
+
+    def _look_for_refusals(self) -> None:
+        now = time.monotonic()
+        for live in list(self._agent.slices.values()):
+            memory = self._memory.get(live.id)
+            if live.tenant.refused():
+                memory = self._memory.setdefault(live.id, SliceMemory())
+                self._collect(live, memory)
+            if memory is None:
+                continue
+            for burst in memory.bursts.values():
+                if burst.count and burst.row is not None and now - burst.last_event >= BURST_SECONDS:
+                    self._tell_refusal(live, burst.row, burst.count)
+                    burst.count, burst.last_event = 0, now
+
+    @staticmethod
+    def _collect(live: LiveSlice, memory: SliceMemory) -> None:
+        for row in live.tenant.read():
+            state = live.tenant.states[row.slot]
+            fresh = row.refusals - state.refusals
+            state.refusals = row.refusals
+            if fresh > 0:
+                live.refusals += fresh
+                burst = memory.bursts.setdefault(row.kernel_id, Burst())
+                burst.count += fresh
+                burst.row = row
+
+    def _tell_refusal(self, live: LiveSlice, row: UseRow, count: int) -> None:
+        part = live.slice.devices[row.device]
+        own = [slot for slot in live.slots(live.tenant.read(), time.monotonic_ns()) if slot.device == row.device]
+        limit = live.record.kernel_limits.get(row.kernel_id)
+        who = f"Notebook kernel {short(row.kernel_id)}" if row.kernel_id else "A program of this server"
+        asked = format_memory(row.refused_bytes)
+        times = f" ({count} times)" if count > 1 else ""
+        if row.refused_by == layout.REFUSED_KERNEL and limit is not None and limit.memory_bytes is not None:
+            allowed, which = limit.memory_bytes, "kernel"
+            used = sum(slot.memory_bytes for slot in own if slot.kernel_id == row.kernel_id)
+            why = (
+                f"its own limit of {format_memory(allowed)} is full ({format_memory(used)} in use). Free memory in it, or raise its limit."
+            )
+        elif row.refused_by == layout.REFUSED_DRIVER:
+            allowed, which = part.memory_bytes, "device"
+            used = sum(slot.memory_bytes for slot in own)
+            why = f"the GPU itself had no room, though this server's slice of {format_memory(allowed)} has. Tell your administrator."
+        else:
+            allowed, which = part.memory_bytes, "slice"
+            used = sum(slot.memory_bytes for slot in own)
+            why = (
+                f"this server's slice of {format_memory(allowed)} is full ({format_memory(used)} in use). "
+                "Free memory in one of its notebooks, or restart with a larger fraction."
+            )
+        self._agent.events.add(
+            "refused",
+            "warning",
+            f"{who} was refused {asked}{times}: {why}",
+            live.id,
+            row.kernel_id or None,
+            live.owner,
+            count=count,
+            refused_bytes=row.refused_bytes,
+            limit_bytes=allowed,
+            used_bytes=used,
+            limit=which,
+            device=part.uuid,
+        )
+
+
+async def stop(task: asyncio.Task[None]) -> None:
+    """Cancel a task and wait for its end."""
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

@@ -1,0 +1,101 @@
+"""Processes of this machine, from /proc: is it still the one that it was, who descends from whom, in which cgroup."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process that cannot be mistaken for a later one with its pid."""
+
+    pid: int
+    start_time: int
+    """Clock ticks since boot: field 22 of ``/proc/<pid>/stat``."""
+
+    def alive(self) -> bool:
+        """Return whether it still runs (a zombie does not)."""
+        return start_time(self.pid) == self.start_time
+
+
+def _stat(pid: int | str) -> list[bytes] | None:
+    """Return the fields of ``/proc/<pid>/stat`` from the third (state) on."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            text = file.read(1024)
+    except OSError:
+        return None
+    return text[text.rindex(b")") + 2 :].split()
+
+
+def start_time(pid: int) -> int | None:
+    """Return when a process started, in clock ticks since boot; None when it is gone or a zombie."""
+    fields = _stat(pid)
+    if fields is None or fields[0] in (b"Z", b"X"):
+        return None
+    return int(fields[19])
+
+
+def find(pid: int) -> Process | None:
+    """Return the process that has `pid` now; None when there is none."""
+    started = start_time(pid)
+    return None if started is None else Process(pid, started)
+
+
+def parent(pid: int) -> int | None:
+    """Return the pid of a process's parent; None when the process is gone."""
+    fields = _stat(pid)
+    return None if fields is None else int(fields[1])
+
+
+def descendants(roots: Iterable[int]) -> set[int]:
+    """Return `roots` and all that descend from them now, zombies left out. One pass over /proc."""
+    children: dict[int, list[int]] = defaultdict(list)
+    live: set[int] = set()
+    for name in os.listdir("/proc"):
+        if name.isdigit() and (fields := _stat(name)) is not None and fields[0] not in (b"Z", b"X"):
+            live.add(int(name))
+            children[int(fields[1])].append(int(name))
+    found: set[int] = set()
+    todo = list(roots)
+    while todo:
+        pid = todo.pop()
+        if pid not in found:
+            found.add(pid)
+            todo.extend(children[pid])
+    return found & live
+
+
+def inner_pid(pid: int) -> int:
+    """Return a process's pid as it sees itself, in its own pid namespace."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            for line in file:
+                if line.startswith(b"NSpid:"):
+                    return int(line.split()[-1])
+    except OSError:
+        pass
+    return pid
+
+
+@lru_cache(maxsize=1)
+def boot_id() -> str:
+    """Return what tells this boot of the machine from others: pids and start times mean nothing across boots."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
+
+
+def open_pidfd(process: Process) -> int | None:
+    """Return a descriptor that becomes readable when `process` ends; None when it has ended, or where there is no such thing."""
+    try:
+        fd = os.pidfd_open(process.pid)
+    except (OSError, AttributeError):
+        return None
+    if process.alive():
+        return fd
+    os.close(fd)
+    return None

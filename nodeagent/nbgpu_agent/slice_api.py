@@ -1,0 +1,126 @@
+"""A slice's own API, on `api.sock` in its directory. The slice is known by the socket; nothing in a request names it."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from nbgpu.errors import InvalidValue, NbgpuError
+from nbgpu.models import KernelId, KernelLimit
+
+from .agent import Agent, NoSuchSlice
+from .history import LENGTH
+from .live import LiveSlice
+
+MAX_ID = 2**53
+MAX_WAIT_SECONDS = 30
+_KERNEL_ID: TypeAdapter[str] = TypeAdapter(KernelId)
+
+
+def _json(text: str) -> Response:
+    return Response(text, media_type="application/json")
+
+
+def _number(request: Request, name: str, default: float, low: float, high: float) -> float:
+    text = request.query_params.get(name)
+    if text is None:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high:
+        raise InvalidValue(name, text, f"a number from {low:g} to {high:g}")
+    return value
+
+
+class SliceApi:
+    """The routes of docs/interfaces.md, for whichever slice the socket is of."""
+
+    def __init__(self, agent: Agent):
+        self._agent = agent
+
+    def _live(self, request: Request) -> LiveSlice:
+        live: LiveSlice = request.scope["state"]["slice"]
+        if self._agent.slices.get(live.id) is not live:
+            raise NoSuchSlice(live.id)
+        return live
+
+    async def slice(self, request: Request) -> Response:
+        """``GET /v1/slice``."""
+        return _json(self._live(request).slice.model_dump_json())
+
+    async def usage(self, request: Request) -> Response:
+        """``GET /v1/usage``."""
+        return _json(self._live(request).usage(self._agent.settings.backend).model_dump_json())
+
+    async def history(self, request: Request) -> Response:
+        """``GET /v1/history?seconds=``."""
+        seconds = int(_number(request, "seconds", LENGTH, 0, LENGTH))
+        return JSONResponse(self._live(request).history.as_json(seconds))
+
+    async def kernels(self, request: Request) -> Response:
+        """``GET /v1/kernels``."""
+        limits = self._live(request).record.kernel_limits
+        return JSONResponse({kernel_id: limit.model_dump() for kernel_id, limit in limits.items()})
+
+    async def put_kernel(self, request: Request) -> Response:
+        """``PUT /v1/kernels/{kernel_id}``."""
+        live = self._live(request)
+        try:
+            kernel_id = _KERNEL_ID.validate_python(request.path_params["kernel_id"])
+        except ValidationError:
+            raise InvalidValue("kernel_id", request.path_params["kernel_id"], "1 to 39 letters, digits, `-`, `_` or `.`") from None
+        try:
+            limit = KernelLimit.model_validate_json(await request.body())
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(str(part) for part in first["loc"]) or "body"
+            raise NbgpuError(f"{field}: {first['msg']}.", code="invalid", status=400, field=field) from None
+        return _json(self._agent.set_kernel_limit(live, kernel_id, limit).model_dump_json())
+
+    async def events(self, request: Request) -> Response:
+        """``GET /v1/events?after=&wait_seconds=``."""
+        live = self._live(request)
+        after = int(_number(request, "after", -1, -1, MAX_ID))
+        wait_seconds = _number(request, "wait_seconds", 0, 0, MAX_WAIT_SECONDS)
+        found = await self._agent.events.wait(after, wait_seconds, live.id)
+        return JSONResponse([event.model_dump(mode="json") for event in found])
+
+
+async def _own_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, NbgpuError)
+    return JSONResponse(error.as_json(), error.status)
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = {404: "not-found", 405: "method-not-allowed"}.get(error.status_code, "invalid")
+    return Response(
+        json.dumps({"error": {"code": code, "message": f"{error.detail}."}}), error.status_code, error.headers, "application/json"
+    )
+
+
+def make_app(agent: Agent) -> Starlette:
+    """Return the ASGI app that serves every slice's socket; ``scope["state"]["slice"]`` says which."""
+    api = SliceApi(agent)
+    handlers: Any = {NbgpuError: _own_error, HTTPException: _http_error}
+    return Starlette(
+        routes=[
+            Route("/v1/slice", api.slice),
+            Route("/v1/usage", api.usage),
+            Route("/v1/history", api.history),
+            Route("/v1/kernels", api.kernels),
+            Route("/v1/kernels/{kernel_id}", api.put_kernel, methods=["PUT"]),
+            Route("/v1/events", api.events),
+        ],
+        exception_handlers=handlers,
+    )

@@ -1,0 +1,226 @@
+"""A slice's directory: `slice.json` (the agent's truth), `ctl`, `use`, `api.sock`. Everything is rebuilt from it after a restart.
+
+The directory and all but `use` and `api.sock` belong to the agent, so that the slice's user cannot replace files in it. A slice
+exists from the moment its `slice.json` does, and no longer than that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import mmap
+import os
+import shutil
+import struct
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from nbgpu.models import KernelId, KernelLimit, Model, Slice
+
+from . import layout
+
+RECORD = "slice.json"
+RECORD_VERSION = 1
+USE_TMPFS_BYTES = 128 * 1024
+_MNT_DETACH = 2
+_MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
+_MS_BIND = 4096
+
+
+class Root(Model):
+    """A process that was adopted into the slice, with its start time in clock ticks since boot."""
+
+    pid: int
+    start_time: int
+
+
+class Record(Model):
+    """Contents of `slice.json`."""
+
+    version: int = RECORD_VERSION
+    slice: Slice
+    uid: int | None
+    state: Literal["prepared", "running", "releasing"]
+    created: float
+    """Unix time, seconds."""
+    boot_id: str
+    roots: tuple[Root, ...] = ()
+    cgroup: str | None = None
+    kernel_limits: dict[KernelId, KernelLimit] = Field(default_factory=dict[KernelId, KernelLimit])
+
+
+def write_record(directory: Path, record: Record) -> None:
+    """Write `slice.json`: whole or not at all, and on the disk when this returns."""
+    fresh = directory / f".{RECORD}"
+    with open(fresh, "w") as file:
+        json.dump(record.model_dump(mode="json"), file)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.chmod(0o644)
+    fresh.rename(directory / RECORD)
+    _sync(directory)
+
+
+def read_record(directory: Path) -> Record | None:
+    """Return what `slice.json` says; None when there is none. ValueError when it cannot be understood."""
+    try:
+        text = (directory / RECORD).read_text()
+    except FileNotFoundError:
+        return None
+    try:
+        return Record.model_validate_json(text)
+    except ValidationError as error:
+        raise ValueError(f"{directory / RECORD}: {error.error_count()} errors, the first: {error.errors()[0]['msg']}") from None
+
+
+def _sync(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def create(directory: Path) -> None:
+    """Make a slice's empty directory; what a killed agent left half made goes first."""
+    remove(directory)
+    directory.mkdir(mode=0o755)
+    directory.chmod(0o755)
+
+
+def remove(directory: Path) -> None:
+    """End a slice's directory: its record first, so that no crash leaves half a slice."""
+    with contextlib.suppress(FileNotFoundError):
+        (directory / RECORD).unlink()
+    _unmount(directory / "use")
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def create_use(directory: Path, uid: int | None) -> int:
+    """Make the `use` file for its owner and return an open descriptor.
+
+    As root it lies on a tmpfs of its own: whatever its user does to it, it cannot fill the machine's memory.
+    """
+    path = directory / "use"
+    _unmount(path)
+    path.unlink(missing_ok=True)
+    source = path
+    private = directory / ".use"
+    if os.geteuid() == 0:
+        private.mkdir(mode=0o700, exist_ok=True)
+        if _mount("tmpfs", private, "tmpfs", _MS_NOSUID_NODEV_NOEXEC, f"size={USE_TMPFS_BYTES},nr_inodes=4,mode=700"):
+            source = private / "use"
+    fd = os.open(source, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    os.ftruncate(fd, layout.USE_SIZE)
+    # Magic last: a reader that sees it sees a whole head.
+    os.pwrite(fd, struct.pack("<II", layout.VERSION, layout.USE_SIZE), 8)
+    os.pwrite(fd, struct.pack("<Q", layout.USE_MAGIC), 0)
+    if uid is not None:
+        os.fchown(fd, uid, -1)
+    if source is not path:
+        path.touch(mode=0o600)
+        if not _mount(str(source), path, "", _MS_BIND, ""):
+            os.close(fd)
+            _unmount(private)
+            private.rmdir()
+            return _plain_use(directory, uid)
+        _unmount(private)
+    if private.exists():
+        private.rmdir()
+    return fd
+
+
+def _plain_use(directory: Path, uid: int | None) -> int:
+    path = directory / "use"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    os.ftruncate(fd, layout.USE_SIZE)
+    os.pwrite(fd, struct.pack("<QII", layout.USE_MAGIC, layout.VERSION, layout.USE_SIZE), 0)
+    if uid is not None:
+        os.fchown(fd, uid, -1)
+    return fd
+
+
+def open_use(directory: Path) -> int | None:
+    """Return a descriptor of the `use` file that is there; None when there is none that was ever a `use` file of this version."""
+    try:
+        fd = os.open(directory / "use", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    return fd
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _mount(source: str, target: Path, kind: str, flags: int, data: str) -> bool:
+    result: int = _libc().mount(source.encode(), str(target).encode(), kind.encode(), ctypes.c_ulong(flags), data.encode())
+    return result == 0
+
+
+def _unmount(target: Path) -> None:
+    if os.geteuid() == 0:
+        _libc().umount2(str(target).encode(), _MNT_DETACH)
+
+
+class CtlFile:
+    """The `ctl` file, mapped for writing. The agent is its only writer beside the scheduler's gate words."""
+
+    def __init__(self, directory: Path):
+        path = directory / "ctl"
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        fresh = os.fstat(self.fd).st_size != layout.CTL_SIZE
+        if fresh:
+            os.ftruncate(self.fd, layout.CTL_SIZE)
+        os.fchmod(self.fd, 0o644)
+        self._map = mmap.mmap(self.fd, layout.CTL_SIZE)
+        self.words = layout.Ctl.from_buffer(self._map)
+        if fresh or self.words.magic != layout.CTL_MAGIC:
+            self.words.version = layout.VERSION
+            self.words.size = layout.CTL_SIZE
+            for device in self.words.device:
+                device.gate = layout.GATE_NONE
+            for kernel in self.words.kernel:
+                for index in range(layout.DEVICES):
+                    kernel.gate[index] = layout.GATE_NONE
+
+    def set_slice(self, part_of: Slice, context_bytes: dict[str, int], overhead_caps: dict[str, int], backend: int) -> None:
+        """Write the limits of a slice; `context_bytes` and `overhead_caps` in bytes by device uuid."""
+        words = self.words
+        for index, part in enumerate(part_of.devices):
+            device = words.device[index]
+            device.mem_limit = part.memory_bytes
+            device.compute_milli = part.compute_milli
+            device.mode = layout.MODE_STRICT if part_of.mode == "strict" else layout.MODE_BURST
+            device.context_bytes = context_bytes.get(part.uuid, 0)
+            device.overhead_cap = overhead_caps.get(part.uuid, 0)
+            device.uuid = part.uuid.encode()
+        words.backend = backend
+        words.generation += 1
+        words.magic = layout.CTL_MAGIC
+
+    def set_kernels(self, limits: dict[str, KernelLimit]) -> None:
+        """Write the kernels' limits. A kernel keeps its entry while it has one."""
+        words = self.words
+        index_of = {entry.id.decode(): index for index, entry in enumerate(words.kernel) if entry.id}
+        for kernel_id, index in index_of.items():
+            if kernel_id not in limits:
+                words.kernel[index].id = b""
+        free = [index for index, entry in enumerate(words.kernel) if not entry.id]
+        for kernel_id, limit in limits.items():
+            index = index_of.get(kernel_id)
+            entry = words.kernel[free.pop(0) if index is None else index]
+            entry.mem_limit = limit.memory_bytes or 0
+            entry.compute_milli = limit.compute_milli or 0
+            if index is None:
+                entry.id = kernel_id.encode()
+        words.generation += 1
+
+    def close(self) -> None:
+        """Unmap the file."""
+        del self.words
+        self._map.close()
+        os.close(self.fd)

@@ -1,0 +1,190 @@
+"""What a slice's processes write in `use`, read with distrust: slots, who they belong to, how fast they work.
+
+A tenant's words cost only the tenant (security.md rule 1): whatever is written here changes what is shown of that slice, no other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from . import layout, procs
+from .native import LOCKED_ELSEWHERE, Native, UseRow
+from .procs import Process
+from .watch import Watch
+
+_SLOT = layout.Use.slot.offset
+_OWNER = layout.UseSlot.owner.offset
+_USED = layout.UseSlot.used.offset
+_READY = layout.UseSlot.ready.offset
+_SLOT_BYTES = ctypes.sizeof(layout.UseSlot)
+_RATE_FLOOR_NS = 200_000_000
+
+
+@dataclass
+class SlotState:
+    """What the agent itself knows of a slot's owner."""
+
+    owner: int
+    process: Process | None = None
+    """As this machine counts pids; None when it could not be found."""
+    watch: Watch | None = None
+    refusals: int = 0
+    """Those that were reported."""
+    samples: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    """(CLOCK_MONOTONIC ns, busy ns) of the last two ticks."""
+    overhead_bytes: int = 0
+    strikes: int = 0
+    """Samples in a row with too much overhead."""
+
+
+def busy_ns(row: UseRow, now_ns: int) -> int:
+    """Return a slot's GPU time, the busy interval that is still open included."""
+    return row.busy_ns + (now_ns - row.busy_since if 0 < row.busy_since < now_ns else 0)
+
+
+class Tenant:
+    """The `use` file of one slice.
+
+    Parameters
+    ----------
+    fd : int
+        The file, open for reading and writing; closed by `close`.
+    on_death : callable
+        Called when the process of a slot has ended.
+    """
+
+    def __init__(self, fd: int, native: Native, device_count: int, on_death: Callable[[], None]):
+        self.fd = fd
+        self._native = native
+        self._device_count = device_count
+        self._on_death = on_death
+        self.states: dict[int, SlotState] = {}
+        self.junk: str | None = None
+        self.events_word = -1
+
+    def read(self) -> list[UseRow]:
+        """Return the slots in use; what is junk is left out and named in `self.junk`."""
+        try:
+            rows = self._native.use_read(self.fd)
+            self.junk = None if os.fstat(self.fd).st_size == layout.USE_SIZE else "its file has another size than it was made with"
+        except OSError as error:
+            rows = []
+            self.junk = "its file is no use file any more" if error.errno == errno.EBADMSG else str(error.strerror)
+        good: list[UseRow] = []
+        for row in rows:
+            if row.junk or row.device >= self._device_count:
+                self.junk = f"slot {row.slot} holds numbers that cannot be"
+            if row.device < self._device_count:
+                good.append(row)
+                self._know(row)
+        gone = self.states.keys() - {row.slot for row in good}
+        for slot in gone:
+            self._forget(slot)
+        return good
+
+    def _know(self, row: UseRow) -> None:
+        state = self.states.get(row.slot)
+        if state is None or state.owner != row.owner:
+            self._forget(row.slot)
+            state = self.states[row.slot] = SlotState(row.owner)
+            state.samples = [(time.monotonic_ns(), busy_ns(row, time.monotonic_ns()))]
+        if state.process is None:
+            holder = self._native.use_locked(self.fd, row.slot)
+            if holder not in (0, LOCKED_ELSEWHERE):
+                process = procs.find(holder)
+                # The same holder before and after: its pid was not another's in between.
+                if process is not None and self._native.use_locked(self.fd, row.slot) == holder:
+                    state.process = process
+                    state.watch = Watch(process, lambda _: self._on_death())
+
+    def _forget(self, slot: int) -> None:
+        state = self.states.pop(slot, None)
+        if state is not None and state.watch is not None:
+            state.watch.close()
+
+    def alive(self, row: UseRow) -> bool:
+        """Return whether the owner of a slot lives: its lock is held, or the process is there though it lost the lock."""
+        if self._native.use_locked(self.fd, row.slot) != 0:
+            return True
+        process = self.states[row.slot].process
+        if process is not None:
+            return process.alive()
+        # Never seen with its lock: on this machine's own pids its word is enough, it costs only itself.
+        return procs.start_time(row.pid) == row.start_time
+
+    def reap(self) -> bool:
+        """Free the slots whose owners are gone; return whether one was freed."""
+        freed = False
+        for row in self.read():
+            if not self.alive(row):
+                freed = self._free(row) or freed
+        if freed:
+            self.read()
+        return freed
+
+    def _free(self, row: UseRow) -> bool:
+        """Free one slot, unless it is another's by now.
+
+        Our record lock keeps siblings from reaping it too. The owner's word goes last: until then nobody takes the slot.
+        """
+        at = _SLOT + row.slot * _SLOT_BYTES
+        try:
+            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, at)
+        except OSError:
+            return False
+        try:
+            if os.pread(self.fd, 8, at + _OWNER) != struct.pack("<Q", row.owner):
+                return False
+            os.pwrite(self.fd, bytes(4), at + _READY)
+            os.pwrite(self.fd, bytes(16), at + _USED)  # used, context
+            os.pwrite(self.fd, bytes(8), at + _OWNER)
+            return True
+        except OSError:
+            return False
+        finally:
+            fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, at)
+
+    def holders(self) -> set[int]:
+        """Return the pids of live owners of slots, as far as this machine has pids for them."""
+        return {state.process.pid for state in self.states.values() if state.process is not None and state.process.alive()}
+
+    def locked_elsewhere(self) -> bool:
+        """Return whether a slot is held by somebody who has no pid here."""
+        return any(
+            state.process is None and self._native.use_locked(self.fd, slot) == LOCKED_ELSEWHERE for slot, state in self.states.items()
+        )
+
+    def refused(self) -> bool:
+        """Return whether there were refusals since the last call: one cheap read."""
+        try:
+            word = self._native.use_events(self.fd)
+        except OSError:
+            return False
+        changed = word != self.events_word
+        self.events_word = word
+        return changed
+
+    def tick(self, rows: list[UseRow], now_ns: int) -> None:
+        """Keep this moment's busy times: rates are measured against the tick before the last."""
+        for row in rows:
+            state = self.states[row.slot]
+            state.samples = [*state.samples[-1:], (now_ns, busy_ns(row, now_ns))]
+
+    def compute_milli(self, row: UseRow, now_ns: int) -> int:
+        """Return the share of its device that a slot used over the last one to two seconds, 0..1000."""
+        then_ns, then_busy = self.states[row.slot].samples[0]
+        elapsed = max(now_ns - then_ns, _RATE_FLOOR_NS)
+        return min(1000, max(0, (busy_ns(row, now_ns) - then_busy) * 1000 // elapsed))
+
+    def close(self) -> None:
+        """Stop watching and close the file."""
+        for slot in list(self.states):
+            self._forget(slot)
+        os.close(self.fd)

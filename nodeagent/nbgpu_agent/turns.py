@@ -1,0 +1,80 @@
+"""The GPU-time scheduler of this node, kept alive: slices are put in and out, and a scheduler that stopped is replaced."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterable
+
+from nbgpu.models import Device
+
+from . import layout
+from .live import LiveSlice
+from .native import Native, Scheduler
+
+log = logging.getLogger("nbgpu.agent")
+DEAD_NS = 2_000_000_000
+CLOSE_SECONDS = 1.0
+
+
+class Turns:
+    """Gives the slices of all devices their turns."""
+
+    def __init__(self, native: Native, devices: Iterable[Device]):
+        self._native = native
+        self._physical = {device.uuid: device.index for device in devices}
+        self._scheduler: Scheduler = native.scheduler()
+        self._started_ns = time.monotonic_ns()
+
+    @staticmethod
+    def _mode(live: LiveSlice) -> int:
+        return layout.MODE_STRICT if live.slice.mode == "strict" else layout.MODE_BURST
+
+    def add(self, live: LiveSlice) -> None:
+        """Schedule a slice on each of its devices."""
+        mode = self._mode(live)
+        live.entries = [
+            self._scheduler.add(live.ctl.fd, live.tenant.fd, index, self._physical[part.uuid], part.compute_milli, mode)
+            for index, part in enumerate(live.slice.devices)
+            if part.uuid in self._physical
+        ]
+
+    def change(self, live: LiveSlice) -> None:
+        """Tell the scheduler of a slice's new shares or mode."""
+        for entry, part in zip(live.entries, live.slice.devices, strict=False):
+            self._scheduler.set(entry, part.compute_milli, self._mode(live))
+
+    def remove(self, live: LiveSlice) -> None:
+        """Forget a slice."""
+        for entry in live.entries:
+            self._scheduler.remove(entry)
+        live.entries = []
+
+    def keep_alive(self, slices: Iterable[LiveSlice]) -> bool:
+        """Replace the scheduler when it gives no sign of life any more; return whether that was so."""
+        slices = list(slices)
+        now_ns = time.monotonic_ns()
+        scheduled = [live for live in slices if live.entries]
+        if not scheduled or now_ns - self._started_ns < DEAD_NS:
+            return False
+        if any(now_ns - live.ctl.words.heartbeat_ns < DEAD_NS for live in scheduled):
+            return False
+        log.error("The GPU-time scheduler has stopped; a new one takes its place.")
+        # A thread that hangs never lets close return: it is left behind.
+        closing = threading.Thread(target=self._scheduler.close, daemon=True)
+        closing.start()
+        closing.join(CLOSE_SECONDS)
+        self._scheduler = self._native.scheduler()
+        self._started_ns = now_ns
+        for live in slices:
+            self.add(live)
+        return True
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time of the scheduler's thread."""
+        return self._scheduler.totals().cpu_ns / 1e9
+
+    def close(self) -> None:
+        """Stop the scheduler; processes fall back at once."""
+        self._scheduler.close()

@@ -1,0 +1,114 @@
+"""Judges what NVML says of processes against what their slices tell. Pure: samples in, verdicts out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from nbgpu.quantities import MIB
+
+CONFIRM_SAMPLES = 2
+"""NVML and the ledger are read one after the other: only what both of two samples show is told."""
+COMPUTE_CONFIRM_SAMPLES = 5
+COMPUTE_TOLERANCE_MILLI = 50
+OVER_LIMIT_TOLERANCE_BYTES = 64 * MIB
+"""The driver takes memory in larger pieces than programs ask for."""
+
+
+@dataclass(frozen=True)
+class SlotSeen:
+    """A slot of a slice on the device that is judged; bytes."""
+
+    slot: int
+    pid: int | None
+    used: int
+    context: int
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is not as it should be, on one device."""
+
+    kind: Literal["unlimited", "overhead", "over-limit", "foreign"]
+    slice_id: str | None
+    key: tuple[object, ...]
+    """The same for the same case in the next sample."""
+    pid: int | None
+    memory_bytes: int
+    allowed_bytes: int
+    compute_milli: int = 0
+    samples_needed: int = CONFIRM_SAMPLES
+
+
+def overheads(slots: Sequence[SlotSeen], nvml: Mapping[int, int], cap_bytes: int) -> dict[int, tuple[int, int]]:
+    """Return for each slot that NVML knows (granted, measured) overhead in bytes: NVML - tracked - context, granted up to the cap.
+
+    The slots of one process on the device share its overhead: the first one carries it.
+    """
+    tracked: dict[int, int] = {}
+    first: dict[int, int] = {}
+    for seen in slots:
+        if seen.pid is not None and seen.pid in nvml:
+            tracked[seen.pid] = tracked.get(seen.pid, 0) + seen.used + seen.context
+            first.setdefault(seen.pid, seen.slot)
+    found: dict[int, tuple[int, int]] = {}
+    for pid, slot in first.items():
+        measured = max(0, nvml[pid] - tracked[pid])
+        found[slot] = (min(measured, cap_bytes), measured)
+    return found
+
+
+def judge_slice(
+    slice_id: str,
+    device: str,
+    limit_bytes: int,
+    cap_bytes: int,
+    strict_milli: int | None,
+    slots: Sequence[SlotSeen],
+    memory: Mapping[int, int],
+    compute: Mapping[int, int],
+) -> list[Finding]:
+    """Judge one slice on one device.
+
+    Parameters
+    ----------
+    strict_milli : int or None
+        Its share when its mode is strict, else None.
+    memory, compute : mapping of pid
+        What NVML says of this slice's processes on the device: bytes, milli-GPU.
+    """
+    found: list[Finding] = []
+    told = {seen.pid for seen in slots if seen.pid is not None}
+    # A slot whose owner has no pid here could be any of them.
+    if all(seen.pid is not None for seen in slots):
+        for pid in sorted((memory.keys() | compute.keys()) - told):
+            held, busy = memory.get(pid, 0), compute.get(pid, 0)
+            if held or busy:
+                found.append(Finding("unlimited", slice_id, ("unlimited", slice_id, device, pid), pid, held, 0, busy))
+    pid_of = {seen.slot: seen.pid for seen in slots}
+    for slot, (_, measured) in overheads(slots, memory, cap_bytes).items():
+        if measured > cap_bytes:
+            pid = pid_of[slot]
+            found.append(Finding("overhead", slice_id, ("overhead", slice_id, device, pid), pid, measured, cap_bytes))
+    total = sum(memory.values())
+    if total > limit_bytes + OVER_LIMIT_TOLERANCE_BYTES:
+        found.append(Finding("over-limit", slice_id, ("memory", slice_id, device), None, total, limit_bytes))
+    busy = sum(compute.values())
+    if strict_milli is not None and busy > strict_milli + COMPUTE_TOLERANCE_MILLI:
+        key = ("compute", slice_id, device)
+        found.append(Finding("over-limit", slice_id, key, None, total, limit_bytes, busy, COMPUTE_CONFIRM_SAMPLES))
+    return found
+
+
+class Confirmed:
+    """Lets a finding through once, when enough samples in a row showed it; again only after it was away."""
+
+    def __init__(self) -> None:
+        self._streaks: dict[tuple[object, ...], int] = {}
+
+    def pass_new(self, findings: Sequence[Finding]) -> list[Finding]:
+        """Return the findings of this sample that have just been confirmed."""
+        streaks = {finding.key: self._streaks.get(finding.key, 0) + 1 for finding in findings}
+        self._streaks = streaks
+        return [finding for finding in findings if streaks[finding.key] == finding.samples_needed]
