@@ -27,7 +27,7 @@ typedef struct {
     bool want;      /* somebody waits at the gate */
     bool busy;      /* work is outstanding */
     bool near;      /* ...but nearly done */
-    uint32_t edges; /* sum of the slice's edge counters: it changed = something happened in between */
+    uint32_t edges; /* the slice's bell: it changed = something happened in between */
 } SchedSeen;
 
 typedef struct {

@@ -94,10 +94,7 @@ static void futex_wake(const void *word) { syscall(SYS_futex, word, FUTEX_WAKE, 
 typedef struct {
     uint8_t before_bell[offsetof(NbgpuUse, bell)];
     uint32_t bell;
-    uint8_t after_bell[offsetof(NbgpuUse, want) - offsetof(NbgpuUse, bell) - sizeof(uint32_t)];
-    uint32_t want[NBGPU_DEVICES], near[NBGPU_DEVICES], idle[NBGPU_DEVICES];
 } Head;
-_Static_assert(sizeof(Head) == offsetof(NbgpuUse, slot), "head of use");
 
 static bool read_all(int fd, void *out, size_t size, off_t at) { return pread(fd, out, size, at) == (ssize_t)size; }
 
@@ -130,7 +127,7 @@ static void observe(NbgpuSched *s, Entry *e, uint64_t now) {
     if (good) {
         memcpy(&high, head.before_bell + offsetof(NbgpuUse, high_water), sizeof high);
         e->bell = head.bell;
-        seen.edges = head.want[e->device] + head.near[e->device] + head.idle[e->device];
+        seen.edges = head.bell;
         good = read_slots(e, high < NBGPU_SLOTS ? high : NBGPU_SLOTS, &seen);
     }
     if (!good) {
@@ -164,7 +161,8 @@ static bool write_gate(Entry *e) {
     const SchedSlice *slice = &e->gpu->policy.slice[e->index];
     NbgpuCtlDevice *out = &e->ctl->device[e->device];
     uint32_t gate = sched_gate(slice);
-    uint64_t turn_end = slice->phase == PHASE_OPEN ? slice->turn_end : 0;
+    uint64_t turn_end = slice->turn_end;
+    if (gate != NBGPU_GATE_OPEN) turn_end = e->turn_end ? e->turn_end : now_ns(); /* 0 would say that nobody need ring */
     if (gate == e->gate && turn_end == e->turn_end) return false;
     __atomic_store_n(&out->turn_end_ns, turn_end, __ATOMIC_SEQ_CST);
     if (gate != e->gate) {

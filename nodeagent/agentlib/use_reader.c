@@ -84,8 +84,14 @@ static void copy_memory(const NbgpuUseSlot *slot, NbgpuUseRow *row) {
 }
 
 static void copy_compute(const NbgpuUseSlot *slot, NbgpuUseRow *row) {
-    const uint64_t counts[] = {slot->busy_since, slot->busy_ns, slot->launches, slot->last_launch_ns, slot->stall_ns, slot->copied_bytes};
-    bool good = slot->want <= WORDS_MAX && slot->near <= 1;
+    uint64_t launches = slot->launches;
+    bool good = slot->want <= WORDS_MAX && slot->near <= 1 && launches <= COUNT_MAX;
+    for (size_t i = 0; good && i < sizeof slot->launches_by_thread / sizeof(uint64_t); i++) {
+        good = slot->launches_by_thread[i] <= COUNT_MAX;
+        launches += slot->launches_by_thread[i]; /* 2^63 at most, checked before the next is added */
+        good = good && launches <= COUNT_MAX;
+    }
+    const uint64_t counts[] = {slot->busy_since, slot->busy_ns, launches, slot->last_launch_ns, slot->stall_ns, slot->copied_bytes};
     for (int i = 0; i < 6; i++) good = good && counts[i] <= COUNT_MAX;
     if (!good) {
         row->junk |= NBGPU_JUNK_COMPUTE;
@@ -95,7 +101,7 @@ static void copy_compute(const NbgpuUseSlot *slot, NbgpuUseRow *row) {
     row->near = slot->near;
     row->busy_since = slot->busy_since;
     row->busy_ns = slot->busy_ns;
-    row->launches = slot->launches;
+    row->launches = launches;
     row->last_launch_ns = slot->last_launch_ns;
     row->stall_ns = slot->stall_ns;
     row->copied_bytes = slot->copied_bytes;

@@ -6,17 +6,9 @@ This module is the one description. ``python -m nbgpu_agent.layout`` prints the 
 * ``ctl``: written by the agent, mapped read-only by the slice. Limits, weights, gates, heartbeat.
 * ``use``: written by the slice's processes, read by the agent with ``pread`` and distrust.
 
-The gate. A process reads `ctl.device[d].gate` before it submits work to device `d`:
-
-* ``GATE_NONE``: no turns here; submit, ring nothing. ``GATE_OPEN``: submit. ``GATE_CLOSED``: set `slot.want` (threads that wait), add 1 to
-  `use.want[d]`, ring, futex-wait on the gate (at most 20 ms at a time, checking the heartbeat), lower `slot.want` when through.
-  ``GATE_SUSPENDED``: wait like closed; the slice's memory is being taken away or given back.
-* `slot.busy_since` is not 0 exactly while work is outstanding, written before the first submission of a busy interval. `slot.near` is 1
-  when less than 0.5 ms of GPU work remains and the gate is not open; 0 again before the next submission.
-* After it set `near`: add 1 to `use.near[d]`, ring. After it cleared `busy_since`: add 1 to `use.idle[d]`, ring. Both only when the gate
-  is closed or `turn_end_ns` is not 0: an open gate with `turn_end_ns` 0 means that nobody else waits, and costs no wake-ups.
-* To ring: add 1 to `use.bell`, then ``FUTEX_WAKE`` (shared, not private) on it. All these adds are atomic and wrap around; the words
-  are written first, the bell last. `use.want/near/idle` are edges (what changed since the scheduler looked), the slots are the state.
+The gate. A process reads `ctl.device[d].gate` before it submits work to device `d`: ``GATE_NONE``: no turns here; submit, ring nothing.
+``GATE_OPEN``: submit. ``GATE_CLOSED``: say `want`, wait. ``GATE_SUSPENDED``: wait like closed; the slice's memory is being taken away or
+given back. `turn_end_ns` is 0 only at an open gate that nobody else wants; behind a closed gate it is a moment that has passed.
 
 Little-endian, 64-byte lines; what different writers touch shares no line. Offsets are only ever appended:
 `VERSION` rises when a field is added, and readers refuse a file with another `MAGIC`.
@@ -25,7 +17,7 @@ What `Use.want`, `near` and `idle` mean
 ---------------------------------------
 A slice may be many processes; the three words of a device sum up its live slots. They are a function of the slots, written by whichever
 process of the slice changed its own slot, which writes, looks at all slots again and corrects: the last word is always right.
-The scheduler only reads them.
+The scheduler only reads, and decides by the slots themselves; any change of `bell` tells it that something happened in between.
 
 * ``slot.want``: threads of this process that wait at the gate now. ``want[d] = 1``: some slot's is above 0.
 * ``slot.busy_since``: not 0 while launches of this process are outstanding. ``slot.near = 1``: the gate is closed (or `turn_end_ns` has
@@ -168,9 +160,9 @@ class Use(c.LittleEndianStructure):
         ("reserved0", c.c_uint8 * 40),
         ("bell", c.c_uint32),  # futex: rung on want, near and idle
         ("reserved1", c.c_uint8 * 60),
-        ("want", c.c_uint32 * DEVICES),  # per device of the slice: rises each time a process begins to wait at the gate
-        ("near", c.c_uint32 * DEVICES),  # per device: rises each time a slot's `near` becomes 1
-        ("idle", c.c_uint32 * DEVICES),  # per device: rises each time a slot's `busy_since` becomes 0
+        ("want", c.c_uint32 * DEVICES),  # per device of the slice: somebody waits at the gate
+        ("near", c.c_uint32 * DEVICES),  # per device: all that was submitted is nearly done
+        ("idle", c.c_uint32 * DEVICES),  # per device: nothing is outstanding
         ("slot", UseSlot * SLOTS),
     ]
 
