@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from nbgpu_lab.limits import kernel_limit
 
 from nbgpu.errors import InvalidValue
+from nbgpu_lab.limits import kernel_limit
 
 MIB, GIB = 1024**2, 1024**3
 DEVICES = [{"memory_limit_bytes": 20 * GIB, "compute_limit_milli": 250}, {"memory_limit_bytes": 16 * GIB, "compute_limit_milli": 250}]

@@ -13,6 +13,7 @@ from fake_agent import GIB, FakeAgent
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.provisioning import KernelProvisionerFactory
+
 from nbgpu_lab import notices
 from nbgpu_lab.provisioner import SliceProvisioner, read_metadata
 

@@ -1,0 +1,5 @@
+"""``python -m nbgpu`` is the command ``nbgpu``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,85 @@
+"""What several commands share: which API to speak to, and how to print."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from .client import AgentClient, PoolClient, SliceClient
+from .errors import NbgpuError
+from .models import AgentSlice, Slice
+from .paths import AGENT_SOCKET, POOL_SOCKET, runtime_dir
+from .quantities import format_memory
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SHORT_ID = 8
+"""So many characters of a slice's id are shown; any start of it that is its own is understood."""
+
+
+def own_slice() -> SliceClient | None:
+    """Return the API of the slice that this process lives in; None outside of one."""
+    path = os.environ.get("NBGPU_SOCKET")
+    return SliceClient(path) if path else None
+
+
+def agent() -> AgentClient:
+    """Return the agent's admin API of this runtime directory."""
+    return AgentClient(runtime_dir() / AGENT_SOCKET)
+
+
+def pool() -> PoolClient:
+    """Return the pool's API of this runtime directory."""
+    return PoolClient(runtime_dir() / POOL_SOCKET)
+
+
+def find_slice(slices: list[AgentSlice], start: str | None) -> AgentSlice:
+    """Return the slice whose id begins with `start`; with None, the only one."""
+    if start is None:
+        if len(slices) == 1:
+            return slices[0]
+        what = "is no slice" if not slices else f"are {len(slices)} slices; name one with --slice: {', '.join(map(slice_name, slices))}"
+        raise NbgpuError(f"There {what}.", code="slice")
+    found = [known for known in slices if known.slice.slice_id.startswith(start)]
+    if len(found) != 1:
+        raise NbgpuError(
+            f"{'No' if not found else 'More than one'} slice's id begins with {start!r}; `nbgpu status` lists them.", code="slice"
+        )
+    return found[0]
+
+
+def slice_name(known: AgentSlice) -> str:
+    """Return a slice for people: ``3f2a9c01 (ada)``."""
+    return f"{known.slice.slice_id[:SHORT_ID]} ({owner_name(known.slice)})"
+
+
+def owner_name(piece: Slice) -> str:
+    """Return who holds a slice: ``ada``, ``ada/second``."""
+    owner = piece.owner
+    return f"{owner.user}/{owner.server}" if owner.server else owner.user
+
+
+def percent(milli: int) -> str:
+    """Return thousandths as per cent: ``25 %``, ``12.5 %``."""
+    return f"{milli // 10} %" if milli % 10 == 0 else f"{milli / 10:.1f} %"
+
+
+def of(used_bytes: int, limit_bytes: int) -> str:
+    """Return memory used of a limit: ``1.2 of 19.8 GiB``."""
+    used, limit = format_memory(used_bytes), format_memory(limit_bytes)
+    same_unit = used.rpartition(" ")[2] == limit.rpartition(" ")[2]
+    return f"{used.rpartition(' ')[0] if same_unit else used} of {limit}"
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object for programs."""
+    print(json.dumps(value, indent=2))
+
+
+def console() -> Console:
+    """Return where tables are printed."""
+    from rich.console import Console
+
+    return Console(highlight=False)

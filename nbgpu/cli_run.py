@@ -1,0 +1,193 @@
+"""``nbgpu run``: wait for a slice, enter it, and become the program."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from typing import NoReturn
+
+from .cli_serve import pool_on_demand
+from .client import PoolClient
+from .errors import InvalidValue, NbgpuError, Refused, Unavailable
+from .models import Grant, GrantState, Launch, Owner, Request
+from .quantities import format_memory, format_share, parse_fraction, parse_memory
+
+HUB = "command-line"
+"""The hub's place in the owner of a slice that no hub asked for."""
+TRIES = 5
+NOT_FOUND, NOT_EXECUTABLE = 127, 126
+
+
+def wanted(
+    *, gpu: str | None, memory: str | None, compute: str | None, count: int = 1, model: str | None = None, mode: str = "burst"
+) -> Request:
+    """Return the request that the options describe.
+
+    Raises
+    ------
+    InvalidValue
+        An option outside its range; the message names the option.
+    """
+    if gpu is None and memory is None and compute is None:
+        raise InvalidValue("--gpu", "", "given, such as --gpu 1/4 (or --memory 20GiB, or --compute 1/2)")
+    if mode not in ("strict", "burst"):
+        raise InvalidValue("--mode", mode, "strict or burst")
+    if not 1 <= count <= 64:
+        raise InvalidValue("--count", count, "a whole number from 1 to 64")
+    share = parse_fraction(gpu, "--gpu") if gpu is not None else None
+    compute_milli = parse_fraction(compute, "--compute") if compute is not None else share
+    memory_bytes = parse_memory(memory, "--memory") if memory is not None else None
+    return Request(
+        request_id=uuid.uuid4().hex,
+        owner=Owner(hub=HUB, user=user_name(), server=f"{socket.gethostname()}-{os.getpid()}"[:255]),
+        device_count=count,
+        compute_milli=compute_milli,
+        memory_milli=share if memory_bytes is None else None,
+        memory_bytes=memory_bytes,
+        model=model,
+        mode="strict" if mode == "strict" else "burst",
+    )
+
+
+def user_name() -> str:
+    """Return the name of the user who runs this, from the password file rather than from the environment."""
+    try:
+        import pwd
+
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return getpass.getuser() if os.environ.get("USER") else str(os.getuid())
+
+
+def run_program(request: Request, command: list[str], *, wait: bool = True) -> NoReturn:
+    """Acquire `request`, join the slice, and exec `command` in it. Does not return."""
+    program = shutil.which(command[0])
+    if program is None:
+        exists = os.path.exists(command[0])
+        print(f"nbgpu: {command[0]}: {'it may not be executed' if exists else 'no such program'}", file=sys.stderr)
+        sys.exit(NOT_EXECUTABLE if exists else NOT_FOUND)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.default_int_handler)
+    pool, grant = acquire(request)
+    try:
+        grant = granted(pool, grant, wait=wait)
+        launch = pool.prepare(request.request_id, None)
+        pool.bind(request.request_id, os.getpid())
+        tell(f"in a slice: {slice_in_words(grant)}")
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        os.execve(program, command, merged(os.environ, launch))
+    except BaseException as error:
+        give_back(pool, request)
+        if isinstance(error, OSError):
+            print(f"nbgpu: {command[0]}: {error.strerror}", file=sys.stderr)
+            sys.exit(NOT_EXECUTABLE)
+        raise
+
+
+def merged(environment: Mapping[str, str], launch: Launch) -> dict[str, str]:
+    """Return `environment` with the slice's own values; an empty one there means unset."""
+    both = {**environment, **launch.env}
+    return {name: value for name, value in both.items() if value or name not in launch.env}
+
+
+def acquire(request: Request) -> tuple[PoolClient, Grant]:
+    """Send the request to the pool, starting one where none runs.
+
+    One in the background may end, idle, just as it is asked: then the next try starts another.
+    """
+    for attempt in range(TRIES):
+        pool = pool_on_demand()
+        try:
+            return pool, pool.acquire(request)
+        except Unavailable as error:
+            if attempt == TRIES - 1:
+                raise
+            time.sleep(0.2 if error.code == "away" else 1.0)
+        except NbgpuError as error:
+            if error.status != 503 or attempt == TRIES - 1:
+                raise
+            time.sleep(1.0)
+    raise AssertionError("unreachable")
+
+
+def granted(pool: PoolClient, grant: Grant, *, wait: bool) -> Grant:
+    """Wait in the queue, saying where, until the grant is reserved; return it."""
+    if grant.state is GrantState.queued and not wait:
+        raise Refused(f"Nothing is free now: {grant.reason or 'others hold it'}. Without --no-wait this would wait its turn.")
+    said = ""
+    while grant.state is GrantState.queued:
+        said = say_place(grant, said)
+        try:
+            for change in pool.grant_events(grant.request.request_id):
+                said = say_place(change, said) if change.state is GrantState.queued else said
+        except Unavailable:
+            time.sleep(1.0)  # the pool restarts, or was silent for long: ask again
+        grant = pool.grant(grant.request.request_id)
+    if said and sys.stderr.isatty():
+        print(file=sys.stderr)
+    if grant.state in (GrantState.releasing, GrantState.gone) or grant.slice is None:
+        raise Refused(f"The request ended before it was granted: {grant.reason or 'no reason given'}.")
+    return grant
+
+
+def say_place(grant: Grant, said: str) -> str:
+    """Say where in the queue it stands, once for each change; return what was said."""
+    place = f"number {grant.position} in the queue" if grant.position else "in the queue"
+    time_left = f", about {in_words(grant.wait_seconds)}" if grant.wait_seconds is not None else ""
+    reason = f": {grant.reason}" if grant.reason else ""
+    line = f"waiting for {request_in_words(grant.request)}, {place}{time_left}{reason} (Ctrl-C leaves)"
+    if line == said:
+        return said
+    if sys.stderr.isatty():
+        print(f"\r\033[Knbgpu: {line}", end="", file=sys.stderr, flush=True)
+    else:
+        tell(line)
+    return line
+
+
+def in_words(seconds: float) -> str:
+    """Return a time for people: ``20 seconds``, ``4 minutes``, ``2 hours``."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} seconds"
+    return f"{round(seconds / 60)} minutes" if seconds < 5400 else f"{round(seconds / 3600)} hours"
+
+
+def request_in_words(request: Request) -> str:
+    """Return what is asked for: ``a quarter of a GPU``, ``20 GiB of a GPU``."""
+    if request.memory_bytes is not None:
+        part = f"{format_memory(request.memory_bytes)} of a GPU"
+    else:
+        part = f"{format_share(request.memory_milli or request.compute_milli or 0)} of a GPU"
+    return f"{part}, {request.device_count} times" if request.device_count > 1 else part
+
+
+def slice_in_words(grant: Grant) -> str:
+    """Return what was granted: ``19.8 GiB and a quarter of the time of GPU 0 (Simulated H100 80GB), burst``."""
+    assert grant.slice is not None
+    parts = [
+        f"{format_memory(device.memory_bytes)} and {format_share(device.compute_milli)} of the time of GPU {device.index} ({device.model})"
+        for device in grant.slice.devices
+    ]
+    return f"{'; '.join(parts)}, {grant.slice.mode}"
+
+
+def give_back(pool: PoolClient, request: Request) -> None:
+    """Leave the queue, or return the reservation; where that fails its TTL does it."""
+    try:
+        pool.cancel(request.request_id)
+    except NbgpuError as error:
+        tell(f"could not give the slice back ({error.message}); it falls back to the pool by itself within a minute")
+
+
+def tell(line: str) -> None:
+    """Say something on stderr, when a person may read it."""
+    if os.environ.get("NBGPU_QUIET") != "1":
+        print(f"nbgpu: {line}", file=sys.stderr, flush=True)

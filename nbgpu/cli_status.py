@@ -1,0 +1,176 @@
+"""``nbgpu status``: devices, slices, owners and use, as tables or JSON."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .cli_common import SHORT_ID, agent, console, of, own_slice, owner_name, percent, pool, print_json
+from .client import SliceClient
+from .errors import NbgpuError, Unavailable
+from .models import AgentSlice, DeviceBooks, Grant, GrantState, Node, Usage
+from .quantities import format_memory
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+EVERY_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """All that is known of this machine, read at one moment."""
+
+    node: Node
+    slices: list[AgentSlice]
+    usage: dict[str, Usage]
+    books: list[DeviceBooks]
+    queue: list[Grant]
+    pool_error: str | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it for programs."""
+        return {
+            "node": self.node.model_dump(mode="json"),
+            "slices": [
+                known.model_dump(mode="json") | {"usage": usage.model_dump(mode="json") if (usage := self.usage.get(known.slice.slice_id)) else None}
+                for known in self.slices
+            ],
+            "devices": [books.model_dump(mode="json") for books in self.books],
+            "queue": [grant.model_dump(mode="json") for grant in self.queue],
+            "pool_error": self.pool_error,
+        }  # fmt: skip
+
+
+def read_machine() -> Machine:
+    """Ask the agent, and the pool where one runs."""
+    node = agent().node()
+    slices = agent().slices().slices
+    usage = {one.slice_id: one for one in agent().all_usage()}
+    try:
+        books, grants, pool_error = pool().devices(), pool().grants(), None
+    except NbgpuError as error:
+        books, grants, pool_error = [], [], error.message
+    queue = sorted((grant for grant in grants if grant.state is GrantState.queued), key=lambda grant: grant.position or 0)
+    return Machine(node, slices, usage, books, queue, pool_error)
+
+
+def show(*, as_json: bool, watch: bool, whole_node: bool) -> None:
+    """Print the slice of this server, or the whole machine; with `watch` again every second."""
+    own = None if whole_node else own_slice()
+    if as_json:
+        print_json(own.usage().model_dump(mode="json") if own else read_machine().as_json())
+        return
+    if not watch:
+        console().print(picture(own))
+        return
+    from rich.live import Live
+
+    with Live(picture(own), console=console(), auto_refresh=False) as live:
+        while True:
+            time.sleep(EVERY_SECONDS)
+            try:
+                live.update(picture(own), refresh=True)
+            except Unavailable as error:  # a restart is no reason to leave
+                live.update(error.message, refresh=True)
+
+
+def picture(own: SliceClient | None) -> RenderableType:
+    """Return what to print."""
+    return slice_picture(own.usage()) if own else machine_picture(read_machine())
+
+
+def machine_picture(machine: Machine) -> RenderableType:
+    """Return tables of the devices, the slices and the queue."""
+    from rich.console import Group
+    from rich.text import Text
+
+    node = machine.node
+    kind = "simulated GPUs (no NVIDIA driver on this machine)" if node.simulated else f"driver {node.driver_version}"
+    parts: list[RenderableType] = [Text(f"{node.node}: {kind}; memory held by: {node.backend}"), devices_table(machine)]
+    parts.append(slices_table(machine) if machine.slices else Text("No slices."))
+    if machine.queue:
+        parts.append(queue_table(machine.queue))
+    if machine.pool_error:
+        parts.append(Text(f"Pool: {machine.pool_error}", style="yellow"))
+    return Group(*parts)
+
+
+def devices_table(machine: Machine) -> RenderableType:
+    """Return one row a device: what it has, what is granted, what is used."""
+    table = _table("GPU", "model", "memory for slices", "granted", "used", "time granted", "time used", "slices")
+    books = {book.device.uuid: book for book in machine.books}
+    for device in machine.node.devices:
+        uses = [use for usage in machine.usage.values() for use in usage.devices if use.uuid == device.uuid]
+        held = [part for known in machine.slices for part in known.slice.devices if part.uuid == device.uuid]
+        book = books.get(device.uuid)
+        memory = book.memory_granted_bytes if book else sum(part.memory_bytes for part in held)
+        compute = book.compute_granted_milli if book else sum(part.compute_milli for part in held)
+        table.add_row(
+            str(device.index), device.model + ("" if device.healthy else " [red](not healthy)[/]"), format_memory(device.usable_bytes),
+            format_memory(memory), format_memory(sum(use.memory_used_bytes for use in uses)), percent(compute),
+            percent(sum(use.compute_used_milli for use in uses)), str(len(book.slices) if book else len(held)),
+        )  # fmt: skip
+    return table
+
+
+def slices_table(machine: Machine) -> RenderableType:
+    """Return one row a slice and device."""
+    table = _table("slice", "owner", "GPU", "memory", "time share", "time used", "mode", "state", "processes")
+    for known in sorted(machine.slices, key=lambda one: one.created):
+        usage = machine.usage.get(known.slice.slice_id)
+        uses = {use.uuid: use for use in usage.devices} if usage else {}
+        for number, part in enumerate(known.slice.devices):
+            use = uses.get(part.uuid)
+            head = [known.slice.slice_id[:SHORT_ID], owner_name(known.slice)] if number == 0 else ["", ""]
+            tail = [known.slice.mode, known.state, str(known.process_count)] if number == 0 else ["", "", ""]
+            limit, share = (use.memory_limit_bytes, use.compute_limit_milli) if use else (part.memory_bytes, part.compute_milli)
+            table.add_row(
+                *head, str(part.index), of(use.memory_used_bytes if use else 0, limit), percent(share),
+                percent(use.compute_used_milli) if use else "", *tail,
+            )  # fmt: skip
+    return table
+
+
+def queue_table(queue: list[Grant]) -> RenderableType:
+    """Return who waits, for what, and how long still."""
+    from .cli_run import in_words, request_in_words
+
+    table = _table("queue", "user", "waits for", "about", "why")
+    for grant in queue:
+        wait = in_words(grant.wait_seconds) if grant.wait_seconds is not None else "unknown"
+        table.add_row(str(grant.position or ""), grant.request.owner.user, request_in_words(grant.request), wait, grant.reason or "")
+    return table
+
+
+def slice_picture(usage: Usage) -> RenderableType:
+    """Return the tables of one slice, seen from inside."""
+    from rich.console import Group
+    from rich.text import Text
+
+    devices = _table("GPU", "model", "memory", "time share", "time used", "of the share")
+    for use in usage.devices:
+        devices.add_row(
+            str(use.index), use.model, of(use.memory_used_bytes, use.memory_limit_bytes), percent(use.compute_limit_milli),
+            percent(use.compute_used_milli), f"{use.utilization_percent} %",
+        )  # fmt: skip
+    simulated = " on a simulated GPU" if usage.simulated else ""
+    parts: list[RenderableType] = [Text(f"Slice {usage.slice_id[:SHORT_ID]}{simulated}, {usage.mode}"), devices]
+    if usage.kernels:
+        from .cli_limit import kernels_table
+
+        parts.append(kernels_table(usage))
+    return Group(*parts)
+
+
+def _table(*columns: str):
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(
+            column, justify="right" if column in ("memory", "memory for slices", "granted", "used") or "time" in column else "left"
+        )
+    return table  # fmt: skip
