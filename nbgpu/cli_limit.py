@@ -81,10 +81,9 @@ def find_kernel(kernels: list[KernelUsage], start: str) -> KernelUsage:
     """Return the kernel whose id begins with `start`."""
     found = [kernel for kernel in kernels if kernel.kernel_id is not None and kernel.kernel_id.startswith(start)]
     if len(found) != 1:
-        raise NbgpuError(
-            f"{'No' if not found else 'More than one'} kernel's id begins with {start!r}; `nbgpu limit` lists them.", code="kernel"
-        )
-    return found[0]  # fmt: skip
+        count = "More than one" if found else "No"
+        raise NbgpuError(f"{count} kernel's id begins with {start!r}; `nbgpu limit` lists them.", code="kernel")
+    return found[0]
 
 
 def kernels_table(usage: Usage) -> RenderableType:
@@ -100,12 +99,10 @@ def kernels_table(usage: Usage) -> RenderableType:
         for number, use in enumerate(kernel.devices):
             device, slice_limit = index.get(use.uuid, (-1, 0))
             limit = kernel.limit.memory_bytes if kernel.limit.memory_bytes is not None else slice_limit
-            first = number == 0
-            table.add_row(
-                (kernel.kernel_id or "(other)") if first else "", " ".join(map(str, kernel.pids[:5])) if first else "", str(device),
-                of(use.memory_used_bytes, limit), format_memory(use.memory_peak_bytes), percent(use.compute_used_milli),
-                memory_words(kernel.limit) if first else "", compute_words(kernel.limit) if first else "", str(kernel.refusals) if first else "",
-            )  # fmt: skip
+            head = [kernel.kernel_id or "(other)", " ".join(map(str, kernel.pids[:5]))] if number == 0 else ["", ""]
+            tail = [memory_words(kernel.limit), compute_words(kernel.limit), str(kernel.refusals)] if number == 0 else ["", "", ""]
+            held = [of(use.memory_used_bytes, limit), format_memory(use.memory_peak_bytes), percent(use.compute_used_milli)]
+            table.add_row(*head, str(device), *held, *tail)
     return table
 
 

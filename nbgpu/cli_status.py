@@ -14,6 +14,7 @@ from .quantities import format_memory
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
 EVERY_SECONDS = 1.0
 
@@ -33,14 +34,15 @@ class Machine:
         """Return it for programs."""
         return {
             "node": self.node.model_dump(mode="json"),
-            "slices": [
-                known.model_dump(mode="json") | {"usage": usage.model_dump(mode="json") if (usage := self.usage.get(known.slice.slice_id)) else None}
-                for known in self.slices
-            ],
+            "slices": [self._slice_json(known) for known in self.slices],
             "devices": [books.model_dump(mode="json") for books in self.books],
             "queue": [grant.model_dump(mode="json") for grant in self.queue],
             "pool_error": self.pool_error,
-        }  # fmt: skip
+        }
+
+    def _slice_json(self, known: AgentSlice) -> dict[str, Any]:
+        usage = self.usage.get(known.slice.slice_id)
+        return known.model_dump(mode="json") | {"usage": usage.model_dump(mode="json") if usage else None}
 
 
 def read_machine() -> Machine:
@@ -164,13 +166,12 @@ def slice_picture(usage: Usage) -> RenderableType:
     return Group(*parts)
 
 
-def _table(*columns: str):
+def _table(*columns: str) -> Table:
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        table.add_column(
-            column, justify="right" if column in ("memory", "memory for slices", "granted", "used") or "time" in column else "left"
-        )
-    return table  # fmt: skip
+        number = column in ("memory", "memory for slices", "granted", "used") or "time" in column
+        table.add_column(column, justify="right" if number else "left")
+    return table

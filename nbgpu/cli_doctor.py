@@ -1,0 +1,97 @@
+"""``nbgpu doctor``: run the checks of an installation and say what to do about each that fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from .cli_common import console, own_slice, print_json
+from .models import AgentSlice, Grant, Node
+
+Level = Literal["ok", "note", "warning", "error"]
+_MARKS = {"ok": "[green]ok[/]", "note": "[dim]note[/]", "warning": "[yellow]warning[/]", "error": "[red]error[/]"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one look found: `level` ``error`` means that something will not work, ``note`` that a part is not in use here."""
+
+    name: str
+    level: Level
+    found: str
+    remedy: str = ""
+
+
+@dataclass
+class Facts:
+    """What earlier checks have learned, for later ones."""
+
+    simulated: bool = False
+    node: Node | None = None
+    slices: list[AgentSlice] = field(default_factory=lambda: [])
+    grants: list[Grant] = field(default_factory=lambda: [])
+    pool_answers: bool = False
+
+
+Look = Callable[[Facts], list[Check]]
+
+
+def examine(*, as_json: bool, probe: bool) -> int:
+    """Run all checks that make sense here, print them, return 1 when one is an error."""
+    checks = run_checks(looks(probe=probe))
+    worst = "error" if any(check.level == "error" for check in checks) else "ok"
+    if as_json:
+        print_json({"ok": worst == "ok", "checks": [asdict(check) for check in checks]})
+    else:
+        show(checks)
+    return int(worst == "error")
+
+
+def looks(*, probe: bool) -> list[Look]:
+    """Return the checks for this place: inside a slice only what can be seen from there."""
+    from . import cli_doctor_checks as checks
+    from . import cli_doctor_probe as probes
+
+    if own_slice() is not None:
+        return [checks.python, probes.own_slice_answers, probes.inside]
+    plan: list[Look] = [
+        checks.python,
+        checks.driver,
+        checks.libraries,
+        checks.runtime,
+        checks.agent_and_pool,
+        checks.books,
+        checks.host,
+        checks.hub_parts,
+        checks.lab_parts,
+        checks.leftovers,
+    ]
+    return [*plan, probes.probe] if probe else plan
+
+
+def run_checks(plan: list[Look]) -> list[Check]:
+    """Run the looks in order; one that breaks is an error of its own and ends nothing."""
+    facts = Facts()
+    found: list[Check] = []
+    for look in plan:
+        try:
+            found += look(facts)
+        except Exception as error:  # whatever the machine is like, the other checks still help
+            found.append(
+                Check(look.__name__.replace("_", " "), "error", f"the check itself failed: {type(error).__name__}: {error}", "Report it.")
+            )
+    return found  # fmt: skip
+
+
+def show(checks: list[Check]) -> None:
+    """Print one line a check, the remedies below theirs, and a last line that sums up."""
+    from rich.markup import escape
+
+    out = console()
+    for check in checks:
+        out.print(f"{_MARKS[check.level]:>8}  {check.name}: {escape(check.found)}", soft_wrap=True)
+        if check.remedy and check.level in ("warning", "error"):
+            out.print(f"           -> {escape(check.remedy)}", soft_wrap=True)
+    errors, warnings = (sum(check.level == level for check in checks) for level in ("error", "warning"))
+    out.print("All is well." if not errors and not warnings else f"{errors} errors, {warnings} warnings.")
