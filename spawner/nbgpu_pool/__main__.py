@@ -1,0 +1,7 @@
+"""`python -m nbgpu_pool`."""
+
+import sys
+
+from .main import main
+
+sys.exit(main())

@@ -1,0 +1,201 @@
+"""The pool's HTTP API (docs/interfaces.md)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, Path, Query, Response
+from fastapi import Request as HttpRequest
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import StreamingResponse
+
+from nbgpu import __version__
+from nbgpu.errors import NbgpuError
+from nbgpu.models import (
+    Availability,
+    AvailabilityQuery,
+    DeviceBooks,
+    Grant,
+    GrantState,
+    Launch,
+    Owner,
+    Request,
+    SliceId,
+)
+
+from . import events
+from .auth import ANY_HUB, Guard, Principal
+from .books import Entry
+from .problems import ERRORS, install_handlers
+from .service import Service
+
+
+class Body(BaseModel):
+    """A request's body; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PrepareBody(Body):
+    """Who may use the slice's files; null = the agent's own user."""
+
+    uid: Annotated[int, Field(ge=0, lt=2**32 - 1)] | None = None
+
+
+class BindBody(Body):
+    """The server's process; null where the ledger sees by itself what carries the slice."""
+
+    pid: Annotated[int, Field(ge=1, le=2**22)] | None = None
+
+
+class ReleaseBody(Body):
+    """Whose slices to give back."""
+
+    owner: Owner
+    except_request_id: SliceId | None = None
+
+
+def _service(http: HttpRequest) -> Service:
+    return http.app.state.service
+
+
+def _principal(http: HttpRequest) -> Principal:
+    guard: Guard | None = http.app.state.guard
+    return ANY_HUB if guard is None else guard.principal(http.headers.get("authorization"))
+
+
+RequestId = Annotated[SliceId, Path()]
+Pool = Annotated[Service, Depends(_service)]
+Speaker = Annotated[Principal, Depends(_principal)]
+
+router = APIRouter(responses=ERRORS)
+
+
+def create_app(service: Service, guard: Guard | None = None) -> FastAPI:
+    """Return the ASGI application.
+
+    Parameters
+    ----------
+    guard : Guard, optional
+        Checks bearer tokens; None on the Unix socket, whose callers have the role *hub* for every hub.
+    """
+    app = FastAPI(title="nbgpu pool", version=__version__, docs_url=None, redoc_url=None, summary="Who gets which part of which GPU.")
+    app.state.service = service
+    app.state.guard = guard
+    install_handlers(app)
+    app.include_router(router)
+    return app
+
+
+def _entry(pool: Service, request_id: str, speaker: Principal) -> Entry:
+    """Return a request that the speaker may see; another hub's is as unknown as one that never was."""
+    entry = pool.core.known(request_id)
+    if not speaker.sees(entry.request.owner.hub):
+        raise NbgpuError(f"No request {request_id} is known here.", code="unknown", status=404, field="request_id")
+    return entry
+
+
+@router.post("/v1/requests")
+async def make_request(body: Request, pool: Pool, speaker: Speaker) -> Grant:
+    """Ask for a slice: granted at once, or queued. Idempotent by `request_id`."""
+    speaker.must_speak_for(body.owner.hub)
+    known = pool.core.entry(body.request_id)
+    if known is not None and not speaker.sees(known.request.owner.hub):
+        raise NbgpuError("This request_id is taken; use a new one.", code="conflict", status=409, field="request_id")
+    return pool.request(body)
+
+
+@router.get("/v1/requests")
+async def list_requests(pool: Pool, speaker: Speaker, state: Annotated[GrantState | None, Query()] = None) -> list[Grant]:
+    """Return all requests that have not ended, or those in one state."""
+    found = pool.core.grants(pool.clock(), state)
+    return [grant for grant in found if speaker.sees(grant.request.owner.hub)]
+
+
+@router.get("/v1/requests/{request_id}")
+async def get_request(request_id: RequestId, pool: Pool, speaker: Speaker) -> Grant:
+    """Return a request; a hub that asks for a queued one keeps it in the queue."""
+    entry = _entry(pool, request_id, speaker)
+    if speaker.role == "hub":
+        pool.core.touch(entry, pool.clock())
+    return pool.core.grant(entry, pool.clock())
+
+
+@router.get("/v1/requests/{request_id}/events", response_class=StreamingResponse)
+async def follow_request(request_id: RequestId, pool: Pool, speaker: Speaker) -> StreamingResponse:
+    """Server-sent events `grant`, at each change, until the request is no longer queued."""
+    entry = _entry(pool, request_id, speaker)
+    return events.stream(events.of_request(pool, entry, touch=speaker.role == "hub"))
+
+
+@router.delete("/v1/requests/{request_id}", response_model=Grant, responses={204: {"description": "Unknown; remembered."}})
+async def give_up(request_id: RequestId, pool: Pool, speaker: Speaker) -> Any:
+    """Leave the queue, or ask a slice back. An unknown id is remembered: its late request is answered `gone`."""
+    speaker.must_be_hub()
+    entry = pool.core.entry(request_id)
+    if entry is not None and not speaker.sees(entry.request.owner.hub):
+        return Response(status_code=204)
+    return pool.cancel(request_id, speaker.hub) or Response(status_code=204)
+
+
+@router.post("/v1/requests/{request_id}/renew")
+async def renew(request_id: RequestId, pool: Pool, speaker: Speaker) -> Grant:
+    """Start a reservation's time anew."""
+    speaker.must_be_hub()
+    _entry(pool, request_id, speaker)
+    return pool.renew(request_id)
+
+
+@router.post("/v1/requests/{request_id}/prepare")
+async def prepare(request_id: RequestId, body: PrepareBody, pool: Pool, speaker: Speaker) -> Launch:
+    """Make the slice at the agent and say how to start a process in it."""
+    speaker.must_be_hub()
+    _entry(pool, request_id, speaker)
+    return await pool.prepare(request_id, body.uid)
+
+
+@router.post("/v1/requests/{request_id}/bind")
+async def bind(request_id: RequestId, body: BindBody, pool: Pool, speaker: Speaker) -> Grant:
+    """Say that a server's process carries the slice: from now on only its end frees it."""
+    speaker.must_be_hub()
+    _entry(pool, request_id, speaker)
+    return await pool.bind(request_id, body.pid)
+
+
+@router.post("/v1/release")
+async def release(body: ReleaseBody, pool: Pool, speaker: Speaker) -> list[Grant]:
+    """Give up all that an owner holds or waits for, but one request."""
+    speaker.must_speak_for(body.owner.hub)
+    return pool.release_owner(body.owner, body.except_request_id)
+
+
+@router.post("/v1/availability")
+async def availability(body: AvailabilityQuery, pool: Pool, speaker: Speaker) -> list[Availability]:
+    """Return, for each shape, whether its owner could have it now, and if not, why and what to expect."""
+    if not speaker.sees(body.owner.hub):
+        speaker.must_speak_for(body.owner.hub)
+    return pool.availability(body)
+
+
+@router.get("/v1/availability/events", response_class=StreamingResponse)
+async def follow_pool(pool: Pool, speaker: Speaker) -> StreamingResponse:
+    """Server-sent events `change`: ask for the availability again."""
+    return events.stream(events.of_pool(pool))
+
+
+@router.get("/v1/devices")
+async def devices(pool: Pool, speaker: Speaker) -> list[DeviceBooks]:
+    """Return what each device has given."""
+    return pool.core.device_books()
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(pool: Pool, speaker: Speaker) -> Response:
+    """Return the Prometheus text."""
+    return Response(pool.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+@router.get("/healthz")
+async def healthz(pool: Pool) -> dict[str, str | bool]:
+    """Return that the pool lives, whether its books are rebuilt and whether the ledger answers."""
+    return {"status": "ok", "ready": pool.core.ready, "connected": pool.core.connected}

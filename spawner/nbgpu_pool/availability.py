@@ -1,0 +1,103 @@
+"""What the start page says of each shape: free now, a wait, forbidden or impossible, in plain words."""
+
+from __future__ import annotations
+
+import math
+
+from nbgpu.errors import NbgpuError, Unavailable
+from nbgpu.models import Availability, AvailabilityQuery, GrantState, Shape
+
+from . import quotas as quota_rules
+from .books import Entry
+from .core import AWAY, Core
+from .estimate import queue_forecast
+from .queue import Pass
+from .quotas import Holding
+from .shapes import Want, by_model, want_of
+
+
+def answer(core: Core, query: AvailabilityQuery, now: float) -> list[Availability]:
+    """Return one `Availability` for each shape of `query`, in order.
+
+    Raises
+    ------
+    Unavailable
+        The books are being rebuilt.
+    """
+    if not core.ready:
+        raise Unavailable("The pool is starting: rebuilding the books from what runs. Try again in a few seconds.", code="starting")
+    looker = _Looker(core, query, now)
+    return [looker.look(shape) for shape in query.shapes]
+
+
+class _Looker:
+    def __init__(self, core: Core, query: AvailabilityQuery, now: float):
+        self.core, self.query, self.now = core, query, now
+        quotas = core.settings.quotas
+        self.holdings: list[Holding] = core.books.holdings(frozenset(quotas.groups))
+        self.waiting = len(core.books.waiting())
+        self.walk = Pass(core.books, quotas, core.settings.fairness, core.settings.policy)
+        for entry in core.books.waiting():
+            self.walk.barred.update(entry.earmark)
+        wants: list[Want] = []
+        for shape in query.shapes:
+            try:
+                wants.append(want_of(shape))
+            except NbgpuError:
+                continue
+        self.wants = list(dict.fromkeys(wants))
+        self._forecast: dict[str, float] | None = None
+
+    def look(self, shape: Shape) -> Availability:
+        try:
+            want = want_of(shape)
+        except NbgpuError as error:
+            return Availability(state="impossible", reason=error.message)
+        core = self.core
+        parts = by_model(want, core.books.devices.values())
+        if not core.can_ever(want):
+            return Availability(state="impossible", reason=core.impossible(want.model, want.device_count))
+        memory = {model: part.memory_bytes for model, part in parts.items()}
+        compute = {model: part.compute_milli for model, part in parts.items()}
+        cost = core.books.cost(want)
+        assert cost is not None
+        why = quota_rules.refusal(core.settings.quotas, self.holdings, self.query.owner, self.query.groups, cost)
+        if why is not None:
+            return Availability(state="forbidden", reason=why, memory=memory, compute_milli=compute)
+        if not core.connected:
+            return Availability(state="wait", reason=AWAY, memory=memory, compute_milli=compute)
+        ghost = Entry(core.ghost(self.query.owner, self.query.groups, shape), want, 0, self.now, state=GrantState.queued)
+        if self.walk.find(ghost) is not None:
+            return Availability(state="free", reason="free now", memory=memory, compute_milli=compute)
+        seconds = None if ghost.holder else self._seconds(want)
+        return Availability(
+            state="wait", reason=self._words(ghost.holder, seconds), wait_seconds=seconds, memory=memory, compute_milli=compute
+        )
+
+    def _seconds(self, want: Want) -> float | None:
+        if self._forecast is None:
+            self._forecast = queue_forecast(self.core.books, self.core.sessions, self.now, self.wants)
+        return self._forecast.get(f"ghost:{self.wants.index(want)}")
+
+    def _words(self, holder: str, seconds: float | None) -> str:
+        if holder:
+            return f"in use by your group: {holder} is used up until someone stops"
+        words = ["in use"]
+        if seconds is not None:
+            words.append(f"usually free within {rough_time(seconds)}")
+        if self.waiting:
+            words.append(f"{self.waiting} {'waits' if self.waiting == 1 else 'wait'} before you")
+        head, *rest = words
+        return f"{head}: {', '.join(rest)}" if rest else head
+
+
+def rough_time(seconds: float) -> str:
+    """Return a duration for people, rounded up: ``a minute``, ``10 minutes``, ``2 hours``."""
+    minutes = max(1, math.ceil(seconds / 60))
+    if minutes == 1:
+        return "a minute"
+    if minutes > 10:
+        minutes = math.ceil(minutes / 5) * 5
+    if minutes <= 90:
+        return f"{minutes} minutes"
+    return f"{math.ceil(minutes / 60)} hours"

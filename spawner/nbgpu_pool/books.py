@@ -1,0 +1,186 @@
+"""What the pool knows: requests and what each device has given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from nbgpu.models import Device, GrantState, Request, Slice, SliceDevice
+
+from .placement import Place, Room, order
+from .quotas import Holding, total
+from .shapes import Part, Want, by_model, want_of
+
+HOLDING = frozenset({GrantState.reserved, GrantState.bound, GrantState.releasing})
+"""States in which a slice counts on its devices."""
+
+
+@dataclass
+class Entry:
+    """A request and what became of it. Times are seconds of the caller's clock."""
+
+    request: Request
+    want: Want
+    number: int
+    """Order of arrival."""
+    enqueued: float
+    state: GrantState = GrantState.queued
+    slice: Slice | None = None
+    expires: float | None = None
+    """End of a reservation; of a queued request: when nobody has asked for it any more."""
+    started: float = 0.0
+    """When a server began to carry it (`bound`)."""
+    reason: str | None = None
+    ended: float = 0.0
+    withdrawn: bool = False
+    """Its end was wanted (released, cancelled, expired): if the ledger still shows it, it is asked back."""
+    busy: int = 0
+    """Calls to the ledger about it that are under way."""
+    at_ledger: bool = False
+    """The ledger may have it."""
+    confirmed: int | None = None
+    """A snapshot begun at this mark or later and without it means that it has ended."""
+    release_acked: bool = False
+    was_bound: bool = False
+    adopted: bool = False
+    """Known from the ledger only: its first request by the same owner is taken for the original."""
+    overtaken: int = 0
+    """How often a later request was granted while this one did not fit."""
+    earmark: tuple[str, ...] = ()
+    """Devices that nobody else is placed on until this one fits."""
+    holder: str = ""
+    """Whose quota it waits for, in words; empty when it waits for room."""
+
+    @property
+    def slice_id(self) -> str:
+        """Id of the request and of its slice."""
+        return self.request.request_id
+
+    @property
+    def holds(self) -> bool:
+        """Whether its slice counts on its devices."""
+        return self.state in HOLDING
+
+    def parts(self) -> list[tuple[str, Part]]:
+        """Return what it holds, by device."""
+        devices = self.slice.devices if self.slice else []
+        return [(device.uuid, Part(device.memory_bytes, device.compute_milli)) for device in devices]
+
+
+def adopted(found: Slice, number: int, now: float) -> Entry:
+    """Return an entry for a slice that only the ledger knew of."""
+    first = found.devices[0]
+    request = Request(
+        request_id=found.slice_id,
+        owner=found.owner,
+        groups=found.groups,
+        device_count=len(found.devices),
+        compute_milli=first.compute_milli,
+        memory_bytes=max(first.memory_bytes, 1024**2),
+        mode=found.mode,
+    )
+    return Entry(request, want_of(request), number, now, slice=found, adopted=True, at_ledger=True)
+
+
+@dataclass
+class Books:
+    """Devices with their room, and the requests by id."""
+
+    devices: dict[str, Device] = field(default_factory=dict[str, Device])
+    rooms: dict[str, Room] = field(default_factory=dict[str, Room])
+    entries: dict[str, Entry] = field(default_factory=dict[str, Entry])
+
+    def ordered_rooms(self) -> list[Room]:
+        """Return the rooms in the fixed order of placement."""
+        return list(self.rooms.values())
+
+    def rebuild(self, devices: Iterable[Device]) -> None:
+        """Take over `devices` and count all slices anew."""
+        self.devices = {device.uuid: device for device in sorted(devices, key=order)}
+        self.rooms = {uuid: Room.empty(device) for uuid, device in self.devices.items()}
+        for entry in self.entries.values():
+            if entry.holds:
+                self._book(entry, 1)
+
+    def give(self, entry: Entry, place: Place, groups: list[str]) -> None:
+        """Book `place` for `entry` and name its slice."""
+        entry.slice = Slice(
+            slice_id=entry.slice_id,
+            owner=entry.request.owner,
+            node=place[0][0].device.node,
+            mode=entry.request.mode,
+            devices=[
+                SliceDevice(
+                    uuid=room.device.uuid,
+                    index=room.device.index,
+                    model=room.device.model,
+                    memory_bytes=part.memory_bytes,
+                    compute_milli=part.compute_milli,
+                )
+                for room, part in place
+            ],
+            simulated=any(room.device.simulated for room, _ in place),
+            groups=groups,
+        )
+        entry.state = GrantState.reserved
+        self._book(entry, 1)
+
+    def take_back(self, entry: Entry, state: GrantState) -> None:
+        """End a holding entry's hold: `state` is ``gone`` or, for a revoked reservation, ``queued``."""
+        if entry.holds:
+            self._book(entry, -1)
+        entry.state = state
+
+    def take_in(self, entry: Entry) -> None:
+        """Count an adopted entry's slice."""
+        self._book(entry, 1)
+
+    def replace(self, entry: Entry, found: Slice) -> None:
+        """Take over the limits of a slice as the ledger has them."""
+        if entry.slice != found:
+            self._book(entry, -1)
+            entry.slice = found
+            self._book(entry, 1)
+
+    def _book(self, entry: Entry, sign: int) -> None:
+        for uuid, part in entry.parts():
+            room = self.rooms.get(uuid)
+            if room is None:
+                continue
+            room.take(part) if sign > 0 else room.give_back(part)
+
+    def overbooked(self) -> list[str]:
+        """Return the devices that hold more than they have."""
+        return [uuid for uuid, room in self.rooms.items() if room.free_milli < 0 or room.free_bytes < 0]
+
+    def on_device(self, uuid: str) -> list[str]:
+        """Return the ids of the slices that hold a part of a device."""
+        return [entry.slice_id for entry in self.entries.values() if entry.holds and any(uuid == at for at, _ in entry.parts())]
+
+    def waiting(self) -> list[Entry]:
+        """Return the queue, first come first."""
+        return sorted((one for one in self.entries.values() if one.state == GrantState.queued), key=lambda one: one.number)
+
+    def cost(self, want: Want) -> Part | None:
+        """Return the least that `want` takes in all, on the models that could hold it; None when none could."""
+        parts = by_model(want, self.devices.values()).values()
+        if not parts:
+            return None
+        least = Part(min(part.memory_bytes for part in parts), min(part.compute_milli for part in parts))
+        return total(least, want.device_count)
+
+    def holdings(self, counted: frozenset[str]) -> list[Holding]:
+        """Return what each request that is not gone holds, or, while it waits, would hold at least."""
+        found: list[Holding] = []
+        for entry in self.entries.values():
+            if entry.state == GrantState.gone:
+                continue
+            if entry.holds:
+                parts = [part for _, part in entry.parts()]
+                amount = Part(sum(part.memory_bytes for part in parts), sum(part.compute_milli for part in parts))
+            else:
+                amount = self.cost(entry.want) or Part(0, 0)
+            groups = tuple(name for name in dict.fromkeys(entry.request.groups) if name in counted)
+            releasing = entry.state == GrantState.releasing
+            found.append(Holding(entry.request.owner, groups, amount.compute_milli, amount.memory_bytes, entry.holds, releasing))
+        return found

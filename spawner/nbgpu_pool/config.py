@@ -1,0 +1,217 @@
+"""The pool's configuration file (YAML or JSON): a closed model with clear errors.
+
+Example
+-------
+::
+
+    reservation_ttl_seconds: 120
+    quotas:
+      default: {limit: 1}                 # each user, all servers together, in GPUs
+      users:
+        ada: {limit: 2, memory: "120 GiB", guarantee: 1/2}
+      groups:
+        students: {limit: 4, guarantee: 1, per_user: 1/4}
+    queue: {total: 1000, per_user: 5, overtake_count: 50, overtake_seconds: 900}
+    tokens:                               # only for --listen; the Unix socket needs none
+      - {role: hub, hub: jupyterhub, file: /etc/nbgpu/hub.token}
+      - {role: read, env: NBGPU_READ_TOKEN}
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from nbgpu.errors import InvalidValue, NbgpuError
+from nbgpu.quantities import WHOLE_MILLI, parse_memory
+
+from .auth import Principal, Token
+from .core import Settings
+from .queue import Fairness
+from .quotas import Limits, Quotas
+
+_GPUS = "a number of GPUs from 0 to 100000, such as 0.5, 1/4, 25% or 2"
+
+
+class ConfigError(NbgpuError):
+    """The configuration file cannot be used."""
+
+    code = "config"
+    status = 500
+
+
+def _gpus(value: object) -> object:
+    """Return an amount of GPUs, which may be above 1, as milli-GPU."""
+    if value is None:
+        return None
+    try:
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            raise ValueError
+        text = str(value).strip()
+        exact = Fraction(text[:-1]) / 100 if text.endswith("%") else Fraction(text)
+        if not 0 <= exact <= 100_000:
+            raise ValueError
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise ValueError(f"it must be {_GPUS}") from None
+    return math.floor(exact * WHOLE_MILLI)
+
+
+def _memory(value: object) -> object:
+    if value is None:
+        return None
+    try:
+        return parse_memory(value)
+    except InvalidValue as error:
+        raise ValueError(error.message.partition("; ")[2].rstrip(".")) from None
+
+
+Gpus = Annotated[int | None, BeforeValidator(_gpus)]
+Memory = Annotated[int | None, BeforeValidator(_memory)]
+Seconds = Annotated[float, Field(gt=0, le=1e7)]
+
+
+class Closed(BaseModel):
+    """A part of the file; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DefaultQuota(Closed):
+    """What each user may hold."""
+
+    limit: Gpus = None
+    memory: Memory = None
+
+
+class UserQuota(DefaultQuota):
+    """What one user may hold, and what is kept free for them."""
+
+    guarantee: Gpus = 0
+
+
+class GroupQuota(UserQuota):
+    """What a group's members may hold together, what is kept free for them, and what each may hold."""
+
+    per_user: Gpus = None
+    per_user_memory: Memory = None
+
+
+class QuotaConfig(Closed):
+    """All quotas."""
+
+    default: DefaultQuota = DefaultQuota()
+    users: dict[str, UserQuota] = {}
+    groups: dict[str, GroupQuota] = {}
+
+
+class QueueConfig(Closed):
+    """Bounds of the queue."""
+
+    total: Annotated[int, Field(ge=0, le=100_000)] = 1000
+    per_user: Annotated[int, Field(ge=0, le=100_000)] = 10
+    overtake_count: Annotated[int, Field(ge=0, le=1_000_000)] = 50
+    """How often a request that does not fit may be overtaken."""
+    overtake_seconds: Annotated[float, Field(ge=0, le=1e7)] = 900.0
+    """And for how long."""
+
+
+class TokenConfig(Closed):
+    """A bearer token, read from a file or an environment variable."""
+
+    role: Literal["hub", "agent", "read"]
+    hub: Annotated[str, Field(min_length=1, max_length=255)] | None = None
+    file: Path | None = None
+    env: str | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> TokenConfig:
+        if (self.role == "hub") != (self.hub is not None):
+            raise ValueError("role hub needs `hub` (the hub's id), and only that role does")
+        if (self.file is None) == (self.env is None):
+            raise ValueError("give the token in either `file` or `env`")
+        return self
+
+    def load(self) -> Token:
+        """Read the secret.
+
+        Raises
+        ------
+        ConfigError
+            It is not there, or too short to be one.
+        """
+        where = f"environment variable {self.env}" if self.env else f"file {self.file}"
+        try:
+            secret = os.environ.get(self.env or "", "") if self.file is None else self.file.read_text()
+        except OSError as error:
+            raise ConfigError(f"The token of role {self.role} cannot be read from {where}: {error.strerror}.") from None
+        secret = secret.strip()
+        if len(secret) < 16:
+            raise ConfigError(f"The token of role {self.role} in {where} is missing or shorter than 16 characters.")
+        return Token(secret, Principal(self.role, self.hub))
+
+
+class Config(Closed):
+    """The whole file."""
+
+    reservation_ttl_seconds: Seconds = 120.0
+    queue_ttl_seconds: Seconds = 300.0
+    """A queued request that nobody has asked for so long is dropped."""
+    quotas: QuotaConfig = QuotaConfig()
+    queue: QueueConfig = QueueConfig()
+    tokens: list[TokenConfig] = []
+
+    def settings(self) -> Settings:
+        """Return what the core needs of it."""
+        return Settings(
+            quotas=Quotas(
+                default=_limits(self.quotas.default),
+                users={name: _limits(quota) for name, quota in self.quotas.users.items()},
+                groups={name: _limits(quota) for name, quota in self.quotas.groups.items()},
+            ),
+            fairness=Fairness(self.queue.overtake_count, self.queue.overtake_seconds),
+            reservation_ttl_seconds=self.reservation_ttl_seconds,
+            queue_ttl_seconds=self.queue_ttl_seconds,
+            queue_total=self.queue.total,
+            queue_per_user=self.queue.per_user,
+        )
+
+
+def _limits(quota: DefaultQuota) -> Limits:
+    return Limits(
+        limit_milli=quota.limit,
+        limit_bytes=quota.memory,
+        guarantee_milli=(quota.guarantee or 0) if isinstance(quota, UserQuota) else 0,
+        per_user_milli=quota.per_user if isinstance(quota, GroupQuota) else None,
+        per_user_bytes=quota.per_user_memory if isinstance(quota, GroupQuota) else None,
+    )
+
+
+def load(path: Path | None) -> Config:
+    """Read the configuration file; None = all defaults.
+
+    Raises
+    ------
+    ConfigError
+        With the file, the key and what it must be.
+    """
+    if path is None:
+        return Config()
+    try:
+        raw: Any = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"The pool's configuration {path} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The pool's configuration {path} is no YAML: {' '.join(str(error).split())}") from None
+    try:
+        return Config.model_validate({} if raw is None else raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the file"
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"The pool's configuration {path} is wrong at {key}: {message}.") from None

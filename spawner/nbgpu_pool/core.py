@@ -1,0 +1,503 @@
+"""The pool's one core: commands in, new state and effects out. No I/O, and no clock: every command is told the time.
+
+What is true about slices is the ledger's (on one machine the agent's): `snapshot` takes it over, nothing is granted before
+the first one or while the ledger is away, and a slice that the ledger may have is free only when the ledger says that it has gone.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from nbgpu.errors import NbgpuError, Refused, Unavailable
+from nbgpu.models import Device, DeviceBooks, Grant, GrantState, Owner, Request, Shape, Slice
+
+from . import quotas as quota_rules
+from .books import Books, Entry, adopted
+from .estimate import Sessions, queue_forecast
+from .placement import DEFAULT_POLICY, Policy
+from .queue import Fairness, Pass, hopeless
+from .quotas import Quotas
+from .shapes import Want, want_of
+
+STARTING = "The pool is starting: rebuilding the books from what runs. Try again in a few seconds."
+AWAY = "The GPU node does not answer at the moment; requests keep their place in the queue."
+ENDED_KEPT = 10_000
+"""Ended requests and early cancels that are remembered."""
+ENDED_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an admin can set, in the core's units."""
+
+    quotas: Quotas = field(default_factory=Quotas)
+    fairness: Fairness = field(default_factory=Fairness)
+    reservation_ttl_seconds: float = 120.0
+    queue_ttl_seconds: float = 300.0
+    """A queued request that nobody has asked for so long is dropped."""
+    queue_total: int = 1000
+    queue_per_user: int = 10
+    policy: Policy = DEFAULT_POLICY
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A slice in a ledger's snapshot."""
+
+    slice: Slice
+    state: str
+    """``prepared``, ``running`` or ``releasing``."""
+    age_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a ledger has, at one moment."""
+
+    begun: int
+    """The core's mark when the ledger was asked."""
+    devices: Sequence[Device]
+    slices: Sequence[Seen]
+
+
+@dataclass
+class Effects:
+    """What the shell has to do after a command."""
+
+    releases: list[str] = field(default_factory=list[str])
+    """Slices to ask back from the ledger, again and again until it has answered."""
+    granted: list[str] = field(default_factory=list[str])
+    ended: list[str] = field(default_factory=list[str])
+
+
+class Core:
+    """Requests, grants, devices. Every method that changes something may be followed by `drain` for the effects."""
+
+    def __init__(self, settings: Settings | None = None):
+        self.settings = settings or Settings()
+        self.books = Books()
+        self.sessions = Sessions()
+        self.ended: OrderedDict[str, Entry] = OrderedDict()
+        self.cancelled_early: OrderedDict[str, tuple[str | None, float]] = OrderedDict()
+        self.ready = False
+        self.connected = False
+        self.mark = 0
+        self.generation = 1
+        self._number = 0
+        self._snapshot: Snapshot | None = None
+        self._effects = Effects()
+        self._possible: dict[Want, bool] = {}
+        self._forecast: tuple[int, int, dict[str, float]] = (0, 0, {})
+
+    # -- requests --------------------------------------------------------------------------------------------------
+
+    def request(self, request: Request, now: float) -> Grant:
+        """Take a request: a grant, or a place in the queue. Idempotent by its id.
+
+        Raises
+        ------
+        InvalidValue, Refused, Unavailable, NbgpuError
+            400 makes no sense; 403 quota, or no device could ever hold it; 409 the id stands for another request; 503 starting.
+        """
+        want = want_of(request)
+        self._need_ready()
+        known = self.entry(request.request_id)
+        if known is not None:
+            return self._again(known, request, now)
+        early = self.cancelled_early.get(request.request_id)
+        if early is not None and early[0] in (None, request.owner.hub):
+            del self.cancelled_early[request.request_id]
+            entry = Entry(request, want, 0, now, state=GrantState.gone, withdrawn=True, reason="cancelled before it arrived", ended=now)
+            self._remember(entry)
+            return self.grant(entry, now)
+        self._admit(request)
+        self._number += 1
+        entry = Entry(request, want, self._number, now, expires=now + self.settings.queue_ttl_seconds)
+        self.books.entries[request.request_id] = entry
+        self._serve(now)
+        self._changed()
+        return self.grant(entry, now)
+
+    def _again(self, known: Entry, request: Request, now: float) -> Grant:
+        if known.adopted and known.request.owner == request.owner and known.request.device_count == request.device_count:
+            known.request, known.want, known.adopted = request, want_of(request), False
+        if known.request != request:
+            raise NbgpuError(
+                f"Request {request.request_id} exists already and asks for something else; use a new request_id.",
+                code="conflict",
+                status=409,
+                field="request_id",
+            )
+        self.touch(known, now)
+        return self.grant(known, now)
+
+    def _admit(self, request: Request) -> None:
+        want = want_of(request)
+        if not self.can_ever(want):
+            raise Refused(self.impossible(request.model, request.device_count), code="impossible")
+        cost = self.books.cost(want)
+        holdings = self.books.holdings(frozenset(self.settings.quotas.groups))
+        if cost is not None:
+            why = quota_rules.refusal(self.settings.quotas, holdings, request.owner, request.groups, cost)
+            if why is not None:
+                raise Refused(why, code="quota")
+        waiting = self.books.waiting()
+        if len(waiting) >= self.settings.queue_total:
+            raise Unavailable(f"The queue is full ({len(waiting)} requests wait); try again later.", code="queue-full")
+        mine = sum((one.request.owner.hub, one.request.owner.user) == (request.owner.hub, request.owner.user) for one in waiting)
+        if mine >= self.settings.queue_per_user:
+            raise Refused(f"You have {mine} requests in the queue already; that is the most one user may have.", code="queue-full")
+
+    def can_ever(self, want: Want) -> bool:
+        """Whether the pool, if it were empty, could hold `want`."""
+        known = self._possible.get(want)
+        if known is None:
+            if len(self._possible) > 1000:
+                self._possible.clear()
+            known = self._possible[want] = not hopeless(self.books, want)
+        return known
+
+    def impossible(self, model: str | None, device_count: int) -> str:
+        """Return why no device could ever hold a request, in words."""
+        models = sorted({device.model for device in self.books.devices.values()})
+        if not models:
+            return "There is no GPU here."
+        if model is not None and model not in models:
+            return f"No GPU here is a {model}; there are: {', '.join(models)}."
+        if device_count > 1:
+            return f"No node here has {device_count} GPUs with that much each."
+        return "No GPU here has that much."
+
+    def cancel(self, request_id: str, hub: str | None, now: float) -> Entry | None:
+        """Give a request up, whatever its state; of an unknown id remember that it is not wanted.
+
+        Parameters
+        ----------
+        hub : str, optional
+            Who says so; None = one that speaks for every hub.
+        """
+        entry = self.entry(request_id)
+        if entry is None:
+            self.cancelled_early[request_id] = (hub, now)
+            _trim(self.cancelled_early)
+            return None
+        self._withdraw(entry, "given back" if entry.holds else "cancelled", now)
+        return entry
+
+    def release_owner(self, owner: Owner, except_id: str | None, now: float) -> list[Entry]:
+        """Give up all that `owner` holds or waits for, but one request."""
+        self._need_ready()
+        mine = [one for one in self.books.entries.values() if one.request.owner == owner and one.slice_id != except_id]
+        for entry in mine:
+            self._withdraw(entry, "given back" if entry.holds else "cancelled", now)
+        return mine
+
+    def renew(self, entry: Entry, now: float) -> None:
+        """Start a reservation's time anew."""
+        if entry.state not in (GrantState.reserved, GrantState.bound, GrantState.queued):
+            raise _wrong_state(entry, "renewed")
+        self.touch(entry, now)
+        if entry.state == GrantState.reserved:
+            entry.expires = now + self.settings.reservation_ttl_seconds
+        self._changed()
+
+    def touch(self, entry: Entry, now: float) -> None:
+        """Note that somebody still waits for a queued request."""
+        if entry.state == GrantState.queued:
+            entry.expires = now + self.settings.queue_ttl_seconds
+
+    # -- a slice and its ledger --------------------------------------------------------------------------------------
+
+    def begin_prepare(self, entry: Entry) -> Slice:
+        """Before the ledger is asked to make a slice; end with `end_prepare`."""
+        self._need_ready()
+        if entry.state not in (GrantState.reserved, GrantState.bound) or entry.slice is None:
+            raise _wrong_state(entry, "prepared")
+        entry.busy += 1
+        entry.at_ledger = True
+        return entry.slice
+
+    def end_prepare(self, entry: Entry, refused: str | None, done: bool, now: float) -> None:
+        """After the ledger was asked: `done`, or `refused` with its words, or neither, when nobody knows."""
+        entry.busy -= 1
+        if done:
+            self.mark += 1
+            entry.confirmed = self.mark
+            if entry.state == GrantState.reserved:
+                entry.expires = now + self.settings.reservation_ttl_seconds
+        elif refused is not None:
+            self._withdraw(entry, f"the node refused it: {refused}", now)
+        self._reconcile(now)
+
+    def begin_bind(self, entry: Entry) -> None:
+        """Before the ledger is told which process carries a slice; end with `end_bind`."""
+        self._need_ready()
+        if entry.state == GrantState.bound:
+            pass
+        elif entry.state != GrantState.reserved:
+            raise _wrong_state(entry, "bound")
+        entry.busy += 1
+
+    def end_bind(self, entry: Entry, done: bool, now: float) -> None:
+        """After the ledger was told."""
+        entry.busy -= 1
+        if done and entry.state == GrantState.reserved:
+            self._bound(entry, now)
+        self._reconcile(now)
+
+    def release_answered(self, slice_id: str, gone: bool, now: float) -> None:
+        """The ledger has taken note that a slice is not wanted; `gone`: it has none of that id (any more)."""
+        entry = self.books.entries.get(slice_id)
+        if entry is None or entry.state != GrantState.releasing:
+            return
+        entry.release_acked = True
+        if entry.confirmed is None:
+            self.mark += 1
+            entry.confirmed = self.mark
+        if gone:
+            self._end(entry, entry.reason or "given back", now)
+            self._serve(now)
+        self._changed()
+
+    def snapshot(self, snapshot: Snapshot, now: float) -> None:
+        """Take over what the ledger says."""
+        self._snapshot = snapshot
+        before = {uuid: (device.healthy, device.usable_bytes) for uuid, device in self.books.devices.items()}
+        rebuilt = before != {device.uuid: (device.healthy, device.usable_bytes) for device in snapshot.devices}
+        if rebuilt:
+            self._possible.clear()
+            self.books.rebuild(snapshot.devices)
+        if rebuilt or not self.ready or not self.connected:
+            self._changed()
+        self.ready = self.connected = True
+        for seen in snapshot.slices:
+            self._see(seen, now)
+        self._revoke_overbooked(now)
+        self._reconcile(now)
+
+    def away(self, now: float) -> None:
+        """The ledger does not answer: nothing is granted or freed until it does."""
+        if self.connected:
+            self.connected = False
+            self._changed()
+
+    def tick(self, now: float) -> None:
+        """Let what has expired expire, and serve the queue."""
+        for entry in list(self.books.entries.values()):
+            if entry.expires is None or now < entry.expires or entry.busy:
+                continue
+            if entry.state == GrantState.queued:
+                self._withdraw(entry, "left the queue: nobody has asked for it any more", now)
+            elif entry.state == GrantState.reserved and (self.connected or not entry.at_ledger):
+                self._withdraw(entry, "the reservation expired before a server carried it", now)
+        self._forget(now)
+        self._serve(now)
+
+    # -- views -------------------------------------------------------------------------------------------------------
+
+    def entry(self, request_id: str) -> Entry | None:
+        """Return a request, also one that ended not long ago."""
+        return self.books.entries.get(request_id) or self.ended.get(request_id)
+
+    def known(self, request_id: str) -> Entry:
+        """Return a request or raise 404; 503 while the books are being rebuilt."""
+        entry = self.entry(request_id)
+        if entry is None:
+            self._need_ready()
+            raise NbgpuError(f"No request {request_id} is known here.", code="unknown", status=404, field="request_id")
+        return entry
+
+    def grant(self, entry: Entry, now: float) -> Grant:
+        """Return a request as the API shows it."""
+        queued = entry.state == GrantState.queued
+        position = 1 + sum(one.number < entry.number for one in self.books.waiting()) if queued else None
+        return Grant(
+            request=entry.request,
+            state=entry.state,
+            slice=None if queued else entry.slice,
+            position=position,
+            wait_seconds=self.forecast(now).get(entry.slice_id) if queued else None,
+            expires_seconds=max(0.0, entry.expires - now) if entry.state == GrantState.reserved and entry.expires is not None else None,
+            reason=self._why(entry) if queued else entry.reason,
+        )
+
+    def _why(self, entry: Entry) -> str:
+        if not self.connected:
+            return AWAY
+        if entry.holder:
+            return f"waits for {entry.holder}: what is held now must be given back first"
+        return "all GPUs that could hold it are in use"
+
+    def ghost(self, owner: Owner, groups: list[str], shape: Shape) -> Request:
+        """Return the request that `owner` would make for a shape."""
+        return Request(request_id="availability", owner=owner, groups=groups, **shape.model_dump())
+
+    def grants(self, now: float, state: GrantState | None = None) -> list[Grant]:
+        """Return all requests, or those in one state; the ended ones only when asked for."""
+        self._need_ready()
+        found = self.ended.values() if state == GrantState.gone else self.books.entries.values()
+        return [self.grant(entry, now) for entry in found if state is None or entry.state == state]
+
+    def device_books(self) -> list[DeviceBooks]:
+        """Return what each device has given."""
+        self._need_ready()
+        return [
+            DeviceBooks(
+                device=room.device,
+                memory_granted_bytes=max(0, room.device.usable_bytes - room.free_bytes),
+                compute_granted_milli=min(1000, max(0, 1000 - room.free_milli)),
+                slices=self.books.on_device(uuid),
+            )
+            for uuid, room in self.books.rooms.items()
+        ]
+
+    def forecast(self, now: float) -> dict[str, float]:
+        """Return, by request id, in how many seconds each queued request is likely granted; unknown ones are left out."""
+        if not self.connected:
+            return {}
+        generation, bucket, found = self._forecast
+        if (generation, bucket) != (self.generation, int(now) // 5):
+            found = queue_forecast(self.books, self.sessions, now)
+            self._forecast = self.generation, int(now) // 5, found
+        return found
+
+    def drain(self) -> Effects:
+        """Return the effects since the last call; releases that the ledger has not answered come every time."""
+        effects, self._effects = self._effects, Effects()
+        effects.releases = [
+            entry.slice_id
+            for entry in self.books.entries.values()
+            if entry.state == GrantState.releasing and not entry.release_acked and not entry.busy
+        ]
+        return effects
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _need_ready(self) -> None:
+        if not self.ready:
+            raise Unavailable(STARTING, code="starting")
+
+    def _changed(self) -> None:
+        self.generation += 1
+
+    def _serve(self, now: float) -> None:
+        if not self.connected or not any(one.state == GrantState.queued for one in self.books.entries.values()):
+            return
+        for entry in Pass(self.books, self.settings.quotas, self.settings.fairness, self.settings.policy).serve(now):
+            entry.expires = now + self.settings.reservation_ttl_seconds
+            self._effects.granted.append(entry.slice_id)
+            self._changed()
+
+    def _bound(self, entry: Entry, started: float) -> None:
+        entry.state, entry.expires, entry.started, entry.was_bound = GrantState.bound, None, started, True
+        self._changed()
+
+    def _withdraw(self, entry: Entry, reason: str, now: float) -> None:
+        """End a wish: at once where nothing exists, else by asking the ledger."""
+        if entry.state in (GrantState.gone, GrantState.releasing):
+            return
+        entry.withdrawn, entry.reason, entry.expires = True, reason, None
+        if entry.at_ledger:
+            entry.state, entry.release_acked = GrantState.releasing, False
+        else:
+            self._end(entry, reason, now)
+            self._serve(now)
+        self._changed()
+
+    def _end(self, entry: Entry, reason: str, now: float) -> None:
+        if entry.was_bound:
+            self.sessions.ended(now - entry.started)
+        self.books.take_back(entry, GrantState.gone)
+        entry.reason, entry.ended, entry.expires = reason, now, None
+        self.books.entries.pop(entry.slice_id, None)
+        self._remember(entry)
+        self._effects.ended.append(entry.slice_id)
+
+    def _remember(self, entry: Entry) -> None:
+        self.ended[entry.slice_id] = entry
+        _trim(self.ended)
+
+    def _forget(self, now: float) -> None:
+        while self.ended and now - next(iter(self.ended.values())).ended > ENDED_SECONDS:
+            self.ended.popitem(last=False)
+        while self.cancelled_early and now - next(iter(self.cancelled_early.values()))[1] > ENDED_SECONDS:
+            self.cancelled_early.popitem(last=False)
+
+    def _see(self, seen: Seen, now: float) -> None:
+        """Take over one slice of a snapshot."""
+        entry = self.books.entries.get(seen.slice.slice_id)
+        if entry is None or not entry.holds:
+            entry = self._adopt(seen, now)
+        else:
+            self.books.replace(entry, seen.slice)
+        assert self._snapshot is not None
+        entry.at_ledger = True
+        entry.confirmed = max(entry.confirmed or 0, self._snapshot.begun)
+        if seen.state == "running" and entry.state == GrantState.reserved:
+            self._bound(entry, now - seen.age_seconds)
+        elif seen.state == "releasing" and entry.state != GrantState.releasing:
+            entry.state, entry.expires, entry.release_acked, entry.withdrawn = GrantState.releasing, None, True, True
+            entry.reason = "given back"
+            self._changed()
+
+    def _adopt(self, seen: Seen, now: float) -> Entry:
+        slice_id = seen.slice.slice_id
+        past = self.ended.pop(slice_id, None)
+        unwanted = (past is not None and past.withdrawn) or self.cancelled_early.pop(slice_id, None) is not None
+        queued = self.books.entries.pop(slice_id, None)
+        self._number += 1
+        entry = adopted(seen.slice, queued.number if queued else self._number, now)
+        if queued is not None:
+            entry.request, entry.want, entry.adopted = queued.request, queued.want, False
+        entry.state, entry.expires = GrantState.reserved, now + self.settings.reservation_ttl_seconds
+        if unwanted:
+            entry.state, entry.expires, entry.withdrawn, entry.reason = GrantState.releasing, None, True, "given back"
+        self.books.entries[slice_id] = entry
+        self.books.take_in(entry)
+        self._changed()
+        return entry
+
+    def _revoke_overbooked(self, now: float) -> None:
+        """Put reservations that nobody has used yet back into the queue where the ledger has given their room away."""
+        for uuid in self.books.overbooked():
+            loose = [
+                one
+                for one in self.books.entries.values()
+                if one.state == GrantState.reserved and not one.at_ledger and any(at == uuid for at, _ in one.parts())
+            ]
+            for entry in sorted(loose, key=lambda one: -one.number):
+                if uuid not in self.books.overbooked():
+                    break
+                self.books.take_back(entry, GrantState.queued)
+                entry.slice, entry.expires = None, now + self.settings.queue_ttl_seconds
+                self._changed()
+
+    def _reconcile(self, now: float) -> None:
+        """End what the last snapshot should show and does not, then serve the queue."""
+        for entry in self._absent():
+            if entry.confirmed is not None and self._snapshot is not None and entry.confirmed <= self._snapshot.begun:
+                self._end(entry, entry.reason or ("its last process has ended" if entry.was_bound else "the node no longer has it"), now)
+                self._changed()
+        self._serve(now)
+
+    def wants_fresh(self) -> bool:
+        """Whether the last snapshot lacks a slice but was begun too early to tell: the ledger should be asked at once."""
+        return any(entry.confirmed is not None for entry in self._absent())
+
+    def _absent(self) -> list[Entry]:
+        if self._snapshot is None:
+            return []
+        present = {seen.slice.slice_id for seen in self._snapshot.slices}
+        return [one for one in self.books.entries.values() if one.at_ledger and not one.busy and one.slice_id not in present]
+
+
+def _wrong_state(entry: Entry, verb: str) -> NbgpuError:
+    why = f": {entry.reason}" if entry.reason else ""
+    return NbgpuError(f"Request {entry.slice_id} is {entry.state.value} and cannot be {verb}{why}.", code="state", status=409)
+
+
+def _trim(known: OrderedDict[str, Entry] | OrderedDict[str, tuple[str | None, float]]) -> None:
+    while len(known) > ENDED_KEPT:
+        known.popitem(last=False)

@@ -1,0 +1,101 @@
+"""How long a wait will be, from what is known: what runs, for how long, and how long sessions last here. Honest: unknown is unknown."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+
+from nbgpu.models import GrantState
+
+from .books import Books
+from .placement import Room, place
+from .shapes import Part, Want
+
+ENOUGH_SESSIONS = 5
+"""Observed sessions before anything is said."""
+MAX_EVENTS = 300
+MAX_TRIES = 3000
+
+
+class Sessions:
+    """Lengths of the last sessions, in seconds."""
+
+    def __init__(self, keep: int = 500):
+        self._lengths: deque[float] = deque(maxlen=keep)
+
+    def ended(self, length_seconds: float) -> None:
+        """Note that a session of this length has ended."""
+        self._lengths.append(max(0.0, length_seconds))
+
+    def remaining_seconds(self, age_seconds: float) -> float | None:
+        """Return the median of what sessions that reached this age still lasted; None while too few were seen."""
+        if len(self._lengths) < ENOUGH_SESSIONS:
+            return None
+        longer = sorted(length - age_seconds for length in self._lengths if length > age_seconds)
+        # Older than all seen so far: as long again is the usual guess.
+        return longer[len(longer) // 2] if longer else age_seconds
+
+
+def queue_forecast(books: Books, sessions: Sessions, now: float, ghosts: Sequence[Want] = ()) -> dict[str, float]:
+    """Return in how many seconds each queued request, and each of `ghosts` behind them, likely gets its place.
+
+    Plays the known sessions to their likely ends, serving the queue in order. Keys: request ids; ``"ghost:<n>"`` for ghosts.
+    What is not reached within the bounds of the play, or cannot be known, is left out.
+    """
+    typical = sessions.remaining_seconds(0.0)
+    if typical is None:
+        return {}
+    rooms = {uuid: replace(room) for uuid, room in books.rooms.items()}
+    ends: list[tuple[float, int, list[tuple[str, Part]]]] = []
+    for number, entry in enumerate(books.entries.values()):
+        if entry.holds and entry.state != GrantState.reserved:
+            left = 0.0 if entry.state == GrantState.releasing else sessions.remaining_seconds(max(0.0, now - entry.started)) or 0.0
+            ends.append((left, number, entry.parts()))
+        elif entry.state == GrantState.reserved:
+            ends.append((typical, number, entry.parts()))
+    heapq.heapify(ends)
+    waiting = [(entry.slice_id, entry.want) for entry in books.waiting()]
+    waiting += [(f"ghost:{number}", want) for number, want in enumerate(ghosts)]
+    return _play(rooms, ends, waiting, typical)
+
+
+def _play(
+    rooms: dict[str, Room], ends: list[tuple[float, int, list[tuple[str, Part]]]], waiting: list[tuple[str, Want]], typical: float
+) -> dict[str, float]:
+    found: dict[str, float] = {}
+    at, tries, number = 0.0, 0, 10**6
+    for _ in range(MAX_EVENTS):
+        misfits: set[Want] = set()
+        still: list[tuple[str, Want]] = []
+        for key, want in waiting:
+            if want in misfits:
+                still.append((key, want))
+                continue
+            tries += 1
+            spot = place(list(rooms.values()), want)
+            if spot is None:
+                misfits.add(want)
+                still.append((key, want))
+                continue
+            found[key] = at
+            if not key.startswith("ghost:"):
+                for room, part in spot:
+                    room.take(part)
+                number += 1
+                heapq.heappush(ends, (at + typical, number, [(room.device.uuid, part) for room, part in spot]))
+        waiting = still
+        if not waiting or not ends or tries > MAX_TRIES:
+            break
+        at = _end_next(rooms, ends, at)
+    return {key: float(seconds) for key, seconds in found.items() if math.isfinite(seconds)}
+
+
+def _end_next(rooms: dict[str, Room], ends: list[tuple[float, int, list[tuple[str, Part]]]], at: float) -> float:
+    time, _, parts = heapq.heappop(ends)
+    for uuid, part in parts:
+        if uuid in rooms:
+            rooms[uuid].give_back(part)
+    return max(at, time)

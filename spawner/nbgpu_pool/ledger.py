@@ -1,0 +1,155 @@
+"""The ledger: where slices really are. On one machine that is the agent, spoken to over its admin socket."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx
+from pydantic import ValidationError
+
+from nbgpu.errors import InvalidValue, NbgpuError, Unavailable
+from nbgpu.models import AgentSlices, Launch, Node, Slice
+
+from .core import Seen, Snapshot
+
+CALL_SECONDS = 10.0
+POLL_SECONDS = 10
+RETRY_SECONDS = 0.2
+RETRY_MOST_SECONDS = 2.0
+
+
+class LedgerRefused(NbgpuError):
+    """The ledger says no to a slice: its word is the last one."""
+
+    code = "refused-by-node"
+    status = 503
+
+
+class Ledger(Protocol):
+    """What the pool needs of the place where slices are real."""
+
+    async def prepare(self, wanted: Slice, uid: int | None) -> Launch:
+        """Make a slice; idempotent.
+
+        Raises
+        ------
+        LedgerRefused
+            It may not exist.
+        Unavailable
+            Nobody knows whether it exists.
+        """
+        ...
+
+    async def adopt(self, slice_id: str, pid: int | None) -> None:
+        """Take note that a server carries the slice; idempotent."""
+        ...
+
+    async def release(self, slice_id: str) -> bool:
+        """Ask a slice back; True when there is none of that id (any more)."""
+        ...
+
+    def watch(self, mark: Callable[[], int], fresh: Callable[[], bool]) -> AsyncIterator[Snapshot | Unavailable]:
+        """Yield all that there is, at once and at each change; `Unavailable` while the ledger is away.
+
+        `mark` is read before the ledger is asked, for `Snapshot.begun`; `fresh` after each snapshot was taken in: True asks at
+        once for another.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Close connections."""
+        ...
+
+
+class AgentLedger:
+    """The agent of this machine.
+
+    Parameters
+    ----------
+    socket : Path
+        The agent's admin socket.
+    """
+
+    def __init__(self, socket: Path):
+        self._socket = socket
+        self._calls = self._client(CALL_SECONDS)
+        self._polls = self._client(POLL_SECONDS + CALL_SECONDS)
+
+    def _client(self, timeout: float) -> httpx.AsyncClient:
+        transport = httpx.AsyncHTTPTransport(uds=str(self._socket))
+        return httpx.AsyncClient(transport=transport, base_url="http://agent", timeout=timeout)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._calls.aclose()
+        await self._polls.aclose()
+
+    async def prepare(self, wanted: Slice, uid: int | None) -> Launch:
+        """`PUT /v1/slices/{slice_id}`."""
+        answer = await self._ask("PUT", f"/v1/slices/{wanted.slice_id}", {"slice": wanted.model_dump(mode="json"), "uid": uid})
+        if answer.status_code >= 400:
+            raise LedgerRefused(_words(answer), status=409 if answer.status_code == 409 else 503)
+        return Launch.model_validate_json(answer.content)
+
+    async def adopt(self, slice_id: str, pid: int | None) -> None:
+        """`POST /v1/slices/{slice_id}/processes`."""
+        if pid is None:
+            raise InvalidValue("pid", None, "the id of the server's process: on one machine a slice is carried by a process")
+        answer = await self._ask("POST", f"/v1/slices/{slice_id}/processes", {"pid": pid})
+        if answer.status_code >= 400:
+            raise NbgpuError(_words(answer), code="bind-failed", status=400 if answer.status_code < 404 else 409)
+
+    async def release(self, slice_id: str) -> bool:
+        """`DELETE /v1/slices/{slice_id}`."""
+        answer = await self._ask("DELETE", f"/v1/slices/{slice_id}")
+        if answer.status_code >= 400:
+            raise Unavailable(_words(answer))
+        return bool(answer.json()["gone"])
+
+    async def watch(self, mark: Callable[[], int], fresh: Callable[[], bool]) -> AsyncIterator[Snapshot | Unavailable]:
+        """Long-poll `GET /v1/slices`; the node's devices are read anew with each answer."""
+        after: int | None = None
+        pause = RETRY_SECONDS
+        while True:
+            begun = mark()
+            try:
+                node = await self._node()
+                params = {} if after is None else {"after": after, "wait_seconds": POLL_SECONDS}
+                answer = await self._polls.get("/v1/slices", params=params)
+                answer.raise_for_status()
+                found = AgentSlices.model_validate_json(answer.content)
+            except (httpx.HTTPError, ValidationError, ValueError, Unavailable) as error:
+                yield Unavailable(f"The node agent does not answer: {error or type(error).__name__}")
+                after = None
+                await asyncio.sleep(pause)
+                pause = min(pause * 1.5, RETRY_MOST_SECONDS)
+                continue
+            pause = RETRY_SECONDS
+            after = found.generation
+            now = time.time()
+            seen = [Seen(one.slice, one.state, max(0.0, now - one.created)) for one in found.slices]
+            yield Snapshot(begun, node.devices, seen)
+            if fresh():
+                after = None
+
+    async def _node(self) -> Node:
+        answer = await self._polls.get("/v1/node")
+        answer.raise_for_status()
+        return Node.model_validate_json(answer.content)
+
+    async def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+        try:
+            return await self._calls.request(method, path, json=body)
+        except httpx.HTTPError as error:
+            raise Unavailable("The GPU node does not answer at the moment; try again in a few seconds.", code="agent-away") from error
+
+
+def _words(answer: httpx.Response) -> str:
+    try:
+        return str(answer.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"the node agent answered {answer.status_code}"

@@ -1,0 +1,163 @@
+"""Start the pool: `python -m nbgpu_pool`, or `nbgpu pool`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+
+from nbgpu.errors import NbgpuError
+from nbgpu.paths import AGENT_SOCKET, POOL_SOCKET, runtime_dir
+
+from .api import create_app
+from .auth import Guard
+from .config import Config, ConfigError, load
+from .ledger import AgentLedger
+from .lock import InstanceLock
+from .service import Service
+
+LOCK_FILE = "pool.lock"
+log = logging.getLogger("nbgpu.pool")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    config: Path | None = None
+    runtime_dir: Path | None = None
+    """Where the sockets are; None = `nbgpu.paths.runtime_dir()`."""
+    listen: str | None = None
+    """``ADDRESS:PORT`` to serve by TCP too; needs tokens in the configuration."""
+    takeover: bool = False
+    """End another pool that serves the same directory and take its place."""
+    log_level: str = "info"
+
+
+def run(options: Options) -> int:
+    """Serve until SIGTERM or SIGINT; return the exit code. Errors are one line on stderr."""
+    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    place = options.runtime_dir or runtime_dir()
+    try:
+        config = load(options.config)
+        guard = Guard([token.load() for token in config.tokens])
+        if options.listen and not config.tokens:
+            raise ConfigError("--listen needs tokens: name at least one under `tokens` in the configuration.")
+        address = _address(options.listen) if options.listen else None
+        place.mkdir(mode=0o755, parents=True, exist_ok=True)
+        lock = InstanceLock(place / LOCK_FILE)
+        ended = lock.acquire(takeover=options.takeover)
+        if ended:
+            log.info("took over from the pool with pid %d", ended)
+        sockets = [_unix_socket(place / POOL_SOCKET)]
+        if address:
+            sockets.append(_tcp_socket(*address))
+    except NbgpuError as error:
+        print(f"nbgpu pool: {error.message}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"nbgpu pool: cannot serve in {place}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    asyncio.run(_serve(config, guard, place, sockets))
+    lock.close()
+    return 0
+
+
+async def _serve(config: Config, guard: Guard, place: Path, sockets: list[socket.socket]) -> None:
+    service = Service(AgentLedger(place / AGENT_SOCKET), config.settings())
+    servers = [_server(create_app(service, None if at.family == socket.AF_UNIX else guard)) for at in sockets]
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    service.start()
+    running = [asyncio.create_task(server.serve(sockets=[at])) for server, at in zip(servers, sockets, strict=True)]
+    inode = os.stat(place / POOL_SOCKET).st_ino
+    for at in sockets:
+        log.info("serving %s", at.getsockname())
+    stop = asyncio.create_task(stopping.wait())
+    await asyncio.wait([stop, *running], return_when=asyncio.FIRST_COMPLETED)
+    log.info("stopping")
+    with contextlib.suppress(FileNotFoundError):
+        if os.stat(place / POOL_SOCKET).st_ino == inode:
+            os.unlink(place / POOL_SOCKET)
+    await service.stop()
+    for server in servers:
+        server.should_exit = True
+    await asyncio.gather(*running, return_exceptions=True)
+    stop.cancel()
+
+
+def _server(app: FastAPI) -> uvicorn.Server:
+    config = uvicorn.Config(
+        app, lifespan="off", access_log=False, log_config=None, timeout_graceful_shutdown=2, timeout_keep_alive=60, ws="none"
+    )
+    return _Server(config)
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to `_serve`: several servers share the process."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def _unix_socket(path: Path) -> socket.socket:
+    """Listen at `path`, mode 0600 from its first moment; replaces what a dead pool left."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    with contextlib.suppress(FileNotFoundError):
+        fresh.unlink()
+    found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)
+    try:
+        found.bind(str(fresh))
+    finally:
+        os.umask(before)
+    found.listen(512)
+    os.rename(fresh, path)
+    return found
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+        number = int(port)
+        if not 0 <= number < 65536:
+            raise ValueError
+    except ValueError:
+        raise ConfigError(f"--listen is {text!r}; it must be ADDRESS:PORT, such as 127.0.0.1:8070.") from None
+    return host.strip("[]"), number
+
+
+def _tcp_socket(host: str, port: int) -> socket.socket:
+    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    found.bind((host, port))
+    found.listen(512)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Read the command line and `run`."""
+    parser = argparse.ArgumentParser(prog="python -m nbgpu_pool", description="The pool allocator: who gets which part of which GPU.")
+    parser.add_argument("--config", type=Path, help="YAML or JSON file: quotas, queue, tokens")
+    parser.add_argument("--runtime-dir", type=Path, help="where the agent's and the pool's sockets are")
+    parser.add_argument("--listen", metavar="ADDRESS:PORT", help="serve by TCP too (needs tokens)")
+    parser.add_argument("--takeover", action="store_true", help="end another pool that serves the same directory")
+    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    return run(Options(**vars(parser.parse_args(arguments))))

@@ -1,0 +1,127 @@
+"""Who is served next: in order of arrival, with backfill, and nobody overtaken for ever.
+
+A request that does not fit lets later ones pass until it has waited `overtake_seconds` or was passed `overtake_count` times.
+From then on it is *protected*: the devices on which least must be freed for it are earmarked, and nobody else is placed there.
+Sessions on them end, nothing new begins, so it gets in; the rest of the pool goes on serving others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nbgpu.quantities import WHOLE_MILLI
+
+from .books import Books, Entry
+from .placement import DEFAULT_POLICY, Place, Policy, could_ever, nearest, place
+from .quotas import Quotas, Tally
+from .shapes import Part, Want
+
+
+@dataclass(frozen=True)
+class Fairness:
+    """How long a request that does not fit may be overtaken."""
+
+    overtake_count: int = 50
+    overtake_seconds: float = 900.0
+
+    def protects(self, entry: Entry, now: float) -> bool:
+        """Whether nobody may take `entry`'s room any more."""
+        return entry.overtaken >= self.overtake_count or now - entry.enqueued >= self.overtake_seconds
+
+
+class Pass:
+    """One walk over the queue.
+
+    Parameters
+    ----------
+    books : Books
+        What is free; `grant` books into it.
+    quotas : Quotas
+        Limits and guarantees.
+    """
+
+    def __init__(self, books: Books, quotas: Quotas, fairness: Fairness, policy: Policy = DEFAULT_POLICY):
+        self.books = books
+        self.quotas = quotas
+        self.fairness = fairness
+        self.policy = policy
+        self.rooms = books.ordered_rooms()
+        self.barred: set[str] = set()
+        self.kept_milli = 0
+        self.waiting: list[Entry] = []
+        self._misfits: set[tuple[Want, Part | None, int]] = set()
+        free = sum(max(0, room.free_milli) for room in self.rooms if room.device.healthy)
+        self.tally = Tally.of(quotas, books.holdings(frozenset(quotas.groups)), free)
+
+    def serve(self, now: float) -> list[Entry]:
+        """Grant all that can be granted now; return those entries."""
+        granted: list[Entry] = []
+        for entry in self.books.waiting():
+            found = self.find(entry)
+            if found is None:
+                self._wait(entry, now)
+                continue
+            groups = self.quotas.counted(entry.request.groups)
+            self.books.give(entry, found, groups)
+            self.tally.take(entry.request.owner, groups, _sum(found))
+            entry.earmark, entry.holder, entry.reason = (), "", None
+            for passed in self.waiting:
+                passed.overtaken += not passed.holder
+            granted.append(entry)
+        return granted
+
+    def find(self, entry: Entry) -> Place | None:
+        """Return where `entry` can go now, or None; `entry.holder` then says whose limit holds it, if one does."""
+        owner, groups = entry.request.owner, entry.request.groups
+        left, words = self.tally.left(owner, groups)
+        entry.holder = ""
+        count = entry.want.device_count
+        cap = None if left is None else Part(left.memory_bytes // count, left.compute_milli // count)
+        if cap is not None and self._over(entry.want, cap):
+            entry.holder = words
+            return None
+        barred = self.barred - set(entry.earmark)
+        key = entry.want, cap, len(barred)
+        if not entry.earmark and key in self._misfits:
+            return None
+        found = place(self.rooms, entry.want, barred=barred, cap=cap, policy=self.policy)
+        if found is None:
+            if not entry.earmark:
+                self._misfits.add(key)
+            return None
+        milli = _sum(found).compute_milli
+        kept = self.tally.kept_milli(owner, groups, milli)
+        if self.tally.free_milli - milli < kept + self.kept_milli:
+            return None
+        return found
+
+    def _over(self, want: Want, cap: Part) -> bool:
+        cost = self.books.cost(want._replace(device_count=1))
+        return cost is not None and (cost.compute_milli > cap.compute_milli or cost.memory_bytes > cap.memory_bytes)
+
+    def _wait(self, entry: Entry, now: float) -> None:
+        """Leave `entry` in the queue; keep its room when it is protected."""
+        self.waiting.append(entry)
+        if not self.fairness.protects(entry, now):
+            return
+        cost = self.books.cost(entry.want)
+        if entry.holder:
+            if cost is not None:
+                self.tally.reserve(entry.request.owner, self.quotas.counted(entry.request.groups), cost)
+            return
+        healthy = {room.device.uuid for room in self.rooms if room.device.healthy}
+        if not entry.earmark or not healthy.issuperset(entry.earmark) or self.barred.intersection(entry.earmark):
+            entry.earmark = nearest(self.rooms, entry.want, barred=self.barred)
+        self.barred.update(entry.earmark)
+        if cost is not None and place(self.rooms, entry.want, barred=self.barred - set(entry.earmark)) is not None:
+            # It fits, but for others' guarantees: what comes free adds up for it instead of going to smaller ones.
+            self.kept_milli += min(cost.compute_milli, WHOLE_MILLI * len(self.rooms))
+
+
+def _sum(found: Place) -> Part:
+    return Part(sum(part.memory_bytes for _, part in found), sum(part.compute_milli for _, part in found))
+
+
+def hopeless(books: Books, want: Want) -> bool:
+    """Whether no device of the pool, even empty, could ever hold `want`."""
+    return not could_ever(books.devices, want)

@@ -1,0 +1,199 @@
+"""Quotas: how much a user or a group may hold (limit), and how much is kept for them (guarantee).
+
+A user is a hub's user with all of its servers. A group's limit and guarantee are shared by its members, of all hubs.
+Going over one's own limit is refused; a group at its limit waits, since what the others hold comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from nbgpu.models import Owner
+from nbgpu.quantities import WHOLE_MILLI, format_memory, format_share
+
+from .shapes import Part
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a user or a group may hold; None = no limit."""
+
+    limit_milli: int | None = None
+    limit_bytes: int | None = None
+    guarantee_milli: int = 0
+    per_user_milli: int | None = None
+    """Of a group: what each of its members may hold."""
+    per_user_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Quotas:
+    """All quotas of a pool."""
+
+    default: Limits = Limits()
+    users: Mapping[str, Limits] = field(default_factory=dict[str, Limits])
+    groups: Mapping[str, Limits] = field(default_factory=dict[str, Limits])
+
+    def counted(self, groups: Sequence[str]) -> list[str]:
+        """Return those of `groups` that have a quota."""
+        return [name for name in groups if name in self.groups]
+
+    def of_user(self, user: str, groups: Sequence[str]) -> Limits:
+        """Return a user's own limits: named ones, else the most generous of the groups', else the default."""
+        named = self.users.get(user)
+        if named is not None:
+            return named
+        milli = [value for name in groups if name in self.groups and (value := self.groups[name].per_user_milli) is not None]
+        memory = [value for name in groups if name in self.groups and (value := self.groups[name].per_user_bytes) is not None]
+        return Limits(
+            limit_milli=max(milli, default=self.default.limit_milli),
+            limit_bytes=max(memory, default=self.default.limit_bytes),
+            guarantee_milli=self.default.guarantee_milli,
+        )
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What one request holds, or would hold at least."""
+
+    owner: Owner
+    groups: tuple[str, ...]
+    milli: int
+    memory_bytes: int
+    granted: bool
+    releasing: bool
+
+    @property
+    def user(self) -> tuple[str, str]:
+        """The user, of one hub."""
+        return self.owner.hub, self.owner.user
+
+
+def total(part: Part, device_count: int) -> Part:
+    """Return what a slice takes of all its devices together."""
+    return Part(part.memory_bytes * device_count, part.compute_milli * device_count)
+
+
+def refusal(quotas: Quotas, holdings: Iterable[Holding], owner: Owner, groups: Sequence[str], asked: Part) -> str | None:
+    """Return why `owner` may not ask for `asked` in all, or None.
+
+    What is on its way back does not count: a server that restarts is not refused for its own past, it waits for it.
+    """
+    limits = quotas.of_user(owner.user, groups)
+    mine = [one for one in holdings if one.user == (owner.hub, owner.user) and not one.releasing]
+    if limits.limit_milli is not None and sum(one.milli for one in mine) + asked.compute_milli > limits.limit_milli:
+        held = [(one.owner.server, format_gpus(one.milli)) for one in mine]
+        return f"Your quota is {format_gpus(limits.limit_milli)}: {_said(held, format_gpus(asked.compute_milli))}"
+    if limits.limit_bytes is not None and sum(one.memory_bytes for one in mine) + asked.memory_bytes > limits.limit_bytes:
+        held = [(one.owner.server, format_memory(one.memory_bytes)) for one in mine]
+        return f"Your quota is {format_memory(limits.limit_bytes)} of GPU memory: {_said(held, format_memory(asked.memory_bytes))}"
+    for name in groups:
+        group = quotas.groups.get(name, Limits())
+        if group.limit_milli is not None and asked.compute_milli > group.limit_milli:
+            return (
+                f"The quota of your group {name} is {format_gpus(group.limit_milli)} in all: {_said([], format_gpus(asked.compute_milli))}"
+            )
+        if group.limit_bytes is not None and asked.memory_bytes > group.limit_bytes:
+            memory = format_memory(group.limit_bytes)
+            return f"The quota of your group {name} is {memory} of GPU memory in all: {_said([], format_memory(asked.memory_bytes))}"
+    return None
+
+
+def format_gpus(milli: int) -> str:
+    """Return an amount of GPU for people: ``a quarter of a GPU``, ``half a GPU``, ``1.5 GPUs``."""
+    if milli == 0:
+        return "no GPU"
+    if milli == WHOLE_MILLI // 2:
+        return "half a GPU"
+    if milli < WHOLE_MILLI:
+        return f"{format_share(milli)} of a GPU"
+    whole, rest = divmod(milli, WHOLE_MILLI)
+    return "1 GPU" if milli == WHOLE_MILLI else f"{whole}{f'.{rest:03d}'.rstrip('0') if rest else ''} GPUs"
+
+
+def _said(held: Sequence[tuple[str, str]], asked: str) -> str:
+    parts = [f"{amount} on {_server(server)}" for server, amount in held]
+    if not parts:
+        return f"you asked for {asked}."
+    return f"you hold {', '.join(parts)} and asked for {asked}."
+
+
+def _server(name: str) -> str:
+    return f"'{name}'" if name else "your default server"
+
+
+Account = tuple[str, ...]
+
+
+def accounts(owner: Owner, groups: Sequence[str]) -> list[Account]:
+    """Return whose quotas a slice of `owner` counts for."""
+    return [("user", owner.hub, owner.user), *(("group", name) for name in groups)]
+
+
+@dataclass
+class Tally:
+    """What is granted, by account: what limits and guarantees are held against while granting."""
+
+    quotas: Quotas
+    held: dict[Account, Part]
+    free_milli: int
+    """Of all devices that work."""
+
+    @classmethod
+    def of(cls, quotas: Quotas, holdings: Iterable[Holding], free_milli: int) -> Tally:
+        """Return the tally of all granted `holdings`, with what is on its way back."""
+        tally = cls(quotas, {}, free_milli)
+        for one in holdings:
+            if one.granted:
+                tally._book(accounts(one.owner, one.groups), Part(one.memory_bytes, one.milli))
+        return tally
+
+    def take(self, owner: Owner, groups: Sequence[str], part: Part) -> None:
+        """Count `part` as held by `owner` from now on."""
+        self._book(accounts(owner, groups), part)
+        self.free_milli -= part.compute_milli
+
+    def reserve(self, owner: Owner, groups: Sequence[str], part: Part) -> None:
+        """Keep `part` of the quotas of `owner` for a request of theirs that waits."""
+        self._book(accounts(owner, groups), part)
+
+    def _book(self, of: Iterable[Account], part: Part) -> None:
+        for account in of:
+            held = self.held.get(account, Part(0, 0))
+            self.held[account] = Part(held.memory_bytes + part.memory_bytes, held.compute_milli + part.compute_milli)
+
+    def left(self, owner: Owner, groups: Sequence[str]) -> tuple[Part | None, str]:
+        """Return what `owner` may still take in all (None = no limit) and, in words, by whose limit."""
+        left_milli, left_bytes, why = 2**62, 2**62, ""
+        user = self.quotas.of_user(owner.user, groups)
+        limits = [(user, "your quota")]
+        limits += [(self.quotas.groups[name], f"the quota of your group {name}") for name in groups if name in self.quotas.groups]
+        for (limit, words), account in zip(limits, accounts(owner, self.quotas.counted(groups)), strict=True):
+            held = self.held.get(account, Part(0, 0))
+            milli = 2**62 if limit.limit_milli is None else limit.limit_milli - held.compute_milli
+            memory = 2**62 if limit.limit_bytes is None else limit.limit_bytes - held.memory_bytes
+            if milli < left_milli or memory < left_bytes:
+                left_milli, left_bytes, why = min(milli, left_milli), min(memory, left_bytes), words
+        return (None, "") if not why else (Part(left_bytes, left_milli), why)
+
+    def kept_milli(self, owner: Owner, groups: Sequence[str], asked_milli: int) -> int:
+        """Return how much of what is free is kept from `owner` for the guarantees of others.
+
+        Nothing is kept from one whose own guarantee covers the request.
+        """
+        kept = 0
+        for kind, limits_of in (("group", self.quotas.groups), ("user", self.quotas.users)):
+            for name, limits in limits_of.items():
+                if not limits.guarantee_milli:
+                    continue
+                unmet = limits.guarantee_milli - self._held_milli(kind, name)
+                if (name in groups) if kind == "group" else (name == owner.user):
+                    if unmet >= asked_milli:
+                        return 0
+                elif unmet > 0:
+                    kept += unmet
+        return kept
+
+    def _held_milli(self, kind: str, name: str) -> int:
+        return sum(part.compute_milli for account, part in self.held.items() if account[0] == kind and account[-1] == name)

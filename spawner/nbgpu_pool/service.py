@@ -1,0 +1,259 @@
+"""The shell around the core: the clock, the ledger, and who waits for changes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+from nbgpu.errors import NbgpuError, Unavailable
+from nbgpu.models import Availability, AvailabilityQuery, Grant, Launch, Owner, Request
+
+from .availability import answer
+from .core import Core, Settings
+from .ledger import Ledger, LedgerRefused
+from .metrics import Metrics
+
+TICK_SECONDS = 0.5
+RELEASE_RETRY_SECONDS = 0.5
+
+log = logging.getLogger("nbgpu.pool")
+
+
+class Service:
+    """One pool: `start` it, call it from request handlers of the same event loop, `stop` it."""
+
+    def __init__(self, ledger: Ledger, settings: Settings | None = None, clock: Callable[[], float] = time.monotonic):
+        self.core = Core(settings)
+        self.ledger = ledger
+        self.clock = clock
+        self.metrics = Metrics(self.core)
+        self.closing = False
+        self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
+        self._asking: set[str] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._wake = asyncio.Event()
+        self._waiters: set[asyncio.Future[None]] = set()
+        self._announced = 0
+
+    # -- life --------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to watch the ledger and the clock."""
+        self._spawn(self._watch())
+        self._spawn(self._ticker())
+
+    async def stop(self) -> None:
+        """End everything; the state that matters is the ledger's."""
+        self.closing = True
+        self._announce(force=True)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.ledger.close()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _watch(self) -> None:
+        was_away = False
+        while True:
+            try:
+                async for found in self.ledger.watch(lambda: self.core.mark, self.core.wants_fresh):
+                    if isinstance(found, Unavailable):
+                        if not was_away:
+                            log.warning("ledger away: %s", found.message)
+                        was_away = True
+                        self.core.away(self.clock())
+                    else:
+                        if was_away or not self.core.ready:
+                            log.info("ledger here: devices=%d slices=%d", len(found.devices), len(found.slices))
+                        was_away = False
+                        self.core.snapshot(found, self.clock())
+                        if self.core.books.overbooked():
+                            log.error("more is running than the devices have: %s", ", ".join(self.core.books.overbooked()))
+                    self.settle()
+            except Exception:
+                log.exception("watching the ledger failed; starting over")
+            self.core.away(self.clock())
+            await asyncio.sleep(1.0)
+
+    async def _ticker(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), TICK_SECONDS)
+            self._wake.clear()
+            try:
+                with self.metrics.placement():
+                    self.core.tick(self.clock())
+                self.settle()
+            except Exception:
+                log.exception("tick failed")
+
+    def settle(self) -> None:
+        """Carry the core's effects out: log, ask slices back, wake those who wait."""
+        effects = self.core.drain()
+        for request_id in effects.granted:
+            entry = self.core.books.entries.get(request_id)
+            if entry is not None and entry.slice is not None:
+                waited = self.clock() - entry.enqueued
+                self.metrics.waited(waited)
+                where = ",".join(f"{one.index}:{one.compute_milli}" for one in entry.slice.devices)
+                log.info(
+                    "granted %s %s node=%s devices=%s waited=%.1fs", request_id, _who(entry.request.owner), entry.slice.node, where, waited
+                )
+        for request_id in effects.ended:
+            entry = self.core.ended.get(request_id)
+            if entry is not None:
+                log.info("gone %s %s: %s", request_id, _who(entry.request.owner), entry.reason)
+        for slice_id in effects.releases:
+            if slice_id not in self._asking:
+                self._asking.add(slice_id)
+                self._spawn(self._release(slice_id))
+        self._announce()
+
+    async def _release(self, slice_id: str) -> None:
+        try:
+            async with self._lock(slice_id):
+                gone = await self.ledger.release(slice_id)
+                self.core.release_answered(slice_id, gone, self.clock())
+        except NbgpuError as error:
+            log.warning("release %s not answered, will ask again: %s", slice_id, error.message)
+            await asyncio.sleep(RELEASE_RETRY_SECONDS)
+        except Exception:
+            log.exception("release %s failed, will ask again", slice_id)
+            await asyncio.sleep(RELEASE_RETRY_SECONDS)
+        finally:
+            self._asking.discard(slice_id)
+        self.settle()
+
+    @asynccontextmanager
+    async def _lock(self, slice_id: str) -> AsyncGenerator[None, None]:
+        """One call to the ledger at a time about one slice, so that a DELETE never passes a PUT."""
+        lock, users = self._locks.get(slice_id, (asyncio.Lock(), 0))
+        self._locks[slice_id] = lock, users + 1
+        try:
+            async with lock:
+                yield
+        finally:
+            lock, users = self._locks[slice_id]
+            if users == 1:
+                del self._locks[slice_id]
+            else:
+                self._locks[slice_id] = lock, users - 1
+
+    # -- waiting for changes -----------------------------------------------------------------------------------------
+
+    def _announce(self, force: bool = False) -> None:
+        if self._announced != self.core.generation or force:
+            self._announced = self.core.generation
+            for waiter in self._waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+    async def changed(self, since: int, timeout_seconds: float) -> bool:
+        """Wait until the core's generation is another than `since`; False when the time is up first."""
+        if self.core.generation != since or self.closing:
+            return True
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.add(waiter)
+        try:
+            await asyncio.wait_for(waiter, timeout_seconds)
+            return True
+        except (TimeoutError, asyncio.TimeoutError):
+            return False
+        finally:
+            self._waiters.discard(waiter)
+
+    # -- commands ----------------------------------------------------------------------------------------------------
+
+    def request(self, request: Request) -> Grant:
+        """Take a request (see `Core.request`)."""
+        now = self.clock()
+        fresh = self.core.entry(request.request_id) is None
+        with self.metrics.placement():
+            grant = self.core.request(request, now)
+        if fresh:
+            asked = f"n={request.device_count} compute={request.compute_milli} memory={request.memory_milli or request.memory_bytes}"
+            log.info("request %s %s %s -> %s", request.request_id, _who(request.owner), asked, grant.state.value)
+        self.settle()
+        return grant
+
+    def cancel(self, request_id: str, hub: str | None) -> Grant | None:
+        """Give a request up."""
+        entry = self.core.cancel(request_id, hub, self.clock())
+        log.info("release %s -> %s", request_id, entry.state.value if entry else "unknown, remembered")
+        self.settle()
+        return self.core.grant(entry, self.clock()) if entry else None
+
+    def release_owner(self, owner: Owner, except_id: str | None) -> list[Grant]:
+        """Give up all of an owner but one."""
+        entries = self.core.release_owner(owner, except_id, self.clock())
+        log.info("release all of %s but %s: %d", _who(owner), except_id, len(entries))
+        self.settle()
+        return [self.core.grant(entry, self.clock()) for entry in entries]
+
+    def renew(self, request_id: str) -> Grant:
+        """Start a reservation's time anew."""
+        entry = self.core.known(request_id)
+        self.core.renew(entry, self.clock())
+        self.settle()
+        return self.core.grant(entry, self.clock())
+
+    async def prepare(self, request_id: str, uid: int | None) -> Launch:
+        """Have the ledger make the slice."""
+        return await self._finish(self._prepare(request_id, uid))
+
+    async def _prepare(self, request_id: str, uid: int | None) -> Launch:
+        entry = self.core.known(request_id)
+        async with self._lock(request_id):
+            wanted = self.core.begin_prepare(entry)
+            refused: str | None = None
+            done = False
+            try:
+                launch = await self.ledger.prepare(wanted, uid)
+                done = True
+            except LedgerRefused as error:
+                refused = error.message
+                raise LedgerRefused(f"The GPU node refused the slice: {error.message} Please try again.") from error
+            finally:
+                self.core.end_prepare(entry, refused, done, self.clock())
+                self.settle()
+        log.info("prepared %s %s", request_id, _who(entry.request.owner))
+        return launch
+
+    async def bind(self, request_id: str, pid: int | None) -> Grant:
+        """Tell the ledger which process carries the slice."""
+        return await self._finish(self._bind(request_id, pid))
+
+    async def _bind(self, request_id: str, pid: int | None) -> Grant:
+        entry = self.core.known(request_id)
+        async with self._lock(request_id):
+            self.core.begin_bind(entry)
+            done = False
+            try:
+                await self.ledger.adopt(request_id, pid)
+                done = True
+            finally:
+                self.core.end_bind(entry, done, self.clock())
+                self.settle()
+        log.info("bound %s %s pid=%s -> %s", request_id, _who(entry.request.owner), pid, entry.state.value)
+        return self.core.grant(entry, self.clock())
+
+    async def _finish(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Finish a call to the ledger even when the client has hung up: half a call would leave its outcome unknown."""
+        return await asyncio.shield(asyncio.ensure_future(work))
+
+    def availability(self, query: AvailabilityQuery) -> list[Availability]:
+        """Return what each shape of a query would meet."""
+        return answer(self.core, query, self.clock())
+
+
+def _who(owner: Owner) -> str:
+    return f"{owner.hub}/{owner.user}/{owner.server}"

@@ -1,0 +1,73 @@
+"""What a request means on one device: bytes and milli-GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from nbgpu.errors import InvalidValue
+from nbgpu.models import Device, Request, Shape
+from nbgpu.quantities import MIB, compute_for_memory_milli, memory_share_bytes
+
+MAX_DEVICES = 16
+"""Most devices that one slice may span (`nbgpu.models.Slice`)."""
+
+
+class Part(NamedTuple):
+    """A part of one device."""
+
+    memory_bytes: int
+    compute_milli: int
+
+
+class Want(NamedTuple):
+    """A request without its owner; equal wants fit the same places."""
+
+    device_count: int
+    compute_milli: int | None
+    memory_milli: int | None
+    memory_bytes: int | None
+    model: str | None
+
+
+def want_of(asked: Request | Shape) -> Want:
+    """Return what `asked` wants, checked.
+
+    Raises
+    ------
+    InvalidValue
+        Neither compute nor memory is given, memory is given twice, or the slice would span too many devices.
+    """
+    if asked.compute_milli is None and asked.memory_milli is None and asked.memory_bytes is None:
+        raise InvalidValue("compute_milli", None, "given, unless memory_milli or memory_bytes is")
+    if asked.memory_milli is not None and asked.memory_bytes is not None:
+        raise InvalidValue("memory_bytes", asked.memory_bytes, "left out when memory_milli is given: they say the same thing")
+    if asked.device_count > MAX_DEVICES:
+        raise InvalidValue("device_count", asked.device_count, f"1 to {MAX_DEVICES}")
+    return Want(asked.device_count, asked.compute_milli, asked.memory_milli, asked.memory_bytes, asked.model)
+
+
+def resolve(want: Want, device: Device) -> Part | None:
+    """Return the part of `device` that `want` means; None when the device, even empty, cannot hold it."""
+    if want.model is not None and want.model != device.model:
+        return None
+    usable = device.usable_bytes
+    if usable < MIB:
+        return None
+    if want.memory_bytes is not None:
+        memory = want.memory_bytes // MIB * MIB
+        if memory > usable:
+            return None
+        return Part(memory, want.compute_milli or compute_for_memory_milli(memory, usable))
+    share = want.memory_milli or want.compute_milli or 0
+    return Part(memory_share_bytes(usable, share), want.compute_milli or share)
+
+
+def by_model(want: Want, devices: Iterable[Device]) -> dict[str, Part]:
+    """Return what `want` means on each GPU model that could hold it; of several sizes of a model the smallest part."""
+    parts: dict[str, Part] = {}
+    for device in devices:
+        part = resolve(want, device)
+        if part is not None:
+            parts[device.model] = min(part, parts.get(device.model, part))
+    return parts
