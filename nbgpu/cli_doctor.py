@@ -10,7 +10,7 @@ from .cli_common import console, own_slice, print_json
 from .models import AgentSlice, Grant, Node
 
 Level = Literal["ok", "note", "warning", "error"]
-_MARKS = {"ok": "[green]ok[/]", "note": "[dim]note[/]", "warning": "[yellow]warning[/]", "error": "[red]error[/]"}
+_COLORS = {"ok": "green", "note": "dim", "warning": "yellow", "error": "red"}
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,9 @@ def run_checks(plan: list[Look]) -> list[Check]:
         try:
             found += look(facts)
         except Exception as error:  # whatever the machine is like, the other checks still help
-            found.append(
-                Check(look.__name__.replace("_", " "), "error", f"the check itself failed: {type(error).__name__}: {error}", "Report it.")
-            )
-    return found  # fmt: skip
+            what = f"the check itself failed: {type(error).__name__}: {error}"
+            found.append(Check(look.__name__.replace("_", " "), "error", what, "Report it."))
+    return found
 
 
 def show(checks: list[Check]) -> None:
@@ -90,8 +89,8 @@ def show(checks: list[Check]) -> None:
 
     out = console()
     for check in checks:
-        out.print(f"{_MARKS[check.level]:>8}  {check.name}: {escape(check.found)}", soft_wrap=True)
+        out.print(f"[{_COLORS[check.level]}]{check.level:>8}[/]  {check.name}: {escape(check.found)}", soft_wrap=True)
         if check.remedy and check.level in ("warning", "error"):
-            out.print(f"           -> {escape(check.remedy)}", soft_wrap=True)
+            out.print(f"{'->':>12} {escape(check.remedy)}", soft_wrap=True)
     errors, warnings = (sum(check.level == level for check in checks) for level in ("error", "warning"))
     out.print("All is well." if not errors and not warnings else f"{errors} errors, {warnings} warnings.")

@@ -24,6 +24,8 @@ from .quantities import MIB, WHOLE_MILLI, format_memory
 LAB_NAME = "nbgpu-lab"
 SERVER_CONFIG = "etc/jupyter/jupyter_server_config.d/nbgpu_lab.json"
 SHM_WANTED_BYTES = 64 * MIB
+GET_LIBRARIES = "take the platform wheel (py3-none-any has no C libraries); from a checkout: make setup."
+START = "Start it: `nbgpu serve`, or the hub whose service it is."
 OLDEST_HUB = (5, 4)
 _HOLDING = {GrantState.bound, GrantState.releasing}
 
@@ -55,12 +57,8 @@ def driver(facts: Facts) -> list[Check]:
     names = ("libcuda.so.1", "libnvidia-ml.so.1", "nvidia-smi")
     missing = [name for name in names if folder is None or not (folder / "sim" / name).is_file()]
     if missing:
-        return [
-            Check(
-                "driver", "error", f"no NVIDIA driver on this machine, and the simulated one lacks {', '.join(missing)}",
-                "Install NVIDIA's driver; or take nbgpu's platform wheel (the py3-none-any wheel has no C libraries); from a checkout: make setup.",
-            )
-        ]  # fmt: skip
+        what = f"no NVIDIA driver on this machine, and the simulated one lacks {', '.join(missing)}"
+        return [Check("driver", "error", what, f"Install NVIDIA's driver, or: {GET_LIBRARIES}")]
     return [Check("driver", "ok", "no NVIDIA driver on this machine: simulated GPUs")]
 
 
@@ -71,16 +69,13 @@ def libraries(facts: Facts) -> list[Check]:
         return [Check("limiter", "note", "the agent's package is not installed here", "")]
     library = folder / "libnbgpu.so"
     if not library.is_file():
-        remedy = "Take the platform wheel instead of py3-none-any; from a checkout: make setup."
-        return [Check("limiter", "error", f"{library} is missing", remedy)]
+        return [Check("limiter", "error", f"{library} is missing", GET_LIBRARIES)]
     env = {"LD_PRELOAD": str(library), "PATH": os.environ.get("PATH", os.defpath)}
     done = subprocess.run(["/bin/sh", "-c", "echo loaded"], env=env, capture_output=True, text=True, timeout=20)
     if done.returncode or done.stdout != "loaded\n" or done.stderr:
-        said = done.stderr.strip().splitlines()
+        said = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[0]
         remedy = "Built for another libc or machine? Reinstall nbgpu; from a checkout: python nodeagent/build.py --force"
-        return [
-            Check("limiter", "error", f"{library} cannot be preloaded: {said[0] if said else f'exit status {done.returncode}'}", remedy)
-        ]
+        return [Check("limiter", "error", f"{library} cannot be preloaded: {said}", remedy)]
     return [Check("limiter", "ok", f"{library} can be preloaded")]
 
 
@@ -118,17 +113,14 @@ def agent_and_pool(facts: Facts) -> list[Check]:
                 found.append(Check("device", "error", f"GPU {device.index} ({device.model}) is not healthy", remedy))
     except NbgpuError as error:
         started = (folder / AGENT_SOCKET).exists()
-        remedy = "Start it: `nbgpu serve`, or the hub whose service it is. A stale socket is replaced then."
-        found.append(Check("agent", "error" if started else "note", error.message, remedy))
+        found.append(Check("agent", "error" if started else "note", error.message, START))
     try:
         facts.grants = pool().grants()
         facts.pool_answers = True
         found.append(Check("pool", "ok", f"answers; {sum(grant.state in _HOLDING for grant in facts.grants)} slices held"))
     except NbgpuError as error:
         started = (folder / POOL_SOCKET).exists() or facts.node is not None
-        found.append(
-            Check("pool", "error" if started else "note", error.message, "Start it: `nbgpu serve`, or the hub whose service it is.")
-        )
+        found.append(Check("pool", "error" if started else "note", error.message, START))
     return found
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from .cli_common import SHORT_ID, agent, console, find_slice, of, own_slice, percent, print_json
 from .client import AgentClient, SliceClient
-from .errors import InvalidValue, NbgpuError
+from .errors import NbgpuError
 from .models import KernelLimit, KernelUsage, Usage
 from .quantities import format_memory, parse_fraction, parse_memory
 
@@ -58,9 +58,11 @@ def set_limit(
 ) -> None:  # fmt: skip
     """Set or clear the limit of the kernel whose id begins with `start`."""
     if clear and (memory or compute):
-        raise InvalidValue("--clear", True, "alone, without --memory and --compute")
+        raise NbgpuError(
+            "--clear takes all limits away: give it without --memory and --compute.", code="invalid", status=400, field="--clear"
+        )
     if not (clear or memory or compute):
-        raise InvalidValue("--memory", "", "given, such as --memory 5GiB (or --compute 1/8, or --clear)")
+        raise NbgpuError("Say what it may have: --memory 5GiB, --compute 1/8, or --clear.", code="invalid")
     chosen = target(slice_start)
     kernel = find_kernel(chosen.usage().kernels, start)
     assert kernel.kernel_id is not None

@@ -36,7 +36,9 @@ def wanted(
         An option outside its range; the message names the option.
     """
     if gpu is None and memory is None and compute is None:
-        raise InvalidValue("--gpu", "", "given, such as --gpu 1/4 (or --memory 20GiB, or --compute 1/2)")
+        raise NbgpuError(
+            "Say how much of a GPU: --gpu 1/4, or --memory 20GiB, or --compute 1/2.", code="invalid", status=400, field="--gpu"
+        )
     if mode not in ("strict", "burst"):
         raise InvalidValue("--mode", mode, "strict or burst")
     if not 1 <= count <= 64:
