@@ -37,25 +37,22 @@ export function Kernels(props: IKernelsProps): JSX.Element {
       </caption>
       <thead>
         <tr>
-          <th scope="col">{trans.__('Notebook')}</th>
           <th scope="col">{trans.__('Memory')}</th>
           <th scope="col">{trans.__('Compute')}</th>
           <th scope="col">{trans.__('Limit')}</th>
         </tr>
       </thead>
-      <tbody>
-        {kernels.map(kernel => (
-          <Kernel
-            key={kernel.kernel_id ?? ''}
-            kernel={kernel}
-            devices={devices}
-            trans={trans}
-            editing={kernel.kernel_id !== null && editing === kernel.kernel_id}
-            edit={on => setEditing(on ? kernel.kernel_id : null)}
-            setLimit={props.setLimit}
-          />
-        ))}
-      </tbody>
+      {kernels.map(kernel => (
+        <Kernel
+          key={kernel.kernel_id ?? ''}
+          kernel={kernel}
+          devices={devices}
+          trans={trans}
+          editing={kernel.kernel_id !== null && editing === kernel.kernel_id}
+          edit={on => setEditing(on ? kernel.kernel_id : null)}
+          setLimit={props.setLimit}
+        />
+      ))}
     </table>
   );
 }
@@ -80,16 +77,20 @@ function Kernel(props: IKernelProps): JSX.Element {
       ? formatMemoryOf(totals.usedBytes, limited)
       : formatMemory(totals.usedBytes);
   return (
-    <>
-      <tr data-kernel={kernel.kernel_id ?? 'other'}>
-        <th scope="row" title={kernel.path ?? name}>
-          <span className="nbgpu-Kernels-name">{name}</span>
-          {kernel.refusals > 0 && (
-            <span className="nbgpu-quiet">
-              {trans._n('%1 refusal', '%1 refusals', kernel.refusals)}
-            </span>
-          )}
+    <tbody data-kernel={kernel.kernel_id ?? 'other'}>
+      <tr>
+        <th scope="rowgroup" colSpan={3} title={kernel.path ?? name}>
+          <div className="nbgpu-Kernels-title">
+            <span className="nbgpu-Kernels-name">{name}</span>
+            {kernel.refusals > 0 && (
+              <span className="nbgpu-quiet">
+                {trans._n('%1 refusal', '%1 refusals', kernel.refusals)}
+              </span>
+            )}
+          </div>
         </th>
+      </tr>
+      <tr>
         <td>
           {totals.usedBytes > 0 ? used : '–'}
           {totals.peakBytes > totals.usedBytes && (
@@ -120,12 +121,12 @@ function Kernel(props: IKernelProps): JSX.Element {
       </tr>
       {props.editing && (
         <tr>
-          <td colSpan={4}>
+          <td colSpan={3}>
             <LimitForm {...props} name={name} />
           </td>
         </tr>
       )}
-    </>
+    </tbody>
   );
 }
 

@@ -7,6 +7,8 @@ import type { ISliceModel } from './tokens';
 /** Notices of one kind and kernel that follow each other this fast are one notification. */
 const SAME_SECONDS = 20;
 const AUTO_CLOSE_MS = 15_000;
+/** JupyterLab cuts longer notifications; the panel has the whole text. */
+const MAX_LENGTH = 140;
 
 interface IShown {
   id: string;
@@ -33,9 +35,9 @@ export class Notifier {
     const shown = this._shown.get(key);
     const again = shown && notice.time - shown.time < SAME_SECONDS;
     const count = again ? shown.count + 1 : 1;
-    const text = notice.name
-      ? `${notice.name}: ${notice.message}`
-      : notice.message;
+    const named = `${notice.name}: ${notice.message}`;
+    const text =
+      notice.name && named.length <= MAX_LENGTH ? named : notice.message;
     const message =
       count > 1 ? this._trans.__('%1 (%2 times)', text, count) : text;
     const options = {
