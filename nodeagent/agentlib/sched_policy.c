@@ -4,7 +4,7 @@
 
 #define MS 1000000ull
 #define WHOLE 1000u
-#define SPENT_NS (20 * MS)       /* waiters ring again after this long anyway */
+#define SPENT_NS (20 * MS) /* waiters ring again after this long anyway */
 #define VT_REBASE (INT64_C(1) << 55)
 
 static uint64_t or_default(uint64_t value, uint64_t otherwise) { return value ? value : otherwise; }
@@ -33,7 +33,8 @@ static uint64_t period(const SchedDevice *d) {
     uint64_t active = 0;
     for (uint32_t i = 0; i < d->high; i++) {
         const SchedSlice *s = &d->slice[i];
-        if (s->joined && (is_active(s) || (s->last_active && d->now - s->last_active < d->config.period_ns))) active++;
+        if (s->joined && (is_active(s) || (s->last_active && d->now - s->last_active < d->config.period_ns)))
+            active++;
     }
     return max_u64(d->config.period_ns, active * d->config.period_per_slice_ns);
 }
@@ -49,49 +50,57 @@ static bool may_run(const SchedDevice *d, const SchedSlice *s) {
 /* Another slice has, or could take, a turn now. */
 static bool contested(const SchedDevice *d, int index) {
     for (uint32_t i = 0; i < d->high; i++)
-        if ((int)i != index && (d->slice[i].phase == PHASE_OPEN || may_run(d, &d->slice[i]))) return true;
+        if ((int)i != index && (d->slice[i].phase == PHASE_OPEN || may_run(d, &d->slice[i])))
+            return true;
     return false;
 }
 
 /* ---- charging ------------------------------------------------------------------------------------------------------------ */
 
-static bool pays_share(const SchedSlice *s) {
-    return s->phase == PHASE_DRAIN || (s->phase == PHASE_OPEN && (s->turn_end || s->strict));
-}
+static bool pays_share(const SchedSlice *s) { return s->phase == PHASE_DRAIN || (s->phase == PHASE_OPEN && (s->turn_end || s->strict)); }
 
 static void pay(SchedSlice *s, uint64_t ns) {
     s->vt += (int64_t)(ns * WHOLE / s->weight_milli);
     s->charged_ns += ns;
-    if (s->strict) s->bucket_ns -= (int64_t)ns;
+    if (s->strict)
+        s->bucket_ns -= (int64_t)ns;
 }
 
 static void refill(const SchedDevice *d, SchedSlice *s, uint64_t ns) {
     int64_t full = (int64_t)(2 * turn_length(d, s));
     s->bucket_ns += (int64_t)(ns * s->weight_milli / WHOLE);
-    if (s->bucket_ns > full) s->bucket_ns = full;
+    if (s->bucket_ns > full)
+        s->bucket_ns = full;
 }
 
 static void rebase(SchedDevice *d) {
-    if (d->vt_floor < VT_REBASE) return;
-    for (uint32_t i = 0; i < d->high; i++) d->slice[i].vt -= d->vt_floor;
+    if (d->vt_floor < VT_REBASE)
+        return;
+    for (uint32_t i = 0; i < d->high; i++)
+        d->slice[i].vt -= d->vt_floor;
     d->vt_floor = 0;
 }
 
 /* Slices let in together share the time between them. What still runs after the device was handed on is paid in full by whose work it is:
  * nobody else gets cheaper time because of it. Time that nobody else wanted is free to a burst slice. */
 static void charge(SchedDevice *d, uint64_t now) {
-    if (now <= d->now) return;
+    if (now <= d->now)
+        return;
     uint64_t passed = now - d->now, sharing = 0;
-    for (uint32_t i = 0; i < d->high; i++) sharing += d->slice[i].joined && pays_share(&d->slice[i]);
+    for (uint32_t i = 0; i < d->high; i++)
+        sharing += d->slice[i].joined && pays_share(&d->slice[i]);
     for (uint32_t i = 0; i < d->high; i++) {
         SchedSlice *s = &d->slice[i];
-        if (!s->joined) continue;
-        if (s->strict) refill(d, s, passed);
+        if (!s->joined)
+            continue;
+        if (s->strict)
+            refill(d, s, passed);
         if (pays_share(s))
             pay(s, passed / sharing);
         else if (s->phase == PHASE_OUT && s->seen.busy)
             pay(s, passed);
-        if (is_active(s)) s->last_active = now;
+        if (is_active(s))
+            s->last_active = now;
     }
     d->now = now;
 }
@@ -103,7 +112,8 @@ static int64_t least_active_vt(const SchedDevice *d, int except) {
     for (uint32_t i = 0; i < d->high; i++) {
         const SchedSlice *s = &d->slice[i];
         int64_t *least = s->strict ? &strict : &burst;
-        if ((int)i != except && is_active(s) && s->vt < *least) *least = s->vt;
+        if ((int)i != except && is_active(s) && s->vt < *least)
+            *least = s->vt;
     }
     return burst != INT64_MAX ? burst : strict;
 }
@@ -112,7 +122,8 @@ static int64_t least_active_vt(const SchedDevice *d, int except) {
 static void cap_lag(SchedDevice *d, int index) {
     int64_t least = least_active_vt(d, index);
     int64_t floor = (least == INT64_MAX ? d->vt_floor : least) - (int64_t)d->config.lag_ns;
-    if (d->slice[index].vt < floor) d->slice[index].vt = floor;
+    if (d->slice[index].vt < floor)
+        d->slice[index].vt = floor;
 }
 
 /* ---- joining, seeing ------------------------------------------------------------------------------------------------------ */
@@ -127,8 +138,10 @@ void sched_init(SchedDevice *d, const NbgpuSchedConfig *config, uint64_t now) {
 
 int sched_join(SchedDevice *d, uint32_t weight_milli, bool strict, uint64_t now) {
     for (uint32_t i = 0; i < SCHED_SLICES; i++) {
-        if (d->slice[i].joined) continue;
-        if (i >= d->high) d->high = i + 1;
+        if (d->slice[i].joined)
+            continue;
+        if (i >= d->high)
+            d->high = i + 1;
         charge(d, now);
         d->slice[i] = (SchedSlice){.joined = true, .vt = d->vt_floor, .weight_milli = 1};
         sched_set(d, (int)i, weight_milli, strict, now);
@@ -139,8 +152,10 @@ int sched_join(SchedDevice *d, uint32_t weight_milli, bool strict, uint64_t now)
 
 void sched_leave(SchedDevice *d, int index, uint64_t now) {
     charge(d, now);
-    if (d->owner == index) d->owner = SCHED_NOBODY;
-    if (d->guest == index) d->guest = SCHED_NOBODY;
+    if (d->owner == index)
+        d->owner = SCHED_NOBODY;
+    if (d->guest == index)
+        d->guest = SCHED_NOBODY;
     d->slice[index] = (SchedSlice){0};
 }
 
@@ -150,8 +165,10 @@ void sched_set(SchedDevice *d, int index, uint32_t weight_milli, bool strict, ui
     s->weight_milli = weight_milli < 1 ? 1 : weight_milli > WHOLE ? WHOLE : weight_milli;
     bool was = s->strict;
     s->strict = strict && s->weight_milli < WHOLE; /* strict with the whole device has nothing to be stopped from */
-    if (s->strict && !was) s->bucket_ns = (int64_t)turn_length(d, s);
-    if (!s->strict) s->dry = false;
+    if (s->strict && !was)
+        s->bucket_ns = (int64_t)turn_length(d, s);
+    if (!s->strict)
+        s->dry = false;
     cap_lag(d, index);
 }
 
@@ -170,7 +187,8 @@ void sched_observe(SchedDevice *d, int index, SchedSeen seen, uint64_t now) {
     }
     if (seen.edges != s->seen.edges) {
         s->spent_until = 0;
-        if (s->quiet_since) s->quiet_since = now;
+        if (s->quiet_since)
+            s->quiet_since = now;
     }
     if (seen.busy)
         s->quiet_since = 0;
@@ -198,7 +216,8 @@ static uint64_t bucket_lasts(const SchedSlice *s) {
 static uint64_t plan_end(const SchedDevice *d, int index) {
     const SchedSlice *s = &d->slice[index];
     bool others = contested(d, index);
-    if (!s->strict && !others) return 0;
+    if (!s->strict && !others)
+        return 0;
     uint64_t end = SCHED_NEVER;
     if (others) {
         end = s->open_since + turn_length(d, s);
@@ -214,9 +233,12 @@ static uint64_t plan_end(const SchedDevice *d, int index) {
 
 static void close_gate(SchedDevice *d, int index) {
     SchedSlice *s = &d->slice[index];
-    if (d->owner == index) d->owner = SCHED_NOBODY;
-    if (d->guest == index) d->guest = SCHED_NOBODY;
-    if (s->strict && s->bucket_ns <= 0) s->dry = true;
+    if (d->owner == index)
+        d->owner = SCHED_NOBODY;
+    if (d->guest == index)
+        d->guest = SCHED_NOBODY;
+    if (s->strict && s->bucket_ns <= 0)
+        s->dry = true;
     s->turn_end = 0;
     s->phase = s->seen.busy ? PHASE_DRAIN : PHASE_OUT;
     s->drain_until = d->now + 2 * period(d);
@@ -224,28 +246,34 @@ static void close_gate(SchedDevice *d, int index) {
 
 /* When an open slice counts as done with its turn, if it stays as quiet as it is; SCHED_NEVER = it is busy. */
 static uint64_t quiet_until(const SchedDevice *d, const SchedSlice *s) {
-    if (s->seen.busy || !s->quiet_since) return SCHED_NEVER;
+    if (s->seen.busy || !s->quiet_since)
+        return SCHED_NEVER;
     return s->quiet_since + (s->seen.want ? 2 * d->config.min_turn_ns : d->config.idle_grace_ns);
 }
 
 static void settle_owner(SchedDevice *d) {
-    if (d->owner == SCHED_NOBODY) return;
+    if (d->owner == SCHED_NOBODY)
+        return;
     SchedSlice *s = &d->slice[d->owner];
     s->turn_end = plan_end(d, d->owner);
     bool quiet = s->turn_end && d->now >= quiet_until(d, s);
-    if (quiet && s->seen.want) s->spent_until = d->now + SPENT_NS; /* never came for its turn: dead, or stopped */
-    if (s->suspended || quiet || (s->turn_end && d->now >= s->turn_end)) close_gate(d, d->owner);
+    if (quiet && s->seen.want)
+        s->spent_until = d->now + SPENT_NS; /* never came for its turn: dead, or stopped */
+    if (s->suspended || quiet || (s->turn_end && d->now >= s->turn_end))
+        close_gate(d, d->owner);
 }
 
 /* The guest goes when it is idle again, and takes the turn when it turns out to have more to do. */
 static void settle_guest(SchedDevice *d) {
-    if (d->guest == SCHED_NOBODY) return;
+    if (d->guest == SCHED_NOBODY)
+        return;
     int guest = d->guest;
     SchedSlice *s = &d->slice[guest];
     if (s->suspended || d->now >= quiet_until(d, s)) {
         close_gate(d, guest);
     } else if (d->owner == SCHED_NOBODY || d->now >= s->open_since + d->config.overlap_ns) {
-        if (d->owner != SCHED_NOBODY) close_gate(d, d->owner);
+        if (d->owner != SCHED_NOBODY)
+            close_gate(d, d->owner);
         d->guest = SCHED_NOBODY;
         d->owner = guest;
         s->turn_end = d->now + turn_length(d, s);
@@ -256,7 +284,8 @@ static bool settle_drains(SchedDevice *d) {
     bool blocked = false;
     for (uint32_t i = 0; i < d->high; i++) {
         SchedSlice *s = &d->slice[i];
-        if (s->phase != PHASE_DRAIN) continue;
+        if (s->phase != PHASE_DRAIN)
+            continue;
         if (!s->seen.busy || s->seen.near) {
             s->phase = PHASE_OUT;
         } else if (d->now >= s->drain_until) {
@@ -272,9 +301,12 @@ static bool settle_drains(SchedDevice *d) {
 static void settle_buckets(SchedDevice *d) {
     for (uint32_t i = 0; i < d->high; i++) {
         SchedSlice *s = &d->slice[i];
-        if (!s->joined || !s->strict) continue;
-        if (s->dry && s->bucket_ns >= (int64_t)turn_length(d, s)) s->dry = false;
-        if (!s->dry && s->bucket_ns <= 0 && s->phase == PHASE_OUT) s->dry = true;
+        if (!s->joined || !s->strict)
+            continue;
+        if (s->dry && s->bucket_ns >= (int64_t)turn_length(d, s))
+            s->dry = false;
+        if (!s->dry && s->bucket_ns <= 0 && s->phase == PHASE_OUT)
+            s->dry = true;
     }
 }
 
@@ -282,15 +314,18 @@ static int least_waiting(const SchedDevice *d) {
     int best = SCHED_NOBODY;
     for (uint32_t i = 0; i < d->high; i++) {
         const SchedSlice *s = &d->slice[i];
-        if (s->phase != PHASE_OUT || !may_run(d, s)) continue;
-        if (best == SCHED_NOBODY || s->vt < d->slice[best].vt) best = (int)i;
+        if (s->phase != PHASE_OUT || !may_run(d, s))
+            continue;
+        if (best == SCHED_NOBODY || s->vt < d->slice[best].vt)
+            best = (int)i;
     }
     return best;
 }
 
 static void admit(SchedDevice *d, bool blocked) {
     int next = least_waiting(d);
-    if (next == SCHED_NOBODY) return;
+    if (next == SCHED_NOBODY)
+        return;
     SchedSlice *s = &d->slice[next];
     if (d->owner == SCHED_NOBODY && !blocked) {
         open_gate(d, next);
@@ -308,15 +343,20 @@ static uint64_t next_wake(const SchedDevice *d) {
     uint64_t at = SCHED_NEVER;
     for (uint32_t i = 0; i < d->high; i++) {
         const SchedSlice *s = &d->slice[i];
-        if (!s->joined) continue;
-        if (s->phase == PHASE_OPEN && s->turn_end) at = min_u64(at, min_u64(s->turn_end, quiet_until(d, s)));
-        if (s->phase == PHASE_DRAIN) at = min_u64(at, s->drain_until);
-        if (s->phase != PHASE_OUT || !s->seen.want || s->suspended) continue;
+        if (!s->joined)
+            continue;
+        if (s->phase == PHASE_OPEN && s->turn_end)
+            at = min_u64(at, min_u64(s->turn_end, quiet_until(d, s)));
+        if (s->phase == PHASE_DRAIN)
+            at = min_u64(at, s->drain_until);
+        if (s->phase != PHASE_OUT || !s->seen.want || s->suspended)
+            continue;
         if (s->dry) {
             int64_t missing = (int64_t)turn_length(d, s) - s->bucket_ns;
             at = min_u64(at, d->now + (missing > 0 ? (uint64_t)missing * WHOLE / s->weight_milli + 1 : 1));
         }
-        if (s->spent_until > d->now) at = min_u64(at, s->spent_until);
+        if (s->spent_until > d->now)
+            at = min_u64(at, s->spent_until);
     }
     return at > d->now ? at : d->now + 1;
 }
@@ -329,14 +369,17 @@ void sched_step(SchedDevice *d, uint64_t now) {
     bool blocked = settle_drains(d);
     settle_buckets(d);
     admit(d, blocked);
-    if (d->owner != SCHED_NOBODY) d->slice[d->owner].turn_end = plan_end(d, d->owner);
+    if (d->owner != SCHED_NOBODY)
+        d->slice[d->owner].turn_end = plan_end(d, d->owner);
     int64_t least = least_active_vt(d, SCHED_NOBODY);
-    if (least != INT64_MAX && least > d->vt_floor) d->vt_floor = least;
+    if (least != INT64_MAX && least > d->vt_floor)
+        d->vt_floor = least;
     rebase(d);
     d->wake_at = next_wake(d);
 }
 
 uint32_t sched_gate(const SchedSlice *s) {
-    if (s->suspended) return NBGPU_GATE_SUSPENDED;
+    if (s->suspended)
+        return NBGPU_GATE_SUSPENDED;
     return s->phase == PHASE_OPEN ? NBGPU_GATE_OPEN : NBGPU_GATE_CLOSED;
 }

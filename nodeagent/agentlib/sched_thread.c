@@ -22,14 +22,14 @@
 #ifndef SYS_futex_waitv
 #define SYS_futex_waitv 449
 #endif
-#define WAITERS 128u         /* most that futex_waitv takes */
-#define ENTRIES 1024u        /* (slice, device) pairs of a node */
-#define PAGE 4096u           /* the bell is in the first one */
-#define SETTLE_ROUNDS 4      /* a decision may uncover news; at most this often in a row */
+#define WAITERS 128u              /* most that futex_waitv takes */
+#define ENTRIES 1024u             /* (slice, device) pairs of a node */
+#define PAGE 4096u                /* the bell is in the first one */
+#define SETTLE_ROUNDS 4           /* a decision may uncover news; at most this often in a row */
 #define DRAIN_CHECK_NS 5000000ull /* the dead do not ring: look this often while somebody is waited for */
 #define POLL_BUSY_NS 1500000ull
 #define POLL_IDLE_NS 20000000ull
-#define FUTEX_32_SHARED 2u   /* FUTEX2_SIZE_U32, no FUTEX2_PRIVATE */
+#define FUTEX_32_SHARED 2u /* FUTEX2_SIZE_U32, no FUTEX2_PRIVATE */
 
 typedef struct {
     uint64_t val, uaddr;
@@ -45,8 +45,8 @@ typedef struct {
 
 typedef struct {
     bool used;
-    bool broken;       /* its `use` file cannot be read: no bell, no turns */
-    bool first_bell;   /* waits on behalf of all entries of that file */
+    bool broken;     /* its `use` file cannot be read: no bell, no turns */
+    bool first_bell; /* waits on behalf of all entries of that file */
     int use_fd;
     ino_t inode;
     dev_t inode_dev;
@@ -104,11 +104,15 @@ static bool read_slots(const Entry *e, uint32_t high, SchedSeen *seen) {
     uint32_t busy = 0, near = 0;
     for (uint32_t first = 0; first < high; first += 8) {
         uint32_t n = high - first < 8 ? high - first : 8;
-        if (!read_all(e->use_fd, slot, n * sizeof *slot, (off_t)(offsetof(NbgpuUse, slot) + first * sizeof *slot))) return false;
+        if (!read_all(e->use_fd, slot, n * sizeof *slot, (off_t)(offsetof(NbgpuUse, slot) + first * sizeof *slot)))
+            return false;
         for (uint32_t i = 0; i < n; i++) {
-            if (!slot[i].owner || !slot[i].ready || slot[i].device != e->device) continue;
-            if (slot[i].want) seen->want = true;
-            if (!slot[i].busy_since || nbgpu_use_locked(e->use_fd, first + i) == 0) continue;
+            if (!slot[i].owner || !slot[i].ready || slot[i].device != e->device)
+                continue;
+            if (slot[i].want)
+                seen->want = true;
+            if (!slot[i].busy_since || nbgpu_use_locked(e->use_fd, first + i) == 0)
+                continue;
             busy++;
             near += slot[i].near == 1;
         }
@@ -132,7 +136,8 @@ static void observe(NbgpuSched *s, Entry *e, uint64_t now) {
     }
     if (!good) {
         seen = (SchedSeen){0};
-        if (!e->broken) e->junk++;
+        if (!e->broken)
+            e->junk++;
     }
     e->broken = !good;
     sched_observe(&e->gpu->policy, e->index, seen, now);
@@ -141,7 +146,8 @@ static void observe(NbgpuSched *s, Entry *e, uint64_t now) {
 
 static void observe_device(NbgpuSched *s, Device *gpu, uint64_t now) {
     for (uint32_t i = 0; i < s->high; i++)
-        if (s->entry[i].used && s->entry[i].gpu == gpu) observe(s, &s->entry[i], now);
+        if (s->entry[i].used && s->entry[i].gpu == gpu)
+            observe(s, &s->entry[i], now);
 }
 
 /* Look at every entry whose bell is not what it was. */
@@ -149,8 +155,10 @@ static void observe_rung(NbgpuSched *s, uint64_t now) {
     for (uint32_t i = 0; i < s->high; i++) {
         Entry *e = &s->entry[i];
         uint32_t bell;
-        if (!e->used) continue;
-        if (!read_all(e->use_fd, &bell, sizeof bell, offsetof(NbgpuUse, bell)) || bell != e->bell || e->broken) observe(s, e, now);
+        if (!e->used)
+            continue;
+        if (!read_all(e->use_fd, &bell, sizeof bell, offsetof(NbgpuUse, bell)) || bell != e->bell || e->broken)
+            observe(s, e, now);
     }
 }
 
@@ -162,13 +170,16 @@ static bool write_gate(Entry *e) {
     NbgpuCtlDevice *out = &e->ctl->device[e->device];
     uint32_t gate = sched_gate(slice);
     uint64_t turn_end = slice->turn_end;
-    if (gate != NBGPU_GATE_OPEN) turn_end = e->turn_end ? e->turn_end : now_ns(); /* 0 would say that nobody need ring */
-    if (gate == e->gate && turn_end == e->turn_end) return false;
+    if (gate != NBGPU_GATE_OPEN)
+        turn_end = e->turn_end ? e->turn_end : now_ns(); /* 0 would say that nobody need ring */
+    if (gate == e->gate && turn_end == e->turn_end)
+        return false;
     __atomic_store_n(&out->turn_end_ns, turn_end, __ATOMIC_SEQ_CST);
     if (gate != e->gate) {
         __atomic_store_n(&out->gate, gate, __ATOMIC_SEQ_CST);
         __atomic_add_fetch(&out->gate_generation, 1, __ATOMIC_SEQ_CST);
-        if (gate == NBGPU_GATE_OPEN) futex_wake(&out->gate);
+        if (gate == NBGPU_GATE_OPEN)
+            futex_wake(&out->gate);
     }
     e->gate = gate;
     e->turn_end = turn_end;
@@ -183,30 +194,35 @@ static void settle(NbgpuSched *s, Device *gpu) {
         sched_step(&gpu->policy, now_ns());
         for (uint32_t i = 0; i < s->high; i++) {
             Entry *e = &s->entry[i];
-            if (!e->used || e->gpu != gpu) continue;
+            if (!e->used || e->gpu != gpu)
+                continue;
             bool had_no_end = e->gate == NBGPU_GATE_OPEN && !e->turn_end;
             if (write_gate(e) && (had_no_end || e->gate != NBGPU_GATE_OPEN)) {
                 observe(s, e, now_ns());
                 again = true;
             }
         }
-        if (!again) break;
+        if (!again)
+            break;
     }
     gpu->due = false;
 }
 
 static bool is_busy(const SchedDevice *d) {
     for (uint32_t i = 0; i < d->high; i++)
-        if (d->slice[i].phase == PHASE_DRAIN || (d->slice[i].phase == PHASE_OPEN && d->slice[i].turn_end)) return true;
+        if (d->slice[i].phase == PHASE_DRAIN || (d->slice[i].phase == PHASE_OPEN && d->slice[i].turn_end))
+            return true;
     return false;
 }
 
 static void heartbeat(NbgpuSched *s, uint64_t now) {
     for (uint32_t i = 0; i < s->high; i++) {
         Entry *e = &s->entry[i];
-        if (!e->used) continue;
+        if (!e->used)
+            continue;
         __atomic_store_n(&e->ctl->heartbeat_ns, now, __ATOMIC_RELEASE);
-        if (e->broken) observe(s, e, now);
+        if (e->broken)
+            observe(s, e, now);
     }
     s->next_heartbeat = now + s->config.heartbeat_ns;
 }
@@ -214,20 +230,24 @@ static void heartbeat(NbgpuSched *s, uint64_t now) {
 /* Everything that is due; returns when to come back at the latest. */
 static uint64_t work(NbgpuSched *s) {
     uint64_t now = now_ns();
-    if (now >= s->next_heartbeat) heartbeat(s, now);
+    if (now >= s->next_heartbeat)
+        heartbeat(s, now);
     uint64_t at = s->next_heartbeat;
     for (uint32_t i = 0; i < s->devices; i++) {
         Device *gpu = s->device[i];
         bool timed = now >= gpu->policy.wake_at;
-        if (!gpu->due && !timed && !is_busy(&gpu->policy)) continue;
+        if (!gpu->due && !timed && !is_busy(&gpu->policy))
+            continue;
         if (gpu->due || timed) {
             /* An owner without an end does not ring: ask everybody before deciding. */
             observe_device(s, gpu, now);
             settle(s, gpu);
         }
         uint64_t check = is_busy(&gpu->policy) ? now_ns() + DRAIN_CHECK_NS : SCHED_NEVER;
-        if (check < gpu->policy.wake_at) gpu->policy.wake_at = check;
-        if (gpu->policy.wake_at < at) at = gpu->policy.wake_at;
+        if (check < gpu->policy.wake_at)
+            gpu->policy.wake_at = check;
+        if (gpu->policy.wake_at < at)
+            at = gpu->policy.wake_at;
     }
     return at;
 }
@@ -239,7 +259,8 @@ static uint32_t prepare_waits(NbgpuSched *s) {
     s->waits[0] = (FutexWait){.val = s->poke, .uaddr = (uintptr_t)&s->poke, .flags = FUTEX_32_SHARED};
     for (uint32_t i = 0; i < s->high && n < WAITERS; i++) {
         const Entry *e = &s->entry[i];
-        if (!e->used || e->broken || !e->first_bell) continue;
+        if (!e->used || e->broken || !e->first_bell)
+            continue;
         s->waits[n] = (FutexWait){.val = e->bell, .uaddr = (uintptr_t)(e->page + offsetof(NbgpuUse, bell)), .flags = FUTEX_32_SHARED};
         s->waiting_entry[n++] = i;
     }
@@ -248,14 +269,16 @@ static uint32_t prepare_waits(NbgpuSched *s) {
 
 static bool too_many(const NbgpuSched *s) {
     uint32_t n = 1;
-    for (uint32_t i = 0; i < s->high; i++) n += s->entry[i].used && s->entry[i].first_bell;
+    for (uint32_t i = 0; i < s->high; i++)
+        n += s->entry[i].used && s->entry[i].first_bell;
     return n > WAITERS;
 }
 
 /* Without futex_waitv (kernel < 5.16), or with more slices than it takes: look regularly, often only while somebody is active. */
 static void poll_bells(NbgpuSched *s, uint64_t until) {
     bool busy = false;
-    for (uint32_t i = 0; i < s->devices && !busy; i++) busy = is_busy(&s->device[i]->policy);
+    for (uint32_t i = 0; i < s->devices && !busy; i++)
+        busy = is_busy(&s->device[i]->policy);
     uint64_t at = now_ns() + (busy ? POLL_BUSY_NS : POLL_IDLE_NS);
     struct timespec t = as_timespec(at < until ? at : until);
     uint32_t poke = s->poke;
@@ -303,7 +326,8 @@ static void poke(NbgpuSched *s) {
 
 NbgpuSched *nbgpu_sched_open(const NbgpuSchedConfig *config) {
     NbgpuSched *s = calloc(1, sizeof *s);
-    if (!s) return NULL;
+    if (!s)
+        return NULL;
     s->config = sched_config(config);
     pthread_mutex_init(&s->lock, NULL);
     sigset_t all, before;
@@ -311,27 +335,32 @@ NbgpuSched *nbgpu_sched_open(const NbgpuSchedConfig *config) {
     pthread_sigmask(SIG_SETMASK, &all, &before); /* signals belong to the agent's own threads */
     int rc = pthread_create(&s->thread, NULL, run, s);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (!rc) return s;
+    if (!rc)
+        return s;
     free(s);
     errno = rc;
     return NULL;
 }
 
 static void drop_device(NbgpuSched *s, Device *gpu) {
-    if (--gpu->users) return;
+    if (--gpu->users)
+        return;
     for (uint32_t i = 0; i < s->devices; i++)
-        if (s->device[i] == gpu) s->device[i] = s->device[--s->devices];
+        if (s->device[i] == gpu)
+            s->device[i] = s->device[--s->devices];
     free(gpu);
 }
 
 static Device *take_device(NbgpuSched *s, uint32_t physical) {
     for (uint32_t i = 0; i < s->devices; i++) {
-        if (s->device[i]->physical != physical) continue;
+        if (s->device[i]->physical != physical)
+            continue;
         s->device[i]->users++;
         return s->device[i];
     }
     Device *gpu = calloc(1, sizeof *gpu);
-    if (!gpu) return NULL;
+    if (!gpu)
+        return NULL;
     gpu->physical = physical;
     gpu->users = 1;
     sched_init(&gpu->policy, &s->config, now_ns());
@@ -350,29 +379,38 @@ static void choose_bells(NbgpuSched *s) {
 }
 
 static void release(NbgpuSched *s, Entry *e) {
-    if (e->gpu && e->index >= 0) sched_leave(&e->gpu->policy, e->index, now_ns());
+    if (e->gpu && e->index >= 0)
+        sched_leave(&e->gpu->policy, e->index, now_ns());
     if (e->gpu) {
         e->gpu->due = true;
         drop_device(s, e->gpu);
     }
-    if (e->ctl) munmap(e->ctl, sizeof *e->ctl);
-    if (e->page) munmap((void *)e->page, PAGE);
-    if (e->use_fd >= 0) close(e->use_fd);
+    if (e->ctl)
+        munmap(e->ctl, sizeof *e->ctl);
+    if (e->page)
+        munmap((void *)e->page, PAGE);
+    if (e->use_fd >= 0)
+        close(e->use_fd);
     *e = (Entry){0};
 }
 
 static int map_files(Entry *e, int ctl_fd, int use_fd) {
     struct stat ctl_stat, use_stat;
-    if (fstat(ctl_fd, &ctl_stat) || fstat(use_fd, &use_stat)) return -errno;
-    if ((size_t)ctl_stat.st_size < sizeof(NbgpuCtl) || (size_t)use_stat.st_size < sizeof(NbgpuUse)) return -EBADMSG;
+    if (fstat(ctl_fd, &ctl_stat) || fstat(use_fd, &use_stat))
+        return -errno;
+    if ((size_t)ctl_stat.st_size < sizeof(NbgpuCtl) || (size_t)use_stat.st_size < sizeof(NbgpuUse))
+        return -EBADMSG;
     e->inode = use_stat.st_ino;
     e->inode_dev = use_stat.st_dev;
-    if ((e->use_fd = fcntl(use_fd, F_DUPFD_CLOEXEC, 3)) < 0) return -errno;
+    if ((e->use_fd = fcntl(use_fd, F_DUPFD_CLOEXEC, 3)) < 0)
+        return -errno;
     void *ctl = mmap(NULL, sizeof(NbgpuCtl), PROT_READ | PROT_WRITE, MAP_SHARED, ctl_fd, 0);
-    if (ctl == MAP_FAILED) return -errno;
+    if (ctl == MAP_FAILED)
+        return -errno;
     e->ctl = ctl;
     void *page = mmap(NULL, PAGE, PROT_READ, MAP_SHARED, use_fd, 0);
-    if (page == MAP_FAILED) return -errno;
+    if (page == MAP_FAILED)
+        return -errno;
     e->page = page;
     return e->ctl->magic == NBGPU_CTL_MAGIC ? 0 : -EBADMSG;
 }
@@ -381,11 +419,14 @@ static int add_locked(NbgpuSched *s, Entry *e, int ctl_fd, int use_fd, uint32_t 
     e->index = -1;
     e->use_fd = -1;
     int rc = map_files(e, ctl_fd, use_fd);
-    if (rc) return rc;
+    if (rc)
+        return rc;
     e->gpu = take_device(s, physical);
-    if (!e->gpu) return -ENOMEM;
+    if (!e->gpu)
+        return -ENOMEM;
     e->index = sched_join(&e->gpu->policy, compute_milli, mode == NBGPU_MODE_STRICT, now_ns());
-    if (e->index < 0) return -ENOSPC;
+    if (e->index < 0)
+        return -ENOSPC;
     e->used = true;
     e->gate = UINT32_MAX; /* unlike any: the first step writes it */
     e->ctl->heartbeat_ns = now_ns();
@@ -395,17 +436,21 @@ static int add_locked(NbgpuSched *s, Entry *e, int ctl_fd, int use_fd, uint32_t 
 }
 
 int nbgpu_sched_add(NbgpuSched *s, int ctl_fd, int use_fd, uint32_t device, uint32_t physical, uint32_t compute_milli, uint32_t mode) {
-    if (!s || device >= NBGPU_DEVICES || compute_milli < 1 || compute_milli > 1000 || mode > NBGPU_MODE_BURST) return -EINVAL;
+    if (!s || device >= NBGPU_DEVICES || compute_milli < 1 || compute_milli > 1000 || mode > NBGPU_MODE_BURST)
+        return -EINVAL;
     pthread_mutex_lock(&s->lock);
     uint32_t id = 0;
-    while (id < ENTRIES && s->entry[id].used) id++;
+    while (id < ENTRIES && s->entry[id].used)
+        id++;
     int rc = id < ENTRIES ? 0 : -ENOSPC;
     if (!rc) {
         Entry *e = &s->entry[id];
         e->device = device;
-        if (id >= s->high) s->high = id + 1;
+        if (id >= s->high)
+            s->high = id + 1;
         rc = add_locked(s, e, ctl_fd, use_fd, physical, compute_milli, mode);
-        if (rc) release(s, e);
+        if (rc)
+            release(s, e);
     }
     poke(s);
     pthread_mutex_unlock(&s->lock);
@@ -414,9 +459,11 @@ int nbgpu_sched_add(NbgpuSched *s, int ctl_fd, int use_fd, uint32_t device, uint
 
 /* The entry, with the lock held; NULL (and the lock free) when there is none. */
 static Entry *hold(NbgpuSched *s, int id) {
-    if (!s || id < 0 || id >= (int)ENTRIES) return NULL;
+    if (!s || id < 0 || id >= (int)ENTRIES)
+        return NULL;
     pthread_mutex_lock(&s->lock);
-    if (s->entry[id].used) return &s->entry[id];
+    if (s->entry[id].used)
+        return &s->entry[id];
     pthread_mutex_unlock(&s->lock);
     return NULL;
 }
@@ -427,9 +474,11 @@ static void let_go(NbgpuSched *s) {
 }
 
 int nbgpu_sched_set(NbgpuSched *s, int id, uint32_t compute_milli, uint32_t mode) {
-    if (compute_milli < 1 || compute_milli > 1000 || mode > NBGPU_MODE_BURST) return -EINVAL;
+    if (compute_milli < 1 || compute_milli > 1000 || mode > NBGPU_MODE_BURST)
+        return -EINVAL;
     Entry *e = hold(s, id);
-    if (!e) return -ENOENT;
+    if (!e)
+        return -ENOENT;
     sched_set(&e->gpu->policy, e->index, compute_milli, mode == NBGPU_MODE_STRICT, now_ns());
     e->gpu->due = true;
     let_go(s);
@@ -438,7 +487,8 @@ int nbgpu_sched_set(NbgpuSched *s, int id, uint32_t compute_milli, uint32_t mode
 
 int nbgpu_sched_suspend(NbgpuSched *s, int id, int suspended) {
     Entry *e = hold(s, id);
-    if (!e) return -ENOENT;
+    if (!e)
+        return -ENOENT;
     sched_suspend(&e->gpu->policy, e->index, suspended != 0, now_ns());
     e->gpu->due = true;
     let_go(s);
@@ -447,7 +497,8 @@ int nbgpu_sched_suspend(NbgpuSched *s, int id, int suspended) {
 
 int nbgpu_sched_remove(NbgpuSched *s, int id) {
     Entry *e = hold(s, id);
-    if (!e) return -ENOENT;
+    if (!e)
+        return -ENOENT;
     NbgpuCtlDevice *out = &e->ctl->device[e->device];
     __atomic_store_n(&out->gate, NBGPU_GATE_NONE, __ATOMIC_SEQ_CST);
     __atomic_add_fetch(&out->gate_generation, 1, __ATOMIC_SEQ_CST);
@@ -460,7 +511,8 @@ int nbgpu_sched_remove(NbgpuSched *s, int id) {
 
 int nbgpu_sched_stats(NbgpuSched *s, int id, NbgpuSchedStats *out) {
     Entry *e = hold(s, id);
-    if (!e) return -ENOENT;
+    if (!e)
+        return -ENOENT;
     const SchedSlice *slice = &e->gpu->policy.slice[e->index];
     *out = (NbgpuSchedStats){
         .charged_ns = slice->charged_ns,
@@ -475,20 +527,24 @@ int nbgpu_sched_stats(NbgpuSched *s, int id, NbgpuSchedStats *out) {
 }
 
 int nbgpu_sched_totals(NbgpuSched *s, NbgpuSchedTotals *out) {
-    if (!s) return -EINVAL;
+    if (!s)
+        return -EINVAL;
     clockid_t clock;
     struct timespec cpu = {0};
     pthread_mutex_lock(&s->lock);
     *out = (NbgpuSchedTotals){.wakeups = s->wakeups, .polling = s->no_waitv || too_many(s)};
-    for (uint32_t i = 0; i < s->high; i++) out->entries += s->entry[i].used;
+    for (uint32_t i = 0; i < s->high; i++)
+        out->entries += s->entry[i].used;
     pthread_mutex_unlock(&s->lock);
-    if (!pthread_getcpuclockid(s->thread, &clock)) clock_gettime(clock, &cpu);
+    if (!pthread_getcpuclockid(s->thread, &clock))
+        clock_gettime(clock, &cpu);
     out->cpu_ns = (uint64_t)cpu.tv_sec * 1000000000ull + (uint64_t)cpu.tv_nsec;
     return 0;
 }
 
 void nbgpu_sched_close(NbgpuSched *s) {
-    if (!s) return;
+    if (!s)
+        return;
     pthread_mutex_lock(&s->lock);
     s->stop = true;
     poke(s);
@@ -496,7 +552,8 @@ void nbgpu_sched_close(NbgpuSched *s) {
     pthread_join(s->thread, NULL);
     for (uint32_t i = 0; i < s->high; i++) {
         Entry *e = &s->entry[i];
-        if (!e->used) continue;
+        if (!e->used)
+            continue;
         __atomic_store_n(&e->ctl->heartbeat_ns, 0, __ATOMIC_RELEASE);
         futex_wake(&e->ctl->device[e->device].gate);
         release(s, e);

@@ -21,7 +21,8 @@ static int read_at(int fd, void *out, size_t size, off_t at) {
     do {
         got = pread(fd, out, size, at);
     } while (got < 0 && errno == EINTR);
-    if (got < 0) return -errno;
+    if (got < 0)
+        return -errno;
     return (size_t)got == size ? 0 : -EBADMSG;
 }
 
@@ -33,9 +34,12 @@ int nbgpu_use_head(int fd, NbgpuUseHead *out) {
     _Static_assert(offsetof(NbgpuUse, events) + sizeof(uint32_t) == sizeof head, "head of use");
     uint32_t bell;
     int rc = read_at(fd, &head, sizeof head, 0);
-    if (!rc) rc = read_at(fd, &bell, sizeof bell, offsetof(NbgpuUse, bell));
-    if (rc) return rc;
-    if (head.magic != NBGPU_USE_MAGIC || head.version < NBGPU_VERSION) return -EBADMSG;
+    if (!rc)
+        rc = read_at(fd, &bell, sizeof bell, offsetof(NbgpuUse, bell));
+    if (rc)
+        return rc;
+    if (head.magic != NBGPU_USE_MAGIC || head.version < NBGPU_VERSION)
+        return -EBADMSG;
     *out = (NbgpuUseHead){
         .high_water = head.high_water < NBGPU_SLOTS ? head.high_water : NBGPU_SLOTS,
         .events = head.events,
@@ -57,7 +61,8 @@ static bool is_id_char(char c) {
 static void copy_kernel_id(const NbgpuUseSlot *slot, NbgpuUseRow *row) {
     size_t length = strnlen(slot->kernel_id, NBGPU_KERNEL_ID_BYTES);
     bool good = length < NBGPU_KERNEL_ID_BYTES;
-    for (size_t i = 0; good && i < length; i++) good = is_id_char(slot->kernel_id[i]);
+    for (size_t i = 0; good && i < length; i++)
+        good = is_id_char(slot->kernel_id[i]);
     if (good)
         memcpy(row->kernel_id, slot->kernel_id, length);
     else
@@ -68,7 +73,8 @@ static void copy_memory(const NbgpuUseSlot *slot, NbgpuUseRow *row) {
     const uint64_t bytes[] = {slot->used, slot->context, slot->peak};
     const uint64_t counts[] = {slot->allocs, slot->frees, slot->refusals};
     bool good = slot->refused_by <= NBGPU_REFUSED_DRIVER;
-    for (int i = 0; i < 3; i++) good = good && bytes[i] <= MEMORY_MAX && counts[i] <= COUNT_MAX;
+    for (int i = 0; i < 3; i++)
+        good = good && bytes[i] <= MEMORY_MAX && counts[i] <= COUNT_MAX;
     if (!good) {
         row->junk |= NBGPU_JUNK_MEMORY;
         return;
@@ -92,7 +98,8 @@ static void copy_compute(const NbgpuUseSlot *slot, NbgpuUseRow *row) {
         good = good && launches <= COUNT_MAX;
     }
     const uint64_t counts[] = {slot->busy_since, slot->busy_ns, launches, slot->last_launch_ns, slot->stall_ns, slot->copied_bytes};
-    for (int i = 0; i < 6; i++) good = good && counts[i] <= COUNT_MAX;
+    for (int i = 0; i < 6; i++)
+        good = good && counts[i] <= COUNT_MAX;
     if (!good) {
         row->junk |= NBGPU_JUNK_COMPUTE;
         return;
@@ -128,26 +135,32 @@ int nbgpu_use_read(int fd, NbgpuUseRow *out, int max) {
     NbgpuUseSlot batch[BATCH];
     int count = 0;
     int rc = nbgpu_use_head(fd, &head);
-    if (rc) return rc;
+    if (rc)
+        return rc;
     for (uint32_t first = 0; first < head.high_water; first += BATCH) {
         uint32_t n = head.high_water - first < BATCH ? head.high_water - first : BATCH;
         rc = read_at(fd, batch, n * sizeof *batch, (off_t)(offsetof(NbgpuUse, slot) + first * sizeof *batch));
-        if (rc) return rc;
+        if (rc)
+            return rc;
         for (uint32_t i = 0; i < n && count < max; i++)
-            if (batch[i].owner && batch[i].ready) copy_row(first + i, &batch[i], &out[count++]);
+            if (batch[i].owner && batch[i].ready)
+                copy_row(first + i, &batch[i], &out[count++]);
     }
     return count;
 }
 
 int nbgpu_use_locked(int fd, uint32_t slot) {
-    if (slot >= NBGPU_SLOTS) return -EINVAL;
+    if (slot >= NBGPU_SLOTS)
+        return -EINVAL;
     struct flock lock = {
         .l_type = F_WRLCK,
         .l_whence = SEEK_SET,
         .l_start = (off_t)(offsetof(NbgpuUse, slot) + slot * sizeof(NbgpuUseSlot)),
         .l_len = 1,
     };
-    if (fcntl(fd, F_GETLK, &lock)) return -errno;
-    if (lock.l_type == F_UNLCK) return 0;
+    if (fcntl(fd, F_GETLK, &lock))
+        return -errno;
+    if (lock.l_type == F_UNLCK)
+        return 0;
     return lock.l_pid > 0 ? lock.l_pid : NBGPU_LOCKED_ELSEWHERE;
 }

@@ -7,129 +7,129 @@
 #define NVML_API __attribute__((visibility("default")))
 
 typedef enum {
-  NVML_SUCCESS = 0,
-  NVML_ERROR_UNINITIALIZED = 1,
-  NVML_ERROR_INVALID_ARGUMENT = 2,
-  NVML_ERROR_NOT_SUPPORTED = 3,
-  NVML_ERROR_NOT_FOUND = 6,
-  NVML_ERROR_INSUFFICIENT_SIZE = 7,
-  NVML_ERROR_DRIVER_NOT_LOADED = 9,
-  NVML_ERROR_LIB_RM_VERSION_MISMATCH = 18,
-  NVML_ERROR_ARGUMENT_VERSION_MISMATCH = 25,
-  NVML_ERROR_UNKNOWN = 999,
+    NVML_SUCCESS = 0,
+    NVML_ERROR_UNINITIALIZED = 1,
+    NVML_ERROR_INVALID_ARGUMENT = 2,
+    NVML_ERROR_NOT_SUPPORTED = 3,
+    NVML_ERROR_NOT_FOUND = 6,
+    NVML_ERROR_INSUFFICIENT_SIZE = 7,
+    NVML_ERROR_DRIVER_NOT_LOADED = 9,
+    NVML_ERROR_LIB_RM_VERSION_MISMATCH = 18,
+    NVML_ERROR_ARGUMENT_VERSION_MISMATCH = 25,
+    NVML_ERROR_UNKNOWN = 999,
 } nvmlReturn_t;
 
 typedef struct nvml_device *nvmlDevice_t; /* opaque to callers */
 
 typedef struct {
-  unsigned long long total, free, used;
+    unsigned long long total, free, used;
 } nvmlMemory_t;
 
 typedef struct {
-  unsigned version;
-  unsigned long long total, reserved, free, used;
+    unsigned version;
+    unsigned long long total, reserved, free, used;
 } nvmlMemory_v2_t;
 
 typedef struct {
-  unsigned long long bar1Total, bar1Free, bar1Used;
+    unsigned long long bar1Total, bar1Free, bar1Used;
 } nvmlBAR1Memory_t;
 
 typedef struct {
-  unsigned gpu, memory;
+    unsigned gpu, memory;
 } nvmlUtilization_t;
 
 typedef struct {
-  unsigned pid;
-  unsigned long long usedGpuMemory;
+    unsigned pid;
+    unsigned long long usedGpuMemory;
 } nvmlProcessInfo_v1_t;
 
 typedef struct { /* v3 is the same */
-  unsigned pid;
-  unsigned long long usedGpuMemory;
-  unsigned gpuInstanceId, computeInstanceId;
+    unsigned pid;
+    unsigned long long usedGpuMemory;
+    unsigned gpuInstanceId, computeInstanceId;
 } nvmlProcessInfo_v2_t;
 
 typedef struct {
-  unsigned pid;
-  unsigned long long usedGpuMemory;
-  unsigned gpuInstanceId, computeInstanceId;
-  unsigned long long usedGpuCcProtectedMemory;
+    unsigned pid;
+    unsigned long long usedGpuMemory;
+    unsigned gpuInstanceId, computeInstanceId;
+    unsigned long long usedGpuCcProtectedMemory;
 } nvmlProcessDetail_v1_t;
 
 typedef struct {
-  unsigned version, mode, numProcArrayEntries;
-  nvmlProcessDetail_v1_t *procArray;
+    unsigned version, mode, numProcArrayEntries;
+    nvmlProcessDetail_v1_t *procArray;
 } nvmlProcessDetailList_v1_t;
 
 enum { NVML_PROCESS_MODE_COMPUTE, NVML_PROCESS_MODE_GRAPHICS, NVML_PROCESS_MODE_MPS, NVML_PROCESS_MODE_ALL };
 
 typedef struct {
-  unsigned pid;
-  unsigned long long timeStamp;
-  unsigned smUtil, memUtil, encUtil, decUtil;
+    unsigned pid;
+    unsigned long long timeStamp;
+    unsigned smUtil, memUtil, encUtil, decUtil;
 } nvmlProcessUtilizationSample_t;
 
 typedef struct {
-  unsigned long long timeStamp;
-  unsigned pid, smUtil, memUtil, encUtil, decUtil, jpgUtil, ofaUtil;
+    unsigned long long timeStamp;
+    unsigned pid, smUtil, memUtil, encUtil, decUtil, jpgUtil, ofaUtil;
 } nvmlProcessUtilizationInfo_v1_t;
 
 typedef struct {
-  unsigned version, processSamplesCount;
-  unsigned long long lastSeenTimeStamp;
-  nvmlProcessUtilizationInfo_v1_t *procUtilArray;
+    unsigned version, processSamplesCount;
+    unsigned long long lastSeenTimeStamp;
+    nvmlProcessUtilizationInfo_v1_t *procUtilArray;
 } nvmlProcessesUtilizationInfo_v1_t;
 
 typedef union {
-  double dVal;
-  unsigned uiVal;
-  unsigned long ulVal;
-  unsigned long long ullVal;
-  long long sllVal;
-  int siVal;
-  unsigned short usVal;
+    double dVal;
+    unsigned uiVal;
+    unsigned long ulVal;
+    unsigned long long ullVal;
+    long long sllVal;
+    int siVal;
+    unsigned short usVal;
 } nvmlValue_t;
 
 typedef struct {
-  unsigned long long timeStamp;
-  nvmlValue_t sampleValue;
+    unsigned long long timeStamp;
+    nvmlValue_t sampleValue;
 } nvmlSample_t;
 
 typedef struct {
-  unsigned fieldId, scopeId;
-  long long timestamp, latencyUsec;
-  unsigned valueType;
-  nvmlReturn_t nvmlReturn;
-  nvmlValue_t value;
+    unsigned fieldId, scopeId;
+    long long timestamp, latencyUsec;
+    unsigned valueType;
+    nvmlReturn_t nvmlReturn;
+    nvmlValue_t value;
 } nvmlFieldValue_t;
 
 typedef struct {
-  char busId[16];
-  unsigned domain, bus, device, pciDeviceId, pciSubSystemId, reserved[4];
+    char busId[16];
+    unsigned domain, bus, device, pciDeviceId, pciSubSystemId, reserved[4];
 } nvmlPciInfo_v2_t;
 
 typedef struct {
-  char busIdLegacy[16];
-  unsigned domain, bus, device, pciDeviceId, pciSubSystemId;
-  char busId[32];
+    char busIdLegacy[16];
+    unsigned domain, bus, device, pciDeviceId, pciSubSystemId;
+    char busId[32];
 } nvmlPciInfo_t;
 
 typedef struct {
-  unsigned version, domain, bus, device, pciDeviceId, pciSubSystemId, baseClass, subClass;
-  char busId[32];
+    unsigned version, domain, bus, device, pciDeviceId, pciSubSystemId, baseClass, subClass;
+    char busId[32];
 } nvmlPciInfoExt_v1_t;
 
 typedef struct {
-  unsigned version, sensorType;
-  int temperature;
+    unsigned version, sensorType;
+    int temperature;
 } nvmlTemperature_v1_t;
 
 typedef struct {
-  unsigned version, type;
-  union {
-    char str[41];
-    unsigned char bytes[16];
-  } value;
+    unsigned version, type;
+    union {
+        char str[41];
+        unsigned char bytes[16];
+    } value;
 } nvmlUUID_v1_t;
 
 /* NVML versions a structure as its size and a number in the top byte. */

@@ -9,7 +9,7 @@
 #define NVML_LIBRARY_VERSION "13.580.00"
 
 struct nvml_device {
-  unsigned index;
+    unsigned index;
 };
 
 extern struct sim nvml_sim; /* open from nvmlInit on, for good */
@@ -21,18 +21,20 @@ nvmlReturn_t nvml_text(char *out, unsigned length, const char *text);
 /* Microseconds since the epoch of a moment of CLOCK_MONOTONIC: NVML stamps its samples so. */
 unsigned long long nvml_stamp_us(uint64_t monotonic_ns);
 
-#define NVML_ENTER()                       \
-  do {                                     \
-    nvmlReturn_t entered_ = nvml_enter();  \
-    if (entered_) return entered_;         \
-  } while (0)
+#define NVML_ENTER()                                                                                                                       \
+    do {                                                                                                                                   \
+        nvmlReturn_t entered_ = nvml_enter();                                                                                              \
+        if (entered_)                                                                                                                      \
+            return entered_;                                                                                                               \
+    } while (0)
 
 /* Declares `unsigned index` of the handle, or returns. */
-#define NVML_DEVICE(handle, output)                               \
-  unsigned index;                                                 \
-  do {                                                            \
-    nvmlReturn_t found_ = nvml_device((handle), (output), &index); \
-    if (found_) return found_;                                    \
-  } while (0)
+#define NVML_DEVICE(handle, output)                                                                                                        \
+    unsigned index;                                                                                                                        \
+    do {                                                                                                                                   \
+        nvmlReturn_t found_ = nvml_device((handle), (output), &index);                                                                     \
+        if (found_)                                                                                                                        \
+            return found_;                                                                                                                 \
+    } while (0)
 
 #endif

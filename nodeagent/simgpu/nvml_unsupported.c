@@ -3,11 +3,11 @@
 #include "nvml_sim.h"
 
 /* The arguments are whatever the caller passes: none is looked at. */
-#define UNSUPPORTED(name)            \
-  NVML_API nvmlReturn_t name(void) { \
-    NVML_ENTER();                    \
-    return NVML_ERROR_NOT_SUPPORTED; \
-  }
+#define UNSUPPORTED(name)                                                                                                                  \
+    NVML_API nvmlReturn_t name(void) {                                                                                                     \
+        NVML_ENTER();                                                                                                                      \
+        return NVML_ERROR_NOT_SUPPORTED;                                                                                                   \
+    }
 
 UNSUPPORTED(nvmlComputeInstanceDestroy)
 UNSUPPORTED(nvmlComputeInstanceGetInfo_v2)

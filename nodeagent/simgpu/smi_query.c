@@ -7,32 +7,33 @@
 #define CELL 160
 
 struct cell {
-  char text[CELL];
-  const char *unit; /* "" = none */
+    char text[CELL];
+    const char *unit; /* "" = none */
 };
 
 static void put_text(struct cell *cell, nvmlReturn_t failed, const char *text) {
-  snprintf(cell->text, CELL, "%s", failed ? "[N/A]" : text);
-  if (failed) cell->unit = "";
+    snprintf(cell->text, CELL, "%s", failed ? "[N/A]" : text);
+    if (failed)
+        cell->unit = "";
 }
 
 static void put_number(struct cell *cell, nvmlReturn_t failed, double value, int decimals) {
-  char text[CELL];
-  snprintf(text, sizeof text, "%.*f", decimals, value);
-  put_text(cell, failed, text);
+    char text[CELL];
+    snprintf(text, sizeof text, "%.*f", decimals, value);
+    put_text(cell, failed, text);
 }
 
 static unsigned long long mib(unsigned long long bytes) { return bytes >> 20; }
 
 static void put_now(struct cell *cell) {
-  char text[CELL];
-  struct timespec now;
-  struct tm local;
-  clock_gettime(CLOCK_REALTIME, &now);
-  localtime_r(&now.tv_sec, &local);
-  size_t n = strftime(text, sizeof text, "%Y/%m/%d %H:%M:%S", &local);
-  snprintf(text + n, sizeof text - n, ".%03ld", now.tv_nsec / 1000000);
-  put_text(cell, NVML_SUCCESS, text);
+    char text[CELL];
+    struct timespec now;
+    struct tm local;
+    clock_gettime(CLOCK_REALTIME, &now);
+    localtime_r(&now.tv_sec, &local);
+    size_t n = strftime(text, sizeof text, "%Y/%m/%d %H:%M:%S", &local);
+    snprintf(text + n, sizeof text - n, ".%03ld", now.tv_nsec / 1000000);
+    put_text(cell, NVML_SUCCESS, text);
 }
 
 /* ---- fields of a GPU --------------------------------------------------------------------------------------------------------- */
@@ -44,23 +45,23 @@ FIELD(get_index) { put_number(cell, NVML_SUCCESS, i, 0); }
 FIELD(get_count) { (void)i, put_number(cell, NVML_SUCCESS, smi.devices, 0); }
 FIELD(get_timestamp) { (void)i, put_now(cell); }
 
-#define TEXT_FIELD(function, call)                      \
-  FIELD(function) {                                     \
-    char text[96] = "";                                 \
-    put_text(cell, call, text);                         \
-  }
+#define TEXT_FIELD(function, call)                                                                                                         \
+    FIELD(function) {                                                                                                                      \
+        char text[96] = "";                                                                                                                \
+        put_text(cell, call, text);                                                                                                        \
+    }
 TEXT_FIELD(get_name, smi.name(DEVICE, text, sizeof text))
 TEXT_FIELD(get_uuid, smi.uuid(DEVICE, text, sizeof text))
 TEXT_FIELD(get_serial, smi.serial(DEVICE, text, sizeof text))
 TEXT_FIELD(get_vbios, smi.vbios(DEVICE, text, sizeof text))
 TEXT_FIELD(get_driver, ((void)i, smi.driver_version(text, sizeof text)))
 
-#define NUMBER_FIELD(function, type, call, value, decimals) \
-  FIELD(function) {                                         \
-    type n = {0};                                           \
-    nvmlReturn_t failed = call;                             \
-    put_number(cell, failed, value, decimals);              \
-  }
+#define NUMBER_FIELD(function, type, call, value, decimals)                                                                                \
+    FIELD(function) {                                                                                                                      \
+        type n = {0};                                                                                                                      \
+        nvmlReturn_t failed = call;                                                                                                        \
+        put_number(cell, failed, value, decimals);                                                                                         \
+    }
 NUMBER_FIELD(get_memory_total, nvmlMemory_t, smi.memory(DEVICE, &n), (double)mib(n.total), 0)
 NUMBER_FIELD(get_memory_used, nvmlMemory_t, smi.memory(DEVICE, &n), (double)mib(n.used), 0)
 NUMBER_FIELD(get_memory_free, nvmlMemory_t, smi.memory(DEVICE, &n), (double)mib(n.free), 0)
@@ -75,44 +76,44 @@ NUMBER_FIELD(get_clock_sm, unsigned, smi.clock(DEVICE, 1, &n), n, 0)
 NUMBER_FIELD(get_clock_memory, unsigned, smi.clock(DEVICE, 2, &n), n, 0)
 
 FIELD(get_bus_id) {
-  nvmlPciInfo_t pci = {0};
-  put_text(cell, smi.pci(DEVICE, &pci), pci.busId);
+    nvmlPciInfo_t pci = {0};
+    put_text(cell, smi.pci(DEVICE, &pci), pci.busId);
 }
 
 FIELD(get_pstate) {
-  unsigned state = 0;
-  char text[8];
-  nvmlReturn_t failed = smi.pstate(DEVICE, &state);
-  snprintf(text, sizeof text, "P%u", state);
-  put_text(cell, failed, text);
+    unsigned state = 0;
+    char text[8];
+    nvmlReturn_t failed = smi.pstate(DEVICE, &state);
+    snprintf(text, sizeof text, "P%u", state);
+    put_text(cell, failed, text);
 }
 
 FIELD(get_persistence) {
-  unsigned on = 0;
-  put_text(cell, smi.persistence(DEVICE, &on), on ? "Enabled" : "Disabled");
+    unsigned on = 0;
+    put_text(cell, smi.persistence(DEVICE, &on), on ? "Enabled" : "Disabled");
 }
 
 FIELD(get_compute_mode) {
-  unsigned mode = 0;
-  put_text(cell, smi.compute_mode(DEVICE, &mode), mode ? "Exclusive_Process" : "Default");
+    unsigned mode = 0;
+    put_text(cell, smi.compute_mode(DEVICE, &mode), mode ? "Exclusive_Process" : "Default");
 }
 
 FIELD(get_mig) {
-  unsigned current = 0, pending = 0;
-  put_text(cell, smi.mig(DEVICE, &current, &pending), current ? "Enabled" : "Disabled");
+    unsigned current = 0, pending = 0;
+    put_text(cell, smi.mig(DEVICE, &current, &pending), current ? "Enabled" : "Disabled");
 }
 
 FIELD(get_capability) {
-  int major = 0, minor = 0;
-  char text[24];
-  nvmlReturn_t failed = smi.capability(DEVICE, &major, &minor);
-  snprintf(text, sizeof text, "%d.%d", major, minor);
-  put_text(cell, failed, text);
+    int major = 0, minor = 0;
+    char text[24];
+    nvmlReturn_t failed = smi.capability(DEVICE, &major, &minor);
+    snprintf(text, sizeof text, "%d.%d", major, minor);
+    put_text(cell, failed, text);
 }
 
 static const struct gpu_field {
-  const char *name, *title, *unit;
-  void (*get)(unsigned device, struct cell *cell);
+    const char *name, *title, *unit;
+    void (*get)(unsigned device, struct cell *cell);
 } gpu_fields[] = {
     {"timestamp", NULL, "", get_timestamp},
     {"driver_version", NULL, "", get_driver},
@@ -148,17 +149,18 @@ static const struct gpu_field {
 #define GPU_FIELDS (sizeof gpu_fields / sizeof *gpu_fields)
 
 static const struct gpu_field *find_gpu_field(const char *name) {
-  for (unsigned i = 0; i < GPU_FIELDS; i++)
-    if (!strcmp(name, gpu_fields[i].name)) return &gpu_fields[i];
-  return NULL;
+    for (unsigned i = 0; i < GPU_FIELDS; i++)
+        if (!strcmp(name, gpu_fields[i].name))
+            return &gpu_fields[i];
+    return NULL;
 }
 
 /* ---- fields of a process ------------------------------------------------------------------------------------------------------ */
 
 enum app_what { APP_PID, APP_NAME, APP_MEMORY, APP_UUID, APP_GPU_NAME, APP_BUS_ID, APP_TIMESTAMP };
 static const struct app_field {
-  const char *name, *unit;
-  enum app_what what;
+    const char *name, *unit;
+    enum app_what what;
 } app_fields[] = {
     {"pid", "", APP_PID},
     {"process_name", "", APP_NAME},
@@ -172,25 +174,38 @@ static const struct app_field {
 };
 
 static const struct app_field *find_app_field(const char *name) {
-  for (unsigned i = 0; i < sizeof app_fields / sizeof *app_fields; i++)
-    if (!strcmp(name, app_fields[i].name)) return &app_fields[i];
-  return NULL;
+    for (unsigned i = 0; i < sizeof app_fields / sizeof *app_fields; i++)
+        if (!strcmp(name, app_fields[i].name))
+            return &app_fields[i];
+    return NULL;
 }
 
 static void get_app(const struct app_field *field, unsigned device, const nvmlProcessInfo_v2_t *process, struct cell *cell) {
-  char name[CELL];
-  switch (field->what) {
-    case APP_PID: put_number(cell, NVML_SUCCESS, process->pid, 0); break;
+    char name[CELL];
+    switch (field->what) {
+    case APP_PID:
+        put_number(cell, NVML_SUCCESS, process->pid, 0);
+        break;
     case APP_NAME:
-      smi_process_name(process->pid, name, sizeof name);
-      put_text(cell, NVML_SUCCESS, name);
-      break;
-    case APP_MEMORY: put_number(cell, NVML_SUCCESS, (double)mib(process->usedGpuMemory), 0); break;
-    case APP_UUID: get_uuid(device, cell); break;
-    case APP_GPU_NAME: get_name(device, cell); break;
-    case APP_BUS_ID: get_bus_id(device, cell); break;
-    case APP_TIMESTAMP: put_now(cell); break;
-  }
+        smi_process_name(process->pid, name, sizeof name);
+        put_text(cell, NVML_SUCCESS, name);
+        break;
+    case APP_MEMORY:
+        put_number(cell, NVML_SUCCESS, (double)mib(process->usedGpuMemory), 0);
+        break;
+    case APP_UUID:
+        get_uuid(device, cell);
+        break;
+    case APP_GPU_NAME:
+        get_name(device, cell);
+        break;
+    case APP_BUS_ID:
+        get_bus_id(device, cell);
+        break;
+    case APP_TIMESTAMP:
+        put_now(cell);
+        break;
+    }
 }
 
 /* ---- lines ------------------------------------------------------------------------------------------------------------------------ */
@@ -199,79 +214,91 @@ static void get_app(const struct app_field *field, unsigned device, const nvmlPr
 
 /* Split at commas, spaces around dropped; how many, or -1 for too many. */
 static int split(const char *text, char copy[1024], const char *out[FIELDS_MOST]) {
-  int n = 0;
-  char *rest = copy;
-  snprintf(copy, 1024, "%s", text);
-  for (char *word = strtok_r(copy, ", ", &rest); word; word = strtok_r(NULL, ", ", &rest)) {
-    if (n == FIELDS_MOST) return -1;
-    out[n++] = word;
-  }
-  return n;
+    int n = 0;
+    char *rest = copy;
+    snprintf(copy, 1024, "%s", text);
+    for (char *word = strtok_r(copy, ", ", &rest); word; word = strtok_r(NULL, ", ", &rest)) {
+        if (n == FIELDS_MOST)
+            return -1;
+        out[n++] = word;
+    }
+    return n;
 }
 
 static int unknown(const char *name) {
-  fprintf(stderr, "Field \"%s\" is not a valid field to query.\n\n", name);
-  return 2;
+    fprintf(stderr, "Field \"%s\" is not a valid field to query.\n\n", name);
+    return 2;
 }
 
 static void print_title(bool first, const char *title, const char *unit, struct smi_format format) {
-  printf("%s%s", first ? "" : ", ", title);
-  if (*unit && format.units) printf(" [%s]", unit);
+    printf("%s%s", first ? "" : ", ", title);
+    if (*unit && format.units)
+        printf(" [%s]", unit);
 }
 
 static void print_cell(bool first, const struct cell *cell, struct smi_format format) {
-  printf("%s%s", first ? "" : ", ", cell->text);
-  if (*cell->unit && format.units) printf(" %s", cell->unit);
+    printf("%s%s", first ? "" : ", ", cell->text);
+    if (*cell->unit && format.units)
+        printf(" %s", cell->unit);
 }
 
 int smi_query_gpu(const char *fields, struct smi_format format) {
-  char copy[1024];
-  const char *name[FIELDS_MOST];
-  const struct gpu_field *field[FIELDS_MOST];
-  int n = split(fields, copy, name);
-  for (int f = 0; f < n; f++)
-    if (!(field[f] = find_gpu_field(name[f]))) return unknown(name[f]);
-  if (n <= 0) return unknown(fields);
-  for (int f = 0; f < n && format.header; f++)
-    print_title(f == 0, field[f]->title ? field[f]->title : field[f]->name, field[f]->unit, format);
-  if (format.header) putchar('\n');
-  for (unsigned i = 0; i < smi.devices; i++) {
-    for (int f = 0; f < n && smi.selected[i]; f++) {
-      struct cell cell = {.unit = field[f]->unit};
-      field[f]->get(i, &cell);
-      print_cell(f == 0, &cell, format);
+    char copy[1024];
+    const char *name[FIELDS_MOST];
+    const struct gpu_field *field[FIELDS_MOST];
+    int n = split(fields, copy, name);
+    for (int f = 0; f < n; f++)
+        if (!(field[f] = find_gpu_field(name[f])))
+            return unknown(name[f]);
+    if (n <= 0)
+        return unknown(fields);
+    for (int f = 0; f < n && format.header; f++)
+        print_title(f == 0, field[f]->title ? field[f]->title : field[f]->name, field[f]->unit, format);
+    if (format.header)
+        putchar('\n');
+    for (unsigned i = 0; i < smi.devices; i++) {
+        for (int f = 0; f < n && smi.selected[i]; f++) {
+            struct cell cell = {.unit = field[f]->unit};
+            field[f]->get(i, &cell);
+            print_cell(f == 0, &cell, format);
+        }
+        if (smi.selected[i])
+            putchar('\n');
     }
-    if (smi.selected[i]) putchar('\n');
-  }
-  return 0;
+    return 0;
 }
 
 int smi_query_apps(const char *fields, struct smi_format format) {
-  char copy[1024];
-  const char *name[FIELDS_MOST];
-  const struct app_field *field[FIELDS_MOST];
-  static nvmlProcessInfo_v2_t process[SMI_PROCESSES];
-  int n = split(fields, copy, name);
-  for (int f = 0; f < n; f++)
-    if (!(field[f] = find_app_field(name[f]))) return unknown(name[f]);
-  if (n <= 0) return unknown(fields);
-  for (int f = 0; f < n && format.header; f++) print_title(f == 0, name[f], field[f]->unit, format);
-  if (format.header) putchar('\n');
-  for (unsigned i = 0; i < smi.devices; i++) {
-    unsigned count = smi.selected[i] ? smi_processes(i, process) : 0;
-    for (unsigned p = 0; p < count; p++) {
-      for (int f = 0; f < n; f++) {
-        struct cell cell = {.unit = field[f]->unit};
-        get_app(field[f], i, &process[p], &cell);
-        print_cell(f == 0, &cell, format);
-      }
-      putchar('\n');
+    char copy[1024];
+    const char *name[FIELDS_MOST];
+    const struct app_field *field[FIELDS_MOST];
+    static nvmlProcessInfo_v2_t process[SMI_PROCESSES];
+    int n = split(fields, copy, name);
+    for (int f = 0; f < n; f++)
+        if (!(field[f] = find_app_field(name[f])))
+            return unknown(name[f]);
+    if (n <= 0)
+        return unknown(fields);
+    for (int f = 0; f < n && format.header; f++)
+        print_title(f == 0, name[f], field[f]->unit, format);
+    if (format.header)
+        putchar('\n');
+    for (unsigned i = 0; i < smi.devices; i++) {
+        unsigned count = smi.selected[i] ? smi_processes(i, process) : 0;
+        for (unsigned p = 0; p < count; p++) {
+            for (int f = 0; f < n; f++) {
+                struct cell cell = {.unit = field[f]->unit};
+                get_app(field[f], i, &process[p], &cell);
+                print_cell(f == 0, &cell, format);
+            }
+            putchar('\n');
+        }
     }
-  }
-  return 0;
+    return 0;
 }
 
 void smi_query_help(void) {
-  printf("Fields of --query-gpu (simulated driver):\n");
-  for (unsigned i = 0; i < GPU_FIELDS; i++) printf("  %s\n", gpu_fields[i].name);
+    printf("Fields of --query-gpu (simulated driver):\n");
+    for (unsigned i = 0; i < GPU_FIELDS; i++)
+        printf("  %s\n", gpu_fields[i].name);
 }
