@@ -10,13 +10,13 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Mapping
 from typing import NoReturn
 
 from .cli_serve import pool_on_demand
 from .client import PoolClient
 from .errors import InvalidValue, NbgpuError, Refused, Unavailable
-from .models import Grant, GrantState, Launch, Owner, Request
+from .launch import environment
+from .models import Grant, GrantState, Owner, Request
 from .quantities import format_memory, format_share, parse_fraction, parse_memory
 
 HUB = "command-line"
@@ -85,19 +85,13 @@ def run_program(request: Request, command: list[str], *, wait: bool = True) -> N
         tell(f"in a slice: {slice_in_words(grant)}")
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
-        os.execve(program, command, merged(os.environ, launch))
+        os.execve(program, command, environment(os.environ, launch))
     except BaseException as error:
         give_back(pool, request)
         if isinstance(error, OSError):
             print(f"nbgpu: {command[0]}: {error.strerror}", file=sys.stderr)
             sys.exit(NOT_EXECUTABLE)
         raise
-
-
-def merged(environment: Mapping[str, str], launch: Launch) -> dict[str, str]:
-    """Return `environment` with the slice's own values; an empty one there means unset."""
-    both = {**environment, **launch.env}
-    return {name: value for name, value in both.items() if value or name not in launch.env}
 
 
 def acquire(request: Request) -> tuple[PoolClient, Grant]:

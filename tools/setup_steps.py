@@ -23,7 +23,8 @@ LAB = ROOT / "labextension"
 LAB_OUT = LAB / "nbgpu_lab" / "labextension"
 NATIVE = ROOT / "nodeagent"
 NATIVE_OUT = NATIVE / "nbgpu_agent" / "_lib"
-OLDEST_NODE = 18
+OLDEST_NODE = (20, 19)
+"""What the front end's build asks for; an older one of the machine is left alone and PyPI's taken."""
 TELL_EVERY_SECONDS = 5
 
 LEVELS = {
@@ -60,9 +61,11 @@ class Step:
     inputs: str
     """Hash of all that its result depends on."""
     stamp: Path
-    """Holds `inputs` of the last success; lies beside the result, so that deleting the result deletes it."""
+    """Holds `inputs` of the last success; beside the result where it can be, so that deleting the result deletes it."""
     make: Callable[[Step], None]
     after: list[str] = field(default_factory=lambda: [])
+    result: Path | None = None
+    """What it makes, where the stamp lies elsewhere."""
     state: str = "waits"
     note: str = ""
 
@@ -73,7 +76,8 @@ class Step:
 
     def current(self) -> bool:
         """Return whether the last success was made from the same inputs."""
-        return self.stamp.is_file() and self.stamp.read_text().strip() == self.inputs
+        there = self.result is None or self.result.exists()
+        return there and self.stamp.is_file() and self.stamp.read_text().strip() == self.inputs
 
     def run(self, *command: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = None, what: str = "") -> None:
         """Run a command into the log; raise `SetupError` with the likely cause when it fails."""
@@ -144,7 +148,8 @@ def machine_node() -> str | None:
         return None
     try:
         version = subprocess.run([node, "--version"], capture_output=True, text=True, timeout=20, check=True).stdout
-        return node if int(version.lstrip("v").split(".")[0]) >= OLDEST_NODE else None
+        numbers = tuple(int(part) for part in version.strip().lstrip("v").split(".")[:2])
+        return node if numbers >= OLDEST_NODE and numbers[0] != 21 else None
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
 
@@ -270,7 +275,7 @@ def steps(level: str) -> list[Step]:
         Step("proxy", digest(ROOT / "package-lock.json", tools), ROOT / "node_modules" / ".nbgpu", make_proxy, ["build tools"]),
     ]
     if (NATIVE / "build.py").is_file():
-        plan.append(Step("C libraries", digest(NATIVE, tools), NATIVE_OUT / ".nbgpu", make_native, ["build tools"]))
+        plan.append(Step("C libraries", digest(NATIVE, tools), WORK / "setup" / "native.stamp", make_native, ["build tools"], NATIVE_OUT))
     if (LAB / "package.json").is_file():
         sources = digest(lock, *(LAB / name for name in ("src", "style", "schema", "tsconfig.json", "jupyter-config")), python, project)
         plan.append(Step("npm packages", lock, LAB / "node_modules" / ".nbgpu", make_node_modules, ["build tools"]))

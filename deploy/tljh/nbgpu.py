@@ -1,0 +1,9 @@
+"""Slices of GPUs for The Littlest JupyterHub: a file for /opt/tljh/config/jupyterhub_config.d/."""
+
+from nbgpu_spawner import setup
+
+c = get_config()  # noqa: F821
+
+c.Spawner.default_url = "/lab"
+
+setup(c, quotas={"default": {"limit": 1}})
