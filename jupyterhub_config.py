@@ -1,0 +1,64 @@
+"""nbgpu on one machine, to try it and to start from: ``jupyterhub -f jupyterhub_config.py`` (or ``make run``).
+
+The hub starts the node agent and the pool itself. With no NVIDIA driver the GPUs are simulated, and the pages say so.
+For real users of this machine: delete "the demo" below, choose an authenticator, and run the hub as root.
+"""
+
+import os
+import secrets
+import shutil
+import sys
+from pathlib import Path
+
+from nbgpu_spawner import setup
+
+from nbgpu.paths import runtime_dir
+
+c = get_config()  # noqa: F821
+
+c.JupyterHub.bind_url = f"http://127.0.0.1:{os.environ.get('NBGPU_PORT', '8000')}"
+c.Spawner.cmd = [sys.executable, "-m", "jupyterhub.singleuser"]
+c.Spawner.default_url = "/lab"
+
+# -- the demo: any name logs in with one password, all servers run as this account and are not protected from each other
+runtime = runtime_dir()
+runtime.mkdir(mode=0o755, parents=True, exist_ok=True)
+password = runtime / "login-password"
+if not password.exists():
+    with open(os.open(password, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secrets.token_urlsafe(9) + "\n")
+
+c.JupyterHub.authenticator_class = "dummy"
+c.DummyAuthenticator.password = password.read_text().strip()
+c.Authenticator.allow_all = True
+c.Authenticator.username_pattern = r"[a-z][a-z0-9_.-]{0,31}"  # a name becomes a folder
+
+c.JupyterHub.spawner_class = "simple"
+homes = Path("homes").resolve()
+example = Path(__file__).resolve().parent / "examples" / "fractions.ipynb"
+c.SimpleLocalProcessSpawner.home_dir_template = str(homes / "{username}")
+
+
+def bring_example(spawner):
+    """Give every user a copy of the example, which the server opens first."""
+    home = homes / spawner.user.name
+    home.mkdir(parents=True, exist_ok=True)
+    if example.exists():
+        if not (home / example.name).exists():
+            shutil.copy(example, home)
+        spawner.default_url = f"/lab/tree/{example.name}"
+
+
+c.Spawner.pre_spawn_hook = bring_example
+c.Spawner.args = ["--allow-root"] if os.geteuid() == 0 else []
+# -- end of the demo
+
+# What the start page offers, in the format of KubeSpawner's profile_list; these are also the defaults:
+# profiles = [
+#     {"slug": "cpu", "display_name": "CPU only", "default": True},
+#     {"slug": "quarter", "display_name": "A quarter of a GPU", "kubespawner_override": {"gpu_fraction": "1/4"}},
+#     {"slug": "custom", "display_name": "Custom", "gpu_custom": True},
+# ]
+# Who may hold how much:
+# quotas = {"default": {"limit": "1/2"}, "groups": {"vision": {"limit": 2}}}
+setup(c)  # setup(c, profiles=profiles, quotas=quotas)

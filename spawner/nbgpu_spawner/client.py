@@ -1,0 +1,149 @@
+"""The pool's API as the hub calls it: tornado's HTTP client, a Unix socket or TCP with a token, errors in plain words."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+from tornado.httpclient import HTTPClientError, HTTPRequest
+from tornado.iostream import StreamClosedError
+from tornado.netutil import Resolver
+from tornado.simple_httpclient import HTTPStreamClosedError, HTTPTimeoutError, SimpleAsyncHTTPClient
+
+from nbgpu.errors import NbgpuError, Refused, Unavailable
+from nbgpu.models import Availability, AvailabilityQuery, DeviceBooks, Grant, Launch, Owner, Request
+
+NO_ANSWER = "The GPU pool does not answer, so no GPU can be given now. Try again in a minute, or start without a GPU."
+_GRANT = TypeAdapter(Grant)
+_LAUNCH = TypeAdapter(Launch)
+_AVAILABILITY = TypeAdapter(list[Availability])
+_DEVICES = TypeAdapter(list[DeviceBooks])
+_T = TypeVar("_T")
+
+
+class PoolUnavailable(Unavailable):
+    """The pool is down, slow, or still rebuilding its books."""
+
+    code = "pool-unavailable"
+
+
+class _UnixResolver(Resolver):
+    """Resolves every host to one Unix socket."""
+
+    def initialize(self, path: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self._path = path
+
+    async def resolve(self, host: str, port: int, family: socket.AddressFamily = socket.AF_UNSPEC) -> Any:
+        return [(socket.AF_UNIX, self._path)]
+
+
+class PoolClient:
+    """Calls the pool.
+
+    Parameters
+    ----------
+    socket_path : str
+        The pool's Unix socket; used when `url` is empty.
+    url : str
+        The pool's address on a network, such as ``http://nbgpu-pool:8200``.
+    token : str
+        Bearer token of role *hub*, for `url`.
+    timeout_seconds : float
+        How long one call may take.
+    """
+
+    def __init__(self, socket_path: str = "", url: str = "", token: str = "", timeout_seconds: float = 10.0):
+        self._base = url.rstrip("/") or "http://pool"
+        self._headers = {"Content-Type": "application/json"}
+        if token:
+            self._headers["Authorization"] = f"Bearer {token}"
+        resolver = None if url else _UnixResolver(path=socket_path)
+        # the hub may have configured another client class globally; only this one takes a resolver
+        self._http = SimpleAsyncHTTPClient(force_instance=True, max_clients=200, resolver=resolver)
+        self._timeout = timeout_seconds
+        self._devices: tuple[float, list[DeviceBooks]] | None = None
+
+    async def acquire(self, request: Request) -> Grant:
+        """Ask for a slice. Asking again with the same request id returns the same grant."""
+        return _read(_GRANT, await self._call("POST", "/v1/requests", request.model_dump(mode="json")))
+
+    async def grant(self, request_id: str) -> Grant:
+        """Return what became of a request."""
+        return _read(_GRANT, await self._call("GET", f"/v1/requests/{request_id}"))
+
+    async def prepare(self, request_id: str, uid: int | None) -> Launch:
+        """Make the slice on this machine, its files usable by `uid` (None: by the agent's own user)."""
+        return _read(_LAUNCH, await self._call("POST", f"/v1/requests/{request_id}/prepare", {"uid": uid}))
+
+    async def bind(self, request_id: str, pid: int | None) -> Grant:
+        """Say that a server carries the grant."""
+        return _read(_GRANT, await self._call("POST", f"/v1/requests/{request_id}/bind", {"pid": pid}))
+
+    async def release(self, request_id: str) -> None:
+        """Ask a grant back, or leave the queue. Unknown ids are fine."""
+        await self._call("DELETE", f"/v1/requests/{request_id}")
+
+    async def release_owner(self, owner: Owner, except_request_id: str | None = None) -> None:
+        """Ask back everything that `owner` holds or waits for, but for one request."""
+        body: dict[str, Any] = {"owner": owner.model_dump(mode="json")}
+        if except_request_id:
+            body["except_request_id"] = except_request_id
+        await self._call("POST", "/v1/release", body)
+
+    async def availability(self, query: AvailabilityQuery) -> list[Availability]:
+        """Return for each shape whether it is free now, in their order."""
+        return _read(_AVAILABILITY, await self._call("POST", "/v1/availability", query.model_dump(mode="json")))
+
+    async def devices(self, max_age_seconds: float = 5.0) -> list[DeviceBooks]:
+        """Return the pool's devices, at most `max_age_seconds` old."""
+        now = time.monotonic()
+        if self._devices is None or now - self._devices[0] > max_age_seconds:
+            self._devices = (now, _read(_DEVICES, await self._call("GET", "/v1/devices")))
+        return self._devices[1]
+
+    async def _call(self, method: str, path: str, body: Any = None) -> bytes:
+        request = HTTPRequest(
+            self._base + path,
+            method=method,
+            headers=self._headers,
+            body=None if body is None else json.dumps(body),
+            connect_timeout=self._timeout,
+            request_timeout=self._timeout,
+            allow_nonstandard_methods=True,
+        )
+        try:
+            response = await self._http.fetch(request)
+        except HTTPTimeoutError as error:
+            raise PoolUnavailable(NO_ANSWER) from error
+        except HTTPStreamClosedError as error:
+            raise PoolUnavailable(NO_ANSWER) from error
+        except HTTPClientError as error:
+            raise _plain(error) from error
+        except (OSError, StreamClosedError) as error:
+            raise PoolUnavailable(NO_ANSWER) from error
+        return response.body
+
+
+def _read(adapter: TypeAdapter[_T], body: bytes) -> _T:
+    try:
+        return adapter.validate_json(body)
+    except ValidationError as error:
+        raise PoolUnavailable("The GPU pool answers in another version's words. Ask the admin to update hub and pool together.") from error
+
+
+def _plain(error: HTTPClientError) -> NbgpuError:
+    """Return the pool's own words, where it had any."""
+    code, message, field = "pool", "", None
+    try:
+        told = json.loads(error.response.body)["error"] if error.response else {}
+        code, message, field = str(told.get("code", code)), str(told.get("message", "")), told.get("field")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    if error.code == 503:
+        return PoolUnavailable(message or NO_ANSWER)
+    if error.code in (400, 403, 404, 409) and message:
+        return Refused(message, code=code, status=error.code, field=field)
+    return PoolUnavailable(NO_ANSWER)

@@ -1,0 +1,264 @@
+"""The start page: what each profile is, whether it is free now, and if not, why. Values in, HTML out; `ask` is the only I/O."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+
+from nbgpu.errors import InvalidValue, NbgpuError
+from nbgpu.models import Availability, AvailabilityQuery, DeviceBooks, Owner
+from nbgpu.quantities import format_memory, format_share
+
+from .client import NO_ANSWER, PoolClient
+from .options import Wish
+from .profiles import UNLISTED, Profile, custom_fields, wish_of
+
+POLL_SECONDS = 3
+"""How often an open page asks again; what it shows is at most 5 s old."""
+_ASK_SECONDS = 2.0
+
+RowState = Literal["always", "free", "wait", "forbidden", "impossible", "unknown", "custom"]
+MARKS: Mapping[str, str] = {
+    "always": "\u2713",
+    "free": "\u2713",
+    "wait": "\u29d6",
+    "forbidden": "\u2715",
+    "impossible": "\u2715",
+    "unknown": "?",
+    "custom": "\u270e",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One profile, as the user sees it."""
+
+    slug: str
+    name: str
+    description: str
+    what: str
+    """What it is: memory and time."""
+    state: RowState
+    status: str
+    """Free now, or why not and what to expect."""
+    default: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def disabled(self) -> bool:
+        """Whether it cannot be chosen at all."""
+        return self.state in ("forbidden", "impossible")
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what changes while the page is open."""
+        return {
+            "slug": self.slug,
+            "what": self.what,
+            "state": self.state,
+            "mark": MARKS[self.state],
+            "status": self.status,
+            "disabled": self.disabled,
+        }
+
+
+@dataclass(frozen=True)
+class StartState:
+    """Everything that the start page shows."""
+
+    rows: tuple[Row, ...]
+    time: float
+    """Unix time, seconds."""
+    problem: str = ""
+    simulated: bool = False
+    isolates: bool = True
+    models: tuple[str, ...] = ()
+    most_devices: int = 1
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what an open page asks for again and again."""
+        return {"time": self.time, "problem": self.problem, "profiles": [row.as_json() for row in self.rows]}
+
+
+async def ask(
+    pool: PoolClient, profiles: list[Profile], configured: Mapping[str, Any], owner: Owner, groups: list[str], isolates: bool
+) -> StartState:
+    """Return the start page's state as the pool sees it now; a pool that is away is said, not raised."""
+    wishes = [_wish(profile, configured) for profile in profiles]
+    shapes = [wish.shape for wish in wishes if isinstance(wish, Wish)]
+    problem, books, answers = "", [], None
+    try:
+        query = AvailabilityQuery(owner=owner, groups=groups, shapes=shapes)
+        books, answers = await asyncio.wait_for(asyncio.gather(pool.devices(max_age_seconds=1), pool.availability(query)), _ASK_SECONDS)
+    except asyncio.TimeoutError:
+        problem = NO_ANSWER
+    except NbgpuError as error:
+        problem = error.message
+    return start_state(profiles, wishes, books, answers, problem=problem, isolates=isolates, now=time.time())
+
+
+def start_state(
+    profiles: list[Profile],
+    wishes: list[Wish | InvalidValue | None],
+    books: list[DeviceBooks],
+    answers: list[Availability] | None,
+    *,
+    problem: str = "",
+    isolates: bool = True,
+    now: float = 0.0,
+) -> StartState:
+    """Return the start page's state.
+
+    Parameters
+    ----------
+    profiles, wishes : list
+        The profiles and what each stands for: None without a GPU, an error where it is set up wrongly.
+    books : list of DeviceBooks
+        The pool's devices.
+    answers : list of Availability, optional
+        One for each `Wish`, in their order; None when the pool did not answer.
+    """
+    left = iter(answers or [])
+    rows = tuple(_row(profile, wish, left, answers is not None, books) for profile, wish in zip(profiles, wishes, strict=True))
+    nodes = [book.device.node for book in books]
+    return StartState(
+        rows=rows,
+        time=now,
+        problem=problem,
+        simulated=any(book.device.simulated for book in books),
+        isolates=isolates,
+        models=tuple(sorted({book.device.model for book in books})),
+        most_devices=max((nodes.count(node) for node in nodes), default=1),
+    )
+
+
+def render(state: StartState, typed: Mapping[str, Any], url: str) -> str:
+    """Return the fields of the start page as HTML.
+
+    Parameters
+    ----------
+    state : StartState
+        What to show.
+    typed : mapping
+        What the user chose last (``user_options``); what no longer exists is ignored.
+    url : str
+        Where the open page asks again.
+    """
+    chosen = _chosen(state.rows, typed)
+    shown_time = time.strftime("%H:%M:%S", time.localtime(state.time))
+    return _template().render(
+        state=state, typed=typed, chosen=chosen, url=url, time=shown_time, marks=MARKS, unlisted=UNLISTED, poll_seconds=POLL_SECONDS
+    )
+
+
+def describe(wish: Wish, answer: Availability | None) -> str:
+    """Return what a share is in plain terms: ``19.5 GiB, at least a quarter of the GPU's time``."""
+    shape = wish.shape
+    memory = answer.memory if answer else {}
+    compute = answer.compute_milli if answer else {}
+    if memory:
+        amounts = {format_memory(amount) for amount in memory.values()}
+        if len(amounts) == 1:
+            parts = [amounts.pop()]
+        else:
+            parts = [" or ".join(f"{format_memory(amount)} ({model})" for model, amount in sorted(memory.items()))]
+    elif shape.memory_bytes:
+        parts = [format_memory(shape.memory_bytes)]
+    else:
+        parts = [f"{_share(shape.memory_milli or shape.compute_milli or 0)} of its memory"]
+    shares = sorted({milli for milli in (*compute.values(), shape.compute_milli) if milli})
+    if shares:
+        parts.append(_time(shares[0], wish.mode))
+    text = ", ".join(parts)
+    if shape.device_count > 1:
+        text += f"; on each of {shape.device_count} GPUs"
+    return f"{text}; {shape.model} only" if shape.model else text
+
+
+def _wish(profile: Profile, configured: Mapping[str, Any]) -> Wish | InvalidValue | None:
+    if profile.get("gpu_custom"):
+        return None
+    try:
+        return wish_of(profile, {}, configured)
+    except InvalidValue as error:
+        return error
+
+
+def _row(
+    profile: Profile, wish: Wish | InvalidValue | None, answers: Iterable[Availability], answered: bool, books: list[DeviceBooks]
+) -> Row:
+    what, state, status = "", "always", "Always available"
+    if profile.get("gpu_custom"):
+        state, status = "custom", _largest_free(books)
+    elif isinstance(wish, InvalidValue):
+        state, status = "impossible", f"Set up wrongly, please tell the admin: {wish.message}"
+    elif wish is not None:
+        answer = next(iter(answers), None) if answered else None
+        what = describe(wish, answer)
+        state, status = (answer.state, _status(answer)) if answer else ("unknown", "Nobody knows now whether it is free")
+    return Row(
+        slug=profile["slug"],
+        name=profile["display_name"],
+        description=profile.get("description") or "",
+        what=what,
+        state=state,  # pyright: ignore[reportArgumentType]
+        status=status,
+        default=bool(profile.get("default")),
+        options=profile.get("profile_options") or {},
+    )
+
+
+def _status(answer: Availability) -> str:
+    reason = answer.reason.strip().rstrip(".")
+    if answer.state == "free":
+        return "Free now"
+    if answer.state == "forbidden":
+        return f"Not for you: {reason}"
+    if answer.state == "impossible":
+        return f"Not possible here: {reason}"
+    return (
+        f"{reason[:1].upper()}{reason[1:]}. You can start it and wait in line." if reason else "In use. You can start it and wait in line."
+    )
+
+
+def _largest_free(books: list[DeviceBooks]) -> str:
+    free = [
+        (book.device.usable_bytes - book.memory_granted_bytes, 1000 - book.compute_granted_milli) for book in books if book.device.healthy
+    ]
+    free = [(memory, milli) for memory, milli in free if memory > 0 and milli > 0]
+    if not free:
+        return "No GPU has room now. You can start it and wait in line." if books else "Say how much you need"
+    memory, milli = max(free)
+    return f"The most that is free on one GPU now: {format_memory(memory)} and {_share(milli)} of its time"
+
+
+def _time(milli: int, mode: str) -> str:
+    if milli == 1000:
+        return "all of the GPU's time"
+    return f"{'at least' if mode == 'burst' else 'exactly'} {_share(milli)} of the GPU's time"
+
+
+def _share(milli: int) -> str:
+    return "all" if milli == 1000 else format_share(milli)
+
+
+def _chosen(rows: Iterable[Row], typed: Mapping[str, Any]) -> str:
+    """Return the profile that is checked: never none, and none that is disabled where another is not."""
+    named = typed.get("profile")
+    if not named and custom_fields(None, typed):
+        named = next((row.slug for row in rows if row.state == "custom"), None)
+    wanted = [row for row in rows if row.slug == named] + [row for row in rows if row.default] + list(rows)
+    return next((row.slug for row in wanted if not row.disabled), wanted[0].slug if wanted else "")
+
+
+@cache
+def _template() -> jinja2.Template:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("start.html")

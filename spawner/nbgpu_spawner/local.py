@@ -1,0 +1,160 @@
+"""Servers as processes on this machine: the slice is prepared before the process starts, and knows its pid right after."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from jupyterhub.spawner import LocalProcessSpawner, SimpleLocalProcessSpawner
+from jupyterhub.utils import maybe_future
+from traitlets import Any as AnyTrait
+from traitlets import TraitError, default
+
+from nbgpu.errors import NbgpuError
+from nbgpu.models import Launch
+
+from .mixin import GPUSliceMixin
+from .profiles import Profile, custom_fields, default_profiles, overrides
+from .refusal import GPURefusal
+
+PROVISIONER = "nbgpu-provisioner"
+_LISTS = ("PATH", "LD_LIBRARY_PATH", "LD_PRELOAD")
+
+
+class LocalGPUMixin(GPUSliceMixin):
+    """`GPUSliceMixin` for spawners that start servers on the hub's own machine."""
+
+    profile_list = AnyTrait(
+        config=True,
+        help="""What the start page offers: a list of profiles (or a dict, or a callable of the spawner) in KubeSpawner's format.
+
+        `kubespawner_override` sets any trait of this spawner. A profile with ``"gpu_custom": True`` lets the user say how much.
+        For example::
+
+            c.LocalGPUMixin.profile_list = [
+                {"display_name": "CPU only", "slug": "cpu", "default": True},
+                {"display_name": "A third of a GPU", "kubespawner_override": {"gpu_fraction": "1/3", "gpu_mode": "strict"}},
+            ]
+        """,
+    )
+
+    @default("profile_list")
+    def _default_profile_list(self) -> list[Profile]:
+        return default_profiles()
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._gpu_launch: Launch | None = None
+
+    async def apply_gpu_profile(self, profile: Profile | None, options: dict[str, Any]) -> None:
+        """Set the traits that the checked `options` stand for."""
+        for chosen in overrides(profile, options):
+            for name, value in chosen.items():
+                value = await maybe_future(value(self)) if callable(value) else value
+                try:
+                    self._apply_overrides({name: value})
+                except TraitError as error:
+                    self.log.error("Profile %s sets %s wrongly: %s", (profile or {}).get("slug"), name, error)
+                    raise GPURefusal("This profile is set up wrongly; ask the admin.", reason="gpu-profile", status_code=500) from None
+        for name, value in custom_fields(profile, options).items():
+            setattr(self, name, value)
+
+    async def start(self) -> Any:
+        """Get the slice, prepare it, start the server inside it."""
+        self._gpu_launch = None
+        grant = await self.acquire_slice()
+        if grant is None:
+            return await maybe_future(super().start())
+        try:
+            self._gpu_launch = await self.pool.prepare(grant.request.request_id, self.gpu_uid())
+            where = await maybe_future(super().start())
+            self._save_address(where)
+            await self.bind_slice(self.gpu_server_pid())
+        except BaseException as error:
+            # once the server lives, the hub stops it first: `run_post_stop_hook` releases then
+            if self.gpu_server_pid() is None:
+                await self.give_back()
+            if isinstance(error, NbgpuError):
+                raise self.refuse(error) from None
+            raise
+        return where
+
+    def _save_address(self, where: Any) -> None:
+        """Let a hub that is killed from here on find the server again."""
+        if self.server is not None and isinstance(where, tuple):
+            self.server.ip, self.server.port = where
+        self.save_early_state()
+
+    def gpu_uid(self) -> int | None:
+        """Return who may use the slice's files; None stands for the agent's own account."""
+        return pwd.getpwnam(self.user.name).pw_uid
+
+    def gpu_server_pid(self) -> int | None:
+        """Return the pid of this server while it lives."""
+        pid = getattr(self, "pid", 0)
+        process = getattr(self, "proc", None)
+        if not pid or (process is not None and process.poll() is not None):
+            return None
+        return pid if os.path.exists(f"/proc/{pid}") else None
+
+    def get_env(self) -> dict[str, str]:
+        """Add the slice's environment; a server without a GPU gets none of it."""
+        env = super().get_env()
+        if self._gpu_launch is None:
+            return env
+        env = with_launch(env, self._gpu_launch.env)
+        if server_has_provisioner(self.cmd[0] if self.cmd else "", env.get("PATH")):
+            env.setdefault("JUPYTER_DEFAULT_PROVISIONER_NAME", PROVISIONER)
+        return env
+
+
+class LocalGPUSpawner(LocalGPUMixin, LocalProcessSpawner):
+    """Servers of real users of this machine, each with a slice of a GPU."""
+
+
+class SimpleLocalGPUSpawner(LocalGPUMixin, SimpleLocalProcessSpawner):
+    """Servers for any name, all under the hub's own account: for trying nbgpu. It isolates nobody, and the start page says so."""
+
+    @default("gpu_isolates")
+    def _default_gpu_isolates(self) -> bool:
+        return False
+
+    def gpu_uid(self) -> int | None:
+        """Return None: every server runs as the hub's account, which is the agent's."""
+        return None
+
+
+def with_launch(env: dict[str, str], launch: dict[str, str]) -> dict[str, str]:
+    """Return `env` with a slice's variables: search paths in front of what is there, an empty value unsets."""
+    merged = dict(env)
+    for name, value in launch.items():
+        if value == "":
+            merged.pop(name, None)
+        elif name in _LISTS and merged.get(name):
+            parts = value.split(":")
+            merged[name] = ":".join(parts + [part for part in merged[name].split(":") if part not in parts])
+        else:
+            merged[name] = value
+    return merged
+
+
+def server_has_provisioner(command: str, path: str | None = None) -> bool:
+    """Return whether the Python of the server's `command` has nbgpu's kernel provisioner installed.
+
+    Naming a provisioner that is missing would hide every kernel. Only looks at files: the command may be run as another user.
+    """
+    program = shutil.which(command or "jupyterhub-singleuser", path=path)
+    if program is None:
+        return False
+    prefixes = {Path(program).parent.parent}
+    if Path(program).parent == Path(sys.executable).parent:
+        prefixes.add(Path(sys.prefix))
+    for prefix in prefixes:
+        for names in prefix.glob("lib/python3*/*-packages/nbgpu-*.dist-info/entry_points.txt"):
+            if PROVISIONER in names.read_text(errors="replace"):
+                return True
+    return False

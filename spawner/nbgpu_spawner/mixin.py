@@ -1,0 +1,393 @@
+"""What is the same for every spawner that gives a server a slice of a GPU: traits, options, the grant's life, progress."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from jupyterhub.utils import maybe_future, url_path_join
+from tornado.httputil import url_concat
+from traitlets import Any as AnyTrait
+from traitlets import Bool, Enum, Float, Integer, Unicode, default
+from traitlets.config import Configurable
+
+from nbgpu.errors import InvalidValue, NbgpuError, Unavailable
+from nbgpu.models import Grant, GrantState, Owner
+from nbgpu.paths import POOL_SOCKET, runtime_dir
+
+from . import form, waiting
+from .client import PoolClient, PoolUnavailable
+from .options import FIELDS, Wish, check_against, wish_from
+from .profiles import Profile, check_keys, initialise, options_from_form, selected, wish_of
+from .refusal import GPURefusal, refusal, spare_failure_counter
+
+if TYPE_CHECKING:
+    from jupyterhub.spawner import Spawner as _Spawner
+else:
+    _Spawner = Configurable
+
+START_MARGIN_SECONDS = 30
+"""What the server's own start needs of `start_timeout`, beside the wait for a GPU."""
+_PATIENCE_SECONDS = 10.0
+_clients: WeakKeyDictionary[Any, dict[tuple[str, str, str, float], PoolClient]] = WeakKeyDictionary()
+_background: set[asyncio.Task[None]] = set()
+
+
+class GPUSliceMixin(_Spawner):
+    """Gives a spawner's servers a slice of a GPU. Put it before the spawner class: ``class Mine(GPUSliceMixin, SomeSpawner)``.
+
+    A subclass calls `acquire_slice` when the server is about to be made and `bind_slice` when it carries the grant; the rest
+    (release, refusal, options, progress) happens here.
+    """
+
+    gpu_fraction = AnyTrait(
+        None,
+        allow_none=True,
+        config=True,
+        help="""Share of one GPU, of its memory and of its compute time: 0.25, "1/4" or "25%". None: no GPU, unless `gpu_memory` is set.
+
+        For example::
+
+            c.GPUSliceMixin.gpu_fraction = 0.25
+        """,
+    )
+    gpu_memory = AnyTrait(
+        None,
+        allow_none=True,
+        config=True,
+        help="""GPU memory, such as "20 GiB", in place of the fraction's; without a fraction the compute share follows the memory.""",
+    )
+    gpu_compute = AnyTrait(
+        None, allow_none=True, config=True, help="Share of the GPU's time, when it shall differ from the share of its memory."
+    )
+    gpu_count = AnyTrait(1, config=True, help="On how many GPUs of one machine the server gets its part, the same on each.")
+    gpu_model = Unicode(None, allow_none=True, config=True, help="Model of GPU, as the pool names it. None: any.")
+    gpu_mode = Enum(
+        ["strict", "burst"],
+        "burst",
+        config=True,
+        help="strict: never more than the share of compute time. burst: more while others are idle; the share is guaranteed.",
+    )
+    gpu_wait_timeout = Integer(
+        600,
+        min=0,
+        config=True,
+        help="""Seconds that a start may wait in the pool's queue for a GPU. `start_timeout` must hold it and the start itself;
+        where it does not, the wait is cut short, with a warning in the log.""",
+    )
+    gpu_hub_name = Unicode(
+        "jupyterhub", config=True, help="Name of this hub, in the pool's books. Hubs that share a pool need different ones."
+    )
+    gpu_isolates = Bool(True, help="False: all servers run as one account, which the start page then says.")
+    pool_socket = Unicode(config=True, help="Unix socket of the pool on this machine. Not used when `pool_url` is set.")
+    pool_url = Unicode("", config=True, help="Address of the pool on a network, such as http://nbgpu-pool:8200.")
+    pool_token = Unicode("", config=True, help="Bearer token of role hub, for `pool_url`.")
+    pool_timeout = Float(10.0, min=0.1, config=True, help="Seconds that one call to the pool may take.")
+
+    @default("pool_socket")
+    def _default_pool_socket(self) -> str:
+        return str(runtime_dir() / POOL_SOCKET)
+
+    @default("start_timeout")
+    def _default_start_timeout(self) -> int:
+        return self.gpu_wait_timeout + 2 * START_MARGIN_SECONDS
+
+    @default("options_form")
+    def _default_gpu_options_form(self) -> Any:
+        return GPUSliceMixin.render_gpu_form
+
+    @default("options_from_form")
+    def _default_gpu_options_from_form(self) -> Any:
+        return self.gpu_options_from_form
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._gpu_configured = self._gpu_values()
+        self._gpu_request_id: str | None = None
+        self._gpu_bound = False
+        self._gpu_progress = waiting.Progress()
+        self._gpu_leaving = asyncio.Event()
+        self._gpu_typed: dict[str, Any] | None = None
+
+    # -- options: form, REST and profile
+
+    async def gpu_profiles(self) -> list[Profile]:
+        """Return `profile_list`, resolved and complete; empty where there is none."""
+        profiles = getattr(self, "profile_list", None)
+        return initialise(await maybe_future(profiles(self)) if callable(profiles) else profiles)
+
+    async def check_gpu_options(self, options: Any) -> Profile | None:
+        """Return the profile that `options` select, when all that they ask for exists.
+
+        Raises
+        ------
+        InvalidValue
+            The same for the form and for the REST API.
+        """
+        if not isinstance(options, dict):
+            raise InvalidValue("user_options", options, "an object of option names and values")
+        profile = selected(await self.gpu_profiles(), options)
+        check_keys(profile, options, others_allowed=self._others_read_options())
+        wish = wish_of(profile, options, self._gpu_configured)
+        if wish is not None:
+            with suppress(PoolUnavailable, asyncio.TimeoutError):  # then the start says so
+                books = await asyncio.wait_for(self.pool.devices(), 2)
+                check_against(wish, [book.device for book in books])
+        return profile
+
+    def _others_read_options(self) -> bool:
+        own = self.apply_user_options is None and self.options_form == GPUSliceMixin.render_gpu_form
+        return not own
+
+    async def gpu_options_from_form(self, form_data: dict[str, list[Any]]) -> dict[str, Any]:
+        """Return ``user_options`` for what the start page sent, or raise a 400 with the field and its range."""
+        options = self._gpu_typed = options_from_form(form_data)
+        try:
+            await self.check_gpu_options(options)
+        except NbgpuError as error:
+            raise refusal(error) from None
+        return options
+
+    async def apply_group_overrides(self) -> None:
+        """Start from the configuration: a spawner object that failed before carries that attempt's profile."""
+        for name, value in self._gpu_configured.items():
+            setattr(self, name, value)
+        await super().apply_group_overrides()
+
+    async def _run_apply_user_options(self, user_options: Any) -> None:
+        # overridden rather than `apply_user_options` set: that one is the admin's, and the hub logs a stack trace for what it raises
+        try:
+            profile = await self.check_gpu_options(user_options)
+        except NbgpuError as error:
+            if self.orm_spawner is not None:
+                self.orm_spawner.user_options = {}  # the hub has saved them as the next start's default
+            raise self.refuse(error) from None
+        await self.apply_gpu_profile(profile, user_options)
+        if self.apply_user_options:
+            await super()._run_apply_user_options(user_options)
+
+    async def apply_gpu_profile(self, profile: Profile | None, options: dict[str, Any]) -> None:
+        """Set the traits that the checked `options` stand for."""
+        raise NotImplementedError
+
+    async def render_gpu_form(self) -> str:
+        """Return the start page's fields."""
+        profiles = await self.gpu_profiles()
+        if not profiles:
+            return ""
+        state = await self.gpu_start_state(profiles)
+        typed = self._gpu_typed or self.user_options or {}
+        return form.render(state, typed, self.gpu_availability_url())
+
+    def gpu_availability_url(self) -> str:
+        """Return where the open start page asks what is free now."""
+        base = self.hub.base_url if self.hub else "/hub/"
+        return url_concat(url_path_join(base, "api/nbgpu/availability"), {"user": self.user.name, "server": self.name})
+
+    async def gpu_start_state(self, profiles: list[Profile] | None = None) -> form.StartState:
+        """Return what the start page shows, as of now."""
+        if profiles is None:
+            profiles = await self.gpu_profiles()
+        return await form.ask(self.pool, profiles, self._gpu_configured, self.gpu_owner(), self.gpu_groups(), self.gpu_isolates)
+
+    # -- the grant's life
+
+    @property
+    def pool(self) -> PoolClient:
+        """The pool's client, shared by all spawners of this hub."""
+        key = (self.pool_socket, self.pool_url, self.pool_token, self.pool_timeout)
+        clients = _clients.setdefault(asyncio.get_running_loop(), {})
+        if key not in clients:
+            clients[key] = PoolClient(*key)
+        return clients[key]
+
+    def gpu_owner(self) -> Owner:
+        """Return who the slice is for: named servers are owners of their own."""
+        return Owner(hub=self.gpu_hub_name, user=self.user.name, server=self.name or "")
+
+    def gpu_groups(self) -> list[str]:
+        """Return the user's groups, as the hub knows them."""
+        return [group.name for group in self.user.groups]
+
+    def _gpu_values(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in FIELDS}
+
+    def refuse(self, error: NbgpuError) -> GPURefusal:
+        """Return what to raise for `error`; it will not count as a failure of the hub."""
+        spare_failure_counter(self)
+        return refusal(error)
+
+    async def acquire_slice(self) -> Grant | None:
+        """Return the grant for this start, waiting in the queue where needed; None without a GPU.
+
+        Raises
+        ------
+        GPURefusal
+            With the reason in plain words. Nothing is held then.
+        """
+        # made before the first await: whatever happens after it, this id releases what was granted
+        request_id = self._gpu_request_id = uuid.uuid4().hex
+        self._gpu_bound = False
+        self._gpu_leaving.clear()
+        try:
+            wish = wish_from(self._gpu_values())
+            if wish is None:
+                self._gpu_request_id = None
+                return None
+            self.save_early_state()
+            return await self._wait_for_grant(wish, request_id)
+        except NbgpuError as error:
+            await self.give_back()
+            raise self.refuse(error) from None
+        except BaseException:
+            await self.give_back()
+            raise
+        finally:
+            self._gpu_progress.settle()
+
+    async def _wait_for_grant(self, wish: Wish, request_id: str) -> Grant:
+        request = wish.request(request_id, self.gpu_owner(), self.gpu_groups())
+        wait_seconds = self._wait_seconds()
+        start = time.monotonic()
+        await self._patiently(lambda: self.pool.release_owner(request.owner, request_id), start)
+        grant = await self._patiently(lambda: self.pool.acquire(request), start)
+        pause = 0.2
+        while grant.state is GrantState.queued:
+            self._gpu_progress.tell(*waiting.in_line(wish, grant, self.gpu_leave_url()))
+            if time.monotonic() - start > wait_seconds:
+                raise Unavailable(waiting.no_room(wish, wait_seconds, grant), code="no-room")
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._gpu_leaving.wait(), pause)
+            if self._gpu_leaving.is_set():
+                raise NbgpuError("You left the queue. Nothing is reserved for you.", code="left", status=409)
+            pause = min(pause * 1.5, 1.0)
+            try:
+                grant = await self.pool.grant(request_id)
+            except PoolUnavailable:
+                continue  # it may be restarting; the deadline above holds
+            except NbgpuError as error:
+                if error.status != 404:
+                    raise
+                grant = await self._patiently(lambda: self.pool.acquire(request), time.monotonic())  # a restarted pool forgot the queue
+        if grant.slice is None or grant.state not in (GrantState.reserved, GrantState.bound):
+            raise Unavailable(grant.reason or "The GPU pool took the reservation back. Try again.", code="no-room")
+        self._gpu_progress.tell(f"Got {wish}.", percent=20)
+        return grant
+
+    async def _patiently(self, call: Any, start: float) -> Any:
+        """Try `call` again while the pool is away, for as long as a restart takes."""
+        while True:
+            try:
+                return await call()
+            except PoolUnavailable:
+                if time.monotonic() - start > min(_PATIENCE_SECONDS, self.pool_timeout):
+                    raise
+                self._gpu_progress.tell("The GPU pool does not answer yet; trying again.", percent=5)
+                await asyncio.sleep(0.5)
+
+    def _wait_seconds(self) -> float:
+        room = max(0, self.start_timeout - START_MARGIN_SECONDS)
+        if self.gpu_wait_timeout <= room:
+            return self.gpu_wait_timeout
+        self.log.warning(
+            "%s: gpu_wait_timeout is %i s, but start_timeout (%i s) leaves %i s for waiting; set start_timeout to %i or more",
+            self._log_name,
+            self.gpu_wait_timeout,
+            self.start_timeout,
+            room,
+            self.gpu_wait_timeout + START_MARGIN_SECONDS,
+        )
+        return room
+
+    async def bind_slice(self, pid: int | None) -> None:
+        """Tell the pool that a server carries the grant."""
+        request_id = self._gpu_request_id
+        if request_id is not None:
+            await self._patiently(lambda: self.pool.bind(request_id, pid), time.monotonic())
+            self._gpu_bound = True
+
+    async def give_back(self) -> None:
+        """Ask the pool to take the grant back, even when the calling task is being cancelled."""
+        if self._gpu_request_id is None:
+            return
+        task = asyncio.ensure_future(self._release(self._gpu_request_id))
+        self._gpu_request_id = None
+        _background.add(task)  # the loop holds tasks weakly
+        task.add_done_callback(_background.discard)
+        await asyncio.shield(task)
+
+    async def _release(self, request_id: str) -> None:
+        try:
+            await asyncio.wait_for(self.pool.release(request_id), 5)
+        except (NbgpuError, asyncio.TimeoutError) as error:
+            # a reservation ends by its TTL, a running slice with its last process: the pool finds out by itself
+            self.log.warning("%s: could not release request %s: %s", self._log_name, request_id, error)
+
+    async def run_post_stop_hook(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Run the admin's hook, then release: the hub calls this after every end of a start or a server, unlike `stop`."""
+        try:
+            await maybe_future(super().run_post_stop_hook())
+        finally:
+            await self.release_slice()
+
+    async def release_slice(self) -> None:
+        """Release the grant; when the server could not be stopped, make sure that it stays counted until it is gone."""
+        pid = self.gpu_server_pid()
+        if self._gpu_request_id is not None and not self._gpu_bound and pid:
+            with suppress(NbgpuError):
+                await self.pool.bind(self._gpu_request_id, pid)
+        await self.give_back()
+
+    def gpu_server_pid(self) -> int | None:
+        """Return the pid of this server while it lives on this machine."""
+        return None
+
+    def leave_gpu_queue(self) -> bool:
+        """End a start that waits for a GPU; False when none does."""
+        if self._gpu_request_id is None or self._gpu_progress.settled:
+            return False
+        self._gpu_leaving.set()
+        return True
+
+    def gpu_leave_url(self) -> str:
+        """Return where the button "Leave the queue" posts to."""
+        base = self.hub.base_url if self.hub else "/hub/"
+        return url_concat(url_path_join(base, "nbgpu/leave"), {"user": self.user.name, "server": self.name})
+
+    # -- state: what a restarted hub needs
+
+    def save_early_state(self) -> None:
+        """Save the state before `start` returns: a hub that is killed meanwhile finds and releases what it had asked for."""
+        if self.orm_spawner is not None:
+            self.orm_spawner.state = self.get_state()
+            self.user.db.commit()
+
+    def get_state(self) -> dict[str, Any]:
+        """Add the request id: all that is needed to release."""
+        state = super().get_state()
+        if self._gpu_request_id:
+            state["gpu_request_id"] = self._gpu_request_id
+        return state
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take the request id back. Never asks the pool, which starts after this."""
+        super().load_state(state)
+        self._gpu_request_id = state.get("gpu_request_id")
+        self._gpu_bound = self._gpu_request_id is not None
+
+    def clear_state(self) -> None:
+        """Forget the last start's messages; not the request id, which is still to be released after a server died."""
+        super().clear_state()
+        self._gpu_progress = waiting.Progress()
+
+    async def progress(self) -> AsyncGenerator[dict[str, Any], None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Yield what happens while waiting for a GPU, then what the spawner itself has to say."""
+        async for event in self._gpu_progress.events(lambda: self._gpu_progress):
+            yield event
+        async for event in super().progress():
+            yield event

@@ -1,0 +1,196 @@
+"""KubeSpawner's `profile_list`, for every spawner: pure functions on its plain dicts.
+
+A profile may carry ``"gpu_custom": True``: its user gives the fields of `options.FIELDS` directly.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from nbgpu.errors import InvalidValue
+
+from .options import FIELDS, Wish, wish_from
+
+Profile = dict[str, Any]
+OVERRIDE = "kubespawner_override"
+UNLISTED = "--unlisted-choice"
+
+
+def default_profiles() -> list[Profile]:
+    """Return the profiles of an installation whose admin set none."""
+    shares = [("eighth", "One eighth of a GPU", "1/8"), ("quarter", "A quarter of a GPU", "1/4"), ("half", "Half a GPU", "1/2")]
+    return [
+        {"slug": "cpu", "display_name": "CPU only", "description": "No GPU.", "default": True, OVERRIDE: {"gpu_fraction": None}},
+        *({"slug": slug, "display_name": name, OVERRIDE: {"gpu_fraction": share}} for slug, name, share in shares),
+        {"slug": "whole", "display_name": "A whole GPU", OVERRIDE: {"gpu_fraction": 1}},
+        {"slug": "custom", "display_name": "Custom", "description": "Say how much you need.", "gpu_custom": True},
+    ]
+
+
+def initialise(profile_list: Any) -> list[Profile]:
+    """Return a copy of `profile_list` (list, or dict sorted by key) with a slug each, exactly one default, default choices set."""
+    if isinstance(profile_list, Mapping):
+        profile_list = [profile_list[key] for key in sorted(profile_list)]
+    profiles: list[Profile] = copy.deepcopy(list(profile_list or []))
+    for profile in profiles:
+        profile.setdefault("slug", _slug(profile["display_name"]))
+        for option in profile.get("profile_options", {}).values():
+            choices = option.get("choices") or {}
+            if choices and not any(choice.get("default") for choice in choices.values()):
+                next(iter(choices.values()))["default"] = True
+    defaults = [profile for profile in profiles if profile.get("default")] or profiles[:1]
+    for profile in profiles:
+        profile["default"] = bool(defaults) and profile is defaults[0]
+    return profiles
+
+
+def selected(profiles: list[Profile], options: Mapping[str, Any]) -> Profile | None:
+    """Return the profile that `options` name: the custom one when only its fields are given, else the default; None when there are none.
+
+    Raises
+    ------
+    InvalidValue
+        No such profile.
+    """
+    slug = options.get("profile")
+    if slug in (None, ""):
+        if any(name in options for name in FIELDS):
+            custom = next((profile for profile in profiles if profile.get("gpu_custom")), None)
+            if custom is not None:
+                return custom
+        return next((profile for profile in profiles if profile["default"]), None)
+    for profile in profiles:
+        if profile["slug"] == slug:
+            return profile
+    slugs = ", ".join(profile["slug"] for profile in profiles)
+    raise InvalidValue("profile", slug, f"one of {slugs}" if slugs else "left out: there are no profiles here")
+
+
+def check_keys(profile: Profile | None, options: Mapping[str, Any], others_allowed: bool) -> None:
+    """Refuse keys that nobody reads.
+
+    Parameters
+    ----------
+    profile : Profile, optional
+        The selected one.
+    options : mapping
+        ``user_options`` as they came.
+    others_allowed : bool
+        The admin has code of their own that reads other keys; those that begin with ``gpu_`` are ours even so.
+
+    Raises
+    ------
+    InvalidValue
+        Names the first such key and those allowed.
+    """
+    allowed = ["profile"]
+    for name in (profile or {}).get("profile_options", {}):
+        allowed += [name, name + UNLISTED]
+    if profile is None or profile.get("gpu_custom"):
+        allowed += FIELDS
+    for key in options:
+        if key not in allowed and (not others_allowed or str(key).startswith("gpu_")):
+            raise InvalidValue("user_options", key, "made of " + ", ".join(allowed))
+
+
+def overrides(profile: Profile | None, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the overrides of `profile` and of the choices in `options`, in the order in which they apply.
+
+    Raises
+    ------
+    InvalidValue
+        A choice that the profile does not have.
+    """
+    if profile is None:
+        return []
+    found = [dict(profile.get(OVERRIDE) or {})]
+    for name, option in profile.get("profile_options", {}).items():
+        found.append(_option_overrides(name, option, options))
+    return found
+
+
+def wish_of(profile: Profile | None, options: Mapping[str, Any], configured: Mapping[str, Any]) -> Wish | None:
+    """Return how much GPU `profile` with `options` stands for, over what is `configured` for everyone.
+
+    Overrides that are callables are left out: they need a spawner.
+    """
+    values = dict(configured)
+    for override in overrides(profile, options):
+        values.update({name: value for name, value in override.items() if name in FIELDS and not callable(value)})
+    values.update(custom_fields(profile, options))
+    return wish_from(values)
+
+
+def custom_fields(profile: Profile | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that the user of a custom choice gave; empty text is no value.
+
+    Raises
+    ------
+    InvalidValue
+        A custom choice that names no amount.
+    """
+    if profile is not None and not profile.get("gpu_custom"):
+        return {}
+    given = {name: options[name] for name in FIELDS if options.get(name) not in (None, "")}
+    if profile is not None and not any(name in given for name in ("gpu_fraction", "gpu_memory", "gpu_compute")):
+        raise InvalidValue("gpu_fraction", "", "a fraction of one GPU such as 0.25, 1/4 or 25%, or gpu_memory such as 20 GiB")
+    return given
+
+
+def options_from_form(form: Mapping[str, list[Any]]) -> dict[str, Any]:
+    """Return ``user_options`` from the start page's fields, named as in KubeSpawner's form. Empty text is left out."""
+    slug = next(iter(form.get("profile") or []), None)
+    if not slug:
+        # a link such as /hub/spawn?gpu_fraction=1/4
+        return {name: form[name][0] for name in FIELDS if form.get(name) and form[name][0] != ""}
+    options: dict[str, Any] = {"profile": slug}
+    prefix = f"profile-option-{slug}--"
+    for key, values in form.items():
+        if key.startswith(prefix) and values and values[0] != "":
+            options[key[len(prefix) :]] = values[0]
+        elif key in FIELDS and values and values[0] != "":
+            options[key] = values[0]
+    return options
+
+
+def _option_overrides(name: str, option: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    choices: Mapping[str, Any] = option.get("choices") or {}
+    unlisted = option.get("unlisted_choice") or {}
+    free_text, choice = options.get(name + UNLISTED), options.get(name)
+    if free_text not in (None, ""):
+        pattern = unlisted.get("validation_regex")
+        if not unlisted.get("enabled") or not isinstance(free_text, str):
+            raise InvalidValue(name, free_text, _one_of(choices))
+        if pattern and not re.match(pattern, free_text):
+            raise InvalidValue(name, free_text, unlisted.get("validation_message") or f"text that matches {pattern}")
+        return {key: _filled(value, free_text) for key, value in (unlisted.get(OVERRIDE) or {}).items()}
+    if choice not in (None, ""):
+        if not isinstance(choice, str) or choice not in choices:
+            raise InvalidValue(name, choice, _one_of(choices))
+        return dict(choices[choice].get(OVERRIDE) or {})
+    default = next((choice for choice in choices.values() if choice.get("default")), None)
+    if default is None:
+        raise InvalidValue(name, "", "given: this profile has no default for it")
+    return dict(default.get(OVERRIDE) or {})
+
+
+def _one_of(choices: Iterable[str]) -> str:
+    return "one of " + ", ".join(choices)
+
+
+def _filled(value: Any, text: str) -> Any:
+    """Replace ``{value}`` only: a template is the admin's, but `text` is the user's and must not be read as one."""
+    if isinstance(value, str):
+        return value.replace("{value}", text)
+    if isinstance(value, list):
+        return [_filled(item, text) for item in value]
+    if isinstance(value, dict):
+        return {key: _filled(item, text) for key, item in value.items()}
+    return value
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "profile"

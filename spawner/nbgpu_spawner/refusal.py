@@ -1,0 +1,67 @@
+"""How a spawn is refused: plain words for the user, nothing on the hub's failure counter, on hub 5 and 6."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+from tornado import web
+
+from nbgpu.errors import NbgpuError
+
+try:
+    from jupyterhub.spawner import SpawnException as _Base
+
+    HUB_COUNTS_REFUSALS = False
+except ImportError:  # JupyterHub 5 has none
+    _Base = web.HTTPError
+    HUB_COUNTS_REFUSALS = True
+
+
+class GPURefusal(_Base):  # pyright: ignore[reportGeneralTypeIssues]
+    """A spawn that ends with a message for the user: JupyterHub 6's `SpawnException`, also on JupyterHub 5.
+
+    Parameters
+    ----------
+    message : str
+        Plain text: what happened, and what to do.
+    reason : str
+        One word for logs and metrics.
+    status_code : int
+        400 bad input, 403 quota, 409 left the queue, 503 no room or no pool.
+    """
+
+    def __init__(self, message: str, *, reason: str, status_code: int = 503):
+        if HUB_COUNTS_REFUSALS:
+            super().__init__(status_code, message.replace("%", "%%"), reason=reason)
+        else:
+            super().__init__(message, reason=reason, status_code=status_code)  # pyright: ignore
+        # both hubs show these two to people in preference to str(error)
+        self.jupyterhub_message = message
+        self.jupyterhub_html_message = f"<p>{escape(message)}</p>"
+
+    def __str__(self) -> str:
+        return f"{self.status_code} {self.reason}: {self.jupyterhub_message}"
+
+
+def refusal(error: NbgpuError) -> GPURefusal:
+    """Return `error` as what a spawn raises; the words stay the same."""
+    return GPURefusal(error.message, reason=f"gpu-{error.code}", status_code=error.status)
+
+
+def spare_failure_counter(spawner: Any) -> None:
+    """Keep the refusal that is about to be raised off the hub's count of failed spawns.
+
+    Three full GPUs in a row are no broken hub. JupyterHub 6 knows that of a `SpawnException`; JupyterHub 5 counts every failure and
+    stops itself at ``consecutive_failure_limit``.
+    """
+    spawner.consecutive_failure_limit = 0
+    future = getattr(spawner, "_spawn_future", None)
+    if not HUB_COUNTS_REFUSALS or future is None or future.done():
+        return
+    settings = spawner.user.settings
+
+    def uncount(_: Any) -> None:
+        settings["failure_count"] = max(0, settings.get("failure_count", 0) - 1)
+
+    future.add_done_callback(uncount)  # runs after the hub's own callback, which was added first
