@@ -10,9 +10,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from nbgpu_spawner import setup
-
 from nbgpu.paths import runtime_dir
+from nbgpu_spawner import setup
 
 c = get_config()  # noqa: F821
 
@@ -60,5 +59,5 @@ c.Spawner.args = ["--allow-root"] if os.geteuid() == 0 else []
 #     {"slug": "custom", "display_name": "Custom", "gpu_custom": True},
 # ]
 # Who may hold how much:
-# quotas = {"default": {"limit": "1/2"}, "groups": {"vision": {"limit": 2}}}
+# quotas = {"default": {"limit": 1}, "groups": {"students": {"limit": 4, "per_user": "1/4"}}}
 setup(c)  # setup(c, profiles=profiles, quotas=quotas)

@@ -150,6 +150,7 @@ def render(state: StartState, typed: Mapping[str, Any], url: str) -> str:
     url : str
         Where the open page asks again.
     """
+    typed = {key: str(value) for key, value in typed.items() if isinstance(value, (str, int, float))}
     chosen = _chosen(state.rows, typed)
     shown_time = time.strftime("%H:%M:%S", time.localtime(state.time))
     return _template().render(

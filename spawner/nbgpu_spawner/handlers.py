@@ -22,7 +22,7 @@ class AvailabilityHandler(APIHandler):
         """Answer for the logged-in user, or for `user` to who may see that user's servers."""
         if self.current_user is None:
             raise web.HTTPError(403)
-        await self._answer(user_name=self.get_argument("user", self.current_user.name))
+        await self._answer(user_name=self.get_argument("user", "") or self.current_user.name)
 
     @needs_scope("read:servers")
     async def _answer(self, user_name: str) -> None:
@@ -44,7 +44,8 @@ class LeaveHandler(BaseHandler):
     @web.authenticated
     async def post(self) -> None:
         """Leave, then go back to the start page."""
-        await self._leave(user_name=self.get_argument("user", self.current_user.name), server_name=self.get_argument("server", ""))
+        user_name = self.get_argument("user", "") or self.current_user.name  # pyright: ignore[reportOptionalMemberAccess]
+        await self._leave(user_name=user_name, server_name=self.get_argument("server", ""))
 
     @needs_scope("servers")
     async def _leave(self, user_name: str, server_name: str) -> None:

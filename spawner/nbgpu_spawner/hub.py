@@ -12,7 +12,7 @@ from typing import Any
 from jupyterhub.spawner import LocalProcessSpawner, SimpleLocalProcessSpawner
 from traitlets import import_item
 
-from nbgpu.paths import AGENT_SOCKET, POOL_SOCKET, runtime_dir
+from nbgpu.paths import POOL_SOCKET, runtime_dir
 
 from .handlers import HANDLERS
 from .local import LocalGPUMixin, LocalGPUSpawner, SimpleLocalGPUSpawner
@@ -49,7 +49,7 @@ def setup(
     profiles : list, dict or callable, optional
         What the start page offers, in the format of KubeSpawner's `profile_list`. By default CPU only, 1/8, 1/4, 1/2, 1, custom.
     quotas : mapping, optional
-        The pool's quotas, as in its configuration: ``{"default": {"limit": "1/2"}, "users": {...}, "groups": {...}}``.
+        The pool's quotas, as in its configuration: ``{"default": {"limit": 1}, "groups": {"students": {"per_user": "1/4"}}}``.
         Only where the pool is embedded.
     runtime : path, optional
         Directory of sockets and slices, where it is not the usual one.
@@ -112,14 +112,16 @@ def _named_class(name: str) -> type:
 def services(directory: Path, quotas: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
     """Return the hub's services for one machine: the node agent, and the pool that speaks to it. Writes the pool's configuration."""
     directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-    pool = [sys.executable, "-m", "nbgpu_pool", "--socket", str(directory / POOL_SOCKET), "--agent", str(directory / AGENT_SOCKET)]
+    # a hub that was killed leaves its services running: the new hub's take their place
+    common = ["--runtime-dir", str(directory), "--takeover"]
+    agent = [sys.executable, "-m", "nbgpu_agent", *common]
+    pool = [sys.executable, "-m", "nbgpu_pool", *common]
     if quotas is not None:
-        settings = directory / "pool.json"  # YAML reads JSON
+        settings = directory / "pool.json"
         settings.write_text(json.dumps({"quotas": quotas}, indent=2))
         pool += ["--config", str(settings)]
     environment = {name: value for name, value in os.environ.items() if name in _PASSED_ON or name.startswith("NBGPU_")}
     environment["NBGPU_RUNTIME_DIR"] = str(directory)
-    agent = [sys.executable, "-m", "nbgpu_agent", "--runtime-dir", str(directory)]
     return [
         {"name": "nbgpu-agent", "command": agent, "environment": environment},
         {"name": "nbgpu-pool", "command": pool, "environment": environment},

@@ -135,7 +135,7 @@ class KubeGPUMixin(_Mixed):
         """Poll the pod; take the request id from it where a killed hub never saved it."""
         status = await super().poll()
         if status is None and self._gpu_request_id is None:
-            pod = self.pod_reflector.pods.get(f"{self.namespace}/{self.pod_name}")
+            pod = self.pod_reflector.pods.get(f"{self.namespace}/{self.pod_name}")  # pyright: ignore[reportOptionalMemberAccess]
             annotations = ((pod or {}).get("metadata") or {}).get("annotations") or {}
             if REQUEST_ANNOTATION in annotations:
                 self._gpu_request_id, self._gpu_bound = annotations[REQUEST_ANNOTATION], True

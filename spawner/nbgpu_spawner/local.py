@@ -106,7 +106,7 @@ class LocalGPUMixin(GPUSliceMixin):
         env = super().get_env()
         if self._gpu_launch is None:
             return env
-        env = with_launch(env, self._gpu_launch.env)
+        env = with_launch(env, self._gpu_launch)
         if server_has_provisioner(self.cmd[0] if self.cmd else "", env.get("PATH")):
             env.setdefault("JUPYTER_DEFAULT_PROVISIONER_NAME", PROVISIONER)
         return env
@@ -128,15 +128,17 @@ class SimpleLocalGPUSpawner(LocalGPUMixin, SimpleLocalProcessSpawner):
         return None
 
 
-def with_launch(env: dict[str, str], launch: dict[str, str]) -> dict[str, str]:
-    """Return `env` with a slice's variables: search paths in front of what is there, an empty value unsets."""
+def with_launch(env: dict[str, str], launch: Launch) -> dict[str, str]:
+    """Return `env` with a slice's variables: its folders in front of search paths that are there, an empty value unsets."""
+    runtime = str(Path(launch.slice_dir).parent.parent) + "/"
     merged = dict(env)
-    for name, value in launch.items():
+    for name, value in launch.env.items():
         if value == "":
             merged.pop(name, None)
         elif name in _LISTS and merged.get(name):
-            parts = value.split(":")
-            merged[name] = ":".join(parts + [part for part in merged[name].split(":") if part not in parts])
+            # the agent's own search path follows nbgpu's folders; here the server's shall
+            ours = [part for part in value.split(":") if part.startswith(runtime)] or value.split(":")
+            merged[name] = ":".join(ours + [part for part in merged[name].split(":") if part not in ours])
         else:
             merged[name] = value
     return merged
