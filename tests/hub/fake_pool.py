@@ -83,12 +83,11 @@ class FakePool(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     def reserve(self, grant: dict[str, Any]) -> None:
         request = grant["request"]
         part = {"uuid": "GPU-0", "index": 0, "model": MODEL, "memory_bytes": GIB, "compute_milli": request.get("compute_milli") or 100}
-        named = {"slice_id": request["request_id"], "owner": request["owner"], "mode": request["mode"]}
         grant["slice"] = {
             "slice_id": request["request_id"],
-            "owner": owner,
+            "owner": request["owner"],
             "node": "here",
-            "mode": mode,
+            "mode": request["mode"],
             "devices": [part],
             "simulated": True,
         }
