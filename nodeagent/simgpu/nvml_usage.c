@@ -242,6 +242,24 @@ NVML_API nvmlReturn_t nvmlDeviceGetProcessesUtilizationInfo(nvmlDevice_t device,
     return n > room || !info->procUtilArray ? NVML_ERROR_INSUFFICIENT_SIZE : NVML_SUCCESS;
 }
 
+/* Not NVML: the simulated machine's own truth, for benchmarks. Device time that the GPU kernels of a process ran, and when that was. */
+NVML_API nvmlReturn_t nbgpuSimProcessBusy(nvmlDevice_t device, unsigned pid, unsigned long long *busy_ns, unsigned long long *now_ns) {
+    NVML_DEVICE(device, busy_ns);
+    if (!now_ns) return NVML_ERROR_INVALID_ARGUMENT;
+    unsigned n;
+    struct sim_process *process = read_processes(index, &n);
+    nvmlReturn_t result = NVML_ERROR_NOT_FOUND;
+    for (unsigned i = 0; process && i < n && result; i++) {
+        if (process[i].pid != (int)pid) continue;
+        uint64_t now;
+        *busy_ns = sim_busy_ns(&nvml_sim, index, process[i].client, &now);
+        *now_ns = now;
+        result = NVML_SUCCESS;
+    }
+    free(process);
+    return result;
+}
+
 /* Fields are answered one by one; none of them is simulated. */
 NVML_API nvmlReturn_t nvmlDeviceGetFieldValues(nvmlDevice_t device, int count, nvmlFieldValue_t *values) {
     NVML_DEVICE(device, values);

@@ -196,6 +196,7 @@ static void run_compute(struct turn *turn, uint64_t step) {
   }
   uint32_t client = turn->m->channel[turn->runner].client;
   count_busy(turn->m->client_history[client][turn->d], turn->t, turn->t + step, turn->sample_ns);
+  atomic_fetch_add_explicit(&turn->m->client[client].busy_ns[turn->d], step, memory_order_relaxed);
   turn->compute->left_ns -= step;
   device->slice_left_ns -= least(step, device->slice_left_ns);
 }

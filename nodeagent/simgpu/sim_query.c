@@ -28,6 +28,15 @@ uint64_t sim_mem_used(struct sim *sim, unsigned device) {
   return atomic_load(&sim->m->device[device].mem_used);
 }
 
+uint64_t sim_busy_ns(struct sim *sim, unsigned d, int client, uint64_t *now_ns) {
+  sim_advance(sim, d);
+  sim_lock(sim, d);
+  uint64_t busy = atomic_load_explicit(&sim->m->client[client].busy_ns[d], memory_order_relaxed);
+  *now_ns = atomic_load_explicit(&sim->m->device[d].now_ns, memory_order_relaxed);
+  sim_unlock(sim, d);
+  return busy;
+}
+
 int sim_samples(struct sim *sim, unsigned d, int client, struct sim_sample *out, int max) {
   struct sim_machine *m = sim->m;
   uint64_t sample_ns = SIM_SAMPLE_MS * 1000000ull / m->time_scale;

@@ -200,6 +200,7 @@ int sim_attach(struct sim *sim) {
     for (int d = 0; d < SIM_DEVICES; d++) {
       atomic_store(&client->mem[d], 0);
       atomic_store(&client->contexts[d], 0);
+      atomic_store(&client->busy_ns[d], 0);
     }
     NBGPU_POINT("sim.attach");
     atomic_store(&client->state, SIM_CLIENT_LIVE);

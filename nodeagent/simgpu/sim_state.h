@@ -74,6 +74,7 @@ struct sim_client {
   char name[SIM_NAME_BYTES];
   _Alignas(64) _Atomic uint64_t mem[SIM_DEVICES];    /* physical bytes held, contexts included; under the device's lock */
   _Atomic uint32_t contexts[SIM_DEVICES];            /* live contexts */
+  _Atomic uint64_t busy_ns[SIM_DEVICES];             /* device time that its GPU kernels ran, switches left out; under the lock */
 };
 
 struct sim_device {
@@ -154,6 +155,8 @@ struct sim_sample {
 int sim_client_pid(struct sim *sim, int client); /* -1: dead or dying */
 int sim_processes(struct sim *sim, unsigned device, struct sim_process *out, int max); /* how many there are, even above max */
 uint64_t sim_mem_used(struct sim *sim, unsigned device);
+/* Device time that a client's GPU kernels have run since it attached, up to now; *now_ns is that moment in device time. */
+uint64_t sim_busy_ns(struct sim *sim, unsigned device, int client, uint64_t *now_ns);
 /* Finished samples, newest first, of a device (client -1) or of one client on it; how many were written. Never the running one. */
 int sim_samples(struct sim *sim, unsigned device, int client, struct sim_sample *out, int max);
 
