@@ -109,10 +109,16 @@ def place(
 
 def _on_node(node: Sequence[Room], want: Want, barred: Set[str], cap: Part | None, policy: Policy) -> tuple[tuple[int, ...], Place] | None:
     candidates: list[tuple[tuple[int, ...], int, Room, Part]] = []
+    part: Part | None = None
+    last: tuple[str, int] | None = None
     for number, room in enumerate(node):
-        if not room.device.healthy or room.free_milli <= 0 or room.device.uuid in barred:
+        if room.free_milli <= 0:
             continue
-        part = resolve(want, room.device)
+        device = room.device
+        if not device.healthy or device.uuid in barred:
+            continue
+        if last != (device.model, device.memory_bytes - device.reserve_bytes):  # a node's devices are mostly alike
+            last, part = (device.model, device.usable_bytes), resolve(want, device)
         if part is None or not room.fits(part) or (cap is not None and not _within(part, cap)):
             continue
         candidates.append((_score(room, part, policy), number, room, part))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 from nbgpu.errors import InvalidValue
@@ -49,18 +50,20 @@ def want_of(asked: Request | Shape) -> Want:
 
 def resolve(want: Want, device: Device) -> Part | None:
     """Return the part of `device` that `want` means; None when the device, even empty, cannot hold it."""
-    if want.model is not None and want.model != device.model:
-        return None
-    usable = device.usable_bytes
-    if usable < MIB:
+    return _resolve(want, device.model, device.usable_bytes)
+
+
+@lru_cache(maxsize=4096)
+def _resolve(want: Want, model: str, usable_bytes: int) -> Part | None:
+    if (want.model is not None and want.model != model) or usable_bytes < MIB:
         return None
     if want.memory_bytes is not None:
         memory = want.memory_bytes // MIB * MIB
-        if memory > usable:
+        if memory > usable_bytes:
             return None
-        return Part(memory, want.compute_milli or compute_for_memory_milli(memory, usable))
+        return Part(memory, want.compute_milli or compute_for_memory_milli(memory, usable_bytes))
     share = want.memory_milli or want.compute_milli or 0
-    return Part(memory_share_bytes(usable, share), want.compute_milli or share)
+    return Part(memory_share_bytes(usable_bytes, share), want.compute_milli or share)
 
 
 def by_model(want: Want, devices: Iterable[Device]) -> dict[str, Part]:

@@ -1,0 +1,116 @@
+"""The pool's configuration file, its tokens, and the lock on its directory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nbgpu.errors import NbgpuError
+from nbgpu.quantities import GIB
+from nbgpu_pool.auth import Guard
+from nbgpu_pool.config import Config, ConfigError, load
+from nbgpu_pool.lock import InstanceLock, Taken
+
+WHOLE = """
+reservation_ttl_seconds: 60
+quotas:
+  default: {limit: 1}
+  users: {ada: {limit: 2.5, memory: 120 GiB, guarantee: 1/2}}
+  groups: {students: {limit: 4, guarantee: 50%, per_user: 1/3}}
+queue: {total: 10, per_user: 2, overtake_count: 5, overtake_seconds: 30}
+"""
+
+
+def write(directory: Path, text: str) -> Path:
+    path = directory / "pool.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_whole_file(tmp_path: Path) -> None:
+    settings = load(write(tmp_path, WHOLE)).settings()
+    quotas = settings.quotas
+    assert (quotas.default.limit_milli, quotas.users["ada"].limit_milli, quotas.users["ada"].guarantee_milli) == (1000, 2500, 500)
+    assert quotas.users["ada"].limit_bytes == 120 * GIB
+    assert (quotas.groups["students"].guarantee_milli, quotas.groups["students"].per_user_milli) == (500, 333)
+    assert quotas.of_user("bob", ["students"]).limit_milli == 333
+    assert quotas.of_user("bob", []).limit_milli == 1000
+    assert quotas.of_user("ada", ["students"]).limit_milli == 2500
+    assert (settings.queue_total, settings.fairness.overtake_count) == (10, 5)
+
+
+def test_nothing_and_empty_are_the_defaults(tmp_path: Path) -> None:
+    assert load(None) == load(write(tmp_path, "")) == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("quotas: {defualt: {limit: 1}}", "quotas.defualt"),
+        ("quotas: {default: {limit: -1}}", "quotas.default.limit: it must be a number of GPUs"),
+        ("quotas: {default: {limit: .nan}}", "it must be a number of GPUs"),
+        ("quotas: {default: {limit: 1/0}}", "it must be a number of GPUs"),
+        ("quotas: {default: {limit: true}}", "it must be a number of GPUs"),
+        ("quotas: {default: {memory: 10 apples}}", "quotas.default.memory: it must be an amount above 0"),
+        ("reservation_ttl_seconds: 0", "reservation_ttl_seconds"),
+        ("tokens: [{role: hub, env: X}]", "role hub needs `hub`"),
+        ("tokens: [{role: read}]", "either `file` or `env`"),
+        ("[1, 2", "is no YAML"),
+        ("- 1", "the file"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path, text))
+    assert says in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_tokens_come_from_files_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "t").write_text("a-secret-of-a-hub-0\n")
+    monkeypatch.setenv("POOL_READ", "a-secret-of-a-reader")
+    config = load(write(tmp_path, f"tokens: [{{role: hub, hub: one, file: {tmp_path}/t}}, {{role: read, env: POOL_READ}}]"))
+    guard = Guard([token.load() for token in config.tokens])
+    assert guard.principal("Bearer a-secret-of-a-hub-0").hub == "one"
+    assert guard.principal("token a-secret-of-a-reader").role == "read"
+    for wrong in (None, "", "Bearer", "Bearer x", "Basic a-secret-of-a-hub-0", "Bearer a-secret-of-a-hub-\xff"):
+        with pytest.raises(NbgpuError) as caught:
+            guard.principal(wrong)
+        assert caught.value.status == 401
+    monkeypatch.setenv("POOL_READ", "short")
+    with pytest.raises(ConfigError) as short:
+        config.tokens[1].load()
+    assert "short" not in short.value.message.replace("shorter", "")
+
+
+HOLD = """
+import sys, signal
+from pathlib import Path
+from nbgpu_pool.lock import InstanceLock
+InstanceLock(Path(sys.argv[1])).acquire(takeover=False)
+if len(sys.argv) > 2: signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_one_pool_per_directory_and_takeover(tmp_path: Path, stubborn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nbgpu_pool.lock.STOP_SECONDS", 0.3)
+    path = tmp_path / "pool.lock"
+    command = [sys.executable, "-c", HOLD, str(path), *(["stubborn"] if stubborn else [])]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        second = InstanceLock(path)
+        with pytest.raises(Taken, match=rf"\(pid {holder.pid}\).*--takeover"):
+            second.acquire(takeover=False)
+        assert second.acquire(takeover=True) == holder.pid
+        assert holder.wait(5) in (-15, -9)
+    second.close()
+    third = InstanceLock(path)
+    assert third.acquire(takeover=False) is None, "control: a free lock is simply taken"
+    third.close()
