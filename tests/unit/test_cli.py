@@ -1,0 +1,151 @@
+"""The command line: what options mean, errors in one line, and nothing imported that a command does not need."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nbgpu.cli_common import find_slice, of, percent
+from nbgpu.cli_run import in_words, request_in_words, wanted
+from nbgpu.errors import InvalidValue, NbgpuError
+from nbgpu.launch import environment
+from nbgpu.models import AgentSlice, Launch, Owner, Slice, SliceDevice
+from nbgpu.quantities import GIB
+
+
+def nbgpu(*words: str, runtime: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "NBGPU_RUNTIME_DIR": str(runtime), **more}
+    env.pop("NBGPU_SOCKET", None)
+    return subprocess.run([sys.executable, "-m", "nbgpu", *words], capture_output=True, text=True, timeout=60, env=env)
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"gpu": "1/4"}, {"compute_milli": 250, "memory_milli": 250, "memory_bytes": None}),
+        ({"gpu": "1/4", "memory": "20GiB"}, {"compute_milli": 250, "memory_milli": None, "memory_bytes": 20 * GIB}),
+        ({"gpu": "1/4", "compute": "1/2"}, {"compute_milli": 500, "memory_milli": 250, "memory_bytes": None}),
+        ({"memory": "20GiB"}, {"compute_milli": None, "memory_milli": None, "memory_bytes": 20 * GIB}),
+        ({"compute": "1/8"}, {"compute_milli": 125, "memory_milli": None, "memory_bytes": None}),
+        ({"gpu": "1", "count": 2, "mode": "strict", "model": "H100"}, {"device_count": 2, "mode": "strict", "model": "H100"}),
+    ],
+    ids=str,
+)
+def test_what_the_options_of_run_ask_for(options: dict[str, object], part: dict[str, object]) -> None:
+    request = wanted(**{"gpu": None, "memory": None, "compute": None, **options})  # type: ignore[arg-type]
+    assert {name: getattr(request, name) for name in part} == part
+
+
+def test_each_run_is_an_owner_and_a_request_of_its_own() -> None:
+    first, second = (wanted(gpu="1/4", memory=None, compute=None) for _ in range(2))
+    assert first.request_id != second.request_id
+    assert first.owner.user == second.owner.user != ""
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "1/0", "1e309", "2", ""])
+@pytest.mark.parametrize("option", ["gpu", "compute"])
+def test_a_bad_fraction_names_the_option(option: str, value: str) -> None:
+    with pytest.raises(InvalidValue, match=f"--{option}") as caught:
+        wanted(**{"gpu": None, "memory": None, "compute": None, option: value})  # type: ignore[arg-type]
+    assert caught.value.field == f"--{option}"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "--gpu", "1/0", "--", "true"], "--gpu is '1/0'"),
+        (["run", "--", "true"], "Say how much of a GPU"),
+        (["run", "--gpu", "1/4", "--mode", "turbo", "--", "true"], "strict or burst"),
+        (["run", "--gpu", "1/4", "--count", "0", "--", "true"], "--count"),
+        (["status"], "The agent is not running"),
+        (["limit"], "The agent is not running"),
+        (["limit", "abc"], "Say what it may have"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_error_is_one_line_and_an_exit_status(runtime: Path, words: list[str], said: str) -> None:
+    done = nbgpu(*words, runtime=runtime)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_debug_shows_where(runtime: Path) -> None:
+    assert "Traceback" in nbgpu("status", runtime=runtime, NBGPU_DEBUG="1").stderr
+
+
+def test_a_program_that_does_not_exist_asks_for_no_gpu(runtime: Path) -> None:
+    done = nbgpu("run", "--gpu", "1/4", "--", "no-such-program", runtime=runtime)
+    assert done.returncode == 127
+    assert done.stderr == "nbgpu: no-such-program: no such program\n"
+    assert list(runtime.iterdir()) == []
+
+
+def test_help_and_version(runtime: Path) -> None:
+    assert "fraction of a GPU" in nbgpu("--help", runtime=runtime).stdout
+    assert nbgpu("--version", runtime=runtime).stdout.startswith("nbgpu ")
+    assert nbgpu("nonsense", runtime=runtime).returncode == 2
+
+
+def test_the_command_line_imports_late() -> None:
+    heavy = ["pydantic", "http.client", "fastapi", "rich.table", "jupyterhub"]
+    code = f"import sys, nbgpu.cli; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_doctor_without_anything_running(runtime: Path) -> None:
+    done = nbgpu("doctor", "--no-probe", "--json", runtime=runtime)
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert checks["agent"]["level"] == "note"
+    assert checks["pool"]["level"] == "note"
+    assert done.returncode == int(any(check["level"] == "error" for check in checks.values()))
+
+
+def test_doctor_says_what_is_wrong_with_a_runtime_directory(runtime: Path) -> None:
+    runtime.chmod(0o777)
+    done = nbgpu("doctor", "--no-probe", runtime=runtime)
+    assert done.returncode == 1
+    assert f"others may write to {runtime}" in done.stdout
+    assert f"chmod 0755 {runtime}" in done.stdout
+
+
+def test_the_environment_of_a_slice() -> None:
+    launch = Launch(env={"LD_PRELOAD": "/l/libnbgpu.so", "PATH": "/sim", "GONE": "", "NEW": "1"}, slice_dir="/s", socket="/s/api.sock")
+    merged = environment({"PATH": "/bin:/sim", "GONE": "x", "HOME": "/h"}, launch)
+    assert merged == {"LD_PRELOAD": "/l/libnbgpu.so", "PATH": "/sim:/bin", "NEW": "1", "HOME": "/h"}
+
+
+def known(slice_id: str, user: str) -> AgentSlice:
+    device = SliceDevice(uuid="GPU-1", index=0, model="m", memory_bytes=GIB, compute_milli=250)
+    piece = Slice(slice_id=slice_id, owner=Owner(hub="h", user=user), node="n", mode="burst", devices=[device])
+    return AgentSlice(slice=piece, state="running", process_count=1, created=0.0)
+
+
+def test_a_slice_is_known_by_the_start_of_its_id() -> None:
+    first, second = known("aaaaaaaa1111", "ada"), known("aaaabbbb2222", "grace")
+    assert find_slice([first, second], "aaaaa") is first
+    assert find_slice([first], None) is first
+    for start, said in (("aaaa", "More than one"), ("x", "No slice"), (None, "are 2 slices")):
+        with pytest.raises(NbgpuError, match=said):
+            find_slice([first, second], start)
+    with pytest.raises(NbgpuError, match="is no slice"):
+        find_slice([], None)
+
+
+def test_words_for_people() -> None:
+    assert of(GIB, 20 * GIB) == "1 of 20 GiB"
+    assert of(0, 20 * GIB) == "0 B of 20 GiB"
+    assert percent(125) == "12.5 %"
+    assert in_words(20) == "20 seconds"
+    assert in_words(240) == "4 minutes"
+    assert in_words(7200) == "2 hours"
+    assert request_in_words(wanted(gpu="1/4", memory=None, compute=None, count=2)) == "a quarter of a GPU, 2 times"
+    assert request_in_words(wanted(gpu=None, memory="20GiB", compute=None)) == "20 GiB of a GPU"
