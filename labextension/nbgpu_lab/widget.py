@@ -24,4 +24,14 @@ class SliceMonitor(anywidget.AnyWidget):
 
     @traitlets.default("kernel_id")
     def _default_kernel_id(self) -> str:
-        return os.environ.get("NBGPU_KERNEL_ID", "")
+        return os.environ.get("NBGPU_KERNEL_ID") or _id_in_connection_file()
+
+
+def _id_in_connection_file() -> str:
+    """Return the kernel's id as its server named its connection file, ``kernel-<id>.json``; empty where there is none."""
+    try:
+        from ipykernel.connect import get_connection_file
+
+        return Path(get_connection_file()).stem.removeprefix("kernel-")
+    except (ImportError, RuntimeError):
+        return ""

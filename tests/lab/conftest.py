@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("pytest_jupyter", reason="pip install 'pytest-jupyter[server]'")
-pytest_plugins = ["pytest_jupyter.jupyter_server"]
+# imported, not named in pytest_plugins: they are for this folder alone
+from pytest_jupyter.jupyter_server import *  # noqa: F403
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fake_agent import FakeAgent  # noqa: E402
+from fake_slice_agent import FakeAgent
 
 
 @pytest.fixture(autouse=True)
@@ -53,12 +52,3 @@ def agent(socket_path: str, jp_asyncio_loop: asyncio.AbstractEventLoop) -> Itera
 @pytest.fixture
 def jp_server_config() -> dict[str, object]:
     return {"ServerApp": {"jpserver_extensions": {"nbgpu_lab": True}}}
-
-
-async def until(condition: Callable[[], object], seconds: float = 5) -> object:
-    """Wait until `condition` holds, and return what it returned."""
-    deadline = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < deadline, "not within the deadline"
-        await asyncio.sleep(0.01)
-    return result

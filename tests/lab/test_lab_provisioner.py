@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import until
-from fake_agent import GIB, FakeAgent
+from fake_slice_agent import GIB, FakeAgent
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.provisioning import KernelProvisionerFactory
+from lab_helpers import until
 
 from nbgpu_lab import notices
 from nbgpu_lab.provisioner import SliceProvisioner, read_metadata

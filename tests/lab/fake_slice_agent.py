@@ -1,6 +1,6 @@
 """A slice's API on a Unix socket, as a fake: for faults that a real agent does not show on demand.
 
-``python fake_agent.py SOCKET`` serves a lively slice by hand.
+``python fake_slice_agent.py SOCKET`` serves a lively slice by hand.
 """
 
 from __future__ import annotations

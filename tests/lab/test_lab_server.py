@@ -7,8 +7,8 @@ import json
 from typing import Any
 
 import pytest
-from conftest import until
-from fake_agent import GIB, FakeAgent
+from fake_slice_agent import GIB, FakeAgent
+from lab_helpers import until
 from tornado.httpclient import HTTPClientError
 
 

@@ -1,0 +1,88 @@
+import {
+  computeOfSlice,
+  formatFraction,
+  formatMemory,
+  formatMemoryOf,
+  fullest,
+  kernelTotals,
+  memoryLevel,
+  percent
+} from '../../../labextension/src/format';
+import { answer, GIB, kernel } from './usage';
+
+test.each([
+  [0, '0 B'],
+  [1023, '1023 B'],
+  [512 * 1024 ** 2, '512 MiB'],
+  [1.5 * 1024 ** 2, '1.5 MiB'],
+  [GIB - 1, '1023.9 MiB'],
+  [19.5 * GIB, '19.5 GiB'],
+  [19.99 * GIB, '19.9 GiB'],
+  [20 * GIB, '20 GiB']
+])('%d bytes read as %s, never rounded up', (bytes, text) => {
+  expect(formatMemory(bytes)).toBe(text);
+});
+
+test('used of limit shares the unit of the limit', () => {
+  expect(formatMemoryOf(0.5 * GIB, 5 * GIB)).toBe('0.5 / 5 GiB');
+  expect(formatMemoryOf(100 * 1024 ** 2, 512 * 1024 ** 2)).toBe(
+    '100 / 512 MiB'
+  );
+});
+
+test('shares of a GPU read as fractions where they are ones', () => {
+  expect([1000, 333, 250, 125, 375].map(formatFraction)).toEqual([
+    '1',
+    '1/3',
+    '1/4',
+    '1/8',
+    '37.5 %'
+  ]);
+});
+
+test('a compute limit reads as the fraction of the slice that was written', () => {
+  expect(computeOfSlice(125, 250)).toBe('1/2');
+  expect(computeOfSlice(75, 250)).toBe('30%');
+});
+
+test('percent has no division by zero', () => {
+  expect(percent(5, 0)).toBe(0);
+  expect(percent(199, 200)).toBe(99);
+});
+
+test('warns from its threshold, and says full at the end', () => {
+  const level = (used: number) => memoryLevel(used, 1000, 90);
+  expect([899, 900, 989, 990, 1200].map(level)).toEqual([
+    'ok',
+    'warning',
+    'warning',
+    'full',
+    'full'
+  ]);
+});
+
+test('shows the device that is nearest to its limit, not the one that holds most', () => {
+  const [device] = answer(1).devices!;
+  const small = {
+    ...device,
+    uuid: 'small',
+    memory_limit_bytes: GIB,
+    memory_used_bytes: 0.9 * GIB
+  };
+  expect(fullest([device, small]).uuid).toBe('small');
+  expect(fullest([small, device]).uuid).toBe('small');
+});
+
+test('a kernel on two devices holds the sum', () => {
+  const one = {
+    uuid: 'x',
+    memory_used_bytes: 1,
+    memory_peak_bytes: 2,
+    compute_used_milli: 3
+  };
+  expect(kernelTotals(kernel({ devices: [one, one] }))).toEqual({
+    usedBytes: 2,
+    peakBytes: 4,
+    computeMilli: 6
+  });
+});

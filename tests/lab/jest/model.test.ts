@@ -1,0 +1,133 @@
+import type {
+  INotice,
+  ISliceApi,
+  IUsageAnswer
+} from '../../../labextension/src/api';
+import { SliceModel } from '../../../labextension/src/model';
+import { answer } from './usage';
+
+class FakeApi implements ISliceApi {
+  next: IUsageAnswer = answer(100);
+  asked: string[] = [];
+
+  async usage(after: number): Promise<IUsageAnswer> {
+    this.asked.push(`usage ${after}`);
+    return this.next;
+  }
+
+  async history() {
+    this.asked.push('history');
+    return { interval_seconds: 1, time: [], devices: {} };
+  }
+
+  async setLimit(kernelId: string): Promise<void> {
+    throw new Error(`${kernelId} is above the slice`);
+  }
+}
+
+const notice = (id: number): INotice => ({
+  id,
+  time: id,
+  kernel_id: 'a',
+  kind: 'refused',
+  level: 'warning',
+  message: `refusal ${id}`
+});
+
+let api: FakeApi;
+let model: SliceModel;
+let noticed: number[];
+
+beforeEach(() => {
+  api = new FakeApi();
+  model = new SliceModel({ api, auto: false });
+  noticed = [];
+  model.noticed.connect((_, { id }) => noticed.push(id));
+});
+
+afterEach(() => model.dispose());
+
+test('is not present before the first answer, nor without a slice', async () => {
+  expect(model.present).toBe(false);
+  api.next = { slice_id: null };
+  await model.tick();
+  expect(model.present).toBe(false);
+});
+
+test('is present but empty while the agent was never heard of', async () => {
+  api.next = { slice_id: null, agent: { ok: false, since: 5 } };
+  await model.tick();
+  expect([model.present, model.usage, model.agent.ok]).toEqual([
+    true,
+    null,
+    false
+  ]);
+});
+
+test('one request a tick: usage first, the history once, then usage again', async () => {
+  for (let i = 0; i < 5; i++) {
+    api.next = answer(100 + i);
+    await model.tick();
+  }
+  expect(api.asked).toEqual([
+    'usage 0',
+    'history',
+    'usage 0',
+    'usage 0',
+    'usage 0'
+  ]);
+});
+
+test('a hole, as after a hidden page, is filled once', async () => {
+  await model.tick();
+  await model.tick();
+  api.asked = [];
+  jest.useFakeTimers({ now: Date.now() + 60_000 });
+  for (const time of [160, 161, 162, 163]) {
+    api.next = answer(time);
+    await model.tick();
+  }
+  jest.useRealTimers();
+  expect(api.asked).toEqual(['usage 0', 'history', 'usage 0', 'usage 0']);
+});
+
+test('the last values stay while the agent is away, and make no history', async () => {
+  await model.tick();
+  api.next = { ...answer(100), agent: { ok: false, since: 101 } };
+  await model.tick();
+  await model.tick();
+  expect(model.usage?.devices.length).toBe(1);
+  expect(model.agent).toEqual({ ok: false, since: 101 });
+  expect(model.history.of('GPU-1').length).toBe(1);
+});
+
+test('notices of the time before the page opened are listed, not told', async () => {
+  api.next = { ...answer(100), events: [notice(1), notice(2)], last_event: 2 };
+  await model.tick();
+  expect(noticed).toEqual([]);
+  expect(model.notices.map(({ id }) => id)).toEqual([1, 2]);
+});
+
+test('a notice is told once, whichever way it comes first', async () => {
+  await model.tick();
+  model.hear(notice(7));
+  api.next = { ...answer(101), events: [notice(7), notice(8)], last_event: 8 };
+  await model.tick();
+  await model.tick();
+  model.hear(notice(8));
+  expect(noticed).toEqual([7, 8]);
+});
+
+test('asks for what came after the last answer', async () => {
+  api.next = { ...answer(100), last_event: 42 };
+  await model.tick();
+  await model.tick();
+  await model.tick();
+  expect(api.asked).toEqual(['usage 0', 'history', 'usage 42']);
+});
+
+test("a refused limit rejects with the server's words", async () => {
+  await expect(
+    model.setLimit('a', { memory: '100 GiB', compute: '' })
+  ).rejects.toThrow('a is above the slice');
+});
