@@ -21,6 +21,15 @@ static uint64_t slot_total(uint32_t i, int device) {
   return bounded(__atomic_load_n(&slot->used, __ATOMIC_SEQ_CST)) + bounded(__atomic_load_n(&slot->context, __ATOMIC_SEQ_CST)) + overhead;
 }
 
+bool nbgpu_alone(void) {
+  const uint32_t high = __atomic_load_n(&nbgpu_use->high_water, __ATOMIC_SEQ_CST);
+  for (uint32_t i = 0; i < high && i < NBGPU_SLOTS; i++) {
+    const NbgpuUseSlot *slot = &nbgpu_use->slot[i];
+    if (slot->owner && slot->device < NBGPU_DEVICES && slot != nbgpu_device[slot->device].slot) return false;
+  }
+  return true;
+}
+
 uint64_t nbgpu_total(int device, const char *kernel_id) {
   uint64_t total = 0;
   uint32_t high = __atomic_load_n(&nbgpu_use->high_water, __ATOMIC_SEQ_CST);

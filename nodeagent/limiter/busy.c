@@ -69,7 +69,8 @@ static _Atomic int helper_started;
 static void forget_parent(void) {
   memset(busy, 0, sizeof busy);
   for (int d = 0; d < (int)NBGPU_DEVICES; d++) pthread_mutex_init(&busy[d].lock, NULL);
-  awake = 0, helper_started = 0;
+  awake = 0;
+  helper_started = 0;
 }
 
 /* ---- events ---- */

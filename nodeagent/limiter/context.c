@@ -8,18 +8,15 @@
 #include "limiter.h"
 
 #define CUDA_DEVICES 64
-#define CONTEXTS 1024
-
 static int device_of[CUDA_DEVICES]; /* driver's number -> the slice's, -1: not in the slice */
 static _Atomic int learned;
 static pthread_mutex_t context_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct {
-  CUcontext context;
-  uint32_t id;
+  CUcontext context; /* NULL: free */
   int device;
   bool counted;
-} contexts[CONTEXTS];
-static uint32_t context_count, next_id = 1;
+} contexts[CONTEXTS + 1]; /* by number, from 1 */
+static uint32_t context_count; /* numbers ever used */
 static _Atomic uint32_t epoch = 1; /* rises when a context ends: an address may come again */
 PER_THREAD struct {
   CUcontext context;
@@ -147,19 +144,33 @@ CUresult cuInit(unsigned flags) {
 
 /* ---- contexts ---- */
 
+/* With the lock held: the number of a context, 0: none. */
+static uint32_t find_context(CUcontext context) {
+  for (uint32_t i = 1; i <= context_count; i++)
+    if (contexts[i].context == context) return i;
+  return 0;
+}
+
 static uint32_t context_id(CUcontext context, int device) {
-  uint32_t id = 0;
   pthread_mutex_lock(&context_lock);
-  for (uint32_t i = 0; i < context_count && !id; i++)
-    if (contexts[i].context == context) id = contexts[i].id;
-  if (!id && context_count < CONTEXTS) {
-    contexts[context_count].context = context;
-    contexts[context_count].device = device;
-    contexts[context_count].counted = false;
-    id = contexts[context_count++].id = next_id++;
+  uint32_t id = find_context(context);
+  if (!id) {
+    id = find_context(NULL);
+    if (!id && context_count < CONTEXTS) id = ++context_count;
+    contexts[id].context = id ? context : NULL;
+    contexts[id].device = device;
+    contexts[id].counted = false;
   }
   pthread_mutex_unlock(&context_lock);
   return id;
+}
+
+static int device_of_context(CUcontext context) {
+  pthread_mutex_lock(&context_lock);
+  const uint32_t id = find_context(context);
+  const int device = id ? contexts[id].device : -1;
+  pthread_mutex_unlock(&context_lock);
+  return device;
 }
 
 int nbgpu_current(uint32_t *id) {
@@ -181,11 +192,7 @@ int nbgpu_current(uint32_t *id) {
 int nbgpu_stream_device(CUstream stream) {
   CUcontext context = NULL;
   if ((uintptr_t)stream > 2 && HAVE(cuStreamGetCtx) && nbgpu_devices > 1 && REAL(cuStreamGetCtx)(stream, &context) == CUDA_SUCCESS) {
-    int device = -1;
-    pthread_mutex_lock(&context_lock);
-    for (uint32_t i = 0; i < context_count; i++)
-      if (contexts[i].context == context) device = contexts[i].device;
-    pthread_mutex_unlock(&context_lock);
+    const int device = device_of_context(context);
     if (device >= 0) return device;
   }
   return nbgpu_current(NULL);
@@ -197,19 +204,18 @@ static void dropped(const Block *block) {
 
 /* The driver frees what was allocated in a context that ends. */
 static void context_ended(CUcontext context, int device, bool give_back) {
-  uint32_t id = 0;
-  bool counted = false;
   pthread_mutex_lock(&context_lock);
-  for (uint32_t i = 0; i < context_count; i++) {
-    if (context ? contexts[i].context != context : contexts[i].device != device || contexts[i].counted) continue;
-    id = contexts[i].id;
-    counted = contexts[i].counted;
-    contexts[i] = contexts[--context_count];
-    break;
-  }
+  uint32_t id = context ? find_context(context) : 0;
+  for (uint32_t i = 1; !context && !id && i <= context_count; i++) /* the primary one: not made by cuCtxCreate */
+    if (contexts[i].context && contexts[i].device == device && !contexts[i].counted) id = i;
+  const bool counted = id && contexts[id].counted;
   epoch++;
   pthread_mutex_unlock(&context_lock);
-  if (id) nbgpu_map_drop_context(id, dropped);
+  if (!id) return;
+  nbgpu_map_drop_context(id, dropped);
+  pthread_mutex_lock(&context_lock);
+  contexts[id].context = NULL; /* its number is used again only now that no block carries it */
+  pthread_mutex_unlock(&context_lock);
   if (device >= 0 && give_back && counted) nbgpu_uncharge(device, CHARGE_CONTEXT, nbgpu_device[device].contexts);
 }
 
@@ -226,8 +232,7 @@ static CUresult context_made(CUresult result, CUcontext *context, int device) {
   }
   const uint32_t id = context_id(*context, device);
   pthread_mutex_lock(&context_lock);
-  for (uint32_t i = 0; i < context_count; i++)
-    if (contexts[i].id == id) contexts[i].counted = true;
+  contexts[id].counted = true;
   pthread_mutex_unlock(&context_lock);
   return result;
 }
@@ -246,15 +251,6 @@ CUresult cuCtxCreate_v3(CUcontext *context, void *affinity, int count, unsigned 
 }
 CUresult cuCtxCreate_v4(CUcontext *context, void *parameters, unsigned flags, CUdevice device) {
   CREATE(cuCtxCreate_v4, context, parameters, flags, device);
-}
-
-static int device_of_context(CUcontext context) {
-  int device = -1;
-  pthread_mutex_lock(&context_lock);
-  for (uint32_t i = 0; i < context_count; i++)
-    if (contexts[i].context == context) device = contexts[i].device;
-  pthread_mutex_unlock(&context_lock);
-  return device;
 }
 
 #define DESTROY(name)                                            \

@@ -260,38 +260,50 @@ static CUresult end(const Launch *launch, CUresult result) {
   return result;
 }
 
-#define LAUNCH(name, stream, ptsz, exec, ...)                   \
-  if (likely(fast())) return REAL(name)(__VA_ARGS__);           \
-  ENTER_CUDA(name, __VA_ARGS__);                                \
-  Launch launch;                                                \
-  const CUresult admitted = begin(&launch, stream, ptsz, exec); \
-  return admitted == CUDA_SUCCESS ? end(&launch, REAL(name)(__VA_ARGS__)) : admitted
+/* The fast way and the slow one are two functions, so that the fast one jumps to the driver and moves no argument. */
+#define SLOW(name, arguments, stream, ptsz, exec, ...)                                       \
+  static __attribute__((noinline, noclone, used)) CUresult slow_##name arguments {           \
+    ENTER_CUDA(name, __VA_ARGS__);                                                           \
+    Launch launch;                                                                           \
+    const CUresult admitted = begin(&launch, stream, ptsz, exec);                            \
+    return admitted == CUDA_SUCCESS ? end(&launch, REAL(name)(__VA_ARGS__)) : admitted;      \
+  }
+#define LAUNCH(name, arguments, stream, ptsz, exec, ...)       \
+  SLOW(name, arguments, stream, ptsz, exec, __VA_ARGS__)       \
+  CUresult name arguments {                                    \
+    if (likely(!(exec) && fast())) return REAL(name)(__VA_ARGS__); \
+    return slow_##name(__VA_ARGS__);                           \
+  }
+
+/* Many arguments: compilers copy those on the stack before a jump. Named with the six in registers only, the function leaves the
+ * others where the caller put them, and the jump finds them there. Holds only while the compiler makes jumps of the two returns. */
+#if defined(__x86_64__) && defined(__OPTIMIZE__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) && !defined(__clang__)
+typedef CUresult (*Registers)(void *, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t);
+#define LAUNCH_MANY(name, arguments, stream, ptsz, exec, ...)                                                               \
+  SLOW(name, arguments, stream, ptsz, exec, __VA_ARGS__)                                                                    \
+  EXPORT CUresult jump_##name(void *a, uint64_t b, uint64_t c, uint64_t d, uint64_t e, uint64_t f) __asm__(#name);          \
+  __attribute__((optimize("no-stack-protector"))) CUresult jump_##name(void *a, uint64_t b, uint64_t c, uint64_t d, uint64_t e, uint64_t f) { \
+    const Registers slow = (Registers)(void *)slow_##name;                                                                  \
+    return (likely(fast()) ? (Registers)nbgpu_real[F_##name] : slow)(a, b, c, d, e, f);                                     \
+  }
+#else
+#define LAUNCH_MANY LAUNCH
+#endif
 
 #define DIMENSIONS unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, CUstream stream
-#define LAUNCHES(suffix, ptsz)                                                                                                     \
-  CUresult cuLaunchKernel##suffix(CUfunction function, DIMENSIONS, void **parameters, void **extra) {                              \
-    LAUNCH(cuLaunchKernel##suffix, stream, ptsz, NULL, function, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra);        \
-  }                                                                                                                                \
-  CUresult cuLaunchKernelEx##suffix(const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra) {          \
-    LAUNCH(cuLaunchKernelEx##suffix, config ? config->hStream : NULL, ptsz, NULL, config, function, parameters, extra);             \
-  }                                                                                                                                \
-  CUresult cuLaunchCooperativeKernel##suffix(CUfunction function, DIMENSIONS, void **parameters) {                                 \
-    LAUNCH(cuLaunchCooperativeKernel##suffix, stream, ptsz, NULL, function, gx, gy, gz, bx, by, bz, shared, stream, parameters);    \
-  }                                                                                                                                \
-  CUresult cuGraphLaunch##suffix(CUgraphExec exec, CUstream stream) {                                                              \
-    ENTER_CUDA(cuGraphLaunch##suffix, exec, stream);                                                                               \
-    Launch launch;                                                                                                                 \
-    const CUresult admitted = begin(&launch, stream, ptsz, exec);                                                                  \
-    return admitted == CUDA_SUCCESS ? end(&launch, REAL(cuGraphLaunch##suffix)(exec, stream)) : admitted;                           \
-  }
+#define LAUNCHES(suffix, ptsz)                                                                                                         \
+  LAUNCH_MANY(cuLaunchKernel##suffix, (CUfunction function, DIMENSIONS, void **parameters, void **extra), stream, ptsz, NULL, function, gx, \
+         gy, gz, bx, by, bz, shared, stream, parameters, extra)                                                                        \
+  LAUNCH(cuLaunchKernelEx##suffix, (const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra),               \
+         config ? config->hStream : NULL, ptsz, NULL, config, function, parameters, extra)                                             \
+  LAUNCH_MANY(cuLaunchCooperativeKernel##suffix, (CUfunction function, DIMENSIONS, void **parameters), stream, ptsz, NULL, function, gx,    \
+         gy, gz, bx, by, bz, shared, stream, parameters)                                                                               \
+  LAUNCH(cuGraphLaunch##suffix, (CUgraphExec exec, CUstream stream), stream, ptsz, exec, exec, stream)
 LAUNCHES(, false)
 LAUNCHES(_ptsz, true)
-
-CUresult cuLaunch(CUfunction function) { LAUNCH(cuLaunch, NULL, false, NULL, function); }
-CUresult cuLaunchGrid(CUfunction function, int width, int height) { LAUNCH(cuLaunchGrid, NULL, false, NULL, function, width, height); }
-CUresult cuLaunchGridAsync(CUfunction function, int width, int height, CUstream stream) {
-  LAUNCH(cuLaunchGridAsync, stream, false, NULL, function, width, height, stream);
-}
+LAUNCH(cuLaunch, (CUfunction function), NULL, false, NULL, function)
+LAUNCH(cuLaunchGrid, (CUfunction function, int width, int height), NULL, false, NULL, function, width, height)
+LAUNCH(cuLaunchGridAsync, (CUfunction function, int width, int height, CUstream stream), stream, false, NULL, function, width, height, stream)
 
 void nbgpu_gate_forget_graph(CUgraphExec exec) { nbgpu_busy_forget_graph(exec); }
 

@@ -87,18 +87,20 @@ void nbgpu_uncharge(int device, enum charge_kind kind, uint64_t bytes);
 void nbgpu_refuse(int device, uint64_t bytes, uint32_t by);
 bool nbgpu_driver_refused(int device, uint64_t bytes, int attempt); /* driver said out of memory: true = try again */
 uint64_t nbgpu_total(int device, const char *kernel_id); /* bytes in use: of the slice, or of one kernel in it */
+bool nbgpu_alone(void); /* no other process has a slot */
 uint64_t nbgpu_limit(int device);                        /* that this process sees as the device's memory */
 uint64_t nbgpu_room(int device);
 uint64_t nbgpu_round(uint64_t bytes); /* as the driver takes it from the device */
 
 /* ---- ptrmap.c: what this process allocated ---- */
-enum block_kind { BLOCK_MEMORY, BLOCK_ARRAY, BLOCK_MAPPING, BLOCK_HANDLE, BLOCK_EXEC };
-typedef struct {
+enum block_kind { BLOCK_MEMORY, BLOCK_ARRAY, BLOCK_MAPPING, BLOCK_MAPPING_SIZE, BLOCK_HANDLE, BLOCK_EXEC };
+typedef struct { /* 16 bytes: four to a cache line */
   uint64_t key;
-  uint64_t bytes; /* or whatever the kind needs */
-  uint32_t context;
-  uint8_t device, kind;
+  uint64_t bytes : 48; /* or whatever the kind needs */
+  uint64_t context : 9, device : 4, kind : 3;
 } Block;
+_Static_assert(sizeof(Block) == 16, "size of a block");
+#define CONTEXTS 511 /* their numbers fit in a block; 0: a context that is not followed */
 bool nbgpu_map_put(const Block *block);
 bool nbgpu_map_take(uint64_t key, enum block_kind kind, Block *block);
 bool nbgpu_map_get(uint64_t key, enum block_kind kind, Block *block);

@@ -5,7 +5,7 @@ static void count(uint64_t *word) { __atomic_fetch_add(word, 1, __ATOMIC_RELAXED
 
 /* Remember what the driver gave. When even that fails, the block stays counted: never the other way round. */
 static void remember(uint64_t key, enum block_kind kind, int device, uint32_t context, uint64_t bytes) {
-  const Block block = {.key = key, .bytes = bytes, .context = context, .device = (uint8_t)device, .kind = (uint8_t)kind};
+  const Block block = {.key = key, .bytes = bytes, .context = context & 511, .device = (unsigned)device & 15, .kind = kind};
   nbgpu_map_put(&block);
   count(&nbgpu_device[device].slot->allocs);
 }

@@ -294,9 +294,9 @@ NbgpuUseSlot *nbgpu_slot(int device) {
   if (likely(slot != NULL)) return slot;
   pthread_mutex_lock(&slots_lock);
   slot = nbgpu_device[device].slot;
-  for (int pass = 0; !slot && pass < 2 && restore_descriptor(); pass++) {
+  if (!slot && restore_descriptor()) {
+    reap_locked(); /* a new process tidies up: every look at the sum is shorter for it */
     for (uint32_t i = 0; i < NBGPU_SLOTS && !slot; i++) slot = claim(i, device);
-    if (!slot && reap_locked() == 0) break;
   }
   nbgpu_device[device].slot = slot;
   pthread_mutex_unlock(&slots_lock);

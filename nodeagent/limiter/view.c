@@ -6,6 +6,7 @@
 /* The dead are not part of the answer; looking for them costs system calls, so now and then. */
 static void reap_sometimes(void) {
   static _Atomic uint64_t last;
+  if (likely(nbgpu_alone())) return;
   const uint64_t now = nbgpu_now_coarse();
   if (likely(now - last < REAP_EVERY)) return;
   last = now;

@@ -41,8 +41,11 @@ static void let_go(Memory *memory) {
 }
 
 static void remember(uint64_t key, enum block_kind kind, Memory *memory, size_t size) {
-  const Block block = {.key = key, .bytes = (uintptr_t)memory, .context = (uint32_t)(size / PAGE), .kind = (uint8_t)kind};
+  const Block block = {.key = key, .bytes = (uintptr_t)memory & (((uint64_t)1 << 48) - 1), .kind = kind};
   nbgpu_map_put(&block);
+  if (kind != BLOCK_MAPPING) return;
+  const Block length = {.key = key, .bytes = size & (((uint64_t)1 << 48) - 1), .kind = BLOCK_MAPPING_SIZE};
+  nbgpu_map_put(&length);
 }
 
 static Memory *memory_of(const Block *block) { return (Memory *)(uintptr_t)block->bytes; }
@@ -126,7 +129,7 @@ CUresult cuMemUnmap(CUdeviceptr pointer, size_t size) {
     }
     memory_of(&block)->mappings--;
     let_go(memory_of(&block));
-    at += block.context ? (uint64_t)block.context * PAGE : 2 * MIB;
+    at += nbgpu_map_take(at, BLOCK_MAPPING_SIZE, &block) && block.bytes ? block.bytes : 2 * MIB;
   }
   pthread_mutex_unlock(&lock);
   return result;
