@@ -17,10 +17,10 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from nbgpu.client import AgentClient
+from nbgpu.client import AgentClient, PoolClient
 from nbgpu.errors import NbgpuError
 from nbgpu.models import Node
-from nbgpu.paths import AGENT_SOCKET, runtime_dir
+from nbgpu.paths import AGENT_SOCKET, POOL_SOCKET, runtime_dir
 from nbgpu.quantities import GIB
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,14 +150,18 @@ def say(url: str, log: Path) -> None:
     )
 
 
-def answers(url: str, hub: subprocess.Popen[bytes]) -> bool:
-    """Return whether the hub and the agent answer; raise `Stop` when the hub has ended."""
+def answers(url: str, hub: subprocess.Popen[bytes], log: Path) -> bool:
+    """Return whether hub, agent and pool answer; raise `Stop` when one of them has ended."""
     if hub.poll() is not None:
-        raise Stop(f"JupyterHub ended with {hub.returncode} before it answered.")
+        raise Stop(f"JupyterHub ended with {hub.returncode} before it answered.\n{errors_of(log)}")
+    said = complaint(log)
+    if said:
+        raise Stop(said)
     try:
         with urllib.request.urlopen(f"{url}hub/health", timeout=2):
             pass
         AgentClient(runtime_dir() / AGENT_SOCKET).node()
+        PoolClient(runtime_dir() / POOL_SOCKET).devices()
     except (urllib.error.URLError, http.client.HTTPException, OSError, NbgpuError):
         return False
     return True
@@ -165,9 +169,15 @@ def answers(url: str, hub: subprocess.Popen[bytes]) -> bool:
 
 def errors_of(log: Path) -> str:
     """Return the last lines of the hub's log that look like an error."""
-    lines = log.read_text(errors="replace").splitlines()
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
     wrong = [line for line in lines if any(word in line for word in ("[E ", "[C ", "Error", "error:"))]
     return "\n".join("    " + line for line in (wrong or lines)[-8:])
+
+
+def complaint(log: Path) -> str | None:
+    """Return what the agent or the pool said when it could not start."""
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    return next((line for line in lines if line.startswith(("nbgpu agent: ", "nbgpu pool: "))), None)
 
 
 def start(port: int, log: Path) -> tuple[subprocess.Popen[bytes], str]:
@@ -185,8 +195,8 @@ def start(port: int, log: Path) -> tuple[subprocess.Popen[bytes], str]:
     with log.open("wb") as out:
         hub = subprocess.Popen(command, cwd=data, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
     try:
-        if not wait_until(lambda: answers(url, hub), START_SECONDS):
-            raise Stop(f"JupyterHub did not answer within {START_SECONDS} s.")
+        if not wait_until(lambda: answers(url, hub, log), START_SECONDS):
+            raise Stop(f"JupyterHub did not answer within {START_SECONDS} s.\n{errors_of(log)}")
     except BaseException:
         end(hub)
         raise
@@ -239,7 +249,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return 0
     except (Stop, NbgpuError) as error:
-        print(f"{error}\n{errors_of(log) if log.is_file() and hub is not None else ''}\n  The whole log: {log}", file=sys.stderr)
+        print(f"{error}", f"The whole log: {log}" if log.is_file() else "", sep="\n", file=sys.stderr)
         return 1
     finally:
         if hub is not None:

@@ -266,7 +266,6 @@ def steps(level: str) -> list[Step]:
     extras = LEVELS[level]
     python = digest(sys.version, ROOT.as_posix())
     tools = digest(python, machine_node(), machine_compiler())
-    project = ROOT / "pyproject.toml"
     lock = digest(LAB / "package.json", LAB / "package-lock.json", tools)
     plan = [
         Step("python", python, VENV / ".nbgpu-venv", make_venv),
@@ -277,7 +276,7 @@ def steps(level: str) -> list[Step]:
     if (NATIVE / "build.py").is_file():
         plan.append(Step("C libraries", digest(NATIVE, tools), WORK / "setup" / "native.stamp", make_native, ["build tools"], NATIVE_OUT))
     if (LAB / "package.json").is_file():
-        sources = digest(lock, *(LAB / name for name in ("src", "style", "schema", "tsconfig.json", "jupyter-config")), python, project)
+        sources = digest(lock, *(LAB / name for name in ("src", "style", "schema", "tsconfig.json", "jupyter-config")), python)
         plan.append(Step("npm packages", lock, LAB / "node_modules" / ".nbgpu", make_node_modules, ["build tools"]))
         plan.append(Step("front end", sources, LAB_OUT / ".nbgpu", make_front_end, ["npm packages"]))
     return plan
