@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 SHORT_ID = 8
 """So many characters of a slice's id are shown; any start of it that is its own is understood."""
+WIDTH_WITHOUT_TERMINAL = 200
+"""In a file or a pipe no line is broken."""
 
 
 def own_slice() -> SliceClient | None:
@@ -82,4 +84,5 @@ def console() -> Console:
     """Return where tables are printed."""
     from rich.console import Console
 
-    return Console(highlight=False)
+    terminal = Console(highlight=False)
+    return terminal if terminal.is_terminal else Console(highlight=False, width=WIDTH_WITHOUT_TERMINAL)

@@ -95,7 +95,7 @@ def kernels_table(usage: Usage) -> RenderableType:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("kernel", "processes", "GPU", "memory", "peak", "time used", "memory limit", "time limit", "refused"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=name in ("kernel", "memory", "peak"))
     index = {use.uuid: (use.index, use.memory_limit_bytes) for use in usage.devices}
     for kernel in usage.kernels:
         for number, use in enumerate(kernel.devices):

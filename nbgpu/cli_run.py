@@ -12,6 +12,7 @@ import time
 import uuid
 from typing import NoReturn
 
+from .cli_common import own_slice
 from .cli_serve import pool_on_demand
 from .client import PoolClient
 from .errors import InvalidValue, NbgpuError, Refused, Unavailable
@@ -70,6 +71,7 @@ def user_name() -> str:
 
 def run_program(request: Request, command: list[str], *, wait: bool = True) -> NoReturn:
     """Acquire `request`, join the slice, and exec `command` in it. Does not return."""
+    refuse_inside()
     program = shutil.which(command[0])
     if program is None:
         exists = os.path.exists(command[0])
@@ -92,6 +94,13 @@ def run_program(request: Request, command: list[str], *, wait: bool = True) -> N
             print(f"nbgpu: {command[0]}: {error.strerror}", file=sys.stderr)
             sys.exit(NOT_EXECUTABLE)
         raise
+
+
+def refuse_inside() -> None:
+    """Raise in a program that has its slice already: one cannot be inside two."""
+    own = own_slice()
+    if own is not None:
+        raise NbgpuError("This terminal is inside a slice already (`nbgpu status` shows it): start the program directly.", code="inside")
 
 
 def acquire(request: Request) -> tuple[PoolClient, Grant]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import signal
@@ -20,7 +21,8 @@ STOP_SECONDS = 10.0
 POLL_SECONDS = 0.5
 RESTARTS_IN_A_ROW = 5
 ON_DEMAND_IDLE_SECONDS = 60
-LOG = "serve.log"
+LOG, LOCK = "serve.log", "serve.lock"
+GIVE_UP_SECONDS = 5.0
 _HELD = {GrantState.queued, GrantState.reserved, GrantState.bound, GrantState.releasing}
 
 
@@ -38,7 +40,13 @@ def command_of(module: str, extra: str) -> list[str]:
 def serve_both(idle_exit_seconds: float) -> int:
     """Run both until a signal, or until idle for `idle_exit_seconds` (0: never); return the exit status."""
     runtime = runtime_dir()
-    if AgentClient(runtime / AGENT_SOCKET, 2).healthy():
+    own_directory(runtime)
+    lock = lock_serving(runtime)
+    for _ in range(5):  # who only asks whether somebody serves holds it for a moment
+        if lock is None:
+            time.sleep(0.1)
+            lock = lock_serving(runtime)
+    if lock is None or AgentClient(runtime / AGENT_SOCKET, 2).healthy():
         raise NbgpuError(f"An agent already serves {runtime}: `nbgpu status` shows it.", code="running")
     both = Both(runtime)
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -136,31 +144,57 @@ def pool_on_demand() -> PoolClient:
     if pool.healthy():
         return pool
     refuse_beside_system(runtime)
+    own_directory(runtime)
+    log = runtime / LOG
+    begin = log.stat().st_size if log.exists() else 0
+    start_in_background(runtime.absolute(), log)
+    started = time.monotonic()
+    while not pool.healthy():
+        # Whoever serves holds the lock: free for some seconds means that the start has failed.
+        waited = time.monotonic() - started
+        if waited > 2 * START_SECONDS or (waited > GIVE_UP_SECONDS and not is_served(runtime)):
+            said = log.read_bytes()[begin:].decode(errors="replace").strip().splitlines() if log.exists() else []
+            raise Unavailable(f"The pool could not be started. {' '.join(said[-3:]) or 'It did not answer.'} (Log: {log})", code="start")
+        time.sleep(0.05)
+    return pool
+
+
+def start_in_background(runtime: Path, log: Path) -> None:
+    """Start `nbgpu serve` so that it is nobody's child: else it would belong to the slice that its starter is about to enter."""
+    serve = [sys.executable, "-m", "nbgpu", "serve", "--idle-exit", str(ON_DEMAND_IDLE_SECONDS)]
+    environment = {**os.environ, "NBGPU_RUNTIME_DIR": str(runtime)}
+    with log.open("ab") as out:
+        subprocess.run(
+            ["/bin/sh", "-c", '"$@" &', "sh", *serve], stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, cwd="/",
+            start_new_session=True, check=True,
+        )  # fmt: skip
+
+
+def own_directory(runtime: Path) -> None:
+    """Make the runtime directory; raise when it is another user's."""
     runtime.mkdir(parents=True, exist_ok=True, mode=0o755)
     if runtime.stat().st_uid != os.geteuid():
         raise NbgpuError(f"{runtime} belongs to another user: set NBGPU_RUNTIME_DIR to a folder of your own.", code="runtime")
-    log = runtime / LOG
-    with log.open("ab") as out:
-        begin = out.tell()
-        server = subprocess.Popen(
-            [sys.executable, "-m", "nbgpu", "serve", "--idle-exit", str(ON_DEMAND_IDLE_SECONDS)],
-            stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, cwd="/",
-            env={**os.environ, "NBGPU_RUNTIME_DIR": str(runtime.absolute())},
-        )  # fmt: skip
-    deadline = time.monotonic() + 2 * START_SECONDS
-    while not pool.healthy():
-        # Another `nbgpu run` may have started one at the same moment: then ours ends at once, and its answers soon.
-        if server.poll() is not None and time.monotonic() > deadline - START_SECONDS:
-            break
-        if time.monotonic() > deadline:
-            break
-        if server.poll() not in (None, 0) and not (runtime / AGENT_SOCKET).exists():
-            break
-        time.sleep(0.05)
-    else:
-        return pool
-    said = log.read_bytes()[begin:].decode(errors="replace").strip().splitlines()
-    raise Unavailable(f"The pool could not be started. {' '.join(said[-3:]) or 'It did not answer.'} (Log: {log})", code="start")
+
+
+def lock_serving(runtime: Path) -> int | None:
+    """Take the lock of those who serve `runtime`; return its descriptor, None when another has it."""
+    descriptor = os.open(runtime / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def is_served(runtime: Path) -> bool:
+    """Return whether an `nbgpu serve` lives here, still starting ones included."""
+    descriptor = lock_serving(runtime)
+    if descriptor is None:
+        return True
+    os.close(descriptor)
+    return False
 
 
 def refuse_beside_system(runtime: Path) -> None:

@@ -101,7 +101,7 @@ def machine_picture(machine: Machine) -> RenderableType:
 
 def devices_table(machine: Machine) -> RenderableType:
     """Return one row a device: what it has, what is granted, what is used."""
-    table = _table("GPU", "model", "memory for slices", "granted", "used", "time granted", "time used", "slices")
+    table = _table("GPU", "model", "memory", "granted", "used", "time granted", "time used", "slices")
     books = {book.device.uuid: book for book in machine.books}
     for device in machine.node.devices:
         uses = [use for usage in machine.usage.values() for use in usage.devices if use.uuid == device.uuid]
@@ -119,7 +119,7 @@ def devices_table(machine: Machine) -> RenderableType:
 
 def slices_table(machine: Machine) -> RenderableType:
     """Return one row a slice and device."""
-    table = _table("slice", "owner", "GPU", "memory", "time share", "time used", "mode", "state", "processes")
+    table = _table("slice", "owner", "GPU", "memory", "share", "time used", "mode", "state", "processes")
     for known in sorted(machine.slices, key=lambda one: one.created):
         usage = machine.usage.get(known.slice.slice_id)
         uses = {use.uuid: use for use in usage.devices} if usage else {}
@@ -151,7 +151,7 @@ def slice_picture(usage: Usage) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
-    devices = _table("GPU", "model", "memory", "time share", "time used", "of the share")
+    devices = _table("GPU", "model", "memory", "share", "time used", "of the share")
     for use in usage.devices:
         devices.add_row(
             str(use.index), use.model, of(use.memory_used_bytes, use.memory_limit_bytes), percent(use.compute_limit_milli),
@@ -172,6 +172,6 @@ def _table(*columns: str) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        number = column in ("memory", "memory for slices", "granted", "used") or "time" in column
-        table.add_column(column, justify="right" if number else "left")
+        number = column in ("memory", "granted", "used", "share", "of the share") or "time" in column
+        table.add_column(column, justify="right" if number else "left", no_wrap=column in ("slice", "memory", "granted", "used", "share"))
     return table
