@@ -179,7 +179,7 @@ class Agent:
     def slice_lost_process(self, live: LiveSlice) -> None:
         """A process of the slice has ended: free its slots, end the slice when it was the last."""
         if live.id in self.slices:
-            live.tenant.reap()
+            live.reap()
             self.end_if_over(live)
 
     def end_if_over(self, live: LiveSlice) -> bool:

@@ -58,6 +58,7 @@ class LiveSlice:
         self.refusals = 0
         self._watches: dict[int, Watch] = {}
         self._known: dict[int, Process] = {}
+        self._granted = {slot for slot, size in enumerate(self.ctl.words.overhead) if size}
         self.ctl.set_kernels(record.kernel_limits)
         for root in record.roots:
             self._watch(Process(root.pid, root.start_time))
@@ -105,11 +106,10 @@ class LiveSlice:
         if any(root.pid == pid and root.start_time == process.start_time for root in self.record.roots):
             return False
         cgroup = Path(self.record.cgroup) if self.record.cgroup else self._cgroups.create(self.id, pid)
-        if cgroup is not None and not self._cgroups.add(cgroup, pid):
+        if cgroup is not None and not self._cgroups.add(cgroup, pid) and not self.record.cgroup:
             # The agent may not move it, or it ended just now: then ancestry tells who belongs to it.
-            if not self.record.cgroup:
-                self._cgroups.remove(cgroup)
-                cgroup = None
+            self._cgroups.remove(cgroup)
+            cgroup = None
         roots = [root for root in self.record.roots if Process(root.pid, root.start_time).alive()]
         self.save(
             roots=(*roots, Root(pid=pid, start_time=process.start_time)),
@@ -180,6 +180,20 @@ class LiveSlice:
             if process is not None:
                 self._watch(process)
         return not members and not self.tenant.locked_elsewhere()
+
+    def reap(self) -> None:
+        """Free the slots of processes that are gone, with the overhead that was granted to them."""
+        self.tenant.reap()
+        for slot in self._granted - self.tenant.states.keys():
+            self.ctl.words.overhead[slot] = 0
+        self._granted &= self.tenant.states.keys()
+
+    def grant_overhead(self, slot: int, overhead_bytes: int) -> None:
+        """Count so many bytes beyond what is tracked for the process of a slot."""
+        self.tenant.states[slot].overhead_bytes = overhead_bytes
+        if self.ctl.words.overhead[slot] != overhead_bytes:
+            self.ctl.words.overhead[slot] = overhead_bytes
+        self._granted.add(slot)
 
     # ---- limits
 

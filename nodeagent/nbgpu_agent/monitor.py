@@ -108,7 +108,7 @@ class Monitor:
             agent.changed.fire()
         if self._ticks % DESCENDANTS_TICKS == 0:
             live.learn_descendants()
-        live.tenant.reap()
+        live.reap()
         rows = live.tick(wall)
         if live.tenant.junk is not None:
             self._hostile(live, live.tenant.junk)
@@ -177,10 +177,7 @@ class Monitor:
     def _write_overheads(live: LiveSlice, slots: list[SlotSeen], memory: dict[int, int], cap: int) -> None:
         granted = overheads(slots, memory, cap)
         for seen in slots:
-            value = granted.get(seen.slot, (0, 0))[0]
-            live.tenant.states[seen.slot].overhead_bytes = value
-            if live.ctl.words.overhead[seen.slot] != value:
-                live.ctl.words.overhead[seen.slot] = value
+            live.grant_overhead(seen.slot, granted.get(seen.slot, (0, 0))[0])
 
     def _slice_of(self, process: Process) -> str | None:
         """Return the slice that a process belongs to: by its cgroup, by the slot it holds, by its ancestors."""

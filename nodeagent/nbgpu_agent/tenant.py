@@ -23,6 +23,7 @@ _SLOT = layout.Use.slot.offset
 _OWNER = layout.UseSlot.owner.offset
 _USED = layout.UseSlot.used.offset
 _READY = layout.UseSlot.ready.offset
+_WANT = layout.UseSlot.want.offset
 _SLOT_BYTES = ctypes.sizeof(layout.UseSlot)
 _RATE_FLOOR_NS = 200_000_000
 
@@ -130,9 +131,10 @@ class Tenant:
         return freed
 
     def _free(self, row: UseRow) -> bool:
-        """Free one slot, unless it is another's by now.
+        """Free one slot, unless it is another's by now, in the way that the limiter does it.
 
-        Our record lock keeps siblings from reaping it too. The owner's word goes last: until then nobody takes the slot.
+        With the slot's record lock held nobody else reaps or takes it. Numbers go first and the owner's word last, so that
+        dying in between leaves a slot that is still to be freed.
         """
         at = _SLOT + row.slot * _SLOT_BYTES
         try:
@@ -142,8 +144,9 @@ class Tenant:
         try:
             if os.pread(self.fd, 8, at + _OWNER) != struct.pack("<Q", row.owner):
                 return False
-            os.pwrite(self.fd, bytes(4), at + _READY)
             os.pwrite(self.fd, bytes(16), at + _USED)  # used, context
+            os.pwrite(self.fd, bytes(16), at + _WANT)  # want, near, busy_since
+            os.pwrite(self.fd, bytes(4), at + _READY)
             os.pwrite(self.fd, bytes(8), at + _OWNER)
             return True
         except OSError:
