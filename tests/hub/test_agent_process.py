@@ -1,0 +1,355 @@
+"""The agent as a process: slices from PUT to their end, restarts, adoption, limits, events."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from agent_harness import AgentProcess, Tenant, missing_libraries, slice_client, sleeper, until, usage
+
+from nbgpu.errors import NbgpuError
+from nbgpu.models import Launch
+from nbgpu.quantities import GIB, MIB
+
+pytestmark = [pytest.mark.timeout(120), pytest.mark.skipif(missing_libraries() is not None, reason=str(missing_libraries()))]
+
+
+@pytest.fixture
+def agent(runtime: Path) -> Iterator[AgentProcess]:
+    process = AgentProcess(runtime)
+    try:
+        yield process.start()
+    finally:
+        process.close()
+
+
+@pytest.fixture
+def tenant() -> Iterator[Callable[..., Tenant]]:
+    made: list[Tenant] = []
+
+    def make(launch: Launch, kernel_id: str = "", uid: int | None = None) -> Tenant:
+        made.append(Tenant(launch, kernel_id, uid))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+# ---- a slice's life
+
+
+def test_a_prepared_slice_waits_for_its_first_process_and_ends_by_delete_only(agent: AgentProcess) -> None:
+    wanted = agent.slice(250)
+    launch = agent.put(wanted)
+    assert wanted.devices[0].memory_bytes == 19 * GIB + 512 * MIB
+    assert agent.put(wanted) == launch
+    time.sleep(1.2)  # a tick of the monitor must not end it
+    assert agent.slices()[wanted.slice_id]["state"] == "prepared"
+    assert agent.delete(wanted.slice_id)
+    assert agent.slices() == {}
+    assert not Path(launch.slice_dir).exists()
+    assert agent.delete(wanted.slice_id), "idempotent"
+
+
+def test_a_slice_ends_within_half_a_second_of_its_last_process(agent: AgentProcess) -> None:
+    wanted = agent.slice(250)
+    launch = agent.put(wanted)
+    with sleeper() as process:
+        assert agent.adopt(wanted.slice_id, process.pid)["state"] == "running"
+        assert not agent.delete(wanted.slice_id)
+        assert agent.slices()[wanted.slice_id]["state"] == "releasing"
+        generation = agent.client.call("GET", "/v1/slices")["generation"]
+        process.kill()
+        process.wait()
+        dead = time.monotonic()
+        answer = agent.client.call("GET", f"/v1/slices?after={generation}&wait_seconds=5", wait_seconds=5)
+        assert answer["slices"] == []
+        assert time.monotonic() - dead < 0.5
+    assert not Path(launch.slice_dir).exists()
+
+
+def test_a_child_that_outlives_the_server_keeps_the_slice(agent: AgentProcess) -> None:
+    wanted = agent.slice(250)
+    agent.put(wanted)
+    # The server starts a kernel in a session of its own, on our word, and dies.
+    script = "import subprocess, sys; sys.stdin.readline(); print(subprocess.Popen(['sleep', '60'], start_new_session=True).pid, flush=True)"
+    server = subprocess.Popen([sys.executable, "-c", script + "; sys.stdin.readline()"], stdin=-1, stdout=-1, text=True)
+    assert server.stdin is not None
+    assert server.stdout is not None
+    agent.adopt(wanted.slice_id, server.pid)
+    print(file=server.stdin, flush=True)
+    kernel = int(server.stdout.readline())
+    if not Path("/sys/fs/cgroup").exists() or os.geteuid() != 0:
+        time.sleep(2.5)  # without a cgroup the agent looks for descendants every two seconds
+    server.kill()
+    server.wait()
+    server.stdin.close()
+    server.stdout.close()
+    time.sleep(0.7)
+    assert agent.slices()[wanted.slice_id]["process_count"] == 1
+    os.kill(kernel, 9)
+    until(lambda: not agent.slices(), 0.5, "the end of the slice")
+
+
+def test_a_process_that_holds_a_slot_makes_a_prepared_slice_run(agent: AgentProcess, tenant: Callable[..., Tenant]) -> None:
+    wanted = agent.slice(250)
+    launch = agent.put(wanted)
+    one = tenant(launch)
+    until(lambda: agent.slices()[wanted.slice_id]["state"] == "running", 3, "running")
+    one.kill()
+    until(lambda: not agent.slices(), 0.5, "the end of the slice")
+
+
+def test_dead_and_unknown_processes_are_not_adopted(agent: AgentProcess) -> None:
+    wanted = agent.slice(250)
+    agent.put(wanted)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    with pytest.raises(NbgpuError, match="has ended already") as refused:
+        agent.adopt(wanted.slice_id, gone.pid)
+    assert refused.value.status == 409
+    with pytest.raises(NbgpuError, match="no slice") as unknown:
+        agent.adopt("0123456789abcdef", os.getpid())
+    assert unknown.value.status == 404
+
+
+# ---- books
+
+
+def test_nothing_is_given_twice(agent: AgentProcess) -> None:
+    wanted = [agent.slice(250) for _ in range(4)]
+    for one in wanted:
+        agent.put(one)
+    with pytest.raises(NbgpuError, match="has 0 B left") as full:
+        agent.put(agent.slice(125))
+    assert full.value.status == 409
+    with pytest.raises(NbgpuError, match="is another one") as other:
+        agent.put(agent.slice(125, device=1, slice_id=wanted[0].slice_id))
+    assert other.value.status == 409
+    with pytest.raises(NbgpuError, match="has 19.5 GiB left"):
+        agent.client.call("PATCH", f"/v1/slices/{wanted[0].slice_id}", {"memory_bytes": 20 * GIB})
+    # Given back is free again, and only that.
+    agent.client.call("PATCH", f"/v1/slices/{wanted[0].slice_id}", {"memory_bytes": 9 * GIB, "compute_milli": 125})
+    agent.put(agent.slice(125))
+    with pytest.raises(NbgpuError, match="left"):
+        agent.put(agent.slice(125))
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"node": "elsewhere"}, "slice.node"),
+        ({"simulated": False}, "slice.simulated"),
+        ({"devices": []}, "slice.devices"),
+        ({"mode": "turbo"}, "slice.mode"),
+        ({"junk": 1}, "slice.junk"),
+    ],
+)
+def test_bad_slices_are_refused_by_field(agent: AgentProcess, change: dict[str, object], field: str) -> None:
+    wanted = agent.slice(250)
+    body = {"slice": wanted.model_dump(mode="json") | change, "uid": None}
+    with pytest.raises(NbgpuError) as refused:
+        agent.client.call("PUT", f"/v1/slices/{wanted.slice_id}", body)
+    assert (refused.value.status, refused.value.field) == (400, field)
+    assert agent.slices() == {}
+
+
+# ---- usage
+
+
+def test_what_a_process_writes_is_what_the_slice_shows(agent: AgentProcess, tenant: Callable[..., Tenant]) -> None:
+    launch = agent.put(agent.slice(250))
+    one, two = tenant(launch, "kernel-a"), tenant(launch)
+    one.do("used", 5 * GIB)
+    one.do("context", 300 * MIB)
+    two.do("used", 1 * GIB)
+    seen = usage(launch)
+    assert seen.devices[0].memory_used_bytes == 6 * GIB + 300 * MIB
+    assert {kernel.kernel_id: kernel.devices[0].memory_used_bytes for kernel in seen.kernels} == {
+        "kernel-a": 5 * GIB + 300 * MIB,
+        None: 1 * GIB,
+    }
+    assert [kernel.pids for kernel in seen.kernels] == [[one.pid], [two.pid]]
+    history = slice_client(launch)
+    until(lambda: history.call("GET", "/v1/history?seconds=5")["time"], 3, "history", every=0.1)
+    point = next(iter(history.call("GET", "/v1/history?seconds=5")["devices"].values()))
+    assert point["memory_used_bytes"][-1] == 6 * GIB + 300 * MIB
+
+
+def test_the_memory_of_a_dead_process_is_free_within_a_second(agent: AgentProcess, tenant: Callable[..., Tenant]) -> None:
+    launch = agent.put(agent.slice(250))
+    one, two = tenant(launch, "kernel-a"), tenant(launch, "kernel-b")
+    one.do("used", 5 * GIB)
+    two.do("used", 1 * GIB)
+    assert usage(launch).devices[0].memory_used_bytes == 6 * GIB
+    one.kill()
+    until(lambda: usage(launch).devices[0].memory_used_bytes == 1 * GIB, 1, "the dead process's memory to be free", every=0.05)
+    # In the file itself, where the limiter of its neighbours looks.
+    assert (Path(launch.slice_dir) / "use").read_bytes().count((5 * GIB).to_bytes(8, "little")) == 0
+
+
+def test_a_process_that_lost_its_lock_and_lives_is_not_reaped(agent: AgentProcess, tenant: Callable[..., Tenant]) -> None:
+    launch = agent.put(agent.slice(250))
+    one = tenant(launch, "kernel-a")
+    one.do("used", 5 * GIB)
+    assert usage(launch).devices[0].memory_used_bytes == 5 * GIB
+    one.do("unlock")
+    time.sleep(2.2)
+    assert usage(launch).devices[0].memory_used_bytes == 5 * GIB
+    one.kill()
+    until(lambda: not agent.slices(), 1.5, "the end")
+
+
+def test_busy_time_becomes_compute(agent: AgentProcess, tenant: Callable[..., Tenant]) -> None:
+    launch = agent.put(agent.slice(500))
+    one = tenant(launch, "kernel-a")
+    usage(launch)
+    deadline = time.monotonic() + 4
+    seen = []
+    while time.monotonic() < deadline:
+        time.sleep(0.05)
+        one.do("busy", 12_500_000)  # a quarter of the time
+        seen.append(usage(launch).devices[0].compute_used_milli)
+    assert 150 <= seen[-1] <= 300
+    last = usage(launch)
+    assert last.devices[0].utilization_percent == last.devices[0].compute_used_milli * 100 // 500
+    assert last.kernels[0].launches > 20
+    assert last.kernels[0].idle_seconds is not None
+    assert last.kernels[0].idle_seconds < 1
+
+
+# ---- kernels' limits and refusals
+
+
+def test_a_kernel_is_limited_inside_its_slice(agent: AgentProcess) -> None:
+    launch = agent.put(agent.slice(250))
+    own = slice_client(launch)
+    limit = {"memory_bytes": 5 * GIB, "compute_milli": None}
+    assert own.call("PUT", "/v1/kernels/kernel-a", limit) == limit
+    assert own.call("GET", "/v1/kernels") == {"kernel-a": limit}
+    for body, field in [
+        ({"memory_bytes": 20 * GIB}, "memory_bytes"),
+        ({"memory_bytes": 0}, "memory_bytes"),
+        ({"compute_milli": 251}, "compute_milli"),
+        ({"memory_bytes": "5 GiB"}, "memory_bytes"),
+        ({"mem": 1}, "mem"),
+    ]:
+        with pytest.raises(NbgpuError) as refused:
+            own.call("PUT", "/v1/kernels/kernel-a", body)
+        assert (refused.value.status, refused.value.field) == (400, field)
+    own.call("PUT", "/v1/kernels/kernel-a", {})
+    assert own.call("GET", "/v1/kernels") == {}
+    assert [event["kind"] for event in own.call("GET", "/v1/events")] == ["limit-changed"] * 2
+
+
+def test_a_refusal_is_told_within_a_second_and_a_burst_once_a_second(agent: AgentProcess, tenant: Callable[..., Tenant]) -> None:
+    launch = agent.put(agent.slice(250))
+    one = tenant(launch, "3f2a0000-1111-2222")
+    one.do("used", 19 * GIB)
+    own = slice_client(launch)
+    until(lambda: usage(launch).kernels, 2, "the kernel")
+    before = time.monotonic()
+    one.do("refuse", 2 * GIB, 1)
+    first = own.call("GET", "/v1/events?after=-1&wait_seconds=5", wait_seconds=5)
+    assert time.monotonic() - before < 1
+    assert first[0]["message"] == (
+        "Notebook kernel 3f2a0000… was refused 2 GiB: this server's slice of 19.5 GiB is full (19 GiB in use). "
+        "Free memory in one of its notebooks, or restart with a larger fraction."
+    )
+    assert (first[0]["kernel_id"], first[0]["data"]["count"]) == ("3f2a0000-1111-2222", 1)
+    for _ in range(200):
+        one.do("refuse", 2 * GIB, 1)
+    def told() -> list[dict[str, Any]]:
+        return own.call("GET", f"/v1/events?after={first[0]['id']}")
+
+    until(lambda: sum(event["data"]["count"] for event in told()) == 200, 4, "all refusals told", every=0.1)
+    assert len(told()) <= 3
+
+
+# ---- restarts
+
+
+def test_limits_and_slices_stay_over_restarts(agent: AgentProcess, tenant: Callable[..., Tenant]) -> None:
+    wanted, other = agent.slice(250), agent.slice(500)
+    launch = agent.put(wanted)
+    agent.put(other)
+    one = tenant(launch, "kernel-a")
+    agent.adopt(wanted.slice_id, one.pid)
+    one.do("used", 5 * GIB)
+    slice_client(launch).call("PUT", "/v1/kernels/kernel-a", {"memory_bytes": 6 * GIB})
+    before = agent.client.call("GET", "/v1/slices")
+    ctl = (Path(launch.slice_dir) / "ctl").stat()
+    agent.kill()
+    one.do("used", 4 * GIB)
+    agent.start()
+    after = agent.client.call("GET", "/v1/slices")
+    assert after["generation"] > before["generation"]
+    states = {found["slice"]["slice_id"]: found["state"] for found in after["slices"]}
+    assert states == {wanted.slice_id: "running", other.slice_id: "prepared"}
+    assert usage(launch).devices[0].memory_used_bytes == 4 * GIB
+    assert usage(launch).kernels[0].limit.memory_bytes == 6 * GIB
+    assert (Path(launch.slice_dir) / "ctl").stat().st_ino == ctl.st_ino, "processes have it mapped: it is never replaced"
+    assert agent.put(wanted) == launch
+    # A process that ended while the agent was away
+    agent.kill()
+    one.kill()
+    agent.start()
+    until(lambda: set(agent.slices()) == {other.slice_id}, 2, "the end of the slice whose process is gone")
+
+
+def test_a_second_agent_says_who_is_there_and_takes_over_when_told(agent: AgentProcess) -> None:
+    wanted = agent.slice(250)
+    agent.put(wanted)
+    first = agent.process
+    assert first is not None
+    second = subprocess.run(agent.command(), env=agent.env, capture_output=True, text=True, timeout=30, check=False)
+    assert second.returncode == 1
+    assert f"(pid {first.pid})" in second.stderr
+    assert "--takeover" in second.stderr
+    assert "Traceback" not in second.stderr
+    agent.process = subprocess.Popen(agent.command("--takeover"), env=agent.env, stderr=subprocess.DEVNULL)
+    assert first.wait(10) == 0
+    until(agent._answers, 10, "the new agent's answer")
+    assert set(agent.slices()) == {wanted.slice_id}
+
+
+def test_sigkill_at_random_moments_loses_nothing(agent: AgentProcess) -> None:
+    seed = int(os.environ.get("NBGPU_SEED", time.time_ns() % 100_000))
+    dice = random.Random(seed)
+    print("seed", seed)
+    landed: dict[str, int] = {}
+    for _ in range(12):
+        driver = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("agent_churn.py")), str(agent.runtime), str(dice.random())],
+            env=agent.env,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        time.sleep(0.2 + dice.random() * 0.4)
+        agent.kill()
+        out = json.loads(driver.communicate(timeout=30)[0].splitlines()[-1])
+        landed[out["during"]] = landed.get(out["during"], 0) + 1
+        agent.start()
+        slices = agent.slices()
+        assert set(out["sure"]) <= set(slices), "a slice that was answered is there"
+        assert set(slices) <= set(out["sure"]) | set(out["unsure"]), "and no other but the one in between"
+        books: dict[str, int] = {}
+        for found in slices.values():
+            for part in found["slice"]["devices"]:
+                books[part["uuid"]] = books.get(part["uuid"], 0) + part["compute_milli"]
+        assert all(total <= 1000 for total in books.values())
+        names = {path.name for path in (agent.runtime / "slices").iterdir()}
+        assert names == set(slices), "no half slice is left"
+        for slice_id in slices:
+            assert agent.delete(slice_id)
+    print("kills landed in", landed)
+    assert agent.slices() == {}
