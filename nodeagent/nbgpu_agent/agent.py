@@ -137,7 +137,7 @@ class Agent:
         record = Record(slice=wanted, uid=uid, state="prepared", created=time.time(), boot_id=procs.boot_id())
         live = self._start(directory, record)
         slicedir.write_record(directory, record)
-        self._touch()
+        self.touch()
         parts = ", ".join(f"GPU {d.index}: {format_memory(d.memory_bytes)}, {d.compute_milli} milli-GPU" for d in wanted.devices)
         log.info("prepared slice=%s owner=%s: %s, %s", live.id, live.owner, parts, wanted.mode)
         return self.launch(live)
@@ -154,7 +154,7 @@ class Agent:
         live = self.find(slice_id)
         if live.adopt(pid):
             log.info("adopted slice=%s owner=%s: process %d", live.id, live.owner, pid)
-            self._touch()
+            self.touch()
             self.end_if_over(live)
         return live.as_model() if live.id in self.slices else self._ended_model(live)
 
@@ -173,7 +173,7 @@ class Agent:
         if live.state != "releasing":
             live.save(state="releasing")
             log.info("releasing slice=%s owner=%s", live.id, live.owner)
-            self._touch()
+            self.touch()
         return self.end_if_over(live)
 
     def slice_lost_process(self, live: LiveSlice) -> None:
@@ -199,9 +199,10 @@ class Agent:
         slicedir.remove(live.directory)
         if live.record.cgroup:
             self.cgroups.remove(Path(live.record.cgroup))
-        self._touch()
+        self.touch()
 
-    def _touch(self) -> None:
+    def touch(self) -> None:
+        """Something about the slices has changed: raise the generation, wake those who wait for it."""
         self.generation += 1
         self.changed.fire()
 
@@ -217,7 +218,7 @@ class Agent:
             live.save(slice=wanted)
             self._write_limits(live)
             self.turns.change(live)
-            self._touch()
+            self.touch()
             first = wanted.devices[0]
             what = f"{format_memory(first.memory_bytes)}, {format_share(first.compute_milli)} of the GPU's time, {wanted.mode}"
             self.events.add("limit-changed", "info", f"This server's slice is now {what}.", live.id, owner=live.owner)
@@ -276,7 +277,7 @@ class Agent:
         if device.healthy != healthy:
             self.devices[uuid] = device.model_copy(update={"healthy": healthy})
             log.warning("GPU %d (%s) %s", device.index, uuid, "answers again" if healthy else "does not answer")
-            self._touch()
+            self.touch()
 
     def close(self) -> None:
         """Let go of everything; the slices go on without the agent."""

@@ -28,8 +28,9 @@ HEADER_BYTES = 16 * 1024
 KEEP_ALIVE_SECONDS = 75
 ACCEPTS_AT_ONCE = 16
 PATIENCE = 25
-"""Requests over the rate that are answered with 429 before the door shuts for a while."""
+"""Requests over the rate in one second that are answered with 429 before the door shuts for as long."""
 SHUT_SECONDS = 1.0
+DRAINED = 8
 
 
 async def answer_error(send: Send, status: int, code: str, message: str, close: bool = False) -> None:
@@ -51,6 +52,26 @@ class Bounds:
         self.requests_per_second = requests_per_second
 
 
+class Bucket:
+    """So many a second, as many at once; None = no bound."""
+
+    def __init__(self, per_second: float | None):
+        self._rate = per_second
+        self._tokens = per_second or 0.0
+        self._filled = 0.0
+
+    def take(self, now: float) -> bool:
+        """Return whether there is one at `now`, seconds of the loop's clock."""
+        if self._rate is None:
+            return True
+        self._tokens = min(self._rate, self._tokens + (now - self._filled) * self._rate)
+        self._filled = now
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
+
+
 class Door:
     """One listening socket: its connections, its rate, the app behind it."""
 
@@ -66,9 +87,11 @@ class Door:
         self._config.loaded_app = self
         self._server_state = ServerState()
         self._state = state
-        self._tokens = bounds.requests_per_second or 0.0
-        self._refilled = self._loop.time()
+        self._requests = Bucket(bounds.requests_per_second)
+        # Who opens a connection for each request is not refused before it is counted.
+        self._connects = Bucket(None if bounds.requests_per_second is None else 2 * bounds.requests_per_second)
         self._over = 0
+        self._over_since = 0.0
         self._shut: asyncio.TimerHandle | None = None
         self._connecting: set[asyncio.Task[Any]] = set()
         self._socket = _listen(path, uid)
@@ -84,7 +107,7 @@ class Door:
                 self._shut_for_a_while()
                 return
             open_now = len(self._server_state.connections) + len(self._connecting)
-            if open_now >= self._bounds.connections or not self._take_token(0.2):
+            if open_now >= self._bounds.connections or not self._allowed(self._connects):
                 connection.close()
                 continue
             connection.setblocking(False)
@@ -95,18 +118,13 @@ class Door:
     def _protocol(self) -> H11Protocol:
         return H11Protocol(self._config, self._server_state, self._state, self._loop)
 
-    def _take_token(self, cost: float = 1.0) -> bool:
+    def _allowed(self, bucket: Bucket) -> bool:
         """Return whether the socket may be served now; shut the door on who does not stop asking."""
-        rate = self._bounds.requests_per_second
-        if rate is None:
-            return True
         now = self._loop.time()
-        self._tokens = min(rate, self._tokens + (now - self._refilled) * rate)
-        self._refilled = now
-        if self._tokens >= cost:
-            self._tokens -= cost
-            self._over = 0
+        if bucket.take(now):
             return True
+        if now - self._over_since > SHUT_SECONDS:
+            self._over, self._over_since = 0, now
         self._over += 1
         if self._over >= PATIENCE:
             self._shut_for_a_while()
@@ -122,35 +140,33 @@ class Door:
 
     def _open_again(self) -> None:
         self._shut = None
-        self._over = 0
         self._loop.add_reader(self._socket.fileno(), self._accept)
         for protocol in list(self._server_state.connections):
             protocol.flow.resume_reading()  # pyright: ignore
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request within the bounds."""
-        if not self._take_token():
+        if not self._allowed(self._requests):
             await answer_error(send, 429, "too-many-requests", "Too many requests: slow down and try again in a second.", close=True)
             return
-        length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        if not length.isdigit() or int(length) > self._bounds.body_bytes:
-            await self._too_large(send)
-            return
-        body = b""
+        body: list[bytes] = []
+        size = 0
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return
-            body += message.get("body", b"")
-            if len(body) > self._bounds.body_bytes:
-                await self._too_large(send)
-                return
-            if not message.get("more_body"):
+            part: bytes = message.get("body", b"")
+            size += len(part)
+            # A little more is read and dropped: who is still sending would not see the answer.
+            if size <= self._bounds.body_bytes:
+                body.append(part)
+            if not message.get("more_body") or size > DRAINED * self._bounds.body_bytes:
                 break
-        await self._app(scope, _Body(body, receive), send)
-
-    async def _too_large(self, send: Send) -> None:
-        await answer_error(send, 413, "too-large", f"The body of a request may have {self._bounds.body_bytes} bytes.", close=True)
+        if size > self._bounds.body_bytes:
+            message = f"The body of a request may have {self._bounds.body_bytes} bytes."
+            await answer_error(send, 413, "too-large", message, close=True)
+        else:
+            await self._app(scope, _Body(b"".join(body), receive), send)
 
     def close(self) -> None:
         """Stop listening, end the connections, remove the socket."""

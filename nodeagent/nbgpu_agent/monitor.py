@@ -89,8 +89,6 @@ class Monitor:
         wall = time.time()
         rows_of: dict[str, list[UseRow]] = {}
         for live in list(agent.slices.values()):
-            if live.state == "prepared" and not live.tenant.read():
-                continue
             rows_of[live.id] = self._look_after(live, wall)
         findings = self._judge(rows_of)
         for finding in self._confirmed.pass_new(findings):
@@ -105,11 +103,11 @@ class Monitor:
     def _look_after(self, live: LiveSlice, wall: float) -> list[UseRow]:
         agent = self._agent
         if live.join_by_lock():
-            agent.changed.fire()
+            agent.touch()
         if self._ticks % DESCENDANTS_TICKS == 0:
             live.learn_descendants()
         live.reap()
-        rows = live.tick(wall)
+        rows = live.tick(wall) if live.state != "prepared" else live.tenant.read()
         if live.tenant.junk is not None:
             self._hostile(live, live.tenant.junk)
         if not live.has_root():

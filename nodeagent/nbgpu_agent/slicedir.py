@@ -220,7 +220,6 @@ class CtlFile:
         words.generation += 1
 
     def close(self) -> None:
-        """Unmap the file."""
-        del self.words
-        self._map.close()
+        """Let go of the file; it is unmapped with the last reference into it."""
+        del self.words, self._map
         os.close(self.fd)

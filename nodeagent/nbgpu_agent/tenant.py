@@ -76,8 +76,9 @@ class Tenant:
             rows = self._native.use_read(self.fd)
             self.junk = None if os.fstat(self.fd).st_size == layout.USE_SIZE else "its file has another size than it was made with"
         except OSError as error:
-            rows = []
+            # Who was seen in the slots is not forgotten for that: the slice does not end before they do.
             self.junk = "its file is no use file any more" if error.errno == errno.EBADMSG else str(error.strerror)
+            return []
         good: list[UseRow] = []
         for row in rows:
             if row.junk or row.device >= self._device_count:

@@ -88,6 +88,8 @@ class AgentProcess:
         """End it if it runs, and remove what it made."""
         if self.process is not None and self.process.poll() is None:
             self.stop()
+        if os.environ.get("NBGPU_TEST_SHOW_LOG"):
+            print(self.log.read_text())
         for directory in (self.runtime / "slices").glob("*/use"):
             subprocess.run(["umount", "-l", str(directory)], capture_output=True, check=False)
         with contextlib.suppress(FileNotFoundError):
@@ -195,4 +197,4 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
         process.wait(10)
 
 
-__all__ = ["GIB", "AgentProcess", "Tenant", "missing_libraries", "slice_client", "sleeper", "until", "usage"]
+__all__ = ["GIB", "AgentProcess", "Tenant", "missing_libraries", "sleeper", "slice_client", "until", "usage"]

@@ -1,7 +1,7 @@
 """A tenant for tests: takes a slot in a slice's `use` file by the limiter's protocol and writes what stdin says.
 
-Commands, each answered with "done": ``used BYTES``, ``context BYTES``, ``refuse BYTES BY``, ``busy NS`` (adds), ``unlock`` (drops the lock and
-lives on), ``raw OFFSET HEX``, ``truncate BYTES``, ``leave`` (frees the slot).
+Commands, each answered with "done": ``used BYTES``, ``context BYTES``, ``refuse BYTES BY``, ``busy NS`` (adds),
+``unlock`` (drops the lock and lives on), ``raw OFFSET HEX``, ``truncate BYTES``, ``leave`` (frees the slot).
 """
 
 from __future__ import annotations
