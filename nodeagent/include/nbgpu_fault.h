@@ -11,10 +11,11 @@
 extern __attribute__((visibility("hidden"))) int nbgpu_fault_armed;
 __attribute__((visibility("hidden"))) void nbgpu_fault_pass(const char *point);
 __attribute__((visibility("hidden"))) void nbgpu_fault_arm(void);
-#define NBGPU_POINT(name)                                                                                                              \
-  do {                                                                                                                                 \
-    if (__builtin_expect(nbgpu_fault_armed, 0)) nbgpu_fault_pass(name);                                                                \
-  } while (0)
+#define NBGPU_POINT(name)                                                                                                                  \
+    do {                                                                                                                                   \
+        if (__builtin_expect(nbgpu_fault_armed, 0))                                                                                        \
+            nbgpu_fault_pass(name);                                                                                                        \
+    } while (0)
 #else
 #define NBGPU_POINT(name) ((void)0)
 #define nbgpu_fault_arm() ((void)0)
@@ -32,18 +33,21 @@ static size_t fault_length;
 static long fault_left;
 
 void nbgpu_fault_arm(void) {
-  const char *wish = getenv("NBGPU_FAULT");
-  const char *colon = wish ? strrchr(wish, ':') : NULL;
-  if (!colon) return;
-  fault_point = wish;
-  fault_length = (size_t)(colon - wish);
-  fault_left = atol(colon + 1);
-  nbgpu_fault_armed = fault_left > 0;
+    const char *wish = getenv("NBGPU_FAULT");
+    const char *colon = wish ? strrchr(wish, ':') : NULL;
+    if (!colon)
+        return;
+    fault_point = wish;
+    fault_length = (size_t)(colon - wish);
+    fault_left = atol(colon + 1);
+    nbgpu_fault_armed = fault_left > 0;
 }
 
 void nbgpu_fault_pass(const char *point) {
-  if (strncmp(point, fault_point, fault_length) != 0 || point[fault_length] != 0) return;
-  if (__atomic_sub_fetch(&fault_left, 1, __ATOMIC_RELAXED) == 0) kill(getpid(), SIGKILL);
+    if (strncmp(point, fault_point, fault_length) != 0 || point[fault_length] != 0)
+        return;
+    if (__atomic_sub_fetch(&fault_left, 1, __ATOMIC_RELAXED) == 0)
+        kill(getpid(), SIGKILL);
 }
 #endif
 #endif

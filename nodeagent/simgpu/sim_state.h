@@ -22,16 +22,16 @@
 #include <sys/types.h>
 
 enum {
-  SIM_VERSION = 1,
-  SIM_DEVICES = 16,
-  SIM_CLIENTS = 512,
-  SIM_CHANNELS = 1024,
-  SIM_QUEUE = 1024,
-  SIM_BUCKETS = 64,       /* utilisation samples kept */
-  SIM_SAMPLE_MS = 167,    /* wall time of one sample, as NVML's 1/6 s */
-  SIM_REAP_MS = 10,       /* how often, at most, the dead are looked for */
-  SIM_UUID_BYTES = 48,
-  SIM_NAME_BYTES = 96,
+    SIM_VERSION = 1,
+    SIM_DEVICES = 16,
+    SIM_CLIENTS = 512,
+    SIM_CHANNELS = 1024,
+    SIM_QUEUE = 1024,
+    SIM_BUCKETS = 64,    /* utilisation samples kept */
+    SIM_SAMPLE_MS = 167, /* wall time of one sample, as NVML's 1/6 s */
+    SIM_REAP_MS = 10,    /* how often, at most, the dead are looked for */
+    SIM_UUID_BYTES = 48,
+    SIM_NAME_BYTES = 96,
 };
 #define SIM_MAGIC 0x314d49535550474eull /* "NGPUSIM1" */
 #define SIM_PAGE (2ull << 20)           /* granularity of physical memory */
@@ -44,94 +44,94 @@ enum sim_client_state { SIM_CLIENT_FREE, SIM_CLIENT_LIVE, SIM_CLIENT_DYING };
 enum sim_channel_state { SIM_CHANNEL_FREE, SIM_CHANNEL_LIVE };
 
 struct sim_entry {
-  _Atomic uint32_t state;
-  uint8_t kind, flags;
-  uint16_t stream;
-  uint64_t seq, submit_ns, left_ns, done_ns;
-  uint32_t dep_channel, dep_generation; /* SIM_WAIT: done when that entry is */
-  uint64_t dep_seq;
-  int32_t priority;
-  uint32_t reserved;
+    _Atomic uint32_t state;
+    uint8_t kind, flags;
+    uint16_t stream;
+    uint64_t seq, submit_ns, left_ns, done_ns;
+    uint32_t dep_channel, dep_generation; /* SIM_WAIT: done when that entry is */
+    uint64_t dep_seq;
+    int32_t priority;
+    uint32_t reserved;
 };
 
 struct sim_channel {
-  _Atomic uint32_t state, generation;
-  uint32_t client, device;
-  _Alignas(64) _Atomic uint64_t tail; /* written by its process: entries submitted */
-  _Atomic uint64_t multi_seq;         /* last entry whose stream differs from the one before it */
-  _Alignas(64) _Atomic uint64_t head; /* written under the device's lock: entries below are done */
+    _Atomic uint32_t state, generation;
+    uint32_t client, device;
+    _Alignas(64) _Atomic uint64_t tail; /* written by its process: entries submitted */
+    _Atomic uint64_t multi_seq;         /* last entry whose stream differs from the one before it */
+    _Alignas(64) _Atomic uint64_t head; /* written under the device's lock: entries below are done */
 };
 
 struct sim_bucket {
-  uint64_t index; /* device time / sample length */
-  uint64_t busy_ns;
+    uint64_t index; /* device time / sample length */
+    uint64_t busy_ns;
 };
 
 struct sim_client {
-  _Atomic uint32_t state;
-  uint32_t pid, uid, reserved; /* pid as the process itself sees it; for others' view ask sim_client_pid */
-  uint64_t dead_wall_ns;       /* CLOCK_MONOTONIC at which its death was seen */
-  char name[SIM_NAME_BYTES];
-  _Alignas(64) _Atomic uint64_t mem[SIM_DEVICES];    /* physical bytes held, contexts included; under the device's lock */
-  _Atomic uint32_t contexts[SIM_DEVICES];            /* live contexts */
-  _Atomic uint64_t busy_ns[SIM_DEVICES];             /* device time that its GPU kernels ran, switches left out; under the lock */
+    _Atomic uint32_t state;
+    uint32_t pid, uid, reserved; /* pid as the process itself sees it; for others' view ask sim_client_pid */
+    uint64_t dead_wall_ns;       /* CLOCK_MONOTONIC at which its death was seen */
+    char name[SIM_NAME_BYTES];
+    _Alignas(64) _Atomic uint64_t mem[SIM_DEVICES]; /* physical bytes held, contexts included; under the device's lock */
+    _Atomic uint32_t contexts[SIM_DEVICES];         /* live contexts */
+    _Atomic uint64_t busy_ns[SIM_DEVICES];          /* device time that its GPU kernels ran, switches left out; under the lock */
 };
 
 struct sim_device {
-  _Alignas(64) pthread_mutex_t lock;
-  char uuid[SIM_UUID_BYTES]; /* "GPU-…" */
-  char name[SIM_NAME_BYTES];
-  uint64_t mem_total;
-  _Atomic uint64_t mem_used; /* sum of the clients' mem */
-  _Atomic uint64_t now_ns;   /* simulated up to here */
-  uint32_t channels, current, copy_turn[2]; /* current: channel + 1 whose slice runs */
-  uint64_t slice_left_ns, switch_left_ns;
-  _Atomic uint32_t bell;   /* futex: rung when something may end sooner than predicted */
-  _Atomic uint32_t repairs; /* locks inherited from the dead */
-  uint64_t reserved[8];
-  struct sim_bucket history[SIM_BUCKETS];
-  uint16_t channel[SIM_CHANNELS];
+    _Alignas(64) pthread_mutex_t lock;
+    char uuid[SIM_UUID_BYTES]; /* "GPU-…" */
+    char name[SIM_NAME_BYTES];
+    uint64_t mem_total;
+    _Atomic uint64_t mem_used;                /* sum of the clients' mem */
+    _Atomic uint64_t now_ns;                  /* simulated up to here */
+    uint32_t channels, current, copy_turn[2]; /* current: channel + 1 whose slice runs */
+    uint64_t slice_left_ns, switch_left_ns;
+    _Atomic uint32_t bell;    /* futex: rung when something may end sooner than predicted */
+    _Atomic uint32_t repairs; /* locks inherited from the dead */
+    uint64_t reserved[8];
+    struct sim_bucket history[SIM_BUCKETS];
+    uint16_t channel[SIM_CHANNELS];
 };
 
 struct sim_machine {
-  uint64_t magic;
-  uint32_t version, devices;
-  uint64_t size, base_ns; /* CLOCK_MONOTONIC at device time 0 */
-  uint32_t time_scale, slice_us, switch_us, context_mib, teardown_ms, driver_version;
-  _Atomic uint64_t reaped_ns;
-  uint64_t reserved[32];
-  _Alignas(64) pthread_mutex_t table; /* who becomes which client or channel; taken before a device's lock */
-  struct sim_device device[SIM_DEVICES];
-  struct sim_client client[SIM_CLIENTS];
-  struct sim_channel channel[SIM_CHANNELS];
-  /* Last, because they are large: pages of the file that nobody touches take no memory. */
-  struct sim_bucket client_history[SIM_CLIENTS][SIM_DEVICES][SIM_BUCKETS];
-  struct sim_entry queue[SIM_CHANNELS][SIM_QUEUE];
+    uint64_t magic;
+    uint32_t version, devices;
+    uint64_t size, base_ns; /* CLOCK_MONOTONIC at device time 0 */
+    uint32_t time_scale, slice_us, switch_us, context_mib, teardown_ms, driver_version;
+    _Atomic uint64_t reaped_ns;
+    uint64_t reserved[32];
+    _Alignas(64) pthread_mutex_t table; /* who becomes which client or channel; taken before a device's lock */
+    struct sim_device device[SIM_DEVICES];
+    struct sim_client client[SIM_CLIENTS];
+    struct sim_channel channel[SIM_CHANNELS];
+    /* Last, because they are large: pages of the file that nobody touches take no memory. */
+    struct sim_bucket client_history[SIM_CLIENTS][SIM_DEVICES][SIM_BUCKETS];
+    struct sim_entry queue[SIM_CHANNELS][SIM_QUEUE];
 };
 
 /* The calling library's view. The descriptor is never closed: closing any descriptor of the file would drop the record lock. */
 struct sim {
-  struct sim_machine *m;
-  int fd;
-  int client; /* -1 until sim_attach */
+    struct sim_machine *m;
+    int fd;
+    int client; /* -1 until sim_attach */
 };
 
 /* sim_state.c: opening, locks, clients, memory */
 const char *sim_path(void);
-int sim_open(struct sim *sim); /* 0 or -errno; makes the file when it is missing */
+int sim_open(struct sim *sim);   /* 0 or -errno; makes the file when it is missing */
 int sim_attach(struct sim *sim); /* become a client: 0 or -errno (-EAGAIN: no slot) */
 uint64_t sim_wall_ns(void);
 void sim_lock(struct sim *sim, unsigned device);
 void sim_unlock(struct sim *sim, unsigned device);
 bool sim_mem_take(struct sim *sim, unsigned device, uint64_t bytes); /* false: the device has not that much */
 void sim_mem_give(struct sim *sim, unsigned device, uint64_t bytes);
-void sim_reap(struct sim *sim, bool now); /* find the dead, free what they held after the teardown lag */
+void sim_reap(struct sim *sim, bool now);               /* find the dead, free what they held after the teardown lag */
 int sim_channel_open(struct sim *sim, unsigned device); /* a channel's index, -1 when there is none left */
 void sim_channel_close(struct sim *sim, int channel);   /* drops its queue */
 
 /* sim_device.c: time */
 static inline uint64_t sim_device_ns(const struct sim_machine *m, uint64_t wall_ns) {
-  return wall_ns <= m->base_ns ? 0 : (wall_ns - m->base_ns) / m->time_scale;
+    return wall_ns <= m->base_ns ? 0 : (wall_ns - m->base_ns) / m->time_scale;
 }
 void sim_advance(struct sim *sim, unsigned device);        /* takes the lock, brings the device to now */
 void sim_advance_locked(struct sim *sim, unsigned device); /* the same for one who holds the lock */
@@ -142,17 +142,17 @@ void sim_sleep(struct sim_device *device, uint32_t bell_seen, uint64_t wall_dead
 
 /* sim_query.c: what NVML needs */
 struct sim_process {
-  int pid; /* as the caller's pid namespace names it; 0: not visible there */
-  int client;
-  uint32_t uid, contexts;
-  uint64_t mem_bytes;
-  char name[SIM_NAME_BYTES];
+    int pid; /* as the caller's pid namespace names it; 0: not visible there */
+    int client;
+    uint32_t uid, contexts;
+    uint64_t mem_bytes;
+    char name[SIM_NAME_BYTES];
 };
 struct sim_sample {
-  uint64_t end_wall_ns; /* CLOCK_MONOTONIC at which the sample ended */
-  uint32_t busy_percent;
+    uint64_t end_wall_ns; /* CLOCK_MONOTONIC at which the sample ended */
+    uint32_t busy_percent;
 };
-int sim_client_pid(struct sim *sim, int client); /* -1: dead or dying */
+int sim_client_pid(struct sim *sim, int client);                                       /* -1: dead or dying */
 int sim_processes(struct sim *sim, unsigned device, struct sim_process *out, int max); /* how many there are, even above max */
 uint64_t sim_mem_used(struct sim *sim, unsigned device);
 /* Device time that a client's GPU kernels have run since it attached, up to now; *now_ns is that moment in device time. */
