@@ -26,7 +26,7 @@ from nbgpu.models import (
 from . import events
 from .auth import ANY_HUB, Guard, Principal
 from .books import Entry
-from .problems import ERRORS, install_handlers
+from .problems import ERRORS, install_handlers, without_422
 from .service import Service
 
 
@@ -84,6 +84,8 @@ def create_app(service: Service, guard: Guard | None = None) -> FastAPI:
     app.state.guard = guard
     install_handlers(app)
     app.include_router(router)
+    plain = app.openapi
+    app.openapi = lambda: without_422(plain())
     return app
 
 

@@ -128,7 +128,8 @@ class PoolMachine(RuleBasedStateMachine):
         try:
             self.core.request(asked, self.now)
         except NbgpuError as error:
-            assert error.code in ("starting", "quota", "conflict", "queue-full"), error
+            if error.code not in ("starting", "quota", "conflict", "queue-full"):
+                raise
 
     @precondition(lambda self: self.requests)
     @rule(pick=st.integers(0, 1000))
@@ -332,6 +333,7 @@ class TrustsOldSnapshots(Core):
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("broken", [FreesEarly, NoRebuild, TrustsOldSnapshots])
 def test_control_a_broken_core_is_found(broken: type[Core]) -> None:
+    once = settings(QUICK, max_examples=400, print_blob=False, phases=[Phase.generate], report_multiple_bugs=False)
     machine = type("BrokenMachine", (PoolMachine,), {"make_core": staticmethod(broken)})
-    with pytest.raises((AssertionError, KeyError, ExceptionGroup)):
-        run_state_machine_as_test(machine, settings=settings(QUICK, max_examples=400, print_blob=False, phases=[Phase.generate]))
+    with pytest.raises((AssertionError, KeyError)):
+        run_state_machine_as_test(machine, settings=once)

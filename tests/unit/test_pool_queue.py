@@ -104,7 +104,7 @@ def stream_of_small_ones(fairness: Fairness, rounds: int = 300) -> int | None:
         for _ in range(2):
             pool.ask(125)
         if not running:
-            running = [key for key in pool.running]
+            running = list(pool.running)
         pool.now += 1
         pool.end(running.pop(0))
         for entry in [one for one in pool.core.books.entries.values() if one.state == GrantState.reserved]:
