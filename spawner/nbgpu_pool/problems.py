@@ -114,6 +114,8 @@ def words_for(errors: Sequence[Any]) -> NbgpuError:
 
 async def _http(_: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if error.status_code == 400:  # FastAPI's word for a body that cannot be decoded
+        return _answer(NbgpuError("The body is no JSON.", code="invalid", status=400, field="body"))
     phrase = HTTPStatus(error.status_code).phrase
     code = {404: "unknown", 405: "method"}.get(error.status_code, "http")
     body = NbgpuError(f"{phrase}: see /openapi.json for what there is.", code=code, status=error.status_code).as_json()

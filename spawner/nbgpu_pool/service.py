@@ -256,4 +256,5 @@ class Service:
 
 
 def _who(owner: Owner) -> str:
-    return f"{owner.hub}/{owner.user}/{owner.server}"
+    """Return an owner for the log: one word, whatever characters its names have."""
+    return "/".join(name.encode("unicode_escape").decode().replace(" ", "\\x20") for name in (owner.hub, owner.user, owner.server))
