@@ -232,12 +232,11 @@ def main() -> int:
     build()
     results: dict[str, Any] = {}
     print(
-        f"GPU time by shares, simulated driver (time scale {options.time_scale}, driver slice {DRIVER_SLICE_US} us, switch {DRIVER_SWITCH_US} us,"
+        f"GPU time by shares, simulated driver (time scale {options.time_scale}, driver slice {DRIVER_SLICE_US} us, "
+        f"switch {DRIVER_SWITCH_US} us, {options.windows} windows of 1 s of device time).\nBars: {BARS}."
     )
-    print(f"{options.windows} windows of 1 s of device time). Bars: {BARS}.")
-    print(
-        f"{'scenario':<18} {'kernel':>7} | {'mean error':>10} {'worst':>6} {'busy':>6} | driver alone: {'mean error':>10} {'worst':>6} {'busy':>6}"
-    )
+    columns = f"{'mean error':>10} {'worst':>6} {'busy':>6}"
+    print(f"{'scenario':<18} {'kernel':>7} | {columns} | driver alone: {columns}")
     with tempfile.TemporaryDirectory(prefix="nbgpu-bench-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
         folder = Path(name)
         machine = Machine(folder, options.time_scale)
