@@ -6,7 +6,8 @@ Each scenario runs twice in the same run: under nbgpu, and as the control with t
 true, in the simulated device: how long each process' GPU kernels ran in windows of one second of device time.
 
 Time scale N: everything the device does (GPU kernels, the driver's round-robin slices and its switches) takes N times as long, as on
-a slower GPU, so that a machine with few cores shows the policy and not its own wake-up delays. nbgpu's own constants stay as shipped.
+a slower GPU, and so do the scheduler's turns, so that a machine with few cores shows the policy and not its own wake-up delays. The
+limiter's own constants stay as shipped. ``--shipped-turns`` leaves the scheduler's too.
 A slice with two processes is part of the equal scenarios because the driver alone, fair between processes, would get them right.
 """
 
@@ -30,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "nodeagent")]
 
 from nbgpu_agent import layout  # noqa: E402
-from nbgpu_agent.native import Native, Scheduler  # noqa: E402
+from nbgpu_agent.native import Native, SchedConfig, Scheduler  # noqa: E402
 
 LIB = ROOT / "nodeagent" / "nbgpu_agent" / "_lib"
 GIB = 1024**3
@@ -160,9 +161,25 @@ def measure(machine: Machine, groups: list[list[subprocess.Popen[str]]], windows
     return out
 
 
-def run(machine: Machine, folder: Path, shares: list[Share], kernel_ns: int, limited: bool, windows: int, scale: int) -> dict[str, Any]:
-    """Run one scenario once and return its figures."""
-    scheduler = Native().scheduler() if limited else None
+def turns(scale: int) -> SchedConfig:
+    """Return the scheduler's constants, `scale` times as long as shipped."""
+    shipped_us = {
+        "min_turn_ns": 2000,
+        "period_ns": 30000,
+        "period_per_slice_ns": 7500,
+        "lag_ns": 30000,
+        "idle_grace_ns": 300,
+        "overlap_behind_ns": 1000,
+        "overlap_ns": 3000,
+    }
+    return SchedConfig(**{name: us * 1000 * scale for name, us in shipped_us.items()})
+
+
+def run(
+    machine: Machine, folder: Path, shares: list[Share], kernel_ns: int, config: SchedConfig | None, windows: int, scale: int
+) -> dict[str, Any]:
+    """Run one scenario once, with these turns or (None) with the driver alone, and return its figures."""
+    scheduler = Native().scheduler(config) if config else None
     groups: list[list[subprocess.Popen[str]]] = []
     folder.mkdir()
     try:
@@ -212,6 +229,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="kernels of 1 and 5 ms, two windows")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--time-scale", type=int, default=4, help="how many times slower the device is than the clock (default 4)")
+    parser.add_argument("--shipped-turns", action="store_true", help="do not scale the scheduler's turns")
     parser.add_argument("--windows", type=int, help="windows of one second of device time")
     parser.add_argument("--kernel-ms", help="lengths of GPU kernels, such as 1,2,5")
     parser.add_argument("--scenario", default="", help="only those whose name contains this")
@@ -229,7 +247,9 @@ def build() -> None:
 def main() -> int:
     """Run the scenarios, print a table; 1 when one misses its bar, or the control does not."""
     options = parse()
-    build()
+    config = turns(1 if options.shipped_turns else options.time_scale)
+    if not os.environ.get("NBGPU_BENCH_NO_BUILD"):  # libraries that are there already are to be measured
+        build()
     results: dict[str, Any] = {}
     print(
         f"GPU time by shares, simulated driver (time scale {options.time_scale}, driver slice {DRIVER_SLICE_US} us, "
@@ -245,8 +265,8 @@ def main() -> int:
                 continue
             for kernel_ms in options.kernel_ms:
                 kernel_ns = int(kernel_ms * 1e6 * options.time_scale)
-                ours = run(machine, folder / "run", shares, kernel_ns, True, options.windows, options.time_scale)
-                control = run(machine, folder / "run", shares, kernel_ns, False, max(1, options.windows // 2), options.time_scale)
+                ours = run(machine, folder / "run", shares, kernel_ns, config, options.windows, options.time_scale)
+                control = run(machine, folder / "run", shares, kernel_ns, None, max(1, options.windows // 2), options.time_scale)
                 results[f"{scenario}, {kernel_ms:g} ms"] = {"kernel_ms": kernel_ms, **ours, "control": {"kernel_ms": kernel_ms, **control}}
                 print(
                     f"{scenario:<18} {kernel_ms:>4g} ms | {ours['share_error_mean']:>10.2f} {ours['share_error_max']:>6.2f} "

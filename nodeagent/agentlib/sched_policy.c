@@ -57,13 +57,17 @@ static bool contested(const SchedDevice *d, int index) {
 
 /* ---- charging ------------------------------------------------------------------------------------------------------------ */
 
-static bool pays_share(const SchedSlice *s) { return s->phase == PHASE_DRAIN || (s->phase == PHASE_OPEN && (s->turn_end || s->strict)); }
+static bool pays_share(const SchedSlice *s) {
+    if (s->phase == PHASE_OUT)
+        return s->overran && s->seen.busy;
+    return s->phase == PHASE_DRAIN || s->turn_end || s->strict;
+}
 
-static void pay(SchedSlice *s, uint64_t ns) {
-    s->vt += (int64_t)(ns * WHOLE / s->weight_milli);
-    s->charged_ns += ns;
+static void pay(SchedSlice *s, uint64_t vt_ns, uint64_t bucket_ns) {
+    s->vt += (int64_t)(vt_ns * WHOLE / s->weight_milli);
+    s->charged_ns += vt_ns;
     if (s->strict)
-        s->bucket_ns -= (int64_t)ns;
+        s->bucket_ns -= (int64_t)bucket_ns;
 }
 
 static void refill(const SchedDevice *d, SchedSlice *s, uint64_t ns) {
@@ -81,8 +85,9 @@ static void rebase(SchedDevice *d) {
     d->vt_floor = 0;
 }
 
-/* Slices let in together share the time between them. What still runs after the device was handed on is paid in full by whose work it is:
- * nobody else gets cheaper time because of it. Time that nobody else wanted is free to a burst slice. */
+/* Slices let in together share the time between them: in what they owe each other, not in what a strict one may take, or somebody who never
+ * says that it is done would lend it time. What still runs after a device was handed on early (`near`) is paid in full by whose work it is.
+ * Time that nobody else wanted is free to a burst slice. */
 static void charge(SchedDevice *d, uint64_t now) {
     if (now <= d->now)
         return;
@@ -96,9 +101,9 @@ static void charge(SchedDevice *d, uint64_t now) {
         if (s->strict)
             refill(d, s, passed);
         if (pays_share(s))
-            pay(s, passed / sharing);
+            pay(s, passed / sharing, passed);
         else if (s->phase == PHASE_OUT && s->seen.busy)
-            pay(s, passed);
+            pay(s, passed, passed);
         if (is_active(s))
             s->last_active = now;
     }
@@ -190,6 +195,8 @@ void sched_observe(SchedDevice *d, int index, SchedSeen seen, uint64_t now) {
         if (s->quiet_since)
             s->quiet_since = now;
     }
+    if (!seen.busy)
+        s->overran = false;
     if (seen.busy)
         s->quiet_since = 0;
     else if (!s->quiet_since)
@@ -290,6 +297,7 @@ static bool settle_drains(SchedDevice *d) {
             s->phase = PHASE_OUT;
         } else if (d->now >= s->drain_until) {
             s->phase = PHASE_OUT;
+            s->overran = true;
             s->overruns++;
         } else {
             blocked = true;

@@ -12,6 +12,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -307,6 +309,9 @@ static void wait_bells(NbgpuSched *s, uint64_t until) {
 
 static void *run(void *self) {
     NbgpuSched *s = self;
+    prctl(PR_SET_NAME, "nbgpu-turns", 0, 0, 0);
+    prctl(PR_SET_TIMERSLACK, 1000, 0, 0, 0);
+    setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), -10); /* a GPU waits for it; where it may not, it goes on as it is */
     pthread_mutex_lock(&s->lock);
     while (!s->stop) {
         s->wakeups++;

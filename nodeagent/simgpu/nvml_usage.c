@@ -4,7 +4,6 @@
 #include "nvml_sim.h"
 
 #define NO_INSTANCE 0xffffffffu /* "not in a MIG instance" */
-#define NOT_AVAILABLE 0xffffffffffffffffull
 
 static void read_memory(unsigned index, uint64_t *total, uint64_t *used) {
     *total = nvml_sim.m->device[index].mem_total;
@@ -117,8 +116,7 @@ NVML_API nvmlReturn_t nvmlDeviceGetRunningProcessDetailList(nvmlDevice_t device,
             return NVML_ERROR_UNKNOWN;
     }
     for (unsigned i = 0; i < n && i < room; i++)
-        list->procArray[i] =
-            (nvmlProcessDetail_v1_t){(unsigned)process[i].pid, process[i].mem_bytes, NO_INSTANCE, NO_INSTANCE, NOT_AVAILABLE};
+        list->procArray[i] = (nvmlProcessDetail_v1_t){(unsigned)process[i].pid, process[i].mem_bytes, NO_INSTANCE, NO_INSTANCE, 0};
     free(process);
     list->numProcArrayEntries = n;
     return n > room ? NVML_ERROR_INSUFFICIENT_SIZE : NVML_SUCCESS;
@@ -245,12 +243,14 @@ NVML_API nvmlReturn_t nvmlDeviceGetProcessesUtilizationInfo(nvmlDevice_t device,
 /* Not NVML: the simulated machine's own truth, for benchmarks. Device time that the GPU kernels of a process ran, and when that was. */
 NVML_API nvmlReturn_t nbgpuSimProcessBusy(nvmlDevice_t device, unsigned pid, unsigned long long *busy_ns, unsigned long long *now_ns) {
     NVML_DEVICE(device, busy_ns);
-    if (!now_ns) return NVML_ERROR_INVALID_ARGUMENT;
+    if (!now_ns)
+        return NVML_ERROR_INVALID_ARGUMENT;
     unsigned n;
     struct sim_process *process = read_processes(index, &n);
     nvmlReturn_t result = NVML_ERROR_NOT_FOUND;
     for (unsigned i = 0; process && i < n && result; i++) {
-        if (process[i].pid != (int)pid) continue;
+        if (process[i].pid != (int)pid)
+            continue;
         uint64_t now;
         *busy_ns = sim_busy_ns(&nvml_sim, index, process[i].client, &now);
         *now_ns = now;

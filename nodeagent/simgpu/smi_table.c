@@ -86,9 +86,9 @@ static void print_process(unsigned device, const nvmlProcessInfo_v2_t *process) 
     smi_process_name(process->pid, name, sizeof name);
     snprintf(memory, sizeof memory, "%lluMiB", mib(process->usedGpuMemory));
     size_t length = strlen(name);
-    bool cut = length > 38;
-    printf("| %4u   N/A  N/A %10u      C   %s%-*.*s %10s |\n", device, process->pid, cut ? "..." : "", cut ? 35 : 38, cut ? 35 : 38,
-           cut ? name + length - 35 : name, memory);
+    bool cut = length > 40;
+    printf("| %4u   N/A  N/A %10u      C   %s%-*.*s %10s |\n", device, process->pid, cut ? "..." : "", cut ? 37 : 40, cut ? 37 : 40,
+           cut ? name + length - 37 : name, memory);
 }
 
 static void print_processes(void) {
