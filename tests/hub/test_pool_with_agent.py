@@ -1,0 +1,183 @@
+"""Pool and agent, both real processes, on simulated GPUs: whoever is killed, the books are those of the processes that live."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from agent_harness import AgentProcess, missing_libraries
+from test_pool_process import PoolProcess, until
+
+from nbgpu.client import AgentClient, PoolClient
+from nbgpu.errors import NbgpuError, Unavailable
+from nbgpu.models import GrantState, Owner, Request
+
+pytestmark = [pytest.mark.timeout(240), pytest.mark.skipif(bool(missing_libraries()), reason=str(missing_libraries()))]
+
+
+@pytest.fixture
+def agent(runtime: Path) -> Iterator[AgentProcess]:
+    found = AgentProcess(runtime).start()
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def pool(runtime: Path, agent: AgentProcess) -> Iterator[PoolProcess]:
+    (runtime / "pool.yaml").write_text("reservation_ttl_seconds: 3\nqueue_ttl_seconds: 4\nqueue: {per_user: 100}\n")
+    found = PoolProcess(runtime, "--config", str(runtime / "pool.yaml"))
+    found.start()
+    yield found
+    if found.process and found.process.poll() is None:
+        found.kill(15)
+
+
+class Servers(threading.Thread):
+    """One user who starts and stops servers: processes that do nothing, in slices."""
+
+    def __init__(self, number: int, runtime: Path, stop: threading.Event, seed: int):
+        super().__init__(daemon=True)
+        self.pool, self.stop, self.rng = PoolClient(runtime / "pool.sock", 10), stop, random.Random(seed)
+        self.number = number
+        self.doing = "nothing"
+        self.rounds = 0
+        self.living: dict[str, subprocess.Popen[bytes]] = {}
+        self.surprises: list[str] = []
+
+    def run(self) -> None:
+        while not self.stop.is_set():
+            try:
+                self.serve()
+            except Unavailable:
+                time.sleep(0.05)
+            except NbgpuError as error:
+                if error.status not in (404, 409, 503):
+                    self.surprises.append(f"{self.doing}: {error.status} {error.message}")
+            except Exception as error:
+                self.surprises.append(f"{self.doing}: {error!r}")
+            self.doing = "nothing"
+
+    def serve(self) -> None:
+        owner = Owner(hub="h", user=f"user-{self.number}", server=str(self.rounds))
+        asked = Request(request_id=uuid4().hex, owner=owner, compute_milli=self.rng.choice([125, 250, 333]))
+        process: subprocess.Popen[bytes] | None = None
+        try:
+            self.doing = "request"
+            grant = self.pool.acquire(asked)
+            self.doing = "wait"
+            while grant.state == GrantState.queued and not self.stop.is_set():
+                time.sleep(0.05)
+                grant = self.pool.grant(asked.request_id)
+            if grant.state != GrantState.reserved:
+                return
+            self.doing = "prepare"
+            launch = self.pool.prepare(asked.request_id, None)
+            process = subprocess.Popen(["sleep", "600"], env={**os.environ, **{key: value for key, value in launch.env.items() if value}})
+            self.doing = "bind"
+            assert self.pool.bind(asked.request_id, process.pid).state == GrantState.bound
+            self.living[asked.request_id] = process
+            self.rounds += 1
+            time.sleep(self.rng.random() * 0.3)
+            if len(self.living) > 1 or self.rng.random() < 0.7:
+                self.end(next(iter(self.living)))
+        finally:
+            if asked.request_id not in self.living:
+                self.doing = "release"
+                if process is not None:
+                    process.kill()
+                    process.wait()
+                with contextlib.suppress(NbgpuError):
+                    self.pool.cancel(asked.request_id)
+
+    def end(self, key: str) -> None:
+        process = self.living.pop(key)
+        process.kill()
+        process.wait()
+
+
+def overbooked(agent: AgentProcess) -> bool:
+    client = AgentClient(agent.runtime / "agent.sock")
+    parts = [part for one in client.slices().slices for part in one.slice.devices]
+    return any(
+        sum(part.compute_milli for part in parts if part.uuid == device.uuid) > 1000
+        or sum(part.memory_bytes for part in parts if part.uuid == device.uuid) > device.usable_bytes
+        for device in client.node().devices
+    )
+
+
+def test_a_stopped_server_is_free_at_once(pool: PoolProcess, agent: AgentProcess) -> None:
+    asked = Request(request_id=uuid4().hex, owner=Owner(hub="h", user="ada"), compute_milli=1000)
+    assert pool.client.acquire(asked).state == GrantState.reserved
+    launch = pool.client.prepare(asked.request_id, None)
+    process = subprocess.Popen(["sleep", "600"], env={**os.environ, **{key: value for key, value in launch.env.items() if value}})
+    assert pool.client.bind(asked.request_id, process.pid).state == GrantState.bound
+    pool.client.cancel(asked.request_id)
+    time.sleep(0.7)
+    assert pool.client.grant(asked.request_id).state == GrantState.releasing, "a living server keeps what it has"
+    process.kill()
+    process.wait()
+    begun = time.monotonic()
+    until(lambda: pool.client.grant(asked.request_id).state == GrantState.gone, 5)
+    took = time.monotonic() - begun
+    print(f"free after {took:.2f} s")
+    assert took < 1.0
+
+
+def test_whoever_is_killed_the_books_are_those_of_the_living(pool: PoolProcess, agent: AgentProcess) -> None:
+    seed = int(os.environ.get("NBGPU_SEED", random.SystemRandom().randrange(2**32)))
+    kills = int(os.environ.get("NBGPU_KILLS", "10"))
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    stop = threading.Event()
+    users = [Servers(number, agent.runtime, stop, seed + number) for number in range(6)]
+    for user in users:
+        user.start()
+    landed: Counter[str] = Counter()
+    try:
+        for _ in range(kills):
+            before = sum(user.rounds for user in users)
+            until(lambda before=before: sum(user.rounds for user in users) > before + 2, 30)
+            time.sleep(rng.random() * 0.3)
+            victim = rng.choice(["pool", "agent", "both"])
+            landed.update(f"{victim} while {user.doing}" for user in users if user.doing != "nothing")
+            if victim != "agent":
+                pool.kill()
+            if victim != "pool":
+                agent.kill()
+                agent.start()
+            if victim != "agent":
+                pool.start()
+            assert not overbooked(agent)
+    finally:
+        stop.set()
+        for user in users:
+            user.join(30)
+    print(f"clients were in: {dict(landed)}, servers started: {sum(user.rounds for user in users)}")
+    try:
+        assert [one for user in users for one in user.surprises] == []
+        living = {key for user in users for key in user.living}
+        assert living, "some servers run on through everything"
+
+        def agree() -> bool:
+            with contextlib.suppress(NbgpuError):
+                grants = {one.request.request_id for one in pool.client.grants() if one.state == GrantState.bound}
+                books = {key for one in pool.client.devices() for key in one.slices}
+                return grants == books == living
+            return False
+
+        until(agree, 20)
+    finally:
+        for user in users:
+            for key in list(user.living):
+                user.end(key)
+    until(lambda: not pool.client.grants(), 20)
+    assert all(one.compute_granted_milli == 0 and one.memory_granted_bytes == 0 for one in pool.client.devices())
