@@ -27,8 +27,8 @@ if not password.exists():
     with open(os.open(password, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(secrets.token_urlsafe(9) + "\n")
 
-c.JupyterHub.authenticator_class = "dummy"
-c.DummyAuthenticator.password = password.read_text().strip()
+c.JupyterHub.authenticator_class = "shared-password"
+c.SharedPasswordAuthenticator.user_password = password.read_text().strip()
 c.Authenticator.allow_all = True
 c.Authenticator.username_pattern = r"[a-z][a-z0-9_.-]{0,31}"  # a name becomes a folder
 

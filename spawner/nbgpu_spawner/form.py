@@ -28,7 +28,7 @@ RowState = Literal["always", "free", "wait", "forbidden", "impossible", "unknown
 MARKS: Mapping[str, str] = {
     "always": "\u2713",
     "free": "\u2713",
-    "wait": "\u29d6",
+    "wait": "\u2026",
     "forbidden": "\u2715",
     "impossible": "\u2715",
     "unknown": "?",

@@ -49,7 +49,7 @@ def with_slice(pod: V1Pod, grant: Grant | None, *, provisioner: bool = False) ->
     if grant is None:
         return pod
     request = grant.request
-    notebook = next(container for container in pod.spec.containers if container.name == NOTEBOOK)
+    notebook = next(container for container in pod.spec.containers if _name_of(container) == NOTEBOOK)
     if notebook.resources is None:
         notebook.resources = V1ResourceRequirements()
     notebook.resources.claims = [*(notebook.resources.claims or []), CoreV1ResourceClaim(name=CLAIM_IN_POD)]
@@ -67,8 +67,18 @@ def with_slice(pod: V1Pod, grant: Grant | None, *, provisioner: bool = False) ->
 
 
 def _set_env(container: Any, name: str, value: str) -> None:
-    others = [variable for variable in container.env or [] if variable.name != name]
-    container.env = [*others, V1EnvVar(name=name, value=value)]
+    """Set a variable of a container; what an admin wrote in plain dicts KubeSpawner leaves as dicts, in part or whole."""
+    plain = isinstance(container, dict)
+    env = (container.get("env") if plain else container.env) or []
+    env = [*(variable for variable in env if _name_of(variable) != name), V1EnvVar(name=name, value=value)]
+    if plain:
+        container["env"] = env
+    else:
+        container.env = env
+
+
+def _name_of(item: Any) -> str:
+    return item["name"] if isinstance(item, dict) else item.name
 
 
 if TYPE_CHECKING:

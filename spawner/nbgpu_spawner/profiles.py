@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from nbgpu.errors import InvalidValue
+from nbgpu.errors import InvalidValue, NbgpuError
 
 from .options import FIELDS, Wish, wish_from
 
@@ -83,7 +83,7 @@ def check_keys(profile: Profile | None, options: Mapping[str, Any], others_allow
 
     Raises
     ------
-    InvalidValue
+    NbgpuError
         Names the first such key and those allowed.
     """
     allowed = ["profile"]
@@ -93,7 +93,8 @@ def check_keys(profile: Profile | None, options: Mapping[str, Any], others_allow
         allowed += FIELDS
     for key in options:
         if key not in allowed and (not others_allowed or str(key).startswith("gpu_")):
-            raise InvalidValue("user_options", key, "made of " + ", ".join(allowed))
+            message = f"user_options has {str(key)[:60]!r}, which nothing reads here; it may have {', '.join(allowed)}."
+            raise NbgpuError(message, code="invalid", status=400, field="user_options")
 
 
 def overrides(profile: Profile | None, options: Mapping[str, Any]) -> list[dict[str, Any]]:

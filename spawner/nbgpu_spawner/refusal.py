@@ -33,7 +33,7 @@ class GPURefusal(_Base):  # pyright: ignore[reportGeneralTypeIssues]
 
     def __init__(self, message: str, *, reason: str, status_code: int = 503):
         if HUB_COUNTS_REFUSALS:
-            super().__init__(status_code, message.replace("%", "%%"), reason=reason)
+            super().__init__(status_code, message, reason=reason)
         else:
             super().__init__(message, reason=reason, status_code=status_code)  # pyright: ignore
         # both hubs show these two to people in preference to str(error)

@@ -30,8 +30,8 @@ def python(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def place() -> Iterator[Path]:
-    """A directory with a short path, for sockets."""
+def place(python: str) -> Iterator[Path]:
+    """A directory with a short path, for sockets; one for each Python, as hubs do not share databases."""
     with tempfile.TemporaryDirectory(prefix="nbgpu-hub-", dir="/tmp") as name:
         yield Path(name)
 

@@ -1,0 +1,209 @@
+"""The pod that carries a slice: whole JSON, and the class's order of calls."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("kubespawner")
+
+from kubernetes_asyncio.client import ApiClient
+from kubespawner.objects import make_pod
+from traitlets.config import Config
+
+from nbgpu.errors import Unavailable
+from nbgpu.models import Grant, GrantState, Owner, Request, Slice, SliceDevice
+from nbgpu_spawner.kube import KubeGPUSpawner, claim_name, with_slice
+
+REQUEST_ID = "0123456789abcdef0123456789abcdef"
+OWNER = Owner(hub="h", user="Ada L.", server="two")
+
+
+def granted() -> Grant:
+    request = Request(request_id=REQUEST_ID, owner=OWNER, compute_milli=250)
+    part = SliceDevice(uuid="GPU-1", index=0, model="H100", memory_bytes=2**30, compute_milli=250)
+    return Grant(
+        request=request, state=GrantState.bound, slice=Slice(slice_id=REQUEST_ID, owner=OWNER, node="n", mode="burst", devices=[part])
+    )
+
+
+def pod(**changes: Any) -> Any:
+    plain: dict[str, Any] = dict(name="jupyter-ada", image="img", image_pull_policy="IfNotPresent", cmd=["start"], port=8888)
+    return make_pod(**{**plain, **changes})
+
+
+def as_json(made: Any) -> Any:
+    async def convert() -> Any:
+        async with ApiClient() as client:
+            return client.sanitize_for_serialization(made)
+
+    return asyncio.run(convert())
+
+
+def test_a_pod_with_a_slice() -> None:
+    plain = pod(env={"NVIDIA_VISIBLE_DEVICES": "all", "A": "1"}, labels={"l": "1"}, annotations={"a": "1"}, mem_limit=1000)
+    before = as_json(plain)
+    assert as_json(with_slice(plain, granted(), provisioner=True)) == {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "name": "jupyter-ada",
+            "labels": {"l": "1", "nbgpu.io/slice": REQUEST_ID},
+            "annotations": {
+                "a": "1",
+                "nbgpu.io/request-id": REQUEST_ID,
+                "nbgpu.io/owner": '{"hub": "h", "server": "two", "user": "Ada L."}',
+            },
+        },
+        "spec": {
+            "automountServiceAccountToken": False,
+            "containers": [
+                {
+                    "name": "notebook",
+                    "image": "img",
+                    "imagePullPolicy": "IfNotPresent",
+                    "args": ["start"],
+                    "ports": [{"name": "notebook-port", "containerPort": 8888}],
+                    "env": [
+                        {"name": "A", "value": "1"},
+                        {"name": "NVIDIA_VISIBLE_DEVICES", "value": "void"},
+                        {"name": "JUPYTER_DEFAULT_PROVISIONER_NAME", "value": "nbgpu-provisioner"},
+                    ],
+                    "resources": {"limits": {"memory": 1000}, "requests": {}, "claims": [{"name": "nbgpu"}]},
+                    "securityContext": {"allowPrivilegeEscalation": False},
+                    "volumeMounts": [],
+                }
+            ],
+            "resourceClaims": [{"name": "nbgpu", "resourceClaimName": f"nbgpu-{REQUEST_ID}"}],
+            "restartPolicy": "OnFailure",
+            "volumes": [],
+        },
+    }
+    assert as_json(plain) == before, "the pod that KubeSpawner made is not changed"
+
+
+def test_a_pod_without_a_gpu_sees_none() -> None:
+    others = [{"name": "side", "image": "cuda", "env": [{"name": "NVIDIA_VISIBLE_DEVICES", "value": "all"}]}]
+    plain = pod(extra_containers=others, init_containers=[{"name": "first", "image": "cuda"}])
+    made, before = as_json(with_slice(plain, None)), as_json(plain)
+    void = [{"name": "NVIDIA_VISIBLE_DEVICES", "value": "void"}]
+    spec = made["spec"]
+    assert [container["env"] for container in [*spec["containers"], *spec["initContainers"]]] == [void, void, void]
+    for document in (made, before):
+        for container in [*document["spec"]["containers"], *document["spec"]["initContainers"]]:
+            container.pop("env", None)
+    assert made == before, "nothing else is different"
+
+
+def test_claims_of_the_admin_stay() -> None:
+    more = {"resourceClaims": [{"name": "nic", "resourceClaimName": "nic-1"}]}
+    made = as_json(with_slice(pod(extra_pod_config=more), granted()))
+    assert [claim["name"] for claim in made["spec"]["resourceClaims"]] == ["nic", "nbgpu"]
+
+
+def test_a_claim_is_a_dns_label() -> None:
+    assert len(claim_name(REQUEST_ID)) <= 63
+
+
+class FakePool:
+    """Notes what it is asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.broken: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls.append(name)
+            if name in self.broken:
+                raise Unavailable("It is away.", code="away")
+            return granted() if name in ("acquire", "grant", "bind") else []
+
+        return call
+
+
+def spawner(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, FakePool]:
+    monkeypatch.setenv("POD_NAMESPACE", "default")
+    monkeypatch.setattr("kubespawner.spawner.load_config", lambda **_: None)
+    monkeypatch.setattr("kubespawner.spawner.shared_client", lambda _: None)
+    fake = FakePool()
+    monkeypatch.setattr(KubeGPUSpawner, "pool", fake)
+    user = SimpleNamespace(name="ada", id=1, groups=[], settings={}, escaped_name="ada", url="/user/ada", server=None)
+    listed = [{"display_name": "A quarter", "kubespawner_override": {"gpu_fraction": 0.25}}, {"display_name": "Own", "gpu_custom": True}]
+    config = Config({"KubeSpawner": {"profile_list": listed, "start_timeout": 300}, "GPUSliceMixin": {"gpu_wait_timeout": 10}})
+    made = KubeGPUSpawner(_mock=True, config=config)
+    made.user = user
+    made.hub = SimpleNamespace(public_host="", base_url="/hub/", api_url="http://h/api", url="http://h")
+    made.orm_spawner = None
+    monkeypatch.setattr(KubeGPUSpawner, "name", "")
+    monkeypatch.setattr(made, "get_env", dict)
+    monkeypatch.setattr(made, "get_args", list)
+    return made, fake
+
+
+def test_manifest_acquires_once_and_binds(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def go() -> None:
+        made, fake = spawner(monkeypatch)
+        made.user_options = {"profile": "a-quarter"}
+        await made.load_user_options()
+        assert made.gpu_fraction == 0.25
+        first = await made.get_pod_manifest()
+        again = await made.get_pod_manifest()  # the create was answered with a conflict
+        assert first.spec.resource_claims == again.spec.resource_claims
+        assert first.metadata.annotations["nbgpu.io/request-id"] == REQUEST_ID
+        assert [call for call in fake.calls if call != "devices"] == ["release_owner", "acquire", "bind", "bind"]
+        await made.run_post_stop_hook()
+        assert fake.calls[-1] == "release"
+        await made.run_post_stop_hook()
+        assert fake.calls.count("release") == 1
+
+    asyncio.run(go())
+
+
+def test_custom_choice_without_gpu_asks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def go() -> None:
+        made, fake = spawner(monkeypatch)
+        manifest = await made.get_pod_manifest()
+        assert manifest.spec.resource_claims is None
+        assert fake.calls == []
+        made.user_options = {"profile": "own", "gpu_memory": "2 GiB"}
+        await made.load_user_options()
+        assert made.gpu_memory == "2 GiB"
+
+    asyncio.run(go())
+
+
+def test_bind_that_fails_gives_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def go() -> None:
+        made, fake = spawner(monkeypatch)
+        fake.broken.add("bind")
+        made.gpu_fraction = 0.25
+        with pytest.raises(Exception, match="It is away"):
+            await made.get_pod_manifest()
+        assert fake.calls[-1] == "release"
+        assert made.consecutive_failure_limit == 0
+
+    asyncio.run(go())
+
+
+def test_hub_killed_before_it_saved_finds_the_request_in_the_pod(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def go() -> None:
+        made, fake = spawner(monkeypatch)
+        carried = {"metadata": {"annotations": {"nbgpu.io/request-id": REQUEST_ID}}, "status": {"phase": "Pending"}}
+        reflector = SimpleNamespace(pods={f"{made.namespace}/{made.pod_name}": carried})
+        monkeypatch.setattr(KubeGPUSpawner, "pod_reflector", reflector)
+
+        async def nothing() -> None:
+            pass
+
+        monkeypatch.setattr(made, "_start_watching_pods", nothing)
+        assert await made.poll() is None
+        assert fake.calls == [], "poll never waits on the pool"
+        assert made.get_state()["gpu_request_id"] == REQUEST_ID
+        await made.run_post_stop_hook()
+        assert fake.calls == ["release"]
+
+    asyncio.run(go())

@@ -1,0 +1,227 @@
+"""What may be asked for, profiles, and the words around them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nbgpu.errors import InvalidValue, NbgpuError
+from nbgpu.models import Availability, Device, DeviceBooks, Grant, GrantState, Owner, Request
+from nbgpu.quantities import GIB
+from nbgpu_spawner import form, profiles, waiting
+from nbgpu_spawner.options import check_against, wish_from
+
+OWNER = Owner(hub="h", user="ada")
+
+
+def device(node: str = "a", model: str = "H100", memory_gib: int = 80, index: int = 0) -> Device:
+    return Device(uuid=f"{node}{index}", index=index, model=model, node=node, memory_bytes=memory_gib * GIB, reserve_bytes=2 * GIB)
+
+
+def test_no_amount_is_no_gpu() -> None:
+    assert wish_from({}) is None
+    assert wish_from({"gpu_fraction": None, "gpu_count": 2, "gpu_mode": "strict"}) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "shape"),
+    [
+        ({"gpu_fraction": "1/3"}, (333, 333, None, 1)),
+        ({"gpu_memory": "20 GiB"}, (None, None, 20 * GIB, 1)),
+        ({"gpu_fraction": 0.5, "gpu_memory": "20 GiB"}, (500, None, 20 * GIB, 1)),
+        ({"gpu_fraction": 0.5, "gpu_compute": "25%"}, (250, 500, None, 1)),
+        ({"gpu_compute": 0.1, "gpu_count": "2"}, (100, None, None, 2)),
+    ],
+)
+def test_amounts(values: dict[str, Any], shape: tuple[int | None, int | None, int | None, int]) -> None:
+    wish = wish_from(values)
+    assert wish is not None
+    assert (wish.shape.compute_milli, wish.shape.memory_milli, wish.shape.memory_bytes, wish.shape.device_count) == shape
+    request = wish.request("a" * 32, OWNER, ["g"])
+    assert (request.compute_milli, request.memory_milli, request.memory_bytes, request.device_count) == shape
+
+
+def test_a_pool_of_different_nodes() -> None:
+    pool = [device("a", index=0), device("a", index=1), device("b", "A100", 40)]
+
+    def refused(values: dict[str, Any]) -> str:
+        wish = wish_from(values)
+        assert wish is not None
+        with pytest.raises(InvalidValue) as caught:
+            check_against(wish, pool)
+        return caught.value.message
+
+    assert refused({"gpu_memory": "79 GiB"}) == "gpu_memory is '79 GiB'; it must be at most 78 GiB, what one GPU has."
+    assert "at most 38 GiB" in refused({"gpu_memory": "50 GiB", "gpu_model": "A100"})
+    assert "one of A100, H100" in refused({"gpu_fraction": 1, "gpu_model": "T4"})
+    assert "from 1 to 2" in refused({"gpu_fraction": 1, "gpu_count": 3})
+    assert refused({"gpu_fraction": 1, "gpu_model": "A100", "gpu_count": 2}) == "gpu_count is 2; it must be 1, the GPUs of one machine."
+    fits = wish_from({"gpu_memory": "50 GiB", "gpu_count": 2})
+    assert fits is not None
+    check_against(fits, pool)
+    check_against(fits, [])  # a pool that still rebuilds: nothing is known
+
+
+def test_profiles_are_completed() -> None:
+    plain = [{"display_name": "A  big one!"}, {"display_name": "B", "default": True}, {"display_name": "C", "default": True}]
+    found = profiles.initialise(plain)
+    assert [profile["slug"] for profile in found] == ["a-big-one", "b", "c"]
+    assert [profile["default"] for profile in found] == [False, True, False]
+    assert "slug" not in plain[0], "the admin's own list is not changed"
+    assert profiles.initialise(None) == []
+    assert [p["display_name"] for p in profiles.initialise({"2": {"display_name": "x"}, "1": {"display_name": "y"}})] == ["y", "x"]
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {
+        "display_name": "Pick",
+        "kubespawner_override": {"gpu_fraction": 0.5, "mem_limit": "4G"},
+        "profile_options": {
+            "mode": {
+                "display_name": "Mode",
+                "choices": {
+                    "b": {"display_name": "burst", "kubespawner_override": {"gpu_mode": "burst"}},
+                    "s": {"display_name": "strict", "default": True, "kubespawner_override": {"gpu_mode": "strict"}},
+                },
+            },
+            "image": {
+                "choices": {"x": {"display_name": "x", "kubespawner_override": {"image": "x"}}},
+                "unlisted_choice": {
+                    "enabled": True,
+                    "validation_regex": "^[a-z{}.]+$",
+                    "kubespawner_override": {"image": "reg/{value}", "environment": {"I": ["{value}"]}},
+                },
+            },
+        },
+    }
+]
+
+
+def test_overrides_in_order_of_the_options() -> None:
+    (profile,) = profiles.initialise(OPTIONS)
+    assert profiles.overrides(profile, {}) == [{"gpu_fraction": 0.5, "mem_limit": "4G"}, {"gpu_mode": "strict"}, {"image": "x"}]
+    chosen = profiles.overrides(profile, {"mode": "b", "image--unlisted-choice": "{user.name}"})
+    assert chosen[1:] == [{"gpu_mode": "burst"}, {"image": "reg/{user.name}", "environment": {"I": ["{user.name}"]}}], (
+        "text, not a template"
+    )
+    wish = profiles.wish_of(profile, {"mode": "b"}, {"gpu_fraction": None, "gpu_count": 2})
+    assert wish is not None
+    assert (wish.mode, wish.shape.device_count, wish.shape.memory_milli) == ("burst", 2, 500)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mode": "turbo"}, "mode is 'turbo'; it must be one of b, s."),
+        ({"mode": ["b"]}, "mode is ['b']; it must be one of b, s."),
+        ({"image--unlisted-choice": "UP"}, "image is 'UP'; it must be text that matches ^[a-z{}.]+$."),
+        ({"mode--unlisted-choice": "x"}, "mode is 'x'; it must be one of b, s."),
+    ],
+)
+def test_choices_that_do_not_exist(options: dict[str, Any], words: str) -> None:
+    (profile,) = profiles.initialise(OPTIONS)
+    profiles.check_keys(profile, options, others_allowed=False)
+    with pytest.raises(InvalidValue) as caught:
+        profiles.overrides(profile, options)
+    assert caught.value.message == words
+
+
+def test_keys_that_nobody_reads() -> None:
+    found = profiles.initialise(profiles.default_profiles())
+    half, custom = found[3], found[5]
+    profiles.check_keys(custom, {"profile": "custom", "gpu_fraction": 1}, others_allowed=False)
+    profiles.check_keys(half, {"profile": "half", "image": "x"}, others_allowed=True)
+    for options in ({"image": "x"}, {"gpu_fraction": 1}):
+        with pytest.raises(NbgpuError, match="which nothing reads here"):
+            profiles.check_keys(half, options, others_allowed=False)
+    with pytest.raises(NbgpuError):
+        profiles.check_keys(half, {"gpu_fraction": 1}, others_allowed=True)
+
+
+def test_fields_without_a_profile_are_the_custom_choice() -> None:
+    found = profiles.initialise(profiles.default_profiles())
+    assert profiles.selected(found, {"gpu_fraction": 1})["slug"] == "custom"  # pyright: ignore
+    assert profiles.selected(found, {})["slug"] == "cpu"  # pyright: ignore
+    with pytest.raises(InvalidValue):
+        profiles.custom_fields(found[5], {"gpu_mode": "strict"})
+
+
+def test_form_fields_become_options() -> None:
+    fields = {"profile": ["custom"], "profile-option-custom--gpu_fraction": ["1/3"], "profile-option-custom--gpu_memory": [""], "x": ["y"]}
+    assert profiles.options_from_form(fields) == {"profile": "custom", "gpu_fraction": "1/3"}
+    assert profiles.options_from_form({"gpu_fraction": ["1/4"]}) == {"gpu_fraction": "1/4"}
+    assert profiles.options_from_form({}) == {}
+
+
+def state(**changes: Any) -> form.StartState:
+    found = profiles.initialise(changes.pop("profile_list", profiles.default_profiles()))
+    wishes = [None if p.get("gpu_custom") else profiles.wish_of(p, {}, {}) for p in found]
+    books = [DeviceBooks(device=device(), memory_granted_bytes=39 * GIB, compute_granted_milli=500, slices=[])]
+    answer = Availability(state="free", reason="free now", memory={"H100": 19 * GIB}, compute_milli={"H100": 250})
+    answers = changes.pop("answers", [answer] * 4)
+    return form.start_state(found, wishes, changes.pop("books", books), answers, **changes)
+
+
+def test_rows_say_what_and_whether() -> None:
+    rows = state().rows
+    assert rows[0].status == "Always available"
+    assert (rows[2].what, rows[2].status) == ("19 GiB, at least a quarter of the GPU's time", "Free now")
+    assert rows[5].status == "The most that is free on one GPU now: 39 GiB and half of its time"
+    away = state(answers=None, books=[], problem="away")
+    assert {row.state for row in away.rows[1:5]} == {"unknown"}
+    assert away.rows[2].what == "a quarter of its memory, at least a quarter of the GPU's time"
+    assert not any(row.disabled for row in away.rows), "CPU only and a second try stay possible"
+
+
+def test_several_models_are_told_apart() -> None:
+    answer = Availability(state="free", reason="", memory={"H100": 39 * GIB, "A100": 19 * GIB}, compute_milli={"H100": 500, "A100": 500})
+    wish = wish_from({"gpu_fraction": 0.5, "gpu_mode": "strict", "gpu_count": 2})
+    assert wish is not None
+    assert form.describe(wish, answer) == "19 GiB (A100) or 39 GiB (H100), exactly half of the GPU's time; on each of 2 GPUs"
+
+
+def test_everything_on_the_page_is_escaped() -> None:
+    evil = "<script>alert(1)</script>\"'>"
+    listed = [
+        {
+            "display_name": evil,
+            "slug": evil,
+            "description": evil,
+            "profile_options": {evil: {"display_name": evil, "choices": {evil: {"display_name": evil}}}},
+        }
+    ]
+    page = form.render(state(profile_list=listed, answers=[], problem=evil), {"profile": evil, "gpu_fraction": evil}, evil)
+    assert "<script>alert" not in page
+    assert page.count("&lt;script&gt;alert") >= 8
+    custom = form.render(state(problem=evil), {"profile": "custom", "gpu_fraction": evil}, evil)
+    assert "<script>alert" not in custom
+    assert 'value="&lt;script&gt;' in custom
+
+
+def test_one_profile_is_always_checked() -> None:
+    for typed in ({}, {"profile": "gone"}, {"profile": ["x"]}, {"gpu_fraction": "1"}, {"profile": "half"}):
+        page = " ".join(form.render(state(), typed, "/x").split())  # pyright: ignore
+        assert page.count("checked>") == 1, typed
+
+
+def test_the_words_of_the_queue() -> None:
+    wish = wish_from({"gpu_fraction": 0.25})
+    assert wish is not None
+    request = Request(request_id="a" * 32, owner=OWNER, compute_milli=250)
+    grant = Grant(request=request, state=GrantState.queued, position=3, wait_seconds=240, reason="<2 people> are before you.")
+    text, html = waiting.in_line(wish, grant, '/leave?a="b"')
+    assert text == "Waiting for a quarter of a GPU: 3rd in line, about 4 minutes. <2 people> are before you."
+    assert "&lt;2 people&gt;" in html
+    assert "<2 people>" not in html
+    assert 'action="/leave?a=&quot;b&quot;"' in html
+    assert [waiting.ordinal(n) for n in (1, 2, 3, 4, 11, 12, 13, 21, 112)] == "1st 2nd 3rd 4th 11th 12th 13th 21st 112th".split()
+    spans = [waiting.about(s) for s in (None, 10, 60, 90, 5400, 7200)]
+    assert spans == [
+        "nobody can say yet how long",
+        "less than a minute",
+        "about 1 minute",
+        "about 2 minutes",
+        "about 2 hours",
+        "about 2 hours",
+    ]
