@@ -97,8 +97,8 @@ def wait_until(done: Callable[[], bool], seconds: float) -> bool:
 
 def end(hub: subprocess.Popen[bytes]) -> None:
     """End the hub and whatever it started: asked first, then told."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     print("\nStopping: servers, kernels, pool, agent and hub ...", flush=True)
     if hub.poll() is None:
         hub.terminate()
@@ -136,6 +136,7 @@ def gpus(node: Node) -> str:
 def say(url: str, log: Path) -> None:
     """Print where it is, how to log in, which GPUs it has."""
     runtime = runtime_dir()
+    named = f"NBGPU_RUNTIME_DIR={runtime} " if os.environ.get("NBGPU_RUNTIME_DIR") else ""
     node = AgentClient(runtime / AGENT_SOCKET).node()
     password = runtime / "login-password"
     word = password.read_text().strip() if password.is_file() else ""
@@ -143,7 +144,7 @@ def say(url: str, log: Path) -> None:
         f"\n  nbgpu is ready:  {url}\n"
         f"  Log in:          any name, such as ada or grace; password: {word or '(see ' + str(log) + ')'}\n"
         f"  GPUs:            {gpus(node)}\n"
-        f"  In a terminal:   .venv/bin/nbgpu status\n"
+        f"  In a terminal:   {named}.venv/bin/nbgpu status\n"
         f"  Log:             {log.relative_to(ROOT)}\n"
         f"  Stop:            Ctrl-C\n",
         flush=True,
@@ -237,7 +238,8 @@ def main() -> int:
     options.add_argument("--port", type=int, default=8000, help="where JupyterHub listens on 127.0.0.1 (default: 8000)")
     port = options.parse_args().port
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # SIGINT too: it is ignored where a script started us with "&"
+        signal.signal(number, signal.default_int_handler)
     WORK.mkdir(exist_ok=True)
     log = WORK / "hub.log"
     hub = None

@@ -363,7 +363,8 @@ def execute(plan: list[Step]) -> None:
         if time.monotonic() - told >= TELL_EVERY_SECONDS:
             told = time.monotonic()
             busy = [f"{step.name} ({progress(step)})" for step in due.values() if step.state == "runs"]
-            print(f"  [{told - started:3.0f} s] {'; '.join(busy)}", flush=True)
+            if busy:
+                print(f"  [{told - started:3.0f} s] {'; '.join(busy)}", flush=True)
     for thread in threads:
         thread.join(timeout=10)
     if failures:
