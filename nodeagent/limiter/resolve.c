@@ -221,15 +221,15 @@ static void *replace(void *found, const char *symbol, int version, uint64_t flag
 }
 
 CUresult cuGetProcAddress(const char *symbol, void **function, int version, uint64_t flags) {
-  ENTER_CUDA(cuGetProcAddress, symbol, function, version, flags);
+  if (!nbgpu_prepare(F_cuGetProcAddress)) return CUDA_ERROR_NOT_FOUND;
   CUresult result = REAL(cuGetProcAddress)(symbol, function, version, flags);
-  if (result == CUDA_SUCCESS && function) *function = replace(*function, symbol, version, flags);
+  if (result == CUDA_SUCCESS && function && nbgpu_attach() != SLICE_NONE) *function = replace(*function, symbol, version, flags);
   return result;
 }
 
 CUresult cuGetProcAddress_v2(const char *symbol, void **function, int version, uint64_t flags, int *status) {
-  ENTER_CUDA(cuGetProcAddress_v2, symbol, function, version, flags, status);
+  if (!nbgpu_prepare(F_cuGetProcAddress_v2)) return CUDA_ERROR_NOT_FOUND;
   CUresult result = REAL(cuGetProcAddress_v2)(symbol, function, version, flags, status);
-  if (result == CUDA_SUCCESS && function) *function = replace(*function, symbol, version, flags);
+  if (result == CUDA_SUCCESS && function && nbgpu_attach() != SLICE_NONE) *function = replace(*function, symbol, version, flags);
   return result;
 }
