@@ -1,0 +1,31 @@
+"""Fixtures of the limiter's tests."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from limiter_slice import SliceFiles  # noqa: E402
+
+
+@pytest.fixture
+def make_slice() -> Iterator[Callable[..., SliceFiles]]:
+    """Make slices' files in memory, gone after the test."""
+    base = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="nbgpu-test-slice-", dir=base) as folder:
+        made: list[SliceFiles] = []
+
+        def make(**options: Any) -> SliceFiles:
+            made.append(SliceFiles(Path(folder) / str(len(made)), **options))
+            return made[-1]
+
+        yield make
+        for files in made:
+            files.close()
