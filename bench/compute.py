@@ -8,7 +8,7 @@ true, in the simulated device: how long each process' GPU kernels ran in windows
 Time scale N: everything the device does (GPU kernels, the driver's round-robin slices and its switches) takes N times as long, as on
 a slower GPU, and so do the scheduler's turns, so that a machine with few cores shows the policy and not its own wake-up delays. The
 limiter's own constants stay as shipped. ``--shipped-turns`` leaves the scheduler's too.
-A slice with two processes is part of the equal scenarios because the driver alone, fair between processes, would get them right.
+The driver alone is fair between processes, so equal scenarios also come with two processes in the first slice ("2 : 1", and 8 x 12.5).
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Share:
 
 
 SCENARIOS: dict[str, list[Share]] = {
-    "50/50": [Share(500, processes=2), Share(500)],
+    "50/50": [Share(500), Share(500)],
+    "50/50, 2 : 1": [Share(500, processes=2), Share(500)],
     "75/25": [Share(750), Share(250)],
     "8 x 12.5": [Share(125, processes=2), *[Share(125)] * 7],
     "strict 30 alone": [Share(300, strict=True)],
@@ -248,8 +249,7 @@ def main() -> int:
     """Run the scenarios, print a table; 1 when one misses its bar, or the control does not."""
     options = parse()
     config = turns(1 if options.shipped_turns else options.time_scale)
-    if not os.environ.get("NBGPU_BENCH_NO_BUILD"):  # libraries that are there already are to be measured
-        build()
+    build()
     results: dict[str, Any] = {}
     print(
         f"GPU time by shares, simulated driver (time scale {options.time_scale}, driver slice {DRIVER_SLICE_US} us, "

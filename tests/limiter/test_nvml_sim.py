@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 SIM = ROOT / "nodeagent" / "nbgpu_agent" / "_lib" / "sim"
 MIB = 1024**2
 
-# A process with a context, memory and, with `launch`, work on device 0; says when it is ready, ends when its stdin does.
+# A process with a context, memory and GPU kernels of 5 ms without a pause on device 0; says when it is ready.
 CLIENT = """
 import ctypes as c, sys
 cuda = c.CDLL("libcuda.so.1")
@@ -27,8 +27,14 @@ context, address = c.c_void_p(), c.c_uint64()
 ok(cuda.cuDevicePrimaryCtxRetain(c.byref(context), 0))
 ok(cuda.cuCtxSetCurrent(context))
 ok(cuda.cuMemAlloc_v2(c.byref(address), c.c_size_t(1 << 30)))
+ptx = b".version 8.0\\n.target sm_90\\n.address_size 64\\n.visible .entry work_5ms()\\n{\\n ret;\\n}\\n\\0"
+module, function = c.c_void_p(), c.c_void_p()
+ok(cuda.cuModuleLoadData(c.byref(module), ptx))
+ok(cuda.cuModuleGetFunction(c.byref(function), module, b"work_5ms"))
 print("ready", flush=True)
-sys.stdin.read()
+while True:
+    for _ in range(20): ok(cuda.cuLaunchKernel(function, 1, 1, 1, 1, 1, 1, 0, None, None, None))
+    ok(cuda.cuCtxSynchronize())
 """
 
 
@@ -68,9 +74,7 @@ def smi(env: dict[str, str], *arguments: str, status: int = 0) -> str:
 
 @pytest.fixture
 def client(env: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """A process that holds 1 GiB of device 0."""
-    if not (SIM / "libcuda.so.1").exists():
-        pytest.skip("this tree has no simulated libcuda.so.1")
+    """A process that holds 1 GiB of device 0 and keeps it busy."""
     process = subprocess.Popen([sys.executable, "-c", CLIENT], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -160,6 +164,36 @@ out["name"] = n.nvmlSystemGetProcessName(out["v3_list"][0][0])
         assert out[name] == [[client.pid, used]]
     assert (out["graphics"], out["mps"], out["other"]) == ([], [], [])
     assert "python" in out["name"]
+
+
+def test_utilisation_is_sampled_and_says_whose(env: dict[str, str], client: subprocess.Popen[str]) -> None:
+    out = ask(
+        env,
+        """
+import time
+h = n.nvmlDeviceGetHandleByIndex(0)
+since = int(time.time() * 1e6)
+deadline = time.monotonic() + 10
+while time.monotonic() < deadline and n.nvmlDeviceGetUtilizationRates(h).gpu < 90: time.sleep(0.05)
+time.sleep(0.5)
+out["gpu"] = n.nvmlDeviceGetUtilizationRates(h).gpu
+out["other"] = n.nvmlDeviceGetUtilizationRates(n.nvmlDeviceGetHandleByIndex(1)).gpu
+out["processes"] = [[p.pid, p.smUtil, p.timeStamp > since] for p in n.nvmlDeviceGetProcessUtilization(h, since)]
+out["info"] = [[p.pid, p.smUtil] for p in n.nvmlDeviceGetProcessesUtilizationInfo(h, since)]
+kind, samples = n.nvmlDeviceGetSamples(h, n.NVML_GPU_UTILIZATION_SAMPLES, since)
+out["samples"] = [kind, len(samples), samples[-1].sampleValue.uiVal, samples[0].timeStamp <= samples[-1].timeStamp]
+""",
+    )
+    assert out["gpu"] >= 90
+    assert out["other"] == 0
+    assert out["processes"][0][0] == client.pid
+    assert out["processes"][0][1] > 40
+    assert out["processes"][0][2], "stamped on the clock of the caller"
+    assert out["info"][0][0] == client.pid
+    assert out["samples"][0] == 1
+    assert 2 <= out["samples"][1] <= 20
+    assert out["samples"][2] >= 90
+    assert out["samples"][3], "oldest first"
 
 
 def test_dead_process_leaves_nothing(env: dict[str, str], client: subprocess.Popen[str]) -> None:

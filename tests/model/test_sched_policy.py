@@ -179,3 +179,16 @@ def test_nobody_starves_and_strict_holds(policy: c.CDLL, loads: list[Load]) -> N
                 assert share <= load.milli / 10 + 3
             if load.gap_ms is None:
                 assert share >= load.milli / 10 - 3
+
+
+def test_gpu_kernels_longer_than_a_turn_are_paid_for(policy: c.CDLL) -> None:
+    """They cannot be stopped: who has them gets about its share, over seconds."""
+    with model(policy, Load(300, kernel_ms=100), Load(700)) as m:
+        m.run(1)
+        long, short = m.run(4)
+        assert 20 < long < 36
+        assert short > 62
+        assert m.lib is not None
+        assert m.lib.harness_overruns(m.device, m.ids[0]) > 0
+    with model(None, Load(300, kernel_ms=100), Load(700)) as m:
+        assert m.run(1)[0] > 45
