@@ -322,5 +322,6 @@ CUresult capture_free(CUstream s, CUdeviceptr p);
 CUresult capture_event_record(CUstream s, CUevent e);
 CUresult capture_event_wait(CUstream s, CUevent e);
 void capture_forget_event(CUevent e);
+bool graph_memory_freed(CUdeviceptr base); /* true when it is a graph's allocation: it is let go of */
 
 #endif

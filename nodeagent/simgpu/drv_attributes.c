@@ -60,7 +60,7 @@ API(cuDeviceGetAttribute, (int *out, int attribute, CUdevice ordinal)) {
     int device;
     NEED(out && attribute > 0 && attribute < LAST_ATTRIBUTE, CUDA_ERROR_INVALID_VALUE);
     TRY(drv_device(ordinal, &device));
-    *out = attribute == PCI_BUS ? 0x10 + device : 0;
+    *out = attribute == PCI_BUS ? 1 + device : 0;
     for (size_t i = 0; i < sizeof values / sizeof *values; i++)
         if (values[i].attribute == attribute)
             *out = values[i].value;

@@ -183,7 +183,7 @@ API(cuDeviceGetPCIBusId, (char *out, int length, CUdevice ordinal)) {
     int device;
     NEED(out && length > 0, CUDA_ERROR_INVALID_VALUE);
     TRY(drv_device(ordinal, &device));
-    snprintf(out, (size_t)length, "0000:%02X:00.0", 0x10 + device);
+    snprintf(out, (size_t)length, "0000:%02X:00.0", 1 + device);
     return CUDA_SUCCESS;
 }
 
@@ -193,7 +193,7 @@ API(cuDeviceGetByPCIBusId, (CUdevice * out, const char *bus)) {
     NEED(out && bus, CUDA_ERROR_INVALID_VALUE);
     NEED(sscanf(bus, "%x:%x", &domain, &number) == 2, CUDA_ERROR_INVALID_VALUE);
     for (int i = 0; i < drv.count; i++)
-        if (number == 0x10u + (unsigned)drv.visible[i]) {
+        if (number == 1u + (unsigned)drv.visible[i]) {
             *out = i;
             return CUDA_SUCCESS;
         }

@@ -71,6 +71,7 @@ CUresult pool_alloc(CUmemoryPool pool, size_t bytes, CUdeviceptr *out) {
 
 CUresult pool_free(CUmemoryPool pool, CUdeviceptr base) {
     struct block was;
+    if (graph_memory_freed(base)) return CUDA_SUCCESS;
     pthread_mutex_lock(&pools_lock);
     CUresult result = heap_free(base, &was);
     if (result == CUDA_SUCCESS) {
