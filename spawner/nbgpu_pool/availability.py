@@ -10,10 +10,9 @@ from nbgpu.models import Availability, AvailabilityQuery, GrantState, Shape
 from . import quotas as quota_rules
 from .books import Entry
 from .core import AWAY, Core
-from .estimate import queue_forecast
 from .queue import Pass
 from .quotas import Holding
-from .shapes import Want, by_model, want_of
+from .shapes import by_model, want_of
 
 
 def answer(core: Core, query: AvailabilityQuery, now: float) -> list[Availability]:
@@ -34,19 +33,11 @@ class _Looker:
     def __init__(self, core: Core, query: AvailabilityQuery, now: float):
         self.core, self.query, self.now = core, query, now
         quotas = core.settings.quotas
-        self.holdings: list[Holding] = core.books.holdings(frozenset(quotas.groups))
+        self.holdings: list[Holding] = core.books.holdings(frozenset(quotas.groups), of=query.owner)
         self.waiting = len(core.books.waiting())
         self.walk = Pass(core.books, quotas, core.settings.fairness, core.settings.policy)
         for entry in core.books.waiting():
             self.walk.barred.update(entry.earmark)
-        wants: list[Want] = []
-        for shape in query.shapes:
-            try:
-                wants.append(want_of(shape))
-            except NbgpuError:
-                continue
-        self.wants = list(dict.fromkeys(wants))
-        self._forecast: dict[str, float] | None = None
 
     def look(self, shape: Shape) -> Availability:
         try:
@@ -69,15 +60,10 @@ class _Looker:
         ghost = Entry(core.ghost(self.query.owner, self.query.groups, shape), want, 0, self.now, state=GrantState.queued)
         if self.walk.find(ghost) is not None:
             return Availability(state="free", reason="free now", memory=memory, compute_milli=compute)
-        seconds = None if ghost.holder else self._seconds(want)
+        seconds = None if ghost.holder else core.forecast_of(want, self.now)
         return Availability(
             state="wait", reason=self._words(ghost.holder, seconds), wait_seconds=seconds, memory=memory, compute_milli=compute
         )
-
-    def _seconds(self, want: Want) -> float | None:
-        if self._forecast is None:
-            self._forecast = queue_forecast(self.core.books, self.core.sessions, self.now, self.wants)
-        return self._forecast.get(f"ghost:{self.wants.index(want)}")
 
     def _words(self, holder: str, seconds: float | None) -> str:
         if holder:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from nbgpu.models import Device, GrantState, Request, Slice, SliceDevice
+from nbgpu.models import Device, GrantState, Owner, Request, Slice, SliceDevice
 
 from .placement import Place, Room, order
 from .quotas import Holding, total
@@ -13,6 +13,10 @@ from .shapes import Part, Want, by_model, want_of
 
 HOLDING = frozenset({GrantState.reserved, GrantState.bound, GrantState.releasing})
 """States in which a slice counts on its devices."""
+
+
+MOST_COSTS = 4096
+"""Wants whose cost is remembered."""
 
 
 @dataclass
@@ -89,6 +93,7 @@ class Books:
     devices: dict[str, Device] = field(default_factory=dict[str, Device])
     rooms: dict[str, Room] = field(default_factory=dict[str, Room])
     entries: dict[str, Entry] = field(default_factory=dict[str, Entry])
+    _costs: dict[Want, Part | None] = field(default_factory=dict[Want, "Part | None"])
 
     def ordered_rooms(self) -> list[Room]:
         """Return the rooms in the fixed order of placement."""
@@ -97,6 +102,7 @@ class Books:
     def rebuild(self, devices: Iterable[Device]) -> None:
         """Take over `devices` and count all slices anew."""
         self.devices = {device.uuid: device for device in sorted(devices, key=order)}
+        self._costs.clear()
         self.rooms = {uuid: Room.empty(device) for uuid, device in self.devices.items()}
         for entry in self.entries.values():
             if entry.holds:
@@ -163,17 +169,30 @@ class Books:
 
     def cost(self, want: Want) -> Part | None:
         """Return the least that `want` takes in all, on the models that could hold it; None when none could."""
-        parts = by_model(want, self.devices.values()).values()
-        if not parts:
-            return None
-        least = Part(min(part.memory_bytes for part in parts), min(part.compute_milli for part in parts))
-        return total(least, want.device_count)
+        if want not in self._costs:
+            if len(self._costs) >= MOST_COSTS:
+                self._costs.clear()
+            parts = by_model(want, self.devices.values()).values()
+            least = Part(min(part.memory_bytes for part in parts), min(part.compute_milli for part in parts)) if parts else None
+            self._costs[want] = total(least, want.device_count) if least else None
+        return self._costs[want]
 
-    def holdings(self, counted: frozenset[str]) -> list[Holding]:
-        """Return what each request that is not gone holds, or, while it waits, would hold at least."""
+    def holdings(self, counted: frozenset[str], *, of: Owner | None = None, granted_only: bool = False) -> list[Holding]:
+        """Return what each request that is not gone holds, or, while it waits, would hold at least.
+
+        Parameters
+        ----------
+        counted : frozenset of str
+            Groups that have a quota.
+        of : Owner, optional
+            Only those of this owner's user, all servers.
+        """
         found: list[Holding] = []
         for entry in self.entries.values():
-            if entry.state == GrantState.gone:
+            owner = entry.request.owner
+            if granted_only and not entry.holds:
+                continue
+            if of is not None and (owner.hub, owner.user) != (of.hub, of.user):
                 continue
             if entry.holds:
                 parts = [part for _, part in entry.parts()]
@@ -182,5 +201,5 @@ class Books:
                 amount = self.cost(entry.want) or Part(0, 0)
             groups = tuple(name for name in dict.fromkeys(entry.request.groups) if name in counted)
             releasing = entry.state == GrantState.releasing
-            found.append(Holding(entry.request.owner, groups, amount.compute_milli, amount.memory_bytes, entry.holds, releasing))
+            found.append(Holding(owner, groups, amount.compute_milli, amount.memory_bytes, entry.holds, releasing))
         return found

@@ -26,6 +26,10 @@ AWAY = "The GPU node does not answer at the moment; requests keep their place in
 ENDED_KEPT = 10_000
 """Ended requests and early cancels that are remembered."""
 ENDED_SECONDS = 3600.0
+RESERVE_SECONDS = 5.0
+"""How often the queue is served although nothing has changed but the time: who has waited long enough becomes protected."""
+LONG_QUEUE = 50
+"""From this length on estimates are renewed every few seconds only, not at each change."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,12 @@ class Core:
         self._number = 0
         self._snapshot: Snapshot | None = None
         self._effects = Effects()
+        self._served: tuple[int, float] = (0, 0.0)
+        self._ghosts: dict[Want, float | None] = {}
+        self._places: tuple[int, dict[str, int]] = (0, {})
         self._possible: dict[Want, bool] = {}
-        self._forecast: tuple[int, int, dict[str, float]] = (0, 0, {})
+        self._forecast: dict[str, float] = {}
+        self._forecast_age = (0, 0)
 
     # -- requests --------------------------------------------------------------------------------------------------
 
@@ -138,7 +146,7 @@ class Core:
         if not self.can_ever(want):
             raise Refused(self.impossible(request.model, request.device_count), code="impossible")
         cost = self.books.cost(want)
-        holdings = self.books.holdings(frozenset(self.settings.quotas.groups))
+        holdings = self.books.holdings(frozenset(self.settings.quotas.groups), of=request.owner)
         if cost is not None:
             why = quota_rules.refusal(self.settings.quotas, holdings, request.owner, request.groups, cost)
             if why is not None:
@@ -293,7 +301,9 @@ class Core:
             elif entry.state == GrantState.reserved and (self.connected or not entry.at_ledger):
                 self._withdraw(entry, "the reservation expired before a server carried it", now)
         self._forget(now)
-        self._serve(now)
+        served, at = self._served
+        if served != self.generation or now - at >= RESERVE_SECONDS:
+            self._serve(now)
 
     # -- views -------------------------------------------------------------------------------------------------------
 
@@ -312,7 +322,7 @@ class Core:
     def grant(self, entry: Entry, now: float) -> Grant:
         """Return a request as the API shows it."""
         queued = entry.state == GrantState.queued
-        position = 1 + sum(one.number < entry.number for one in self.books.waiting()) if queued else None
+        position = self._position(entry) if queued else None
         return Grant(
             request=entry.request,
             state=entry.state,
@@ -322,6 +332,13 @@ class Core:
             expires_seconds=max(0.0, entry.expires - now) if entry.state == GrantState.reserved and entry.expires is not None else None,
             reason=self._why(entry) if queued else entry.reason,
         )
+
+    def _position(self, entry: Entry) -> int | None:
+        generation, places = self._places
+        if generation != self.generation:
+            places = {one.slice_id: place for place, one in enumerate(self.books.waiting(), 1)}
+            self._places = self.generation, places
+        return places.get(entry.slice_id)
 
     def _why(self, entry: Entry) -> str:
         if not self.connected:
@@ -357,11 +374,24 @@ class Core:
         """Return, by request id, in how many seconds each queued request is likely granted; unknown ones are left out."""
         if not self.connected:
             return {}
-        generation, bucket, found = self._forecast
-        if (generation, bucket) != (self.generation, int(now) // 5):
-            found = queue_forecast(self.books, self.sessions, now)
-            self._forecast = self.generation, int(now) // 5, found
-        return found
+        self._refresh(now)
+        return self._forecast
+
+    def forecast_of(self, want: Want, now: float) -> float | None:
+        """Return in how many seconds `want`, behind all that wait, would likely be granted; None when unknown."""
+        self._refresh(now)
+        if want not in self._ghosts:
+            self._ghosts[want] = queue_forecast(self.books, self.sessions, now, [want]).get("ghost:0")
+        return self._ghosts[want]
+
+    def _refresh(self, now: float) -> None:
+        """Forget estimates that are older than a few seconds or, while the queue is short, than the last change."""
+        short = len(self.books.entries) < LONG_QUEUE
+        age = (self.generation if short else 0), int(now) // 5
+        if age != self._forecast_age:
+            self._forecast_age = age
+            self._ghosts.clear()
+            self._forecast = queue_forecast(self.books, self.sessions, now)
 
     def drain(self) -> Effects:
         """Return the effects since the last call; releases that the ledger has not answered come every time."""
@@ -389,6 +419,7 @@ class Core:
             entry.expires = now + self.settings.reservation_ttl_seconds
             self._effects.granted.append(entry.slice_id)
             self._changed()
+        self._served = self.generation, now
 
     def _bound(self, entry: Entry, started: float) -> None:
         entry.state, entry.expires, entry.started, entry.was_bound = GrantState.bound, None, started, True

@@ -17,7 +17,7 @@ from .shapes import Part, Want
 ENOUGH_SESSIONS = 5
 """Observed sessions before anything is said."""
 MAX_EVENTS = 300
-MAX_TRIES = 3000
+MAX_TRIES = 400
 
 
 class Sessions:

@@ -51,7 +51,7 @@ class Pass:
         self.waiting: list[Entry] = []
         self._misfits: set[tuple[Want, Part | None, int]] = set()
         free = sum(max(0, room.free_milli) for room in self.rooms if room.device.healthy)
-        self.tally = Tally.of(quotas, books.holdings(frozenset(quotas.groups)), free)
+        self.tally = Tally.of(quotas, books.holdings(frozenset(quotas.groups), granted_only=True) if quotas.any() else [], free)
 
     def serve(self, now: float) -> list[Entry]:
         """Grant all that can be granted now; return those entries."""

@@ -35,6 +35,10 @@ class Quotas:
     users: Mapping[str, Limits] = field(default_factory=dict[str, Limits])
     groups: Mapping[str, Limits] = field(default_factory=dict[str, Limits])
 
+    def any(self) -> bool:
+        """Whether there is any quota at all."""
+        return bool(self.users or self.groups or self.default != Limits())
+
     def counted(self, groups: Sequence[str]) -> list[str]:
         """Return those of `groups` that have a quota."""
         return [name for name in groups if name in self.groups]
@@ -165,6 +169,8 @@ class Tally:
 
     def left(self, owner: Owner, groups: Sequence[str]) -> tuple[Part | None, str]:
         """Return what `owner` may still take in all (None = no limit) and, in words, by whose limit."""
+        if not self.quotas.any():
+            return None, ""
         left_milli, left_bytes, why = 2**62, 2**62, ""
         user = self.quotas.of_user(owner.user, groups)
         limits = [(user, "your quota")]
