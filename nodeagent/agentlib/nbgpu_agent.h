@@ -32,7 +32,7 @@ typedef struct {
     uint64_t charged_ns; /* gate-open time charged, halved while two slices were let in */
     uint64_t turns;      /* times that the gate was opened */
     uint64_t overruns;   /* turns that had to be given up on: the work outstanding did not end within two periods */
-    uint64_t junk;       /* times that its `use` file was unreadable or nonsense */
+    uint64_t junk;       /* times that its `use` file was unreadable, or its bell never stopped */
     uint32_t gate;       /* GATE_* as the scheduler last wrote it */
     uint32_t active;     /* 1: it waits or has work outstanding */
 } NbgpuSchedStats;

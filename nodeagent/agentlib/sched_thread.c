@@ -24,10 +24,12 @@
 #ifndef SYS_futex_waitv
 #define SYS_futex_waitv 449
 #endif
-#define WAITERS 128u              /* most that futex_waitv takes */
-#define ENTRIES 1024u             /* (slice, device) pairs of a node */
-#define PAGE 4096u                /* the bell is in the first one */
-#define SETTLE_ROUNDS 4           /* a decision may uncover news; at most this often in a row */
+#define WAITERS 128u    /* most that futex_waitv takes */
+#define ENTRIES 1024u   /* (slice, device) pairs of a node */
+#define PAGE 4096u      /* the bell is in the first one */
+#define SETTLE_ROUNDS 4 /* a decision may uncover news; at most this often in a row */
+#define RINGS_MOST 300u /* in one heartbeat; who rings more often is looked at regularly instead of waking us */
+#define MUTED_CHECK_NS 2000000ull
 #define DRAIN_CHECK_NS 5000000ull /* the dead do not ring: look this often while somebody is waited for */
 #define POLL_BUSY_NS 1500000ull
 #define POLL_IDLE_NS 20000000ull
@@ -61,6 +63,7 @@ typedef struct {
     uint32_t gate;
     uint64_t turn_end;
     uint64_t junk;
+    uint32_t rings; /* seen since the last heartbeat */
 } Entry;
 
 struct NbgpuSched {
@@ -75,7 +78,6 @@ struct NbgpuSched {
     uint32_t devices;
     Device *device[ENTRIES];
     FutexWait waits[WAITERS];
-    uint32_t waiting_entry[WAITERS];
 };
 
 static uint64_t now_ns(void) {
@@ -124,8 +126,7 @@ static bool read_slots(const Entry *e, uint32_t high, SchedSeen *seen) {
     return true;
 }
 
-static void observe(NbgpuSched *s, Entry *e, uint64_t now) {
-    (void)s;
+static void observe(Entry *e, uint64_t now) {
     Head head;
     SchedSeen seen = {0};
     uint32_t high;
@@ -149,19 +150,35 @@ static void observe(NbgpuSched *s, Entry *e, uint64_t now) {
 static void observe_device(NbgpuSched *s, Device *gpu, uint64_t now) {
     for (uint32_t i = 0; i < s->high; i++)
         if (s->entry[i].used && s->entry[i].gpu == gpu)
-            observe(s, &s->entry[i], now);
+            observe(&s->entry[i], now);
 }
+
+static bool is_muted(const Entry *e) { return e->rings > RINGS_MOST; }
 
 /* Look at every entry whose bell is not what it was. */
 static void observe_rung(NbgpuSched *s, uint64_t now) {
     for (uint32_t i = 0; i < s->high; i++) {
         Entry *e = &s->entry[i];
         uint32_t bell;
-        if (!e->used)
+        if (!e->used || is_muted(e))
             continue;
-        if (!read_all(e->use_fd, &bell, sizeof bell, offsetof(NbgpuUse, bell)) || bell != e->bell || e->broken)
-            observe(s, e, now);
+        bool rang = !read_all(e->use_fd, &bell, sizeof bell, offsetof(NbgpuUse, bell)) || bell != e->bell;
+        if (rang || e->broken)
+            observe(e, now);
+        e->rings += rang;
     }
+}
+
+/* Returns whether there is anybody whom nobody hears. */
+static bool observe_muted(NbgpuSched *s, uint64_t now) {
+    bool any = false;
+    for (uint32_t i = 0; i < s->high; i++) {
+        if (!s->entry[i].used || !is_muted(&s->entry[i]))
+            continue;
+        observe(&s->entry[i], now);
+        any = true;
+    }
+    return any;
 }
 
 /* ---- deciding and writing -------------------------------------------------------------------------------------------------- */
@@ -200,7 +217,7 @@ static void settle(NbgpuSched *s, Device *gpu) {
                 continue;
             bool had_no_end = e->gate == NBGPU_GATE_OPEN && !e->turn_end;
             if (write_gate(e) && (had_no_end || e->gate != NBGPU_GATE_OPEN)) {
-                observe(s, e, now_ns());
+                observe(e, now_ns());
                 again = true;
             }
         }
@@ -224,7 +241,10 @@ static void heartbeat(NbgpuSched *s, uint64_t now) {
             continue;
         __atomic_store_n(&e->ctl->heartbeat_ns, now, __ATOMIC_RELEASE);
         if (e->broken)
-            observe(s, e, now);
+            observe(e, now);
+        if (is_muted(e))
+            e->junk++;
+        e->rings = 0;
     }
     s->next_heartbeat = now + s->config.heartbeat_ns;
 }
@@ -235,6 +255,8 @@ static uint64_t work(NbgpuSched *s) {
     if (now >= s->next_heartbeat)
         heartbeat(s, now);
     uint64_t at = s->next_heartbeat;
+    if (observe_muted(s, now) && now + MUTED_CHECK_NS < at)
+        at = now + MUTED_CHECK_NS;
     for (uint32_t i = 0; i < s->devices; i++) {
         Device *gpu = s->device[i];
         bool timed = now >= gpu->policy.wake_at;
@@ -261,10 +283,10 @@ static uint32_t prepare_waits(NbgpuSched *s) {
     s->waits[0] = (FutexWait){.val = s->poke, .uaddr = (uintptr_t)&s->poke, .flags = FUTEX_32_SHARED};
     for (uint32_t i = 0; i < s->high && n < WAITERS; i++) {
         const Entry *e = &s->entry[i];
-        if (!e->used || e->broken || !e->first_bell)
+        if (!e->used || e->broken || is_muted(e) || !e->first_bell)
             continue;
         s->waits[n] = (FutexWait){.val = e->bell, .uaddr = (uintptr_t)(e->page + offsetof(NbgpuUse, bell)), .flags = FUTEX_32_SHARED};
-        s->waiting_entry[n++] = i;
+        n++;
     }
     return n;
 }
@@ -436,7 +458,7 @@ static int add_locked(NbgpuSched *s, Entry *e, int ctl_fd, int use_fd, uint32_t 
     e->gate = UINT32_MAX; /* unlike any: the first step writes it */
     e->ctl->heartbeat_ns = now_ns();
     choose_bells(s);
-    observe(s, e, now_ns());
+    observe(e, now_ns());
     return 0;
 }
 

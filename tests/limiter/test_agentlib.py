@@ -180,6 +180,30 @@ def test_truncated_use_file_hurts_nobody_else(scheduler: native.Scheduler, make_
     os.ftruncate(hostile.use_fd, layout.USE_SIZE)
 
 
+def test_bell_that_never_stops_costs_little_and_disturbs_nobody(scheduler: native.Scheduler, make_slice: MakeSlice) -> None:
+    hostile, good = make_slice(), make_slice()
+    entry = add(scheduler, hostile)
+    add(scheduler, good)
+    good.take_slot()
+    hostile.take_slot()
+    before, started = scheduler.totals(), time.monotonic()
+    opened = None
+    while time.monotonic() < started + 1:
+        hostile.ring()
+        if opened is None and time.monotonic() > started + 0.5:
+            opened = time.monotonic()
+            good.say(want=1)
+            while good.gate() != layout.GATE_OPEN:
+                hostile.ring()
+                assert time.monotonic() < opened + 1
+            opened = time.monotonic() - opened
+    after = scheduler.totals()
+    assert opened is not None
+    assert opened < 0.2
+    assert (after.cpu_ns - before.cpu_ns) / 1e9 < 0.15
+    assert scheduler.stats(entry).junk > 0
+
+
 def test_suspend_resume_remove(scheduler: native.Scheduler, make_slice: MakeSlice) -> None:
     files = make_slice()
     entry = add(scheduler, files)
