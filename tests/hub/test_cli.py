@@ -1,0 +1,290 @@
+"""`nbgpu run`, `status`, `limit`, `doctor` and `serve` with a real agent, pool, limiter and simulated driver, without a hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbgpu.client import AgentClient, PoolClient
+from nbgpu.quantities import GIB, MIB, memory_share_bytes
+
+PROGRAM = Path(__file__).parent / "cli_program.py"
+SIM = Path(__file__).parents[2] / "nodeagent" / "nbgpu_agent" / "_lib" / "sim"
+OUT_OF_MEMORY = 2
+SECONDS = 30.0
+
+
+def until(condition: Callable[[], Any], what: str, seconds: float = SECONDS) -> Any:
+    """Wait until `condition` is true; fail with `what` when it does not become so."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        time.sleep(0.02)
+    return value
+
+
+class Place:
+    """A runtime directory with a simulated machine of its own, and the command `nbgpu` in it."""
+
+    def __init__(self, runtime: Path, state: Path):
+        self.runtime = runtime
+        names = ("NBGPU_SOCKET", "LD_PRELOAD", "NBGPU_SLICE_DIR")
+        self.env = {name: value for name, value in os.environ.items() if name not in names} | {
+            "NBGPU_RUNTIME_DIR": str(runtime), "NBGPU_SIM_STATE": str(state), "NBGPU_SIM_DEVICES": "1", "NBGPU_IDLE_SECONDS": "1",
+        }  # fmt: skip
+        self.agent, self.pool = AgentClient(runtime / "agent.sock"), PoolClient(runtime / "pool.sock")
+        self.started: list[subprocess.Popen[str]] = []
+
+    def start(self, *words: str, **env: str) -> subprocess.Popen[str]:
+        """Start `nbgpu` with pipes."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "nbgpu", *words], env=self.env | env, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        self.started.append(process)
+        return process
+
+    def call(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """Run `nbgpu` to its end."""
+        return subprocess.run([sys.executable, "-m", "nbgpu", *words], env=self.env | env, text=True, capture_output=True, timeout=90)
+
+    def program(self, *options: str, **env: str) -> subprocess.Popen[str]:
+        """Start the obedient program in a slice."""
+        process = self.start("run", *options, "--", sys.executable, str(PROGRAM), **env)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n", process.stderr.read() if process.stderr else ""
+        return process
+
+    def end(self) -> None:
+        """End what is left."""
+        for process in self.started:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+
+
+def ask(process: subprocess.Popen[str], line: str) -> str:
+    """Tell the program something; return its answer."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(line + "\n")
+    process.stdin.flush()
+    return process.stdout.readline().strip()
+
+
+@pytest.fixture(scope="module")
+def fresh() -> Iterator[Place]:
+    """A place where nothing runs yet."""
+    with tempfile.TemporaryDirectory(prefix="nbgpu-cli-", dir="/tmp") as name:
+        state = Path("/dev/shm") / Path(name).name
+        place = Place(Path(name), state)
+        yield place
+        place.end()
+        state.unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def served(fresh: Place) -> Iterator[Place]:
+    """The same, with `nbgpu serve` in the foreground."""
+    server = subprocess.Popen([sys.executable, "-m", "nbgpu", "serve"], env=fresh.env, text=True, stdout=subprocess.PIPE)
+    assert server.stdout is not None
+    assert "simulated" in server.stdout.readline()
+    yield fresh
+    server.send_signal(signal.SIGINT)
+    assert server.wait(20) == 0
+    assert not fresh.agent.healthy()
+    assert not fresh.pool.healthy()
+
+
+@pytest.fixture
+def place(served: Place) -> Iterator[Place]:
+    """The served place, empty again after each test."""
+    yield served
+    served.end()
+    until(lambda: not served.agent.slices().slices and not open_grants(served), "all slices are gone")
+
+
+def open_grants(place: Place) -> list[str]:
+    return [grant.request.request_id for grant in place.pool.grants() if grant.state.value != "gone"]
+
+
+def usable(place: Place) -> int:
+    return place.agent.node().devices[0].usable_bytes
+
+
+def test_the_program_sees_its_slice_and_its_exit_status_is_its_own(place: Place) -> None:
+    program = place.program("--gpu", "1/4")
+    assert int(ask(program, "total")) == memory_share_bytes(usable(place), 250)
+    assert ask(program, f"alloc {memory_share_bytes(usable(place), 250) + MIB}") == str(OUT_OF_MEMORY)
+    assert ask(program, f"alloc {10 * GIB}") == "0"
+    ask_exit = time.monotonic()
+    program.communicate("exit 7\n", timeout=SECONDS)
+    assert program.returncode == 7
+    until(lambda: not place.agent.slices().slices, "the slice is gone")
+    assert time.monotonic() - ask_exit < 5
+    until(lambda: place.pool.devices()[0].memory_granted_bytes == 0, "the pool's books are empty")
+
+
+def test_control_without_nbgpu_run_the_program_sees_the_whole_device(place: Place) -> None:
+    env = place.env | {"LD_LIBRARY_PATH": str(SIM)}
+    asked = f"total\nalloc {memory_share_bytes(usable(place), 250) + MIB}\nexit 0\n"
+    done = subprocess.run([sys.executable, str(PROGRAM)], env=env, input=asked, text=True, capture_output=True, timeout=SECONDS)
+    assert done.stdout.split()[1:] == [str(place.agent.node().devices[0].memory_bytes), "0"]
+
+
+def test_the_slice_ends_with_a_killed_program(place: Place) -> None:
+    program = place.program("--gpu", "1/2")
+    assert ask(program, f"alloc {GIB}") == "0"
+    program.kill()
+    until(lambda: not place.agent.slices().slices and not open_grants(place), "a killed program's slice is gone")
+
+
+def test_a_second_program_waits_says_so_and_gets_in(place: Place) -> None:
+    first = place.program("--gpu", "1")
+    second = place.start("run", "--gpu", "1/2", "--", "sh", "-c", "echo in")
+    assert second.stderr is not None
+    said = second.stderr.readline()
+    assert "waiting for half of a GPU" in said
+    assert "number 1 in the queue" in said
+    assert second.poll() is None
+    first.communicate("exit 0\n", timeout=SECONDS)
+    out, _ = second.communicate(timeout=SECONDS)
+    assert (out, second.returncode) == ("in\n", 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_waiting_leaves_the_queue(place: Place, number: signal.Signals) -> None:
+    place.program("--gpu", "1")
+    second = place.start("run", "--gpu", "1/2", "--", "true")
+    assert second.stderr is not None
+    second.stderr.readline()
+    assert len(open_grants(place)) == 2
+    second.send_signal(number)
+    assert second.wait(SECONDS) == 130
+    until(lambda: len(open_grants(place)) == 1, "the queue is empty")
+
+
+def test_no_wait_refuses(place: Place) -> None:
+    place.program("--gpu", "1")
+    done = place.call("run", "--gpu", "1/2", "--no-wait", "--", "true")
+    assert done.returncode == 1
+    assert "Nothing is free now" in done.stderr
+    assert len(open_grants(place)) == 1
+
+
+def test_more_than_there_is_is_refused_in_one_line(place: Place) -> None:
+    for options in (["--memory", "500GiB"], ["--gpu", "1/4", "--count", "9"], ["--gpu", "1/4", "--model", "None of these"]):
+        done = place.call("run", *options, "--", "true")
+        assert done.returncode == 1, options
+        assert done.stderr.startswith("nbgpu: "), options
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_a_program_that_cannot_be_executed_gives_its_slice_back(place: Place, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.write_bytes(b"\x7fELF nonsense")
+    broken.chmod(0o755)
+    done = place.call("run", "--gpu", "1/4", "--", str(broken))
+    assert done.returncode == 126
+    assert "Exec format error" in done.stderr
+    until(lambda: not open_grants(place), "its slice is free")
+
+
+def test_inside_a_slice_there_is_no_second_one(place: Place) -> None:
+    done = place.call("run", "--gpu", "1/4", "--", sys.executable, "-m", "nbgpu", "run", "--gpu", "1/4", "--", "true")
+    assert done.returncode == 1
+    assert "inside a slice already" in done.stderr
+
+
+def test_status_shows_the_slice_from_outside_and_inside(place: Place) -> None:
+    program = place.program("--gpu", "1/4", "--mode", "strict")
+    ask(program, f"alloc {5 * GIB}")
+    shown = json.loads(place.call("status", "--json").stdout)
+    (known,) = shown["slices"]
+    assert known["slice"]["mode"] == "strict"
+    assert known["usage"]["devices"][0]["memory_limit_bytes"] == memory_share_bytes(usable(place), 250)
+    assert known["usage"]["devices"][0]["memory_used_bytes"] >= 5 * GIB
+    assert shown["devices"][0]["compute_granted_milli"] == 250
+    table = place.call("status").stdout
+    assert "strict" in table
+    assert "simulated" in table
+    inside = json.loads(place.call("status", "--json", NBGPU_SOCKET=ask(program, "env NBGPU_SOCKET")).stdout)
+    assert inside["slice_id"] == known["slice"]["slice_id"]
+
+
+def test_limit_caps_one_kernel_and_clears_it(place: Place) -> None:
+    program = place.program("--gpu", "1/2", NBGPU_KERNEL_ID="kernel-one")
+    assert ask(program, f"alloc {2 * GIB}") == "0"
+    assert ask(program, "free") == "1"
+    listed = json.loads(place.call("limit", "--json").stdout)
+    assert [kernel["kernel_id"] for kernel in listed["kernels"]] == ["kernel-one"]
+
+    done = place.call("limit", "kernel", "--memory", "1GiB", "--compute", "1/8")
+    assert (done.returncode, done.stdout) == (0, "Kernel kernel-o: memory 1 GiB, time 12.5 %.\n")
+    assert ask(program, f"alloc {2 * GIB}") == str(OUT_OF_MEMORY)
+    too_much = place.call("limit", "kernel", "--memory", "70GiB")
+    assert too_much.returncode == 1
+    assert len(too_much.stderr.strip().splitlines()) == 1
+
+    socket = ask(program, "env NBGPU_SOCKET")
+    assert place.call("limit", "kernel", "--clear", NBGPU_SOCKET=socket).returncode == 0
+    assert ask(program, f"alloc {2 * GIB}") == "0", "the control: without the limit it fits"
+
+
+def test_doctor_finds_a_served_place_well(place: Place) -> None:
+    done = place.call("doctor", "--json")
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    wrong = [check for check in checks.values() if check["level"] == "error"]
+    assert wrong == [], wrong
+    assert checks["limits"]["found"] == "the limiter is loaded in a program of a slice"
+    assert checks["books"]["found"].startswith("pool and agent agree")
+    assert checks["limiter version"]["level"] == "ok"
+
+
+def test_doctor_finds_what_a_stranger_left(place: Place) -> None:
+    stray = place.runtime / "slices" / "stray-slice-0000"
+    stray.mkdir()
+    try:
+        done = place.call("doctor", "--no-probe")
+    finally:
+        stray.rmdir()
+    assert "stray-slice-0000" in done.stdout
+
+
+def test_serve_twice_is_one_line(place: Place) -> None:
+    done = place.call("serve")
+    assert done.returncode == 1
+    assert "already serves" in done.stderr
+
+
+def test_serve_starts_again_what_was_killed(place: Place) -> None:
+    program = place.program("--gpu", "1/4")
+    holder = int((place.runtime / "agent.lock").read_text().split()[0])
+    os.kill(holder, signal.SIGKILL)
+    until(place.agent.healthy, "the agent is back")
+    assert [known.slice.devices[0].compute_milli for known in place.agent.slices().slices] == [250]
+    assert ask(program, f"alloc {memory_share_bytes(usable(place), 250)}") == str(OUT_OF_MEMORY)
+
+
+def test_on_demand_it_starts_alone_and_ends_when_idle() -> None:
+    with tempfile.TemporaryDirectory(prefix="nbgpu-cli-", dir="/tmp") as name:
+        state = Path("/dev/shm") / Path(name).name
+        place = Place(Path(name), state)
+        try:
+            runs = [place.start("run", "--gpu", "1/4", "--", "sh", "-c", "exit 3") for _ in range(2)]
+            assert [run.wait(90) for run in runs] == [3, 3], [run.stderr.read() for run in runs if run.stderr]
+            until(lambda: not place.pool.healthy() and not place.agent.healthy(), "it ends by itself", 40)
+            until(lambda: not (Path(name) / "agent.sock").exists(), "nothing is left to answer")
+        finally:
+            place.end()
+            state.unlink(missing_ok=True)
