@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".nbgpu"
 START_SECONDS = 60
 STOP_SECONDS = 15
+SERVERS_SECONDS = 5
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -95,11 +96,38 @@ def wait_until(done: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
+def end_servers(hub: subprocess.Popen[bytes]) -> None:
+    """End what runs in slices while the agent still lives, so that it sees them end and leaves nothing of theirs behind."""
+    agent = AgentClient(runtime_dir() / AGENT_SOCKET, 2)
+    for pid in descendants():
+        if in_slice(pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
+    def ended() -> bool:
+        reap_others(hub)
+        try:
+            return not agent.slices().slices
+        except NbgpuError:
+            return True
+
+    wait_until(ended, SERVERS_SECONDS)
+
+
+def in_slice(pid: int) -> bool:
+    """Return whether a process was started inside a slice."""
+    try:
+        return b"\0NBGPU_SOCKET=" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return False
+
+
 def end(hub: subprocess.Popen[bytes]) -> None:
     """End the hub and whatever it started: asked first, then told."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     print("\nStopping: servers, kernels, pool, agent and hub ...", flush=True)
+    end_servers(hub)
     if hub.poll() is None:
         hub.terminate()
         try:

@@ -220,7 +220,7 @@ def make_packages(extras: list[str]) -> Callable[[Step], None]:
 
     def make(step: Step) -> None:
         step.run(
-            PYTHON, "-m", "pip", "install", "--no-build-isolation", "--prefer-binary", "-e", f".[{','.join(extras)}]",
+            PYTHON, "-m", "pip", "install", "--no-build-isolation", "--prefer-binary", "--no-compile", "-e", f".[{','.join(extras)}]",
             what="Python packages",
         )  # fmt: skip
 
