@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "nodeagent"), str(ROOT / "tests" / "limite
 
 from limiter_kit import environment, limiter, null_driver, program  # noqa: E402
 from limiter_slice import SliceFiles  # noqa: E402
+
 from nbgpu_agent import layout  # noqa: E402
 
 LIMITS = {"launch_added_ns": 4, "alloc_free_added_ns_0": 120, "alloc_free_added_ns_10000": 120, "meminfo_added_ns": 50}
@@ -77,15 +79,8 @@ def contended(files: SliceFiles, count: int, rounds: int) -> float:
     env = environment(files, null_driver(), preload=limiter())
     medians = []
     for _ in range(rounds):
-        results: list[float] = []
-        threads = [threading.Thread(target=lambda: results.append(measure(env, "alloc", count, 0, files))) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if len(results) != 4:
-            raise CountersDiffer("a contending process failed")
-        medians.append(statistics.median(results))
+        with ThreadPoolExecutor(4) as pool:
+            medians.append(statistics.median(pool.map(lambda _: measure(env, "alloc", count, 0, files), range(4))))
     return statistics.median(medians)
 
 

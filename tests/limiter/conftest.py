@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from limiter_slice import SliceFiles  # noqa: E402
+from limiter_slice import SliceFiles
 
 
 @pytest.fixture

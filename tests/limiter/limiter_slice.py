@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes as c
 import mmap
 import os
@@ -80,7 +81,5 @@ class SliceFiles:
         """Let the mappings go."""
         del self.ctl, self.use
         for mapped in self._maps:
-            try:
+            with contextlib.suppress(BufferError):  # a slot is still referred to; the mapping goes with it
                 mapped.close()
-            except BufferError:  # a slot is still referred to; the mapping goes with it
-                pass

@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 from limiter_kit import environment, limiter, null_driver, program
 from limiter_slice import MIB, SliceFiles
+
 from nbgpu_agent import layout
 
 POINTS = {  # marked point -> most passes to wait for

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 from limiter_kit import environment, limiter, null_driver, run, spawn
 from limiter_slice import MIB, SliceFiles
+
 from nbgpu_agent import layout
 
 Make = Callable[..., SliceFiles]
@@ -47,7 +48,11 @@ def test_slot_says_what_was_refused(make_slice: Make) -> None:
 
 def test_memory_info_is_the_slice(make_slice: Make) -> None:
     files = make_slice(mem_limit=100 * MIB, context_bytes=20 * MIB)
-    script = "start(); a = info(); alloc(30 * MIB); b = info(); t = c.c_size_t(); ok(cuda.cuDeviceTotalMem_v2(c.byref(t), 0)); say([a, b, t.value])"
+    script = """
+start(); before = info(); alloc(30 * MIB); total = c.c_size_t()
+ok(cuda.cuDeviceTotalMem_v2(c.byref(total), 0))
+say([before, info(), total.value])
+"""
     assert run(script, within(files)) == [[80 * MIB, 100 * MIB], [50 * MIB, 100 * MIB], 100 * MIB]
 
 
