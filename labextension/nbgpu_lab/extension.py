@@ -16,7 +16,7 @@ from nbgpu.errors import NbgpuError
 
 from .client import SliceClient
 from .handlers import routes
-from .notices import SERVER, Notice
+from .notices import SERVER
 from .sampler import Json, Sampler
 
 SCHEMA_ID = "https://schema.nbgpu.io/slice/v1"
@@ -84,16 +84,10 @@ def _use_provisioner(serverapp: Any) -> None:
 
 
 def _emit_notices(serverapp: Any) -> None:
-    """Send every notice to the server's event log as well, with the name of its notebook."""
+    """Send every notice to the server's event log as well."""
     serverapp.event_logger.register_event_schema(_SCHEMA)
 
-    async def emit(notice: Notice) -> None:
-        known = await kernels_of(serverapp) if notice["kernel_id"] else {}
-        notebook = known.get(notice["kernel_id"], {})
-        notice.update(name=notebook.get("name"), path=notebook.get("path"))
-        serverapp.event_logger.emit(schema_id=SCHEMA_ID, data=notice)
-
-    SERVER.listeners.append(lambda notice: _start(serverapp, emit(notice)) and None)
+    SERVER.listeners.append(lambda notice: serverapp.event_logger.emit(schema_id=SCHEMA_ID, data=notice))
 
 
 async def _keep_busy_server(sampler: Sampler, settings: dict[str, Any]) -> None:

@@ -25,7 +25,16 @@ class Notices:
     def add(self, event: Notice) -> Notice:
         """Keep `event` (an agent's ``Event`` or one of our own) under a new id, and return it."""
         self.last_id = max(self.last_id + 1, int(self._clock() * 1000))
-        notice = {"time": self._clock(), "slice_id": None, "kernel_id": None, "data": {}, **event, "id": self.last_id}
+        notice = {
+            "time": self._clock(),
+            "slice_id": None,
+            "kernel_id": None,
+            "name": None,
+            "path": None,
+            "data": {},
+            **event,
+            "id": self.last_id,
+        }
         self._kept.append(notice)
         for listener in self.listeners:
             listener(notice)

@@ -118,13 +118,22 @@ class Sampler:
                     after = max(after, mark[0])
                     if mark not in seen:
                         seen.append(mark)
-                        self.notices.add(event)
+                        self.notices.add(await self._named(event))
             except NbgpuError:
                 # the agent that comes back may be a new one that counts from one again
                 after = 0
                 await asyncio.sleep(1)
             except (TypeError, KeyError, ValueError):
                 await asyncio.sleep(1)
+
+    async def _named(self, event: Json) -> Json:
+        """Return an agent's event with the notebook's name where the agent, who knows ids only, says "Notebook kernel 1a2b3c4d…"."""
+        kernel_id = event.get("kernel_id")
+        session = (await self._sessions()).get(kernel_id, {}) if kernel_id else {}
+        name, message = session.get("name"), event["message"]
+        if name and kernel_id:
+            message = message.replace(f"Notebook kernel {kernel_id[:8]}…", name)
+        return {**event, "message": message, "name": name, "path": session.get("path")}
 
 
 def join(kernels: list[Json], sessions: dict[str, Json], limits: dict[str, Json]) -> list[Json]:

@@ -35,9 +35,10 @@ export class Notifier {
     const shown = this._shown.get(key);
     const again = shown && notice.time - shown.time < SAME_SECONDS;
     const count = again ? shown.count + 1 : 1;
-    const named = `${notice.name}: ${notice.message}`;
-    const text =
-      notice.name && named.length <= MAX_LENGTH ? named : notice.message;
+    const named = notice.message.includes(notice.name ?? '')
+      ? notice.message
+      : `${notice.name}: ${notice.message}`;
+    const text = named.length <= MAX_LENGTH ? named : notice.message;
     const message =
       count > 1 ? this._trans.__('%1 (%2 times)', text, count) : text;
     const options = {

@@ -16,9 +16,10 @@ print(json.dumps({"ms": (time.perf_counter() - start) * 1000, "modules": sorted(
 
 
 def test_import_is_light() -> None:
-    runs = [
-        json.loads(subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, check=True, timeout=60).stdout) for _ in range(3)
-    ]
-    assert {module.split(".")[0] for module in runs[0]["modules"]} <= {"nbgpu", "nbgpu_lab"}
-    # the best of three: other programs on the machine are no part of it
-    assert min(run["ms"] for run in runs) <= 50
+    for _ in range(3):
+        run = json.loads(subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, check=True, timeout=60).stdout)
+        assert {module.split(".")[0] for module in run["modules"]} <= {"nbgpu", "nbgpu_lab"}
+        # other programs on the machine are no part of it: the best of three counts
+        if run["ms"] <= 50:
+            return
+    raise AssertionError(f"{run['ms']:.0f} ms three times")

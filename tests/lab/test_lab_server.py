@@ -138,6 +138,17 @@ async def test_refusal_becomes_an_event(agent: FakeAgent, jp_fetch: Any, jp_serv
     assert (await usage(jp_fetch, after=str(event["id"])))["events"] == []
 
 
+async def test_an_event_names_its_notebook(agent: FakeAgent, jp_fetch: Any) -> None:
+    body = json.dumps({"name": "", "type": "notebook", "path": "train.ipynb", "kernel": {"name": "python3"}})
+    kernel_id = json.loads((await jp_fetch("api/sessions", method="POST", body=body)).body)["kernel"]["id"]
+    agent.tell("refused", f"Notebook kernel {kernel_id[:8]}… was refused 1 GiB.", kernel_id=kernel_id)
+    agent.tell("refused", "Notebook kernel 12345678… was refused 1 GiB.", kernel_id="12345678-gone")
+    await until(lambda: agent.count("/v1/events?after=2"))
+    known, unknown = json.loads((await jp_fetch("nbgpu/api/events")).body)
+    assert (known["name"], known["path"], known["message"]) == ("train.ipynb", "train.ipynb", "train.ipynb was refused 1 GiB.")
+    assert (unknown["name"], unknown["message"]) == (None, "Notebook kernel 12345678… was refused 1 GiB.")
+
+
 async def test_events_survive_an_agent_restart_once(agent: FakeAgent, jp_fetch: Any) -> None:
     agent.tell("refused", "first")
     await until(lambda: agent.count("/v1/events?after=1"))
