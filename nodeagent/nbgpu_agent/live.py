@@ -145,7 +145,7 @@ class LiveSlice:
 
     def has_root(self) -> bool:
         """Return whether an adopted process still runs."""
-        return any(Process(root.pid, root.start_time).alive() for root in self.record.roots)
+        return any(root.pid in self._watches and self._watches[root.pid].alive() for root in self.record.roots)
 
     def members(self) -> set[int]:
         """Return the pids of all processes of the slice that live."""
@@ -181,19 +181,21 @@ class LiveSlice:
                 self._watch(process)
         return not members and not self.tenant.locked_elsewhere()
 
-    def reap(self) -> None:
-        """Free the slots of processes that are gone, with the overhead that was granted to them."""
-        self.tenant.reap()
+    def reap(self) -> list[UseRow]:
+        """Free the slots of processes that are gone, with the overhead that was granted to them; return those in use after it."""
+        rows = self.tenant.reap()
         for slot in self._granted - self.tenant.states.keys():
             self.ctl.words.overhead[slot] = 0
         self._granted &= self.tenant.states.keys()
+        return rows
 
     def grant_overhead(self, slot: int, overhead_bytes: int) -> None:
         """Count so many bytes beyond what is tracked for the process of a slot."""
-        self.tenant.states[slot].overhead_bytes = overhead_bytes
-        if self.ctl.words.overhead[slot] != overhead_bytes:
+        state = self.tenant.states[slot]
+        if state.overhead_bytes != overhead_bytes or slot not in self._granted:
+            state.overhead_bytes = overhead_bytes
             self.ctl.words.overhead[slot] = overhead_bytes
-        self._granted.add(slot)
+            self._granted.add(slot)
 
     # ---- limits
 
@@ -224,7 +226,7 @@ class LiveSlice:
                     kernel_id=row.kernel_id,
                     pid=state.process.pid if state.process else None,
                     memory_bytes=row.used + row.context + state.overhead_bytes,
-                    peak_bytes=max(row.peak, row.used) + row.context + state.overhead_bytes,
+                    peak_bytes=max(row.peak, row.used + row.context) + state.overhead_bytes,
                     compute_milli=self.tenant.compute_milli(row, now_ns),
                     refusals=row.refusals,
                     launches=row.launches,
@@ -243,17 +245,15 @@ class LiveSlice:
         """Return the memory that the slice uses on all its devices together."""
         return sum(memory_by_device(self.slice, self.slots(self.tenant.read(), time.monotonic_ns())))
 
-    def tick(self, wall: float) -> list[UseRow]:
-        """Once a second: read the slots, add a point to the history."""
+    def tick(self, wall: float, rows: list[UseRow]) -> None:
+        """Once a second: add a point to the history of what was just read."""
         now_ns = time.monotonic_ns()
-        rows = self.tenant.read()
         slots = self.slots(rows, now_ns)
         compute = compute_by_device(self.slice, slots, self.seen_milli)
         self.history.add(wall, memory_by_device(self.slice, slots), compute)
         for part, milli in zip(self.slice.devices, compute, strict=True):
             self.busy_seconds[part.uuid] = self.busy_seconds.get(part.uuid, 0.0) + milli / 1000
         self.tenant.tick(rows, now_ns)
-        return rows
 
     def doubt(self, index: int, nvml_milli: int, told_milli: int) -> None:
         """Believe NVML's view of a device instead of the slice's, after it was much higher three times in a row."""

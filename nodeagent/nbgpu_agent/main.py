@@ -27,7 +27,7 @@ from .live import LiveSlice
 from .metrics import Metrics
 from .monitor import Monitor, stop
 from .native import Native
-from .nvml import Nvml, driver_present, use_simulated_driver
+from .nvml import Nvml, driver_present
 from .probe import context_bytes
 from .runtime import RuntimeLock, StartError, built_libraries, install_libraries, prepare
 
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run(parse(arguments))
 
 
-def _sim_state(runtime: Path, device_count: int | None) -> Path:
+def _sim_state(runtime: Path) -> Path:
     """Return the simulated machine's file: ``$NBGPU_SIM_STATE``, else one of this runtime directory's own in shared memory."""
     named = os.environ.get("NBGPU_SIM_STATE")
     if named:
@@ -99,10 +99,14 @@ def _sim_state(runtime: Path, device_count: int | None) -> Path:
     directory = shared / name if os.access(shared, os.W_OK) else runtime / "sim"
     if directory.exists() and directory.stat().st_uid != os.geteuid():
         raise StartError(f"{directory} belongs to another user: name another file with NBGPU_SIM_STATE.")
-    if not any((runtime / "slices").iterdir()):
-        # Nobody maps it: a machine of another size may take its place.
+    # The machine as asked for; another one takes its place only where no slice has it mapped.
+    wanted = " ".join(f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("NBGPU_SIM_"))
+    made = directory / "made-with"
+    if not any((runtime / "slices").iterdir()) and not (made.exists() and made.read_text() == wanted):
         shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(mode=0o755, exist_ok=True)
+    if not directory.exists():
+        directory.mkdir(mode=0o755)
+        made.write_text(wanted)
     return directory / "state"
 
 
@@ -125,9 +129,11 @@ async def _serve(options: Options) -> None:
     _raise_file_limit()
     simulate = not driver_present() if options.simulate is None else options.simulate
     libraries = install_libraries(built_libraries(), runtime)
-    sim_state = _sim_state(runtime, options.sim_devices) if simulate else None
+    if options.sim_devices is not None:
+        os.environ["NBGPU_SIM_DEVICES"] = str(options.sim_devices)
+    sim_state = _sim_state(runtime) if simulate else None
     if sim_state is not None:
-        use_simulated_driver(sim_state, options.sim_devices)
+        os.environ["NBGPU_SIM_STATE"] = str(sim_state)
     nvml = Nvml(libraries / "sim" / "libnvidia-ml.so.1" if simulate else None)
     if sim_state is not None and sim_state.exists() and sim_state.stat().st_uid == os.geteuid():
         sim_state.chmod(0o666)  # the simulated machine is everybody's, as a real one's device files are

@@ -25,6 +25,7 @@ REFUSALS_SECONDS = 0.25
 DESCENDANTS_TICKS = 2
 HOSTILE_SECONDS = 60.0
 BURST_SECONDS = 1.0
+REMEDY = "Free memory in one of its notebooks, or restart with a larger fraction."
 
 
 @dataclass
@@ -106,8 +107,9 @@ class Monitor:
             agent.touch()
         if self._ticks % DESCENDANTS_TICKS == 0:
             live.learn_descendants()
-        live.reap()
-        rows = live.tick(wall) if live.state != "prepared" else live.tenant.read()
+        rows = live.reap()
+        if live.state != "prepared":
+            live.tick(wall, rows)
         if live.tenant.junk is not None:
             self._hostile(live, live.tenant.junk)
         if not live.has_root():
@@ -127,44 +129,53 @@ class Monitor:
     def _judge(self, rows_of: dict[str, list[UseRow]]) -> list[Finding]:
         agent = self._agent
         findings: list[Finding] = []
-        seen: set[Process] = set()
+        unknown: set[Process] = set()
+        # Who holds a slot is watched already: no look at /proc for them.
+        known = {pid: live.id for live in agent.slices.values() for pid in live.tenant.holders()}
+        on_device: dict[str, list[tuple[LiveSlice, int]]] = {}
+        for live in agent.slices.values():
+            for index, part in enumerate(live.slice.devices):
+                on_device.setdefault(part.uuid, []).append((live, index))
         for uuid, sample in self.samples.items():
             agent.set_healthy(uuid, sample.error is None)
             by_slice: dict[str | None, list[int]] = {}
             for pid in sample.memory.keys() | sample.compute.keys():
-                process = find(pid)
-                if process is not None:  # of a process that just ended the driver shows the rest
-                    seen.add(process)
-                    by_slice.setdefault(self._slice_of(process), []).append(pid)
+                owner = known.get(pid)
+                if owner is None:
+                    process = find(pid)
+                    if process is None:  # of a process that just ended the driver shows the rest
+                        continue
+                    unknown.add(process)
+                    owner = self._slice_of(process)
+                by_slice.setdefault(owner, []).append(pid)
             for pid in by_slice.pop(None, []):
                 held = sample.memory.get(pid, 0)
                 findings.append(Finding("foreign", None, ("foreign", uuid, pid), pid, held, 0, sample.compute.get(pid, 0)))
-            for slice_id, rows in rows_of.items():
-                live = agent.slices.get(slice_id)
-                if live is not None:
-                    findings += self._judge_slice(live, uuid, rows, by_slice.get(slice_id, []), sample)
-        self._slice_of_pid = {process: owner for process, owner in self._slice_of_pid.items() if process in seen}
+            for live, index in on_device.get(uuid, []):
+                if live.id in rows_of:
+                    findings += self._judge_slice(live, index, rows_of[live.id], by_slice.pop(live.id, []), sample)
+            for slice_id, pids in by_slice.items():
+                # Processes of a slice on a device that it has no part of: all that they hold there is unlimited.
+                memory = {pid: sample.memory[pid] for pid in pids if pid in sample.memory}
+                findings += judge_slice(slice_id or "", uuid, 0, 0, None, [], memory, {})
+        self._slice_of_pid = {process: owner for process, owner in self._slice_of_pid.items() if process in unknown}
         return findings
 
-    def _judge_slice(self, live: LiveSlice, uuid: str, rows: list[UseRow], pids: list[int], sample: DeviceSample) -> list[Finding]:
-        for index, part in enumerate(live.slice.devices):
-            if part.uuid != uuid:
-                continue
-            cap = self._agent.overhead_caps.get(uuid, 0)
-            memory = {pid: sample.memory[pid] for pid in pids if pid in sample.memory}
-            compute = {pid: sample.compute[pid] for pid in pids if pid in sample.compute}
-            slots = [SlotSeen(row.slot, self._pid(live, row), row.used, row.context) for row in rows if row.device == index]
-            self._write_overheads(live, slots, memory, cap)
-            told = sum(live.tenant.compute_milli(row, time.monotonic_ns()) for row in rows if row.device == index)
-            live.doubt(index, sum(compute.values()), told)
-            live.ctl.words.device[index].compute_used_milli = min(1000, max(told, live.seen_milli.get(index, 0)))
-            strict = part.compute_milli if live.slice.mode == "strict" else None
-            return judge_slice(live.id, uuid, part.memory_bytes, cap, strict, slots, memory, compute)
-        if not pids:
-            return []
-        # Processes of the slice on a device that it has no part of: all that they hold there is unlimited.
+    def _judge_slice(self, live: LiveSlice, index: int, rows: list[UseRow], pids: list[int], sample: DeviceSample) -> list[Finding]:
+        """Judge a slice on its `index`-th device, and write what its processes there read: overheads, compute used."""
+        part = live.slice.devices[index]
+        cap = self._agent.overhead_caps.get(part.uuid, 0)
+        rows = [row for row in rows if row.device == index]
         memory = {pid: sample.memory[pid] for pid in pids if pid in sample.memory}
-        return judge_slice(live.id, uuid, 0, 0, None, [], memory, {})
+        compute = {pid: sample.compute[pid] for pid in pids if pid in sample.compute}
+        slots = [SlotSeen(row.slot, self._pid(live, row), row.used, row.context) for row in rows]
+        self._write_overheads(live, slots, memory, cap)
+        now_ns = time.monotonic_ns()
+        told = sum(live.tenant.compute_milli(row, now_ns) for row in rows)
+        live.doubt(index, sum(compute.values()), told)
+        live.ctl.words.device[index].compute_used_milli = min(1000, max(told, live.seen_milli.get(index, 0)))
+        strict = part.compute_milli if live.slice.mode == "strict" else None
+        return judge_slice(live.id, part.uuid, part.memory_bytes, cap, strict, slots, memory, compute)
 
     @staticmethod
     def _pid(live: LiveSlice, row: UseRow) -> int | None:
@@ -265,30 +276,18 @@ class Monitor:
         part = live.slice.devices[row.device]
         own = [slot for slot in live.slots(live.tenant.read(), time.monotonic_ns()) if slot.device == row.device]
         limit = live.record.kernel_limits.get(row.kernel_id)
-        who = f"Notebook kernel {short(row.kernel_id)}" if row.kernel_id else "A program of this server"
-        asked = format_memory(row.refused_bytes)
-        times = f" ({count} times)" if count > 1 else ""
+        allowed, which = part.memory_bytes, "slice"
         if row.refused_by == layout.REFUSED_KERNEL and limit is not None and limit.memory_bytes is not None:
             allowed, which = limit.memory_bytes, "kernel"
-            used = sum(slot.memory_bytes for slot in own if slot.kernel_id == row.kernel_id)
-            why = (
-                f"its own limit of {format_memory(allowed)} is full ({format_memory(used)} in use). Free memory in it, or raise its limit."
-            )
+            own = [slot for slot in own if slot.kernel_id == row.kernel_id]
         elif row.refused_by == layout.REFUSED_DRIVER:
-            allowed, which = part.memory_bytes, "device"
-            used = sum(slot.memory_bytes for slot in own)
-            why = f"the GPU itself had no room, though this server's slice of {format_memory(allowed)} has. Tell your administrator."
-        else:
-            allowed, which = part.memory_bytes, "slice"
-            used = sum(slot.memory_bytes for slot in own)
-            why = (
-                f"this server's slice of {format_memory(allowed)} is full ({format_memory(used)} in use). "
-                "Free memory in one of its notebooks, or restart with a larger fraction."
-            )
+            which = "device"
+        used = sum(slot.memory_bytes for slot in own)
+        message = refusal_message(row.kernel_id, row.refused_bytes, count, which, allowed, used)
         self._agent.events.add(
             "refused",
             "warning",
-            f"{who} was refused {asked}{times}: {why}",
+            message,
             live.id,
             row.kernel_id or None,
             live.owner,
@@ -299,6 +298,20 @@ class Monitor:
             limit=which,
             device=part.uuid,
         )
+
+
+def refusal_message(kernel_id: str, refused_bytes: int, count: int, which: str, allowed_bytes: int, used_bytes: int) -> str:
+    """Return what a person should know of a refusal: who asked for what, whose limit refused, what to do."""
+    who = f"Notebook kernel {short(kernel_id)}" if kernel_id else "A program of this server"
+    times = f" ({count} times)" if count > 1 else ""
+    refused = f"{who} was refused {format_memory(refused_bytes)}{times}"
+    if which == "device":
+        return f"{refused}: the GPU itself had no room, though this server's slice has. Try again; if it stays so, tell your administrator."
+    limit = "its own limit" if which == "kernel" else "this server's slice"
+    remedy = "Free memory in it, or raise its limit." if which == "kernel" else REMEDY
+    left = allowed_bytes - used_bytes
+    state = "is full" if left * 16 < allowed_bytes else f"has {format_memory(left)} left"
+    return f"{refused}: {limit} of {format_memory(allowed_bytes)} {state} ({format_memory(used_bytes)} in use). {remedy}"
 
 
 async def stop(task: asyncio.Task[None]) -> None:

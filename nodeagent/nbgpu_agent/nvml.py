@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,13 +134,6 @@ def select(devices: list[Device], selector: str) -> list[Device]:
     if not chosen:
         raise StartError("--devices names no GPU: give indexes or UUIDs with commas between, or `all`.")
     return chosen
-
-
-def use_simulated_driver(state: Path, device_count: int | None) -> None:
-    """Say, by the environment, where the simulated machine is and how many devices it has if it must be made."""
-    os.environ["NBGPU_SIM_STATE"] = str(state)
-    if device_count is not None:
-        os.environ["NBGPU_SIM_DEVICES"] = str(device_count)
 
 
 def _text(value: bytes | str) -> str:

@@ -105,7 +105,7 @@ def install_libraries(source: Path, runtime: Path) -> Path:
 
     Running processes map these files, so a copy is never rewritten: other contents get another directory.
     """
-    files = sorted(path for path in source.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    files = sorted(path for path in source.rglob("*") if path.is_file() and not path.name.startswith("."))
     if not any(path.name == "libnbgpu.so" for path in files):
         raise StartError(f"The compiled libraries are missing in {source}: run `make setup` (or `python nodeagent/build.py`).")
     digest = hashlib.sha256()

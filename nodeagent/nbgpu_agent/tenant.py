@@ -115,21 +115,17 @@ class Tenant:
         """Return whether the owner of a slot lives: its lock is held, or the process is there though it lost the lock."""
         if self._native.use_locked(self.fd, row.slot) != 0:
             return True
-        process = self.states[row.slot].process
-        if process is not None:
-            return process.alive()
+        watch = self.states[row.slot].watch
+        if watch is not None:
+            return watch.alive()
         # Never seen with its lock: on this machine's own pids its word is enough, it costs only itself.
         return procs.start_time(row.pid) == row.start_time
 
-    def reap(self) -> bool:
-        """Free the slots whose owners are gone; return whether one was freed."""
-        freed = False
-        for row in self.read():
-            if not self.alive(row):
-                freed = self._free(row) or freed
-        if freed:
-            self.read()
-        return freed
+    def reap(self) -> list[UseRow]:
+        """Free the slots whose owners are gone; return those that are in use after it."""
+        rows = self.read()
+        freed = [self._free(row) for row in rows if not self.alive(row)]
+        return self.read() if any(freed) else rows
 
     def _free(self, row: UseRow) -> bool:
         """Free one slot, unless it is another's by now, in the way that the limiter does it.
@@ -157,7 +153,11 @@ class Tenant:
 
     def holders(self) -> set[int]:
         """Return the pids of live owners of slots, as far as this machine has pids for them."""
-        return {state.process.pid for state in self.states.values() if state.process is not None and state.process.alive()}
+        return {
+            state.process.pid
+            for state in self.states.values()
+            if state.process is not None and state.watch is not None and state.watch.alive()
+        }
 
     def locked_elsewhere(self) -> bool:
         """Return whether a slot is held by somebody who has no pid here."""

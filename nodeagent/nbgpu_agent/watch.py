@@ -35,6 +35,10 @@ class Watch:
         self.close()
         self._callback(self.process)
 
+    def alive(self) -> bool:
+        """Return whether the process runs: what the pidfd has said so far, with no look at /proc where there is one."""
+        return self._fd is not None or self.process.alive()
+
     def close(self) -> None:
         """Stop watching."""
         if self._fd is not None:
