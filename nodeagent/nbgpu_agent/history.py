@@ -26,14 +26,17 @@ class History:
 
     def add(self, time: float, memory_bytes: Sequence[int], compute_milli: Sequence[int]) -> None:
         """Append a point of Unix `time`; the oldest of 600 goes."""
-        columns: list[tuple[array[float] | array[int], float]] = [(self._time, time)]
-        columns += [(self._memory[i], value) for i, value in enumerate(memory_bytes)]
-        columns += [(self._compute[i], min(value, 65535)) for i, value in enumerate(compute_milli)]
-        for column, value in columns:
-            if len(column) < LENGTH:
-                column.append(value)  # pyright: ignore[reportArgumentType]
-            else:
-                column[self._at] = value  # pyright: ignore
+        if len(self._time) < LENGTH:
+            self._time.append(time)
+            for i, value in enumerate(memory_bytes):
+                self._memory[i].append(value)
+                self._compute[i].append(compute_milli[i])
+        else:
+            at = self._at
+            self._time[at] = time
+            for i, value in enumerate(memory_bytes):
+                self._memory[i][at] = value
+                self._compute[i][at] = compute_milli[i]
         self._at = (self._at + 1) % LENGTH
 
     def as_json(self, seconds: int) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable
@@ -56,12 +57,15 @@ class LiveSlice:
         self.doubts: dict[int, int] = {}
         self.busy_seconds: dict[str, float] = {}
         self.refusals = 0
+        self._closed = False
         self._watches: dict[int, Watch] = {}
         self._known: dict[int, Process] = {}
         self._granted = {slot for slot, size in enumerate(self.ctl.words.overhead) if size}
         self.ctl.set_kernels(record.kernel_limits)
         for root in record.roots:
             self._watch(Process(root.pid, root.start_time))
+        if record.roots:
+            self.gather()  # an agent that was killed may have left them on the way
 
     @property
     def slice(self) -> Slice:
@@ -106,30 +110,34 @@ class LiveSlice:
         if any(root.pid == pid and root.start_time == process.start_time for root in self.record.roots):
             return False
         cgroup = Path(self.record.cgroup) if self.record.cgroup else self._cgroups.create(self.id, pid)
-        if cgroup is not None and not self._cgroups.add(cgroup, pid) and not self.record.cgroup:
-            # The agent may not move it, or it ended just now: then ancestry tells who belongs to it.
-            self._cgroups.remove(cgroup)
-            cgroup = None
         roots = [root for root in self.record.roots if Process(root.pid, root.start_time).alive()]
         self.save(
             roots=(*roots, Root(pid=pid, start_time=process.start_time)),
             state="releasing" if self.state == "releasing" else "running",
             cgroup=str(cgroup) if cgroup else None,
         )
-        self._gather(pid, cgroup)
         self._watch(process)
+        self.gather()
         return True
 
-    def _gather(self, pid: int, cgroup: Path | None) -> None:
-        """Move a process and its descendants into the cgroup, until no new one turned up meanwhile."""
-        moved: set[int] = set()
-        while fresh := procs.descendants([pid]) - moved:
-            for member in fresh:
-                if cgroup is not None:
-                    self._cgroups.add(cgroup, member)
-                elif (process := procs.find(member)) is not None:
-                    self._known[member] = process
-            moved |= fresh
+    def gather(self) -> None:
+        """Bring the roots and their descendants into the cgroup.
+
+        The kernel takes its time to move a process (some ms): a thread waits for it. Until it is done the roots alone are known.
+        """
+        self.learn_descendants()
+        if self.record.cgroup:
+            path = Path(self.record.cgroup)
+            pids = [root.pid for root in self.record.roots if self._cgroups.slice_of(root.pid) != self.id]
+            future = asyncio.get_running_loop().run_in_executor(None, _move, self._cgroups, path, pids)
+            future.add_done_callback(lambda done: None if done.cancelled() or done.result() else self._without_cgroup(path))
+
+    def _without_cgroup(self, path: Path) -> None:
+        """The agent may not move a process of the slice: ancestry tells from now on who belongs to it."""
+        if self.record.cgroup and not self._closed and self.has_root():
+            self._cgroups.remove(path)
+            self.save(cgroup=None)
+            self.learn_descendants()
 
     def _watch(self, process: Process) -> None:
         if process.pid not in self._watches:
@@ -275,8 +283,23 @@ class LiveSlice:
 
     def close(self) -> None:
         """Let go of the files and processes; the slice itself goes on."""
+        self._closed = True
         for watch in self._watches.values():
             watch.close()
         self._watches.clear()
         self.tenant.close()
         self.ctl.close()
+
+
+def _move(cgroups: Cgroups, path: Path, pids: list[int]) -> bool:
+    """Move processes and their descendants into a cgroup, until no new one turned up meanwhile; False when it may not be done."""
+    done: set[int] = set()
+    for pid in pids:
+        if not cgroups.add(path, pid):
+            return procs.start_time(pid) is None  # one that just ended is no obstacle
+        done.add(pid)
+    while fresh := procs.descendants(pids) - done:
+        for pid in fresh:
+            cgroups.add(path, pid)
+        done |= fresh
+    return True

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import ctypes as c
 import os
+import struct
+import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from . import layout
 
@@ -51,33 +54,8 @@ class _UseHead(c.Structure):
     _fields_ = [("high_water", c.c_uint32), ("events", c.c_uint32), ("bell", c.c_uint32), ("reserved", c.c_uint32)]
 
 
-class _UseRow(c.Structure):
-    _fields_ = [
-        ("slot", c.c_uint32),
-        ("junk", c.c_uint32),
-        ("pid", c.c_uint32),
-        ("device", c.c_uint32),
-        ("owner", c.c_uint64),
-        ("start_time", c.c_uint64),
-        ("kernel_id", c.c_char * layout.KERNEL_ID_BYTES),
-        ("used", c.c_uint64),
-        ("context", c.c_uint64),
-        ("peak", c.c_uint64),
-        ("allocs", c.c_uint64),
-        ("frees", c.c_uint64),
-        ("refusals", c.c_uint64),
-        ("refused_bytes", c.c_uint64),
-        ("refused_by", c.c_uint32),
-        ("want", c.c_uint32),
-        ("near", c.c_uint32),
-        ("reserved", c.c_uint32),
-        ("busy_since", c.c_uint64),
-        ("busy_ns", c.c_uint64),
-        ("launches", c.c_uint64),
-        ("last_launch_ns", c.c_uint64),
-        ("stall_ns", c.c_uint64),
-        ("copied_bytes", c.c_uint64),
-    ]
+_ROW = struct.Struct(f"<4I2Q{layout.KERNEL_ID_BYTES}s7Q3I4x6Q")
+"""NbgpuUseRow, in the order of `UseRow`."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +89,7 @@ class UseHead:
     bell: int
 
 
-@dataclass(frozen=True)
-class UseRow:
+class UseRow(NamedTuple):
     """One slot in use, every number in its range; `junk` (JUNK_*) says which ones were not and are 0 here. Sizes in bytes."""
 
     slot: int
@@ -138,9 +115,6 @@ class UseRow:
     last_launch_ns: int
     stall_ns: int
     copied_bytes: int
-
-
-_ROW_NUMBERS = [name for name in UseRow.__dataclass_fields__ if name != "kernel_id"]
 
 
 def library_path() -> Path:
@@ -187,6 +161,8 @@ class Native:
 
     def __init__(self, path: Path | None = None) -> None:
         self._lib = _load(path or library_path())
+        self._rows = c.create_string_buffer(_ROW.size * layout.SLOTS)
+        self._lock = threading.Lock()
 
     def use_head(self, fd: int) -> UseHead:
         """Return the head of a `use` file; OSError EBADMSG when it is none."""
@@ -196,14 +172,11 @@ class Native:
 
     def use_read(self, fd: int) -> list[UseRow]:
         """Return the slots in use, in order; OSError EBADMSG when the file is none."""
-        rows = (_UseRow * layout.SLOTS)()
-        count = _check(self._lib.nbgpu_use_read(fd, rows, layout.SLOTS), "use file")
-        out: list[UseRow] = []
-        for i in range(count):
-            row = rows[i]
-            numbers = {name: int(getattr(row, name)) for name in _ROW_NUMBERS}
-            out.append(UseRow(kernel_id=row.kernel_id.decode("ascii"), **numbers))
-        return out
+        # A new buffer costs more than the call: one is kept, and used by one thread at a time.
+        with self._lock:
+            count = _check(self._lib.nbgpu_use_read(fd, self._rows, layout.SLOTS), "use file")
+            found = [_ROW.unpack_from(self._rows, i * _ROW.size) for i in range(count)]
+        return [UseRow._make((*row[:6], row[6].rstrip(b"\0").decode("ascii"), *row[7:])) for row in found]
 
     def use_events(self, fd: int) -> int:
         """Return the word that rises with each refusal."""

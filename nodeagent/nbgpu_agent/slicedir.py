@@ -53,7 +53,7 @@ class Record(Model):
 
 
 def write_record(directory: Path, record: Record) -> None:
-    """Write `slice.json`: whole or not at all, and on the disk when this returns."""
+    """Write `slice.json`: whole or not at all. After a loss of power no process of the slice lives, the older record will do."""
     fresh = directory / f".{RECORD}"
     with open(fresh, "w") as file:
         json.dump(record.model_dump(mode="json"), file)
@@ -61,7 +61,6 @@ def write_record(directory: Path, record: Record) -> None:
         os.fsync(file.fileno())
     fresh.chmod(0o644)
     fresh.rename(directory / RECORD)
-    _sync(directory)
 
 
 def read_record(directory: Path) -> Record | None:
@@ -76,17 +75,10 @@ def read_record(directory: Path) -> Record | None:
         raise ValueError(f"{directory / RECORD}: {error.error_count()} errors, the first: {error.errors()[0]['msg']}") from None
 
 
-def _sync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def create(directory: Path) -> None:
     """Make a slice's empty directory; what a killed agent left half made goes first."""
-    remove(directory)
+    if directory.exists():
+        remove(directory)
     directory.mkdir(mode=0o755)
     directory.chmod(0o755)
 
@@ -102,14 +94,15 @@ def remove(directory: Path) -> None:
 def create_use(directory: Path, uid: int | None) -> int:
     """Make the `use` file for its owner and return an open descriptor.
 
-    As root it lies on a tmpfs of its own: whatever its user does to it, it cannot fill the machine's memory.
+    For another user it lies on a tmpfs of its own: whatever its user does to it, it cannot fill the machine's memory.
     """
     path = directory / "use"
-    _unmount(path)
-    path.unlink(missing_ok=True)
+    if path.exists():
+        _unmount(path)
+        path.unlink()
     source = path
     private = directory / ".use"
-    if os.geteuid() == 0:
+    if os.geteuid() == 0 and uid not in (None, 0):
         private.mkdir(mode=0o700, exist_ok=True)
         if _mount("tmpfs", private, "tmpfs", _MS_NOSUID_NODEV_NOEXEC, f"size={USE_TMPFS_BYTES},nr_inodes=4,mode=700"):
             source = private / "use"
@@ -162,7 +155,7 @@ def _mount(source: str, target: Path, kind: str, flags: int, data: str) -> bool:
 
 
 def _unmount(target: Path) -> None:
-    if os.geteuid() == 0:
+    if os.geteuid() == 0 and (target.is_dir() or os.path.ismount(target)):
         _libc().umount2(str(target).encode(), _MNT_DETACH)
 
 

@@ -79,17 +79,17 @@ class Tenant:
             # Who was seen in the slots is not forgotten for that: the slice does not end before they do.
             self.junk = "its file is no use file any more" if error.errno == errno.EBADMSG else str(error.strerror)
             return []
-        good: list[UseRow] = []
+        if any(row.junk or row.device >= self._device_count for row in rows):
+            self.junk = "it holds numbers that cannot be"
+            rows = [row for row in rows if row.device < self._device_count]
         for row in rows:
-            if row.junk or row.device >= self._device_count:
-                self.junk = f"slot {row.slot} holds numbers that cannot be"
-            if row.device < self._device_count:
-                good.append(row)
+            state = self.states.get(row.slot)
+            if state is None or state.owner != row.owner or state.process is None:
                 self._know(row)
-        gone = self.states.keys() - {row.slot for row in good}
-        for slot in gone:
-            self._forget(slot)
-        return good
+        if len(rows) != len(self.states):
+            for slot in self.states.keys() - {row.slot for row in rows}:
+                self._forget(slot)
+        return rows
 
     def _know(self, row: UseRow) -> None:
         state = self.states.get(row.slot)
@@ -113,11 +113,11 @@ class Tenant:
 
     def alive(self, row: UseRow) -> bool:
         """Return whether the owner of a slot lives: its lock is held, or the process is there though it lost the lock."""
-        if self._native.use_locked(self.fd, row.slot) != 0:
-            return True
         watch = self.states[row.slot].watch
+        if (watch is not None and watch.alive()) or self._native.use_locked(self.fd, row.slot) != 0:
+            return True
         if watch is not None:
-            return watch.alive()
+            return False
         # Never seen with its lock: on this machine's own pids its word is enough, it costs only itself.
         return procs.start_time(row.pid) == row.start_time
 

@@ -6,15 +6,14 @@ Memory = tracked allocations + contexts + measured overhead; compute = busy GPU 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from nbgpu.models import Backend, DeviceUsage, KernelDeviceUsage, KernelLimit, KernelUsage, Slice, Usage
 
 NO_LIMIT = KernelLimit()
 
 
-@dataclass(frozen=True)
-class SlotUse:
+class SlotUse(NamedTuple):
     """One process on one device of the slice (`device` counts the slice's own). Memory in bytes, compute in milli-GPU."""
 
     device: int

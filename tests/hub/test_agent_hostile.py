@@ -110,8 +110,9 @@ def test_a_spoiled_use_file_costs_nobody_else(agent: AgentProcess, launch: Launc
 
 
 @as_root
-def test_a_slice_cannot_fill_the_machine(launch: Launch) -> None:
-    fd = os.open(Path(launch.slice_dir) / "use", os.O_RDWR)
+def test_a_slice_of_another_user_cannot_fill_the_machine(agent: AgentProcess) -> None:
+    own = agent.put(agent.slice(125, user="mallory"), uid=NOBODY)
+    fd = os.open(Path(own.slice_dir) / "use", os.O_RDWR)
     written = 0
     try:
         for at in range(0, 2**20, 4096):
@@ -122,6 +123,7 @@ def test_a_slice_cannot_fill_the_machine(launch: Launch) -> None:
         full = False
     finally:
         os.close(fd)
+    agent.delete(Path(own.slice_dir).name)
     assert full
     assert written <= slicedir.USE_TMPFS_BYTES
 

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,13 +23,23 @@ from nbgpu.quantities import GIB, MIB
 pytestmark = [pytest.mark.timeout(120), pytest.mark.skipif(missing_libraries() is not None, reason=str(missing_libraries()))]
 
 
+@pytest.fixture(scope="module")
+def shared() -> Iterator[AgentProcess]:
+    with tempfile.TemporaryDirectory(prefix="nbgpu-test-", dir="/tmp") as name:
+        process = AgentProcess(Path(name))
+        try:
+            yield process.start()
+        finally:
+            process.close()
+
+
 @pytest.fixture
-def agent(runtime: Path) -> Iterator[AgentProcess]:
-    process = AgentProcess(runtime)
-    try:
-        yield process.start()
-    finally:
-        process.close()
+def agent(shared: AgentProcess) -> Iterator[AgentProcess]:
+    """The agent with no slice on it, before and after."""
+    yield shared
+    for slice_id in shared.slices():
+        shared.delete(slice_id)
+    until(lambda: not shared.slices(), 10, "the end of all slices")
 
 
 @pytest.fixture
