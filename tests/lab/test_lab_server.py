@@ -11,6 +11,11 @@ from fake_slice_agent import GIB, FakeAgent
 from lab_helpers import until
 from tornado.httpclient import HTTPClientError
 
+from nbgpu_lab import extension
+from nbgpu_lab.client import SliceClient
+from nbgpu_lab.notices import Notices
+from nbgpu_lab.sampler import Sampler
+
 
 async def usage(jp_fetch: Any, **query: str) -> Any:
     return json.loads((await jp_fetch("nbgpu/api/usage", params=query)).body)
@@ -197,3 +202,20 @@ async def test_hanging_agent_does_not_hang_the_page(agent: FakeAgent, jp_fetch: 
     agent.delay_seconds = 30
     answer = await asyncio.wait_for(usage(jp_fetch), 4)
     assert answer["agent"]["ok"] is False
+
+
+async def test_a_busy_gpu_keeps_its_server(agent: FakeAgent, jp_fetch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "_ACTIVITY_SECONDS", 1)
+    sampler = Sampler(SliceClient(agent.socket_path), no_kernels, Notices())
+    settings: dict[str, Any] = {}
+    watching = asyncio.ensure_future(extension._keep_busy_server(sampler, settings))
+    agent.used_milli = 0
+    await until(lambda: agent.count("/v1/history") >= 2, 10)
+    assert settings == {}
+    agent.used_milli = 100
+    await until(lambda: "nbgpu_last_activity" in settings, 10)
+    watching.cancel()
+
+
+async def no_kernels() -> dict[str, Any]:
+    return {}
