@@ -83,14 +83,14 @@ void backing_drop(uint8_t *host, size_t bytes) {
     if (!in_shadow(host))
         return;
     uint64_t first = (uint64_t)(host - shadow_base) >> GRAIN_SHIFT, end = (uint64_t)(host + bytes - shadow_base) >> GRAIN_SHIFT;
-    for (uint64_t g = first; g < end; g++) {
-        if (g % 64 == 0 && end - g >= 64 && !__atomic_load_n(&touched[g / 64], __ATOMIC_RELAXED)) {
-            g += 63;
-            continue;
+    for (uint64_t g = first; g < end;) {
+        uint64_t from = g % 64, many = end - g < 64 - from ? end - g : 64 - from; /* of one word of the bitmap */
+        uint64_t mask = (many == 64 ? UINT64_MAX : (1ull << many) - 1) << from;
+        if (__atomic_load_n(&touched[g / 64], __ATOMIC_RELAXED) & mask) {
+            uint64_t had = __atomic_fetch_and(&touched[g / 64], ~mask, __ATOMIC_RELAXED) & mask;
+            madvise(shadow_base + (g << GRAIN_SHIFT), many << GRAIN_SHIFT, MADV_DONTNEED);
+            __atomic_sub_fetch(&used_grains, (uint64_t)__builtin_popcountll(had), __ATOMIC_RELAXED);
         }
-        if (!(__atomic_fetch_and(&touched[g / 64], ~(1ull << (g % 64)), __ATOMIC_RELAXED) >> (g % 64) & 1))
-            continue;
-        madvise(shadow_base + (g << GRAIN_SHIFT), GRAIN, MADV_DONTNEED);
-        __atomic_sub_fetch(&used_grains, 1, __ATOMIC_RELAXED);
+        g += many;
     }
 }

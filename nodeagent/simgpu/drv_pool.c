@@ -71,7 +71,8 @@ CUresult pool_alloc(CUmemoryPool pool, size_t bytes, CUdeviceptr *out) {
 
 CUresult pool_free(CUmemoryPool pool, CUdeviceptr base) {
     struct block was;
-    if (graph_memory_freed(base)) return CUDA_SUCCESS;
+    if (graph_memory_freed(base))
+        return CUDA_SUCCESS;
     pthread_mutex_lock(&pools_lock);
     CUresult result = heap_free(base, &was);
     if (result == CUDA_SUCCESS) {
@@ -85,8 +86,10 @@ CUresult pool_free(CUmemoryPool pool, CUdeviceptr base) {
 
 static void trim(CUmemoryPool pool, size_t keep) {
     size_t needed = (pool->used + SIM_PAGE - 1) / SIM_PAGE * SIM_PAGE;
-    keep = (keep > needed ? keep : needed) + SIM_PAGE - 1;
-    keep = keep / SIM_PAGE * SIM_PAGE;
+    keep = keep > needed ? keep : needed;
+    if (keep >= pool->reserved)
+        return; /* a threshold of "all", which rounding up would wrap */
+    keep = (keep + SIM_PAGE - 1) / SIM_PAGE * SIM_PAGE;
     if (keep >= pool->reserved)
         return;
     sim_mem_give(&drv.sim, (unsigned)pool->device, pool->reserved - keep);
