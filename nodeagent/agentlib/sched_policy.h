@@ -40,7 +40,7 @@ typedef struct {
     int64_t vt;           /* ns of device time per unit of weight */
     int64_t bucket_ns;    /* strict: time it may still take; below 0 = debt */
     bool dry;             /* strict: spent its bucket, waits for a turn's worth */
-    bool overran;          /* its work outlasted its turn by two periods and still runs, beside the next one */
+    bool overran;         /* its work outlasted its turn by two periods and still runs, beside the next one */
     bool woke;            /* it began to want out of idleness and has had no turn since */
     uint64_t open_since;  /* of the present turn */
     uint64_t turn_end;    /* 0 = nobody else wants the device: no end */
