@@ -5,6 +5,7 @@
 #define MS 1000000ull
 #define WHOLE 1000u
 #define SPENT_NS (20 * MS) /* waiters ring again after this long anyway */
+#define UNUSED_MOST 5u     /* 20 ms doubled so often */
 #define VT_REBASE (INT64_C(1) << 55)
 
 static uint64_t or_default(uint64_t value, uint64_t otherwise) { return value ? value : otherwise; }
@@ -195,7 +196,9 @@ void sched_observe(SchedDevice *d, int index, SchedSeen seen, uint64_t now) {
         if (s->quiet_since)
             s->quiet_since = now;
     }
-    if (!seen.busy)
+    if (seen.busy)
+        s->unused = 0;
+    else
         s->overran = false;
     if (seen.busy)
         s->quiet_since = 0;
@@ -264,8 +267,8 @@ static void settle_owner(SchedDevice *d) {
     SchedSlice *s = &d->slice[d->owner];
     s->turn_end = plan_end(d, d->owner);
     bool quiet = s->turn_end && d->now >= quiet_until(d, s);
-    if (quiet && s->seen.want)
-        s->spent_until = d->now + SPENT_NS; /* never came for its turn: dead, or stopped */
+    if (quiet && s->seen.want) /* never came for its turn: dead, or stopped */
+        s->spent_until = d->now + (SPENT_NS << (s->unused < UNUSED_MOST ? s->unused++ : UNUSED_MOST));
     if (s->suspended || quiet || (s->turn_end && d->now >= s->turn_end))
         close_gate(d, d->owner);
 }

@@ -46,6 +46,7 @@ typedef struct {
     uint64_t turn_end;    /* 0 = nobody else wants the device: no end */
     uint64_t drain_until; /* after this the next one is let in beside it */
     uint64_t quiet_since; /* open, and nothing outstanding since then; 0 = busy */
+    uint32_t unused;      /* turns in a row that it did not use */
     uint64_t spent_until; /* did not use its last turn: no other before this or before it rings again */
     uint64_t last_active;
     uint64_t charged_ns, turns, overruns;

@@ -20,6 +20,7 @@
 #define GRAPHS 64
 #define UNKNOWN_NS (0.1 * (double)MS) /* a launch of which nothing is known yet */
 #define LEARNT_AFTER 8
+#define TURN_LATE_NS (10 * MS) /* a turn that ended longer ago has no scheduler behind it */
 #define RELAXED_CAPTURE 2
 
 typedef struct {
@@ -382,18 +383,31 @@ void nbgpu_busy_submitted(const Launch *launch, bool done) {
   wake_helper();
 }
 
+/* By how long too much is outstanding for one launch more; 0: submit. One that would start after the turn's end only makes the turn longer,
+ * and behind a closed gate the thread says that it wants at once: the scheduler must not take the slice for one that is content. */
+static double too_much_ns(int device, const Busy *b, uint64_t now) {
+  const NbgpuCtlDevice *ctl = &nbgpu_ctl->device[device];
+  uint32_t launches;
+  const double work = outstanding_ns(b, now, &launches);
+  if (!b->fences || !launches || __atomic_load_n(&ctl->gate, __ATOMIC_ACQUIRE) == NBGPU_GATE_CLOSED) return 0;
+  const uint64_t end = __atomic_load_n(&ctl->turn_end_ns, __ATOMIC_ACQUIRE);
+  if (end && now < end + TURN_LATE_NS && (double)now + work >= (double)end) return work;
+  if (launches < 2) return 0;
+  /* Nothing learnt yet, or the oldest takes far longer than launches took so far: two at a time, or a first loop fills the queue for seconds. */
+  const bool overdue = now > b->front_ns && (double)(now - b->front_ns) > 2 * b->fence[0].work_ns + (double)WINDOW_NS;
+  if (!b->learnt || overdue) return (double)FENCE_EVERY_NS;
+  return work > (double)WINDOW_NS ? work - (double)WINDOW_NS : 0;
+}
+
 bool nbgpu_busy_wait_window(int device) {
   Busy *b = &busy[device];
   bool waited = false;
   pthread_mutex_lock(&b->lock);
   for (int i = 0; i < 100000 && b->busy; i++) {
-    uint32_t launches;
-    double work = outstanding_ns(b, nbgpu_now(), &launches);
-    if (work <= (double)WINDOW_NS || launches < 2 || !b->fences) break;
+    if (too_much_ns(device, b, nbgpu_now()) == 0) break;
     poll(b);
-    work = outstanding_ns(b, nbgpu_now(), &launches);
-    if (work <= (double)WINDOW_NS || launches < 2 || !b->fences) break;
-    const double over = work - (double)WINDOW_NS;
+    const double over = too_much_ns(device, b, nbgpu_now());
+    if (over == 0) break;
     const double least = 0.05 * (double)MS, most = 0.5 * (double)MS;
     const struct timespec pause = {0, (long)(over < least ? least : over > most ? most : over)};
     pthread_mutex_unlock(&b->lock);

@@ -157,7 +157,7 @@ def test_strict_slice_is_closed_when_its_share_is_spent(scheduler: native.Schedu
         wait_until(lambda: files.gate() == layout.GATE_CLOSED, 0.5)
         open_ns += time.monotonic_ns() - opened
     share = open_ns / (time.monotonic_ns() - started)
-    assert 0.22 < share < 0.36
+    assert 0.15 < share < 0.36, "below: a slow machine; above: a share that is not kept"
     assert scheduler.stats(entry).turns > 5
 
 

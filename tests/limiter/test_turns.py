@@ -1,0 +1,135 @@
+"""Turns end to end: real processes under the limiter, the simulated driver, the scheduler's thread. Shares by the device's own truth."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "bench"))
+
+import compute  # noqa: E402
+from compute import Machine, Share, SliceFiles, start_client, wait_ready  # noqa: E402
+
+from nbgpu_agent.native import Native, Scheduler  # noqa: E402
+
+SCALE = 4
+KERNEL_NS = 2_000_000 * SCALE
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    compute.build()
+    before = dict(os.environ)
+    yield Machine(tmp_path_factory.mktemp("machine"), SCALE)
+    os.environ.clear()
+    os.environ.update(before)
+
+
+class Room:
+    """Slices on the machine and what computes in them; everything ends with the test."""
+
+    def __init__(self, machine: Machine, folder: Path, limited: bool = True) -> None:
+        self.machine = machine
+        self.folder = folder
+        self.scheduler: Scheduler | None = Native().scheduler(compute.turns(SCALE)) if limited else None
+        self.groups: list[list[subprocess.Popen[str]]] = []
+        self.entries: list[int] = []
+
+    def add(self, share: Share) -> None:
+        """Make a slice and start its processes; `go` lets them compute."""
+        files = SliceFiles(self.folder / str(len(self.groups)), share, self.machine.uuid())
+        if self.scheduler:
+            self.entries.append(files.add_to(self.scheduler, share))
+        folder = files.folder if self.scheduler else None
+        self.groups.append([start_client(self.machine, KERNEL_NS, folder) for _ in range(share.processes)])
+
+    def go(self) -> None:
+        """Let all processes compute."""
+        wait_ready([client for group in self.groups for client in group])
+
+    def shares(self, seconds: float) -> list[float]:
+        """Return each living slice's part of the device over a while, in percent."""
+        living = [group for group in self.groups if all(client.poll() is None for client in group)]
+        return compute.measure(self.machine, living, 1, seconds)[0]
+
+    def close(self) -> None:
+        """End everything."""
+        for client in [client for group in self.groups for client in group]:
+            client.kill()
+            client.communicate(timeout=20)
+        if self.scheduler:
+            self.scheduler.close()
+
+
+@pytest.fixture
+def room(machine: Machine, tmp_path: Path) -> Iterator[Room]:
+    made = Room(machine, tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def free_room(machine: Machine, tmp_path: Path) -> Iterator[Room]:
+    """The control: the same without limiter and scheduler."""
+    (tmp_path / "free").mkdir()
+    made = Room(machine, tmp_path / "free", limited=False)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("shares", [[Share(750), Share(250)], [Share(300, strict=True)]], ids=["75/25", "strict 30"])
+def test_shares_of_real_processes(room: Room, free_room: Room, shares: list[Share]) -> None:
+    errors = []
+    for place in (room, free_room):
+        for share in shares:
+            place.add(share)
+        place.go()
+        time.sleep(1)
+        measured = place.shares(SCALE)
+        errors.append(max(abs(got - share.milli / 10) for got, share in zip(measured, shares, strict=True)))
+        place.close()
+    assert errors[0] <= 4
+    assert errors[1] > 15, "the driver alone must miss these shares"
+
+
+def test_killed_owner_leaves_the_device_to_the_other(room: Room) -> None:
+    """SIGKILL at random moments, in a turn, draining, waiting: the neighbour goes on, at once and with everything."""
+    seed = int(os.environ.get("NBGPU_SEED", "0")) or random.randrange(2**32)
+    moments = random.Random(seed)
+    room.add(Share(500))
+    room.go()
+    where = {"open": 0, "closed": 0}
+    for _ in range(6):
+        room.add(Share(500))
+        wait_ready(room.groups[-1])
+        time.sleep(0.3 + moments.random() * 0.3)
+        assert room.scheduler is not None
+        where["open" if room.scheduler.stats(room.entries[-1]).gate == 1 else "closed"] += 1
+        room.groups[-1][0].kill()
+        room.groups[-1][0].wait(10)
+        alone = compute.measure(room.machine, room.groups[:1], 1, 0.5)[0][0]
+        assert alone > 80, f"seed {seed}: the neighbour of a killed process got {alone:.0f} %"
+        room.scheduler.remove(room.entries[-1])
+    print(f"seed {seed}, killed with the gate {where}")
+
+
+def test_without_a_scheduler_nobody_hangs(room: Room) -> None:
+    """The agent is gone: burst slices run on, a strict one keeps to its share by itself."""
+    room.add(Share(500))
+    room.add(Share(200, strict=True))
+    room.go()
+    time.sleep(0.5)
+    assert room.scheduler is not None
+    room.scheduler.close()
+    time.sleep(1)
+    burst, strict = room.shares(2)
+    assert burst > 50
+    assert 5 < strict < 35
