@@ -36,6 +36,8 @@ START_MARGIN_SECONDS = 30
 _PATIENCE_SECONDS = 10.0
 _clients: WeakKeyDictionary[Any, dict[tuple[str, str, str, float], PoolClient]] = WeakKeyDictionary()
 _background: set[asyncio.Task[None]] = set()
+_clean: set[Owner] = set()
+"""Owners of whom this process knows that they hold nothing: what an earlier hub left behind was asked back once."""
 
 
 class GPUSliceMixin(_Spawner):
@@ -254,7 +256,9 @@ class GPUSliceMixin(_Spawner):
         request = wish.request(request_id, self.gpu_owner(), self.gpu_groups())
         wait_seconds = self._wait_seconds()
         start = time.monotonic()
-        await self._patiently(lambda: self.pool.release_owner(request.owner, request_id), start)
+        if request.owner not in _clean:
+            await self._patiently(lambda: self.pool.release_owner(request.owner, request_id), start)
+        _clean.discard(request.owner)
         grant = await self._patiently(lambda: self.pool.acquire(request), start)
         pause = 0.2
         while grant.state is GrantState.queued:
@@ -315,15 +319,16 @@ class GPUSliceMixin(_Spawner):
         """Ask the pool to take the grant back, even when the calling task is being cancelled."""
         if self._gpu_request_id is None:
             return
-        task = asyncio.ensure_future(self._release(self._gpu_request_id))
+        task = asyncio.ensure_future(self._release(self._gpu_request_id, self.gpu_owner()))
         self._gpu_request_id = None
         _background.add(task)  # the loop holds tasks weakly
         task.add_done_callback(_background.discard)
         await asyncio.shield(task)
 
-    async def _release(self, request_id: str) -> None:
+    async def _release(self, request_id: str, owner: Owner) -> None:
         try:
             await asyncio.wait_for(self.pool.release(request_id), 5)
+            _clean.add(owner)
         except (NbgpuError, asyncio.TimeoutError) as error:
             # a reservation ends by its TTL, a running slice with its last process: the pool finds out by itself
             self.log.warning("%s: could not release request %s: %s", self._log_name, request_id, error)

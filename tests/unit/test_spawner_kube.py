@@ -31,7 +31,7 @@ def granted() -> Grant:
 
 
 def pod(**changes: Any) -> Any:
-    plain: dict[str, Any] = dict(name="jupyter-ada", image="img", image_pull_policy="IfNotPresent", cmd=["start"], port=8888)
+    plain: dict[str, Any] = {"name": "jupyter-ada", "image": "img", "image_pull_policy": "IfNotPresent", "cmd": ["start"], "port": 8888}
     return make_pod(**{**plain, **changes})
 
 
