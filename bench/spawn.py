@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -238,6 +239,7 @@ def main() -> int:
     if proxy_command() is None:
         print("configurable-http-proxy is not installed (make setup, or npm install configurable-http-proxy).", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends what it started, too
     found = measure(options)
     print(f"Starting servers with a slice, simulated GPUs. {found['machine']}.")
     print(table(found))

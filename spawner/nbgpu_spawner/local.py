@@ -6,6 +6,7 @@ import os
 import pwd
 import shutil
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,7 @@ def with_launch(env: dict[str, str], launch: Launch) -> dict[str, str]:
     return merged
 
 
+@cache
 def server_has_provisioner(command: str, path: str | None = None) -> bool:
     """Return whether the Python of the server's `command` has nbgpu's kernel provisioner installed.
 

@@ -1,0 +1,109 @@
+"""The whole line on one machine, simulated: hub, pool, agent, limiter, driver. Skipped where the C libraries are not built."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hub_process import ROOT, Hub, until
+
+LIB = ROOT / "nodeagent" / "nbgpu_agent" / "_lib"
+NEEDED = [LIB / "libnbgpu.so", LIB / "libnbgpu_agent.so", LIB / "sim" / "libcuda.so.1"]
+BUILT = all(path.exists() for path in NEEDED)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not BUILT, reason="C libraries are not built (make setup)")]
+
+MORE = """
+c.Spawner.cmd = [c.Spawner.cmd[0], {server!r}]
+c.JupyterHub.tornado_settings = {{"slow_spawn_timeout": 30}}
+setup(c, runtime={run!r}, quotas={{"users": {{"alan": {{"limit": "1/4"}}}}}})
+"""
+
+
+class Pool:
+    """Reads the real pool's books."""
+
+    def __init__(self, runtime: Path):
+        self.http = httpx.Client(transport=httpx.HTTPTransport(uds=str(runtime / "pool.sock")), base_url="http://pool", timeout=10)
+
+    def get(self, path: str) -> Any:
+        with contextlib.suppress(httpx.HTTPError):
+            answer = self.http.get(path)
+            if answer.status_code == 200:
+                return answer.json()
+        return None
+
+    def grants(self) -> dict[str, tuple[str, str]]:
+        """Owner to request id and state, of those that hold something."""
+        found = {g["request"]["owner"]["user"]: (g["request"]["request_id"], g["state"]) for g in self.get("/v1/requests") or []}
+        return {user: grant for user, grant in found.items() if grant[1] != "gone"}
+
+
+@pytest.fixture(scope="module")
+def stack(make_hub: Callable[..., Hub], place: Path) -> Iterator[tuple[Hub, Pool, Path]]:
+    run = place / "run"
+    words = {"server": str(ROOT / "bench" / "spawn_server.py"), "run": str(run)}
+    hub = make_hub(MORE.format(**words), environment={"NBGPU_SIM_STATE": str(place / "sim"), "NBGPU_SIM_DEVICES": "1"})
+    pool = Pool(run)
+    until(lambda: pool.get("/v1/devices"), 30, "the pool has its device\n" + hub.log.read_text()[-3000:])
+    hub.add("ada", "grace", "alan")
+    yield hub, pool, run
+    pool.http.close()
+
+
+def probe(hub: Hub, user: str) -> dict[str, int]:
+    return httpx.get(f"http://127.0.0.1:{hub.port}/user/{user}/probe", timeout=60).json()
+
+
+def test_a_server_has_its_share_and_no_more(stack: tuple[Hub, Pool, Path]) -> None:
+    hub, pool, run = stack
+    assert hub.spawn("ada", {"profile": "half"}).status_code == 201
+    request_id, state = pool.grants()["ada"]
+    assert state == "bound"
+    assert (run / "slices" / request_id).is_dir()
+    said = probe(hub, "ada")
+    assert said["total"] == 39 * 1024**3
+    assert said["free"] - said["block"] < said["had"] <= said["free"]
+    assert said["status"] == 2
+    assert hub.spawn("grace", {"profile": "cpu"}).status_code == 201
+    environment = Path(f"/proc/{hub.ready('grace')['state']['pid']}/environ").read_bytes()
+    assert b"LD_PRELOAD" not in environment
+    assert b"NBGPU_SLICE" not in environment
+    hub.stop("grace")
+    hub.stop("ada")
+    until(lambda: pool.grants() == {}, 3, "the slice is free")
+    assert not (run / "slices" / request_id).exists()
+
+
+def test_a_quota_refuses_in_its_own_words_by_both(stack: tuple[Hub, Pool, Path]) -> None:
+    hub, pool, _ = stack
+    answer = hub.spawn("alan", {"profile": "half"})
+    assert answer.status_code == 403
+    assert "quarter" in answer.json()["message"]
+    page = " ".join(hub.login("alan").form().split())
+    assert 'value="half" required aria-describedby="nbgpu-4-what nbgpu-4-status" disabled' in page
+    assert "Not for you:" in page
+    assert pool.grants() == {}
+
+
+def test_everything_killed_and_the_same_grants_are_there(stack: tuple[Hub, Pool, Path]) -> None:
+    hub, pool, run = stack
+    for user in ("ada", "grace"):
+        assert hub.spawn(user, {"profile": "quarter"}).status_code == 201
+    before = pool.grants()
+    pids = {user: hub.ready(user)["state"]["pid"] for user in ("ada", "grace")}
+    hub.kill()  # its services live on; those of the new hub take their places
+    hub.start()
+    until(lambda: pool.grants() == before, 30, "the pool has the same grants")
+    for user, pid in pids.items():
+        assert hub.ready(user)["state"]["pid"] == pid
+        os.kill(pid, 0)
+    assert probe(hub, "ada")["status"] == 2, "the limit holds"
+    for user in pids:
+        hub.stop(user)
+    until(lambda: pool.grants() == {}, 5, "all is free")
+    assert list((run / "slices").iterdir()) == []
