@@ -145,6 +145,10 @@ struct block *block_take_locked(size_t span, int kind, bool charge, int device) 
 }
 
 void block_release_locked(struct block *block, bool charged) {
+    if (block->kind == BLOCK_MANAGED) {
+        madvise((void *)block->base, block->span, MADV_DONTNEED);
+        mprotect((void *)block->base, block->span, PROT_NONE);
+    }
     if (block->host == shadow_of(block->base))
         backing_drop(block->host, block->span);
     addresses_give_locked(block->base, block->span >> PAGE_SHIFT);
@@ -305,10 +309,6 @@ CUresult heap_free(CUdeviceptr base, struct block *was) {
         if (chunk) {
             small_free(chunk, (uint32_t)((base - chunk->base) / class_bytes(chunk->class)));
         } else {
-            if (was->kind == BLOCK_MANAGED) {
-                madvise((void *)base, was->span, MADV_DONTNEED);
-                mprotect((void *)base, was->span, PROT_NONE);
-            }
             block_release_locked(page_owner[page_of(base)], was->pool == NULL);
         }
         result = CUDA_SUCCESS;
