@@ -20,7 +20,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 ROOT = Path(__file__).resolve().parent
 LAB = ROOT / "labextension"
 LAB_OUT = LAB / "nbgpu_lab" / "labextension"
-LIBRARIES = "nodeagent/nbgpu_agent/_lib"
+LIBRARIES = "nbgpu_agent/_lib"
 OLDEST_GLIBC = "2.17"
 
 
@@ -47,18 +47,19 @@ class NbgpuBuildHook(BuildHookInterface[Any]):
         if kind == "pure":
             build_data["tag"] = "py3-none-any"
         else:
-            build_data["tag"] = self._compile(release=kind == "release")
+            build_data["tag"] = self._compile(kind == "release", build_data)
             build_data["pure_python"] = False
-            build_data["artifacts"].append(LIBRARIES)
         self._front_end(build_data)
 
-    def _compile(self, release: bool) -> str:
-        """Compile the C libraries; return the wheel's tag."""
+    def _compile(self, release: bool, build_data: dict[str, Any]) -> str:
+        """Compile the C libraries and name them to hatchling; return the wheel's tag."""
         machine = sysconfig.get_platform().rsplit("-", 1)[-1]
-        command = [sys.executable, str(ROOT / "nodeagent" / "build.py")]
-        if release:
-            command += ["--release"]
+        out = ROOT / "build" / ("release" if release else "local")
+        command = [sys.executable, str(ROOT / "nodeagent" / "build.py"), "--out", str(out), *(["--release"] if release else [])]
         subprocess.run(command, check=True)
+        for path in sorted(out.rglob("*")):
+            if path.is_file() and not path.name.startswith("."):
+                build_data["force_include"][str(path)] = f"{LIBRARIES}/{path.relative_to(out)}"
         platform = f"manylinux_{OLDEST_GLIBC.replace('.', '_')}_{machine}" if release else f"linux_{machine}"
         return f"py3-none-{platform}"
 
