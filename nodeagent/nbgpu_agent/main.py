@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import hashlib
 import logging
 import os
@@ -174,6 +175,9 @@ async def _work(agent: Agent, nvml: Nvml) -> None:
     kind = "simulated GPUs" if agent.settings.simulated else "GPUs"
     usable = format_memory(first.usable_bytes)
     log.info("ready: %d %s, %s for slices on the first, %d slices, %s", len(agent.devices), kind, usable, len(agent.slices), admin.path)
+    # What was imported stays: the collector need not look through it again and again.
+    gc.collect()
+    gc.freeze()
     try:
         await ended.wait()
     finally:

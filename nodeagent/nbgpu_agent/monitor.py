@@ -23,6 +23,7 @@ log = logging.getLogger("nbgpu.agent")
 TICK_SECONDS = 1.0
 REFUSALS_SECONDS = 0.25
 DESCENDANTS_TICKS = 2
+SIZE_TICKS = 3
 HOSTILE_SECONDS = 60.0
 BURST_SECONDS = 1.0
 REMEDY = "Free memory in one of its notebooks, or restart with a larger fraction."
@@ -56,6 +57,8 @@ class Monitor:
         self._confirmed = Confirmed()
         self._memory: dict[str, SliceMemory] = {}
         self._slice_of_pid: dict[Process, str | None] = {}
+        self._untold: set[str] = set()
+        """Slices with refusals that no event has told of yet."""
         self._ticks = 0
         self.samples: dict[str, DeviceSample] = {}
 
@@ -110,6 +113,8 @@ class Monitor:
         rows = live.reap()
         if live.state != "prepared":
             live.tick(wall, rows)
+        if self._ticks % SIZE_TICKS == 0:
+            live.tenant.check_size()
         if live.tenant.junk is not None:
             self._hostile(live, live.tenant.junk)
         if not live.has_root():
@@ -247,16 +252,19 @@ class Monitor:
     # ---- refusals
 
     def _look_for_refusals(self) -> None:
-        now = time.monotonic()
         for live in list(self._agent.slices.values()):
-            memory = self._memory.get(live.id)
             if live.tenant.refused():
-                memory = self._memory.setdefault(live.id, SliceMemory())
-                self._collect(live, memory)
-            if memory is None:
+                self._collect(live, self._memory.setdefault(live.id, SliceMemory()))
+                self._untold.add(live.id)
+        now = time.monotonic()
+        for slice_id in list(self._untold):
+            live, memory = self._agent.slices.get(slice_id), self._memory.get(slice_id)
+            untold = [burst for burst in memory.bursts.values() if burst.count] if live is not None and memory is not None else []
+            if live is None or not untold:
+                self._untold.discard(slice_id)
                 continue
-            for burst in memory.bursts.values():
-                if burst.count and burst.row is not None and now - burst.last_event >= BURST_SECONDS:
+            for burst in untold:
+                if burst.row is not None and now - burst.last_event >= BURST_SECONDS:
                     self._tell_refusal(live, burst.row, burst.count)
                     burst.count, burst.last_event = 0, now
 

@@ -20,6 +20,7 @@ from .procs import Process
 from .watch import Watch
 
 _SLOT = layout.Use.slot.offset
+_EVENTS = layout.Use.events.offset
 _OWNER = layout.UseSlot.owner.offset
 _USED = layout.UseSlot.used.offset
 _READY = layout.UseSlot.ready.offset
@@ -68,19 +69,21 @@ class Tenant:
         self._on_death = on_death
         self.states: dict[int, SlotState] = {}
         self.junk: str | None = None
-        self.events_word = -1
+        self._events_word = b""
 
     def read(self) -> list[UseRow]:
         """Return the slots in use; what is junk is left out and named in `self.junk`."""
         try:
             rows = self._native.use_read(self.fd)
-            self.junk = None if os.fstat(self.fd).st_size == layout.USE_SIZE else "its file has another size than it was made with"
+            self.junk = None
         except OSError as error:
             # Who was seen in the slots is not forgotten for that: the slice does not end before they do.
             self.junk = "its file is no use file any more" if error.errno == errno.EBADMSG else str(error.strerror)
             return []
-        if any(row.junk or row.device >= self._device_count for row in rows):
-            self.junk = "it holds numbers that cannot be"
+        for row in rows:
+            if row.junk or row.device >= self._device_count:
+                self.junk = "it holds numbers that cannot be"
+        if self.junk is not None:
             rows = [row for row in rows if row.device < self._device_count]
         for row in rows:
             state = self.states.get(row.slot)
@@ -90,6 +93,11 @@ class Tenant:
             for slot in self.states.keys() - {row.slot for row in rows}:
                 self._forget(slot)
         return rows
+
+    def check_size(self) -> None:
+        """Note as junk when the file has grown; one that is too short cannot be read anyway."""
+        if os.fstat(self.fd).st_size > layout.USE_SIZE:
+            self.junk = "its file is larger than it was made"
 
     def _know(self, row: UseRow) -> None:
         state = self.states.get(row.slot)
@@ -166,20 +174,19 @@ class Tenant:
         )
 
     def refused(self) -> bool:
-        """Return whether there were refusals since the last call: one cheap read."""
-        try:
-            word = self._native.use_events(self.fd)
-        except OSError:
-            return False
-        changed = word != self.events_word
-        self.events_word = word
+        """Return whether there were refusals since the last call: four bytes are read and compared, their value means nothing."""
+        word = os.pread(self.fd, 4, _EVENTS)
+        changed = word != self._events_word
+        self._events_word = word
         return changed
 
     def tick(self, rows: list[UseRow], now_ns: int) -> None:
         """Keep this moment's busy times: rates are measured against the tick before the last."""
         for row in rows:
-            state = self.states[row.slot]
-            state.samples = [*state.samples[-1:], (now_ns, busy_ns(row, now_ns))]
+            samples = self.states[row.slot].samples
+            samples.append((now_ns, busy_ns(row, now_ns)))
+            if len(samples) > 2:
+                del samples[0]
 
     def compute_milli(self, row: UseRow, now_ns: int) -> int:
         """Return the share of its device that a slot used over the last one to two seconds, 0..1000."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from nbgpu.quantities import MIB
 
@@ -16,8 +16,7 @@ OVER_LIMIT_TOLERANCE_BYTES = 64 * MIB
 """The driver takes memory in larger pieces than programs ask for."""
 
 
-@dataclass(frozen=True)
-class SlotSeen:
+class SlotSeen(NamedTuple):
     """A slot of a slice on the device that is judged; bytes."""
 
     slot: int

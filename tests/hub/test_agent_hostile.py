@@ -99,7 +99,7 @@ def test_a_spoiled_use_file_costs_nobody_else(agent: AgentProcess, launch: Launc
     assert 0 <= own.devices[0].memory_used_bytes < 2**60
     assert usage(other).devices[0].memory_used_bytes == 3 * GIB
     if name != "noise":
-        told = until(lambda: agent.events(last, kind="hostile"), 4, "the event", every=0.1)
+        told = until(lambda: agent.events(last, kind="hostile"), 6, "the event", every=0.1)
         assert told[0]["slice_id"] == Path(launch.slice_dir).name
         if name == "no magic":
             time.sleep(2.2)
