@@ -20,6 +20,7 @@ from compute import Machine, Share, SliceFiles, start_client, wait_ready  # noqa
 
 from nbgpu_agent.native import Native, Scheduler  # noqa: E402
 
+pytestmark = pytest.mark.slow
 SCALE = 4
 KERNEL_NS = 2_000_000 * SCALE
 
