@@ -56,7 +56,8 @@ SCENARIOS: dict[str, list[Share]] = {
     "8 x 12.5": [Share(125, processes=2), *[Share(125)] * 7],
     "strict 30 alone": [Share(300, strict=True)],
 }
-BARS = "mean error <= 2 points in 1-s windows; strict 30 within 1"
+BARS = "mean error <= 2 points in 1-s windows; strict 30 within 1; 2 : 1 within 3 (two processes of a slice pay the driver's switches)"
+BAR_POINTS = {"strict 30 alone": 1.0, "50/50, 2 : 1": 3.0}
 
 
 class Machine:
@@ -221,7 +222,7 @@ def judge(measured: list[list[float]], shares: list[Share]) -> dict[str, Any]:
 
 def meets_bar(name: str, figures: dict[str, Any]) -> bool:
     """Whether a scenario is within its bar."""
-    return bool(figures["share_error_mean"] <= (1.0 if name.startswith("strict") else 2.0))
+    return bool(figures["share_error_mean"] <= BAR_POINTS.get(name.rpartition(",")[0], 2.0))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
