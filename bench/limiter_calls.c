@@ -22,70 +22,78 @@ static CUresult (*give_back)(CUdeviceptr);
 static CUresult (*meminfo)(size_t *, size_t *);
 
 static void *ask(const char *name) {
-  void *function = NULL;
-  if (get(name, &function, 12000, 0, NULL) != 0 || !function) {
-    fprintf(stderr, "limiter_calls: the driver has no %s\n", name);
-    exit(1);
-  }
-  return function;
+    void *function = NULL;
+    if (get(name, &function, 12000, 0, NULL) != 0 || !function) {
+        fprintf(stderr, "limiter_calls: the driver has no %s\n", name);
+        exit(1);
+    }
+    return function;
 }
 
 static double now_ns(void) {
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return (double)t.tv_sec * 1e9 + (double)t.tv_nsec;
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec * 1e9 + (double)t.tv_nsec;
 }
 
 static void check(CUresult result) {
-  if (result == 0) return;
-  fprintf(stderr, "limiter_calls: CUDA error %d\n", result);
-  exit(1);
+    if (result == 0)
+        return;
+    fprintf(stderr, "limiter_calls: CUDA error %d\n", result);
+    exit(1);
 }
 
 static void one(char what) {
-  CUdeviceptr pointer;
-  size_t a, b;
-  if (what == 'l') {
-    check(launch(NULL, 1, 1, 1, 1, 1, 1, 0, NULL, NULL, NULL));
-  } else if (what == 'a') {
-    check(alloc(&pointer, 4096));
-    check(give_back(pointer));
-  } else {
-    check(meminfo(&a, &b));
-  }
+    CUdeviceptr pointer;
+    size_t a, b;
+    if (what == 'l') {
+        check(launch(NULL, 1, 1, 1, 1, 1, 1, 0, NULL, NULL, NULL));
+    } else if (what == 'a') {
+        check(alloc(&pointer, 4096));
+        check(give_back(pointer));
+    } else {
+        check(meminfo(&a, &b));
+    }
 }
 
-static int by_value(const void *a, const void *b) { return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b); }
+static int by_value(const void *a, const void *b) {
+    return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b);
+}
 
 int main(int argc, char **argv) {
-  if (argc != 4) return 2;
-  void *driver = dlopen("libcuda.so.1", RTLD_NOW);
-  if (!driver) return fprintf(stderr, "limiter_calls: %s\n", dlerror()), 1;
-  get = (CUresult(*)(const char *, void **, int, uint64_t, int *))dlsym(driver, "cuGetProcAddress_v2");
-  CUresult (*init)(unsigned) = ask("cuInit");
-  CUresult (*retain)(CUcontext *, CUdevice) = ask("cuDevicePrimaryCtxRetain");
-  CUresult (*set)(CUcontext) = ask("cuCtxSetCurrent");
-  launch = ask("cuLaunchKernel"), alloc = ask("cuMemAlloc"), give_back = ask("cuMemFree"), meminfo = ask("cuMemGetInfo");
-  CUcontext context;
-  check(init(0));
-  check(retain(&context, 0));
-  check(set(context));
-  const long count = atol(argv[2]), live = atol(argv[3]);
-  for (long i = 0; i < live; i++) {
-    CUdeviceptr pointer;
-    check(alloc(&pointer, 4096));
-  }
-  double batch[BATCHES];
-  const long warm = count / 10 + 1;
-  for (long i = 0; i < warm; i++) one(argv[1][0]);
-  for (int b = 0; b < BATCHES; b++) {
-    const double start = now_ns();
-    for (long i = 0; i < count; i++) one(argv[1][0]);
-    batch[b] = (now_ns() - start) / (double)count;
-  }
-  qsort(batch, BATCHES, sizeof *batch, by_value);
-  printf("%.3f %ld\n", batch[BATCHES / 2], warm + count * BATCHES);
-  fflush(stdout);
-  if (getenv("BENCH_HOLD")) getchar(); /* the caller reads the counters while this process lives */
-  return 0;
+    if (argc != 4)
+        return 2;
+    void *driver = dlopen("libcuda.so.1", RTLD_NOW);
+    if (!driver)
+        return fprintf(stderr, "limiter_calls: %s\n", dlerror()), 1;
+    get = (CUresult (*)(const char *, void **, int, uint64_t, int *))dlsym(driver, "cuGetProcAddress_v2");
+    CUresult (*init)(unsigned) = ask("cuInit");
+    CUresult (*retain)(CUcontext *, CUdevice) = ask("cuDevicePrimaryCtxRetain");
+    CUresult (*set)(CUcontext) = ask("cuCtxSetCurrent");
+    launch = ask("cuLaunchKernel"), alloc = ask("cuMemAlloc"), give_back = ask("cuMemFree"), meminfo = ask("cuMemGetInfo");
+    CUcontext context;
+    check(init(0));
+    check(retain(&context, 0));
+    check(set(context));
+    const long count = atol(argv[2]), live = atol(argv[3]);
+    for (long i = 0; i < live; i++) {
+        CUdeviceptr pointer;
+        check(alloc(&pointer, 4096));
+    }
+    double batch[BATCHES];
+    const long warm = count / 10 + 1;
+    for (long i = 0; i < warm; i++)
+        one(argv[1][0]);
+    for (int b = 0; b < BATCHES; b++) {
+        const double start = now_ns();
+        for (long i = 0; i < count; i++)
+            one(argv[1][0]);
+        batch[b] = (now_ns() - start) / (double)count;
+    }
+    qsort(batch, BATCHES, sizeof *batch, by_value);
+    printf("%.3f %ld\n", batch[BATCHES / 2], warm + count * BATCHES);
+    fflush(stdout);
+    if (getenv("BENCH_HOLD"))
+        getchar(); /* the caller reads the counters while this process lives */
+    return 0;
 }

@@ -24,433 +24,520 @@
 #define RELAXED_CAPTURE 2
 
 typedef struct {
-  CUevent event;
-  CUstream stream;
-  CUgraphExec exec; /* of the only launch that it covers, NULL: kernels */
-  double work_ns;
-  uint32_t launches;
-  uint64_t at_ns;
+    CUevent event;
+    CUstream stream;
+    CUgraphExec exec; /* of the only launch that it covers, NULL: kernels */
+    double work_ns;
+    uint32_t launches;
+    uint64_t at_ns;
 } Fence;
 
 typedef struct {
-  CUstream stream;
-  bool ptsz;
-  double work_ns; /* since its last fence */
-  uint32_t launches;
-  uint64_t fenced_at, last_ns;
+    CUstream stream;
+    bool ptsz;
+    double work_ns; /* since its last fence */
+    uint32_t launches;
+    uint64_t fenced_at, last_ns;
 } Stream;
 
 typedef struct {
-  pthread_mutex_t lock;
-  CUcontext context;
-  bool busy;
-  uint64_t began_ns, drained_ns; /* drained 0: work is outstanding */
-  uint64_t front_ns;             /* since when the oldest fence's work runs, at the earliest */
-  uint64_t launches;
-  Fence fence[FENCES]; /* outstanding, in the order of recording */
-  int fences;
-  Stream stream[STREAMS];
-  int streams;
-  CUevent start, last, spare[FENCES];
-  int spares;
-  bool have_start;
-  double mean_ns;
-  uint32_t learnt;
-  struct {
-    CUgraphExec exec;
+    pthread_mutex_t lock;
+    CUcontext context;
+    bool busy;
+    uint64_t began_ns, drained_ns; /* drained 0: work is outstanding */
+    uint64_t front_ns;             /* since when the oldest fence's work runs, at the earliest */
+    uint64_t launches;
+    Fence fence[FENCES]; /* outstanding, in the order of recording */
+    int fences;
+    Stream stream[STREAMS];
+    int streams;
+    CUevent start, last, spare[FENCES];
+    int spares;
+    bool have_start;
     double mean_ns;
-  } graph[GRAPHS];
-  int graphs;
+    uint32_t learnt;
+    struct {
+        CUgraphExec exec;
+        double mean_ns;
+    } graph[GRAPHS];
+    int graphs;
 } Busy;
 
 static Busy busy[NBGPU_DEVICES] = {[0 ... NBGPU_DEVICES - 1] = {.lock = PTHREAD_MUTEX_INITIALIZER}};
 static _Atomic uint32_t awake; /* the helper's futex: 1 while it has something to look at */
-static _Atomic int helper_started;
+static _Atomic int helper_started, stopping;
 
 static void forget_parent(void) {
-  memset(busy, 0, sizeof busy);
-  for (int d = 0; d < (int)NBGPU_DEVICES; d++) pthread_mutex_init(&busy[d].lock, NULL);
-  awake = 0;
-  helper_started = 0;
+    memset(busy, 0, sizeof busy);
+    for (int d = 0; d < (int)NBGPU_DEVICES; d++)
+        pthread_mutex_init(&busy[d].lock, NULL);
+    awake = 0;
+    helper_started = 0;
 }
 
 /* ---- events ---- */
 
 static CUevent event_get(Busy *b) {
-  CUevent event = NULL;
-  if (b->spares) return b->spare[--b->spares];
-  return HAVE(cuEventCreate) && REAL(cuEventCreate)(&event, CU_EVENT_DEFAULT) == CUDA_SUCCESS ? event : NULL;
+    CUevent event = NULL;
+    if (b->spares)
+        return b->spare[--b->spares];
+    return HAVE(cuEventCreate) && REAL(cuEventCreate)(&event, CU_EVENT_DEFAULT) == CUDA_SUCCESS ? event : NULL;
 }
 
 static void event_put(Busy *b, CUevent event) {
-  if (event && b->spares < FENCES) b->spare[b->spares++] = event;
+    if (event && b->spares < FENCES)
+        b->spare[b->spares++] = event;
 }
 
 static bool record(CUevent event, CUstream stream, bool ptsz) {
-  if (!event) return false;
-  if (ptsz && HAVE(cuEventRecord_ptsz)) return REAL(cuEventRecord_ptsz)(event, stream) == CUDA_SUCCESS;
-  return HAVE(cuEventRecord) && REAL(cuEventRecord)(event, stream) == CUDA_SUCCESS;
+    if (!event)
+        return false;
+    if (ptsz && HAVE(cuEventRecord_ptsz))
+        return REAL(cuEventRecord_ptsz)(event, stream) == CUDA_SUCCESS;
+    return HAVE(cuEventRecord) && REAL(cuEventRecord)(event, stream) == CUDA_SUCCESS;
 }
 
 static int capture_mode(int mode) {
-  if (HAVE(cuThreadExchangeStreamCaptureMode)) REAL(cuThreadExchangeStreamCaptureMode)(&mode);
-  return mode;
+    if (HAVE(cuThreadExchangeStreamCaptureMode))
+        REAL(cuThreadExchangeStreamCaptureMode)(&mode);
+    return mode;
 }
 
 /* ---- estimates ---- */
 
 static double graph_mean(const Busy *b, CUgraphExec exec) {
-  for (int i = 0; i < b->graphs; i++)
-    if (b->graph[i].exec == exec) return b->graph[i].mean_ns;
-  return 0;
+    for (int i = 0; i < b->graphs; i++)
+        if (b->graph[i].exec == exec)
+            return b->graph[i].mean_ns;
+    return 0;
 }
 
 double nbgpu_busy_estimate(int device, CUgraphExec exec) {
-  const Busy *b = &busy[device];
-  const double mean = exec ? graph_mean(b, exec) : b->mean_ns;
-  return mean > 0 ? mean : UNKNOWN_NS;
+    const Busy *b = &busy[device];
+    const double mean = exec ? graph_mean(b, exec) : b->mean_ns;
+    return mean > 0 ? mean : UNKNOWN_NS;
 }
 
 static void learn_graph(Busy *b, CUgraphExec exec, double ns) {
-  for (int i = 0; i < b->graphs; i++) {
-    if (b->graph[i].exec != exec) continue;
-    b->graph[i].mean_ns += (ns - b->graph[i].mean_ns) / 4;
-    return;
-  }
-  if (b->graphs == GRAPHS) b->graphs = 0;
-  b->graph[b->graphs].exec = exec;
-  b->graph[b->graphs++].mean_ns = ns;
+    for (int i = 0; i < b->graphs; i++) {
+        if (b->graph[i].exec != exec)
+            continue;
+        b->graph[i].mean_ns += (ns - b->graph[i].mean_ns) / 4;
+        return;
+    }
+    if (b->graphs == GRAPHS)
+        b->graphs = 0;
+    b->graph[b->graphs].exec = exec;
+    b->graph[b->graphs++].mean_ns = ns;
 }
 
 void nbgpu_busy_forget_graph(CUgraphExec exec) {
-  for (int d = 0; d < nbgpu_devices; d++) {
-    pthread_mutex_lock(&busy[d].lock);
-    for (int i = 0; i < busy[d].graphs; i++)
-      if (busy[d].graph[i].exec == exec) busy[d].graph[i] = busy[d].graph[--busy[d].graphs];
-    pthread_mutex_unlock(&busy[d].lock);
-  }
+    for (int d = 0; d < nbgpu_devices; d++) {
+        pthread_mutex_lock(&busy[d].lock);
+        for (int i = 0; i < busy[d].graphs; i++)
+            if (busy[d].graph[i].exec == exec)
+                busy[d].graph[i] = busy[d].graph[--busy[d].graphs];
+        pthread_mutex_unlock(&busy[d].lock);
+    }
 }
 
 /* A fence is done: what did its launches take? Exact between two fences with work in between all the time; else at most that. */
 static void learn(Busy *b, const Fence *fence) {
-  float ms = 0;
-  CUevent from = b->last ? b->last : b->have_start ? b->start : NULL;
-  if (!from || !fence->launches || !HAVE(cuEventElapsedTime)) return;
-  if (REAL(cuEventElapsedTime)(&ms, from, fence->event) != CUDA_SUCCESS || !(ms > 0)) return;
-  const double each = (double)ms * 1e6 / fence->launches;
-  if (fence->exec && fence->launches == 1) {
-    learn_graph(b, fence->exec, each);
-    return;
-  }
-  const bool queued = b->front_ns >= fence->at_ns || !b->last; /* submitted before the one ahead of it was done */
-  if (!queued && each > b->mean_ns && b->learnt >= LEARNT_AFTER) return;
-  b->mean_ns += (each - b->mean_ns) / (b->learnt < 4 ? b->learnt + 1 : 8);
-  b->learnt++;
+    float ms = 0;
+    CUevent from = b->last ? b->last : b->have_start ? b->start : NULL;
+    if (!from || !fence->launches || !HAVE(cuEventElapsedTime))
+        return;
+    if (REAL(cuEventElapsedTime)(&ms, from, fence->event) != CUDA_SUCCESS || !(ms > 0))
+        return;
+    const double each = (double)ms * 1e6 / fence->launches;
+    if (fence->exec && fence->launches == 1) {
+        learn_graph(b, fence->exec, each);
+        return;
+    }
+    const bool queued = b->front_ns >= fence->at_ns || !b->last; /* submitted before the one ahead of it was done */
+    if (!queued && each > b->mean_ns && b->learnt >= LEARNT_AFTER)
+        return;
+    b->mean_ns += (each - b->mean_ns) / (b->learnt < 4 ? b->learnt + 1 : 8);
+    b->learnt++;
 }
 
 /* ---- fences ---- */
 
 static Stream *stream_entry(Busy *b, CUstream stream, bool ptsz) {
-  for (int i = 0; i < b->streams; i++)
-    if (b->stream[i].stream == stream && b->stream[i].ptsz == ptsz) return &b->stream[i];
-  for (int i = 0; i < b->streams; i++) {
-    if (b->stream[i].launches) continue;
-    b->stream[i] = (Stream){.stream = stream, .ptsz = ptsz};
-    return &b->stream[i];
-  }
-  if (b->streams == STREAMS) return NULL;
-  b->stream[b->streams] = (Stream){.stream = stream, .ptsz = ptsz};
-  return &b->stream[b->streams++];
+    for (int i = 0; i < b->streams; i++)
+        if (b->stream[i].stream == stream && b->stream[i].ptsz == ptsz)
+            return &b->stream[i];
+    for (int i = 0; i < b->streams; i++) {
+        if (b->stream[i].launches)
+            continue;
+        b->stream[i] = (Stream){.stream = stream, .ptsz = ptsz};
+        return &b->stream[i];
+    }
+    if (b->streams == STREAMS)
+        return NULL;
+    b->stream[b->streams] = (Stream){.stream = stream, .ptsz = ptsz};
+    return &b->stream[b->streams++];
 }
 
 static bool add_fence(Busy *b, Stream *s, CUgraphExec exec, uint64_t now) {
-  CUevent event = b->fences < FENCES ? event_get(b) : NULL;
-  if (!event) return false;
-  if (!record(event, s->stream, s->ptsz)) {
-    event_put(b, event);
-    return false;
-  }
-  if (!b->fences) b->front_ns = now;
-  b->fence[b->fences++] = (Fence){event, s->stream, s->launches == 1 ? exec : NULL, s->work_ns, s->launches, now};
-  s->work_ns = 0, s->launches = 0, s->fenced_at = now;
-  return true;
+    CUevent event = b->fences < FENCES ? event_get(b) : NULL;
+    if (!event)
+        return false;
+    if (!record(event, s->stream, s->ptsz)) {
+        event_put(b, event);
+        return false;
+    }
+    if (!b->fences)
+        b->front_ns = now;
+    b->fence[b->fences++] = (Fence){event, s->stream, s->launches == 1 ? exec : NULL, s->work_ns, s->launches, now};
+    s->work_ns = 0, s->launches = 0, s->fenced_at = now;
+    return true;
 }
 
 static double outstanding_ns(const Busy *b, uint64_t now, uint32_t *launches) {
-  double work = 0;
-  uint32_t count = 0;
-  for (int i = 0; i < b->fences; i++) work += b->fence[i].work_ns, count += b->fence[i].launches;
-  for (int i = 0; i < b->streams; i++) work += b->stream[i].work_ns, count += b->stream[i].launches;
-  const double ran = b->fences && now > b->front_ns ? (double)(now - b->front_ns) : 0;
-  const double first = b->fences ? b->fence[0].work_ns : 0;
-  if (launches) *launches = count;
-  return work - (ran < first ? ran : first); /* the oldest has been running for a while, and isn't done */
+    double work = 0;
+    uint32_t count = 0;
+    for (int i = 0; i < b->fences; i++)
+        work += b->fence[i].work_ns, count += b->fence[i].launches;
+    for (int i = 0; i < b->streams; i++)
+        work += b->stream[i].work_ns, count += b->stream[i].launches;
+    const double ran = b->fences && now > b->front_ns ? (double)(now - b->front_ns) : 0;
+    const double first = b->fences ? b->fence[0].work_ns : 0;
+    if (launches)
+        *launches = count;
+    return work - (ran < first ? ran : first); /* the oldest has been running for a while, and isn't done */
 }
 
 /* Launches after the last fence of a stream: ask the stream, where that can't disturb a capture or mean another thread's stream. */
 static void settle_stream(Stream *s, uint64_t now) {
-  if (!s->launches) return;
-  const bool asked = !nbgpu_any_capture() && !s->ptsz && s->stream != CU_STREAM_PER_THREAD && HAVE(cuStreamQuery);
-  const bool done = asked ? REAL(cuStreamQuery)(s->stream) == CUDA_SUCCESS : now - s->last_ns > (uint64_t)(2 * s->work_ns) + IDLE_GRACE_NS;
-  if (done) s->work_ns = 0, s->launches = 0;
+    if (!s->launches)
+        return;
+    const bool asked = !nbgpu_any_capture() && !s->ptsz && s->stream != CU_STREAM_PER_THREAD && HAVE(cuStreamQuery);
+    const bool done =
+        asked ? REAL(cuStreamQuery)(s->stream) == CUDA_SUCCESS : now - s->last_ns > (uint64_t)(2 * s->work_ns) + IDLE_GRACE_NS;
+    if (done)
+        s->work_ns = 0, s->launches = 0;
 }
 
 /* Which fences are done by now? Needs a current context. */
 static void poll(Busy *b) {
-  const int mode = capture_mode(RELAXED_CAPTURE);
-  int kept = 0;
-  uint64_t now = nbgpu_now();
-  for (int i = 0; i < b->fences; i++) {
-    const Fence fence = b->fence[i];
-    if (REAL(cuEventQuery)(fence.event) == CUDA_ERROR_NOT_READY) {
-      b->fence[kept++] = fence;
-      continue;
+    const int mode = capture_mode(RELAXED_CAPTURE);
+    int kept = 0;
+    uint64_t now = nbgpu_now();
+    for (int i = 0; i < b->fences; i++) {
+        const Fence fence = b->fence[i];
+        if (REAL(cuEventQuery)(fence.event) == CUDA_ERROR_NOT_READY) {
+            b->fence[kept++] = fence;
+            continue;
+        }
+        learn(b, &fence);
+        event_put(b, b->last);
+        b->last = fence.event;
+        b->front_ns = now;
     }
-    learn(b, &fence);
-    event_put(b, b->last);
-    b->last = fence.event;
-    b->front_ns = now;
-  }
-  b->fences = kept;
-  if (!kept)
-    for (int i = 0; i < b->streams; i++) settle_stream(&b->stream[i], now);
-  capture_mode(mode);
+    b->fences = kept;
+    if (!kept)
+        for (int i = 0; i < b->streams; i++)
+            settle_stream(&b->stream[i], now);
+    capture_mode(mode);
 }
 
 static bool drained(const Busy *b) {
-  if (b->fences) return false;
-  for (int i = 0; i < b->streams; i++)
-    if (b->stream[i].launches) return false;
-  return true;
+    if (b->fences)
+        return false;
+    for (int i = 0; i < b->streams; i++)
+        if (b->stream[i].launches)
+            return false;
+    return true;
 }
 
 /* GPU time of the interval that ends: between its start event and its last fence where both exist, else as the clock saw it. */
 static uint64_t interval_ns(const Busy *b) {
-  const uint64_t seen = b->drained_ns > b->began_ns ? b->drained_ns - b->began_ns : 0;
-  float ms;
-  if (b->have_start && b->last && HAVE(cuEventElapsedTime) && REAL(cuEventElapsedTime)(&ms, b->start, b->last) == CUDA_SUCCESS && ms > 0) {
-    const uint64_t measured = (uint64_t)((double)ms * 1e6);
-    if (measured < seen) return measured;
-  }
-  return seen;
+    const uint64_t seen = b->drained_ns > b->began_ns ? b->drained_ns - b->began_ns : 0;
+    float ms;
+    if (b->have_start && b->last && HAVE(cuEventElapsedTime) && REAL(cuEventElapsedTime)(&ms, b->start, b->last) == CUDA_SUCCESS &&
+        ms > 0) {
+        const uint64_t measured = (uint64_t)((double)ms * 1e6);
+        if (measured < seen)
+            return measured;
+    }
+    return seen;
 }
 
 static void end_interval(int d, Busy *b) {
-  NbgpuUseSlot *slot = nbgpu_device[d].slot;
-  __atomic_fetch_add(&slot->busy_ns, interval_ns(b), __ATOMIC_RELAXED);
-  MARK("idle-half");
-  __atomic_store_n(&slot->busy_since, 0, __ATOMIC_SEQ_CST);
-  __atomic_store_n(&slot->near, 0, __ATOMIC_SEQ_CST);
-  b->busy = false;
-  event_put(b, b->last);
-  b->last = NULL;
-  b->have_start = false;
-  nbgpu_publish(d);
-  if (nbgpu_contended(d)) nbgpu_ring();
+    NbgpuUseSlot *slot = nbgpu_device[d].slot;
+    __atomic_fetch_add(&slot->busy_ns, interval_ns(b), __ATOMIC_RELAXED);
+    MARK("idle-half");
+    __atomic_store_n(&slot->busy_since, 0, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&slot->near, 0, __ATOMIC_SEQ_CST);
+    b->busy = false;
+    event_put(b, b->last);
+    b->last = NULL;
+    b->have_start = false;
+    nbgpu_publish(d);
+    if (nbgpu_contended(d))
+        nbgpu_ring();
 }
 
 /* Tell the slot what changed. Returns in how many nanoseconds to look again, 0: nothing to look at. */
 static uint64_t advance(int d, Busy *b) {
-  NbgpuUseSlot *slot = nbgpu_device[d].slot;
-  if (!b->busy || !slot) return 0;
-  poll(b);
-  const uint64_t now = nbgpu_now();
-  if (drained(b)) {
-    if (!b->drained_ns) b->drained_ns = now;
-    const bool waits = __atomic_load_n(&slot->want, __ATOMIC_SEQ_CST) != 0;
-    if (!waits && now - b->drained_ns < IDLE_GRACE_NS) return IDLE_GRACE_NS / 2;
-    end_interval(d, b);
-    return 0;
-  }
-  const double remaining = outstanding_ns(b, now, NULL);
-  const bool over = nbgpu_turn_over(d, now);
-  if (over && remaining < (double)NEAR_NS && !slot->near) {
-    __atomic_store_n(&slot->near, 1, __ATOMIC_SEQ_CST);
-    nbgpu_publish(d);
-    nbgpu_ring();
-  }
-  const bool close_watch = nbgpu_contended(d) || slot->want;
-  double next = close_watch ? remaining / 4 : remaining / 2;
-  const double least = close_watch ? 0.05 * (double)MS : 0.1 * (double)MS, most = close_watch ? 0.25 * (double)MS : 1.0 * (double)MS;
-  return (uint64_t)(next < least ? least : next > most ? most : next);
+    NbgpuUseSlot *slot = nbgpu_device[d].slot;
+    if (!b->busy || !slot)
+        return 0;
+    poll(b);
+    const uint64_t now = nbgpu_now();
+    if (drained(b)) {
+        if (!b->drained_ns)
+            b->drained_ns = now;
+        const bool waits = __atomic_load_n(&slot->want, __ATOMIC_SEQ_CST) != 0;
+        if (!waits && now - b->drained_ns < IDLE_GRACE_NS)
+            return IDLE_GRACE_NS / 2;
+        end_interval(d, b);
+        return 0;
+    }
+    const double remaining = outstanding_ns(b, now, NULL);
+    const bool over = nbgpu_turn_over(d, now);
+    if (over && remaining < (double)NEAR_NS && !slot->near) {
+        __atomic_store_n(&slot->near, 1, __ATOMIC_SEQ_CST);
+        nbgpu_publish(d);
+        nbgpu_ring();
+    }
+    const bool close_watch = nbgpu_contended(d) || slot->want;
+    double next = close_watch ? remaining / 4 : remaining / 2;
+    const double least = close_watch ? 0.05 * (double)MS : 0.1 * (double)MS, most = close_watch ? 0.25 * (double)MS : 1.0 * (double)MS;
+    return (uint64_t)(next < least ? least : next > most ? most : next);
+}
+
+/* The events go with their context; the next launch begins afresh. */
+void nbgpu_busy_context_ends(int device, CUcontext context) {
+    Busy *b = &busy[device];
+    pthread_mutex_lock(&b->lock);
+    if (b->context && (!context || b->context == context)) {
+        if (b->busy) {
+            b->drained_ns = nbgpu_now();
+            end_interval(device, b);
+        }
+        for (int i = 0; i < b->fences; i++)
+            event_put(b, b->fence[i].event);
+        event_put(b, b->start);
+        while (b->spares && HAVE(cuEventDestroy_v2))
+            REAL(cuEventDestroy_v2)(b->spare[--b->spares]);
+        b->start = NULL;
+        b->context = NULL;
+        b->fences = b->streams = b->spares = 0;
+    }
+    pthread_mutex_unlock(&b->lock);
 }
 
 /* ---- the helper thread ---- */
 
+/* The program ends: the driver is about to be taken down, nobody may be inside it. */
+static void program_ends(void) {
+    stopping = 1;
+    for (int d = 0; d < nbgpu_devices; d++) { /* whoever is polling has finished once its lock was ours */
+        pthread_mutex_lock(&busy[d].lock);
+        pthread_mutex_unlock(&busy[d].lock);
+    }
+}
+
 static void *helper(void *unused) {
-  (void)unused;
-  prctl(PR_SET_TIMERSLACK, 1000, 0, 0, 0); /* this thread's own */
-  prctl(PR_SET_NAME, "nbgpu-fences", 0, 0, 0);
-  for (;;) {
-    uint64_t next = 0;
-    for (int d = 0; d < nbgpu_devices; d++) {
-      Busy *b = &busy[d];
-      pthread_mutex_lock(&b->lock);
-      if (b->busy && b->context) {
-        REAL(cuCtxSetCurrent)(b->context);
-        const uint64_t in = advance(d, b);
-        if (in && (!next || in < next)) next = in;
-      }
-      pthread_mutex_unlock(&b->lock);
+    (void)unused;
+    prctl(PR_SET_TIMERSLACK, 1000, 0, 0, 0); /* this thread's own */
+    prctl(PR_SET_NAME, "nbgpu-fences", 0, 0, 0);
+    for (;;) {
+        uint64_t next = 0;
+        for (int d = 0; d < nbgpu_devices; d++) {
+            Busy *b = &busy[d];
+            pthread_mutex_lock(&b->lock);
+            if (b->busy && b->context && !stopping) {
+                REAL(cuCtxSetCurrent)(b->context);
+                const uint64_t in = advance(d, b);
+                if (in && (!next || in < next))
+                    next = in;
+            }
+            pthread_mutex_unlock(&b->lock);
+        }
+        if (next) {
+            const struct timespec pause = {0, (long)next};
+            nanosleep(&pause, NULL);
+            continue;
+        }
+        awake = 0;
+        bool any = false;
+        for (int d = 0; d < nbgpu_devices && !stopping; d++)
+            any |= __atomic_load_n(&busy[d].busy, __ATOMIC_SEQ_CST) && __atomic_load_n(&busy[d].context, __ATOMIC_SEQ_CST);
+        if (any)
+            awake = 1;
+        else
+            syscall(SYS_futex, &awake, FUTEX_WAIT_PRIVATE, 0, NULL, NULL, 0);
     }
-    if (next) {
-      const struct timespec pause = {0, (long)next};
-      nanosleep(&pause, NULL);
-      continue;
-    }
-    awake = 0;
-    bool any = false;
-    for (int d = 0; d < nbgpu_devices; d++) any |= __atomic_load_n(&busy[d].busy, __ATOMIC_SEQ_CST);
-    if (any)
-      awake = 1;
-    else
-      syscall(SYS_futex, &awake, FUTEX_WAIT_PRIVATE, 0, NULL, NULL, 0);
-  }
-  return NULL;
+    return NULL;
 }
 
 static void start_helper(void) {
-  sigset_t all, before;
-  pthread_t thread;
-  pthread_attr_t attributes;
-  if (atomic_exchange(&helper_started, 1)) return;
-  static bool fork_hook;
-  if (!fork_hook) nbgpu_fork_hook(forget_parent);
-  fork_hook = true;
-  sigfillset(&all);
-  pthread_attr_init(&attributes);
-  pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-  pthread_sigmask(SIG_SETMASK, &all, &before); /* it inherits: no signal of the program ever runs there */
-  if (pthread_create(&thread, &attributes, helper, NULL) != 0) helper_started = 0;
-  pthread_sigmask(SIG_SETMASK, &before, NULL);
-  pthread_attr_destroy(&attributes);
+    sigset_t all, before;
+    pthread_t thread;
+    pthread_attr_t attributes;
+    if (atomic_exchange(&helper_started, 1))
+        return;
+    static bool fork_hook;
+    if (!fork_hook) {
+        nbgpu_fork_hook(forget_parent);
+        atexit(program_ends);
+    }
+    fork_hook = true;
+    sigfillset(&all);
+    pthread_attr_init(&attributes);
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    pthread_sigmask(SIG_SETMASK, &all, &before); /* it inherits: no signal of the program ever runs there */
+    if (pthread_create(&thread, &attributes, helper, NULL) != 0)
+        helper_started = 0;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attributes);
 }
 
 static void wake_helper(void) {
-  if (awake) return;
-  awake = 1;
-  syscall(SYS_futex, &awake, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
+    if (awake)
+        return;
+    awake = 1;
+    syscall(SYS_futex, &awake, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
 }
 
 /* ---- what the launches do ---- */
 
 void nbgpu_busy_begin(Launch *launch) {
-  Busy *b = &busy[launch->device];
-  NbgpuUseSlot *slot = nbgpu_device[launch->device].slot;
-  pthread_mutex_lock(&b->lock);
-  const uint64_t now = nbgpu_now();
-  const bool first = !b->busy;
-  if (first) {
-    b->began_ns = now;
-    b->busy = true;
-    __atomic_store_n(&slot->busy_since, now, __ATOMIC_SEQ_CST);
-    MARK("busy-half");
-  }
-  b->drained_ns = 0;
-  if (slot->near) __atomic_store_n(&slot->near, 0, __ATOMIC_SEQ_CST);
-  if (first || nbgpu_use->near[launch->device]) nbgpu_publish(launch->device);
-  if (!b->context && HAVE(cuCtxGetCurrent)) REAL(cuCtxGetCurrent)(&b->context);
-  if (first) {
-    if (!b->start) b->start = event_get(b);
-    b->have_start = record(b->start, launch->stream, launch->ptsz);
-  }
-  Stream *s = stream_entry(b, launch->stream, launch->ptsz);
-  if (s) { /* outstanding from here on, so that nobody takes the slot for idle while the driver takes the launch */
-    s->launches++;
-    s->work_ns += launch->estimate_ns;
-    s->last_ns = now;
-  }
-  b->launches++;
-  pthread_mutex_unlock(&b->lock);
+    Busy *b = &busy[launch->device];
+    NbgpuUseSlot *slot = nbgpu_device[launch->device].slot;
+    pthread_mutex_lock(&b->lock);
+    const uint64_t now = nbgpu_now();
+    const bool first = !b->busy;
+    if (first) {
+        b->began_ns = now;
+        b->busy = true;
+        __atomic_store_n(&slot->busy_since, now, __ATOMIC_SEQ_CST);
+        MARK("busy-half");
+    }
+    b->drained_ns = 0;
+    if (slot->near)
+        __atomic_store_n(&slot->near, 0, __ATOMIC_SEQ_CST);
+    if (first || nbgpu_use->near[launch->device])
+        nbgpu_publish(launch->device);
+    if (!b->context && HAVE(cuCtxGetCurrent))
+        REAL(cuCtxGetCurrent)(&b->context);
+    if (first) {
+        if (!b->start)
+            b->start = event_get(b);
+        b->have_start = record(b->start, launch->stream, launch->ptsz);
+    }
+    Stream *s = stream_entry(b, launch->stream, launch->ptsz);
+    if (s) { /* outstanding from here on, so that nobody takes the slot for idle while the driver takes the launch */
+        s->launches++;
+        s->work_ns += launch->estimate_ns;
+        s->last_ns = now;
+    }
+    b->launches++;
+    pthread_mutex_unlock(&b->lock);
 }
 
 void nbgpu_busy_submitted(const Launch *launch, bool done) {
-  Busy *b = &busy[launch->device];
-  pthread_mutex_lock(&b->lock);
-  Stream *s = stream_entry(b, launch->stream, launch->ptsz);
-  const uint64_t now = nbgpu_now();
-  if (s && s->launches) {
-    const bool blind = launch->ptsz || launch->stream == CU_STREAM_PER_THREAD || launch->exec != NULL || b->learnt < LEARNT_AFTER;
-    if (!done) {
-      s->launches--;
-      s->work_ns = s->launches ? s->work_ns - launch->estimate_ns : 0;
-    } else if (blind || s->work_ns >= (double)FENCE_EVERY_NS || now - s->fenced_at > FENCE_AGE_NS) {
-      add_fence(b, s, launch->exec, now);
+    Busy *b = &busy[launch->device];
+    pthread_mutex_lock(&b->lock);
+    Stream *s = stream_entry(b, launch->stream, launch->ptsz);
+    const uint64_t now = nbgpu_now();
+    if (s && s->launches) {
+        const bool blind = launch->ptsz || launch->stream == CU_STREAM_PER_THREAD || launch->exec != NULL || b->learnt < LEARNT_AFTER;
+        if (!done) {
+            s->launches--;
+            s->work_ns = s->launches ? s->work_ns - launch->estimate_ns : 0;
+        } else if (blind || s->work_ns >= (double)FENCE_EVERY_NS || now - s->fenced_at > FENCE_AGE_NS) {
+            add_fence(b, s, launch->exec, now);
+        }
     }
-  }
-  pthread_mutex_unlock(&b->lock);
-  start_helper();
-  wake_helper();
+    pthread_mutex_unlock(&b->lock);
+    start_helper();
+    wake_helper();
 }
 
 /* By how long too much is outstanding for one launch more; 0: submit. One that would start after the turn's end only makes the turn longer,
  * and behind a closed gate the thread says that it wants at once: the scheduler must not take the slice for one that is content. */
 static double too_much_ns(int device, const Busy *b, uint64_t now) {
-  const NbgpuCtlDevice *ctl = &nbgpu_ctl->device[device];
-  uint32_t launches;
-  const double work = outstanding_ns(b, now, &launches);
-  if (!b->fences || !launches || __atomic_load_n(&ctl->gate, __ATOMIC_ACQUIRE) == NBGPU_GATE_CLOSED) return 0;
-  const uint64_t end = __atomic_load_n(&ctl->turn_end_ns, __ATOMIC_ACQUIRE);
-  if (end && now < end + TURN_LATE_NS && (double)now + work >= (double)end) return work;
-  if (launches < 2) return 0;
-  /* Nothing learnt yet, or the oldest takes far longer than launches took so far: two at a time, or a first loop fills the queue for seconds. */
-  const bool overdue = now > b->front_ns && (double)(now - b->front_ns) > 2 * b->fence[0].work_ns + (double)WINDOW_NS;
-  if (!b->learnt || overdue) return (double)FENCE_EVERY_NS;
-  return work > (double)WINDOW_NS ? work - (double)WINDOW_NS : 0;
+    const NbgpuCtlDevice *ctl = &nbgpu_ctl->device[device];
+    uint32_t launches;
+    const double work = outstanding_ns(b, now, &launches);
+    if (!b->fences || !launches || __atomic_load_n(&ctl->gate, __ATOMIC_ACQUIRE) == NBGPU_GATE_CLOSED)
+        return 0;
+    const uint64_t end = __atomic_load_n(&ctl->turn_end_ns, __ATOMIC_ACQUIRE);
+    if (end && now < end + TURN_LATE_NS && (double)now + work >= (double)end)
+        return work;
+    if (launches < 2)
+        return 0;
+    /* Nothing learnt yet, or the oldest takes far longer than launches took so far: two at a time, or a first loop fills the queue for seconds. */
+    const bool overdue = now > b->front_ns && (double)(now - b->front_ns) > 2 * b->fence[0].work_ns + (double)WINDOW_NS;
+    if (!b->learnt || overdue)
+        return (double)FENCE_EVERY_NS;
+    return work > (double)WINDOW_NS ? work - (double)WINDOW_NS : 0;
 }
 
 bool nbgpu_busy_wait_window(int device) {
-  Busy *b = &busy[device];
-  bool waited = false;
-  pthread_mutex_lock(&b->lock);
-  for (int i = 0; i < 100000 && b->busy; i++) {
-    if (too_much_ns(device, b, nbgpu_now()) == 0) break;
-    poll(b);
-    const double over = too_much_ns(device, b, nbgpu_now());
-    if (over == 0) break;
-    const double least = 0.05 * (double)MS, most = 0.5 * (double)MS;
-    const struct timespec pause = {0, (long)(over < least ? least : over > most ? most : over)};
-    pthread_mutex_unlock(&b->lock);
-    waited = true;
-    nanosleep(&pause, NULL);
+    Busy *b = &busy[device];
+    bool waited = false;
     pthread_mutex_lock(&b->lock);
-  }
-  pthread_mutex_unlock(&b->lock);
-  return waited;
+    for (int i = 0; i < 100000 && b->busy; i++) {
+        if (too_much_ns(device, b, nbgpu_now()) == 0)
+            break;
+        poll(b);
+        const double over = too_much_ns(device, b, nbgpu_now());
+        if (over == 0)
+            break;
+        const double least = 0.05 * (double)MS, most = 0.5 * (double)MS;
+        const struct timespec pause = {0, (long)(over < least ? least : over > most ? most : over)};
+        pthread_mutex_unlock(&b->lock);
+        waited = true;
+        nanosleep(&pause, NULL);
+        pthread_mutex_lock(&b->lock);
+    }
+    pthread_mutex_unlock(&b->lock);
+    return waited;
 }
 
 uint64_t nbgpu_busy_launches(int device) { return __atomic_load_n(&busy[device].launches, __ATOMIC_ACQUIRE); }
 
 /* The program has waited for the GPU: if nothing was launched meanwhile, what it waited for is done. */
 void nbgpu_busy_synced(int device, bool all, CUstream stream, bool ptsz, uint64_t before) {
-  Busy *b = &busy[device];
-  if (!b->busy) return;
-  pthread_mutex_lock(&b->lock);
-  if (b->launches == before && b->busy) {
-    for (int i = 0; i < b->streams; i++) {
-      if (!all && (b->stream[i].stream != stream || b->stream[i].ptsz != ptsz)) continue;
-      b->stream[i].launches = 0;
-      b->stream[i].work_ns = 0;
+    Busy *b = &busy[device];
+    if (!b->busy)
+        return;
+    pthread_mutex_lock(&b->lock);
+    if (b->launches == before && b->busy) {
+        for (int i = 0; i < b->streams; i++) {
+            if (!all && (b->stream[i].stream != stream || b->stream[i].ptsz != ptsz))
+                continue;
+            b->stream[i].launches = 0;
+            b->stream[i].work_ns = 0;
+        }
+        poll(b);
+        if (drained(b) && !b->drained_ns)
+            b->drained_ns = nbgpu_now();
     }
-    poll(b);
-    if (drained(b) && !b->drained_ns) b->drained_ns = nbgpu_now();
-  }
-  pthread_mutex_unlock(&b->lock);
+    pthread_mutex_unlock(&b->lock);
 }
 
 /* A stream ends, or begins to be captured: what it still has outstanding gets a fence while that is allowed. */
 void nbgpu_busy_stream_gone(CUstream stream) {
-  for (int d = 0; d < nbgpu_devices; d++) {
-    Busy *b = &busy[d];
-    if (!b->streams) continue;
-    pthread_mutex_lock(&b->lock);
-    for (int i = 0; i < b->streams; i++) {
-      Stream *s = &b->stream[i];
-      if (s->stream != stream) continue;
-      if (s->launches) add_fence(b, s, NULL, nbgpu_now());
-      *s = b->stream[--b->streams];
-      break;
+    for (int d = 0; d < nbgpu_devices; d++) {
+        Busy *b = &busy[d];
+        if (!b->streams)
+            continue;
+        pthread_mutex_lock(&b->lock);
+        for (int i = 0; i < b->streams; i++) {
+            Stream *s = &b->stream[i];
+            if (s->stream != stream)
+                continue;
+            if (s->launches)
+                add_fence(b, s, NULL, nbgpu_now());
+            *s = b->stream[--b->streams];
+            break;
+        }
+        pthread_mutex_unlock(&b->lock);
     }
-    pthread_mutex_unlock(&b->lock);
-  }
 }

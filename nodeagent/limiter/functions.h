@@ -3,15 +3,15 @@
  * HOOK(library, result, exported name, arguments, name asked of cuGetProcAddress, CUDA version from which that name means this
  * function, 1 = the variant for per-thread default streams). Included several times with other meanings of HOOK and CALL.
  */
-#define STREAM_PAIR(name, arguments, since, since_ptsz)                \
-  HOOK(CUDA, CUresult, name, arguments, #name, since, 0)               \
-  HOOK(CUDA, CUresult, name##_ptsz, arguments, #name, since_ptsz, 1)
+#define STREAM_PAIR(name, arguments, since, since_ptsz)                                                                                    \
+    HOOK(CUDA, CUresult, name, arguments, #name, since, 0)                                                                                 \
+    HOOK(CUDA, CUresult, name##_ptsz, arguments, #name, since_ptsz, 1)
 
 /* resolution and enumeration */
 HOOK(CUDA, CUresult, cuInit, (unsigned flags), "cuInit", 2000, 0)
 HOOK(CUDA, CUresult, cuGetProcAddress, (const char *symbol, void **function, int version, uint64_t flags), "cuGetProcAddress", 11030, 0)
-HOOK(CUDA, CUresult, cuGetProcAddress_v2, (const char *symbol, void **function, int version, uint64_t flags, int *status), "cuGetProcAddress",
-     12000, 0)
+HOOK(CUDA, CUresult, cuGetProcAddress_v2, (const char *symbol, void **function, int version, uint64_t flags, int *status),
+     "cuGetProcAddress", 12000, 0)
 
 /* what the program may see */
 HOOK(CUDA, CUresult, cuDeviceTotalMem, (unsigned *bytes, CUdevice device), "cuDeviceTotalMem", 2000, 0)
@@ -21,54 +21,57 @@ HOOK(CUDA, CUresult, cuMemGetInfo_v2, (size_t *free_bytes, size_t *total), "cuMe
 
 /* memory */
 HOOK(CUDA, CUresult, cuMemAlloc, (unsigned *pointer, unsigned size), "cuMemAlloc", 2000, 0)
-HOOK(CUDA, CUresult, cuMemAlloc_v2, (CUdeviceptr *pointer, size_t size), "cuMemAlloc", 3020, 0)
+HOOK(CUDA, CUresult, cuMemAlloc_v2, (CUdeviceptr * pointer, size_t size), "cuMemAlloc", 3020, 0)
 HOOK(CUDA, CUresult, cuMemAllocPitch, (unsigned *pointer, unsigned *pitch, unsigned width, unsigned height, unsigned element),
      "cuMemAllocPitch", 2000, 0)
-HOOK(CUDA, CUresult, cuMemAllocPitch_v2, (CUdeviceptr *pointer, size_t *pitch, size_t width, size_t height, unsigned element),
+HOOK(CUDA, CUresult, cuMemAllocPitch_v2, (CUdeviceptr * pointer, size_t *pitch, size_t width, size_t height, unsigned element),
      "cuMemAllocPitch", 3020, 0)
-HOOK(CUDA, CUresult, cuMemAllocManaged, (CUdeviceptr *pointer, size_t size, unsigned flags), "cuMemAllocManaged", 6000, 0)
+HOOK(CUDA, CUresult, cuMemAllocManaged, (CUdeviceptr * pointer, size_t size, unsigned flags), "cuMemAllocManaged", 6000, 0)
 HOOK(CUDA, CUresult, cuMemFree, (unsigned pointer), "cuMemFree", 2000, 0)
 HOOK(CUDA, CUresult, cuMemFree_v2, (CUdeviceptr pointer), "cuMemFree", 3020, 0)
-STREAM_PAIR(cuMemAllocAsync, (CUdeviceptr *pointer, size_t size, CUstream stream), 11020, 11020)
-STREAM_PAIR(cuMemAllocFromPoolAsync, (CUdeviceptr *pointer, size_t size, CUmemoryPool pool, CUstream stream), 11020, 11020)
+STREAM_PAIR(cuMemAllocAsync, (CUdeviceptr * pointer, size_t size, CUstream stream), 11020, 11020)
+STREAM_PAIR(cuMemAllocFromPoolAsync, (CUdeviceptr * pointer, size_t size, CUmemoryPool pool, CUstream stream), 11020, 11020)
 STREAM_PAIR(cuMemFreeAsync, (CUdeviceptr pointer, CUstream stream), 11020, 11020)
-HOOK(CUDA, CUresult, cuMemPoolCreate, (CUmemoryPool *pool, const CUmemPoolProps *properties), "cuMemPoolCreate", 11020, 0)
+HOOK(CUDA, CUresult, cuMemPoolCreate, (CUmemoryPool * pool, const CUmemPoolProps *properties), "cuMemPoolCreate", 11020, 0)
 HOOK(CUDA, CUresult, cuMemPoolDestroy, (CUmemoryPool pool), "cuMemPoolDestroy", 11020, 0)
 HOOK(CUDA, CUresult, cuMemPoolTrimTo, (CUmemoryPool pool, size_t keep), "cuMemPoolTrimTo", 11020, 0)
 HOOK(CUDA, CUresult, cuMemCreate,
-     (CUmemGenericAllocationHandle *handle, size_t size, const CUmemAllocationProp *properties, unsigned long long flags), "cuMemCreate", 10020, 0)
+     (CUmemGenericAllocationHandle * handle, size_t size, const CUmemAllocationProp *properties, unsigned long long flags), "cuMemCreate",
+     10020, 0)
 HOOK(CUDA, CUresult, cuMemRelease, (CUmemGenericAllocationHandle handle), "cuMemRelease", 10020, 0)
-HOOK(CUDA, CUresult, cuMemRetainAllocationHandle, (CUmemGenericAllocationHandle *handle, void *address), "cuMemRetainAllocationHandle", 11000, 0)
+HOOK(CUDA, CUresult, cuMemRetainAllocationHandle, (CUmemGenericAllocationHandle * handle, void *address), "cuMemRetainAllocationHandle",
+     11000, 0)
 HOOK(CUDA, CUresult, cuMemMap,
      (CUdeviceptr pointer, size_t size, size_t offset, CUmemGenericAllocationHandle handle, unsigned long long flags), "cuMemMap", 10020, 0)
 HOOK(CUDA, CUresult, cuMemUnmap, (CUdeviceptr pointer, size_t size), "cuMemUnmap", 10020, 0)
-HOOK(CUDA, CUresult, cuArrayCreate_v2, (CUarray *array, const CUDA_ARRAY_DESCRIPTOR *descriptor), "cuArrayCreate", 3020, 0)
-HOOK(CUDA, CUresult, cuArray3DCreate_v2, (CUarray *array, const CUDA_ARRAY3D_DESCRIPTOR *descriptor), "cuArray3DCreate", 3020, 0)
+HOOK(CUDA, CUresult, cuArrayCreate_v2, (CUarray * array, const CUDA_ARRAY_DESCRIPTOR *descriptor), "cuArrayCreate", 3020, 0)
+HOOK(CUDA, CUresult, cuArray3DCreate_v2, (CUarray * array, const CUDA_ARRAY3D_DESCRIPTOR *descriptor), "cuArray3DCreate", 3020, 0)
 HOOK(CUDA, CUresult, cuArrayDestroy, (CUarray array), "cuArrayDestroy", 2000, 0)
-HOOK(CUDA, CUresult, cuMipmappedArrayCreate, (CUmipmappedArray *array, const CUDA_ARRAY3D_DESCRIPTOR *descriptor, unsigned levels),
+HOOK(CUDA, CUresult, cuMipmappedArrayCreate, (CUmipmappedArray * array, const CUDA_ARRAY3D_DESCRIPTOR *descriptor, unsigned levels),
      "cuMipmappedArrayCreate", 5000, 0)
 HOOK(CUDA, CUresult, cuMipmappedArrayDestroy, (CUmipmappedArray array), "cuMipmappedArrayDestroy", 5000, 0)
 
 /* contexts */
-HOOK(CUDA, CUresult, cuCtxCreate, (CUcontext *context, unsigned flags, CUdevice device), "cuCtxCreate", 2000, 0)
-HOOK(CUDA, CUresult, cuCtxCreate_v2, (CUcontext *context, unsigned flags, CUdevice device), "cuCtxCreate", 3020, 0)
-HOOK(CUDA, CUresult, cuCtxCreate_v3, (CUcontext *context, void *affinity, int count, unsigned flags, CUdevice device), "cuCtxCreate", 11040, 0)
-HOOK(CUDA, CUresult, cuCtxCreate_v4, (CUcontext *context, void *parameters, unsigned flags, CUdevice device), "cuCtxCreate", 12050, 0)
+HOOK(CUDA, CUresult, cuCtxCreate, (CUcontext * context, unsigned flags, CUdevice device), "cuCtxCreate", 2000, 0)
+HOOK(CUDA, CUresult, cuCtxCreate_v2, (CUcontext * context, unsigned flags, CUdevice device), "cuCtxCreate", 3020, 0)
+HOOK(CUDA, CUresult, cuCtxCreate_v3, (CUcontext * context, void *affinity, int count, unsigned flags, CUdevice device), "cuCtxCreate",
+     11040, 0)
+HOOK(CUDA, CUresult, cuCtxCreate_v4, (CUcontext * context, void *parameters, unsigned flags, CUdevice device), "cuCtxCreate", 12050, 0)
 HOOK(CUDA, CUresult, cuCtxDestroy, (CUcontext context), "cuCtxDestroy", 2000, 0)
 HOOK(CUDA, CUresult, cuCtxDestroy_v2, (CUcontext context), "cuCtxDestroy", 4000, 0)
-HOOK(CUDA, CUresult, cuDevicePrimaryCtxRetain, (CUcontext *context, CUdevice device), "cuDevicePrimaryCtxRetain", 7000, 0)
+HOOK(CUDA, CUresult, cuDevicePrimaryCtxRetain, (CUcontext * context, CUdevice device), "cuDevicePrimaryCtxRetain", 7000, 0)
 HOOK(CUDA, CUresult, cuDevicePrimaryCtxRelease, (CUdevice device), "cuDevicePrimaryCtxRelease", 7000, 0)
 HOOK(CUDA, CUresult, cuDevicePrimaryCtxRelease_v2, (CUdevice device), "cuDevicePrimaryCtxRelease", 11000, 0)
 HOOK(CUDA, CUresult, cuDevicePrimaryCtxReset, (CUdevice device), "cuDevicePrimaryCtxReset", 7000, 0)
 HOOK(CUDA, CUresult, cuDevicePrimaryCtxReset_v2, (CUdevice device), "cuDevicePrimaryCtxReset", 11000, 0)
 
 /* GPU time */
-#define LAUNCH_ARGUMENTS                                                                                                              \
-  (CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, CUstream stream, \
-   void **parameters, void **extra)
-#define COOPERATIVE_ARGUMENTS                                                                                                         \
-  (CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, CUstream stream, \
-   void **parameters)
+#define LAUNCH_ARGUMENTS                                                                                                                   \
+    (CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, CUstream stream,  \
+     void **parameters, void **extra)
+#define COOPERATIVE_ARGUMENTS                                                                                                              \
+    (CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, CUstream stream,  \
+     void **parameters)
 STREAM_PAIR(cuLaunchKernel, LAUNCH_ARGUMENTS, 4000, 7000)
 STREAM_PAIR(cuLaunchKernelEx, (const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra), 11060, 11060)
 STREAM_PAIR(cuLaunchCooperativeKernel, COOPERATIVE_ARGUMENTS, 9000, 9000)
@@ -76,26 +79,27 @@ STREAM_PAIR(cuGraphLaunch, (CUgraphExec exec, CUstream stream), 10000, 10000)
 HOOK(CUDA, CUresult, cuLaunch, (CUfunction function), "cuLaunch", 2000, 0)
 HOOK(CUDA, CUresult, cuLaunchGrid, (CUfunction function, int width, int height), "cuLaunchGrid", 2000, 0)
 HOOK(CUDA, CUresult, cuLaunchGridAsync, (CUfunction function, int width, int height, CUstream stream), "cuLaunchGridAsync", 2000, 0)
-HOOK(CUDA, CUresult, cuGraphInstantiate, (CUgraphExec *exec, CUgraph graph, CUgraphNode *error, char *log, size_t size), "cuGraphInstantiate",
-     10000, 0)
-HOOK(CUDA, CUresult, cuGraphInstantiate_v2, (CUgraphExec *exec, CUgraph graph, CUgraphNode *error, char *log, size_t size),
+HOOK(CUDA, CUresult, cuGraphInstantiate, (CUgraphExec * exec, CUgraph graph, CUgraphNode *error, char *log, size_t size),
+     "cuGraphInstantiate", 10000, 0)
+HOOK(CUDA, CUresult, cuGraphInstantiate_v2, (CUgraphExec * exec, CUgraph graph, CUgraphNode *error, char *log, size_t size),
      "cuGraphInstantiate", 11000, 0)
-HOOK(CUDA, CUresult, cuGraphInstantiateWithFlags, (CUgraphExec *exec, CUgraph graph, unsigned long long flags), "cuGraphInstantiateWithFlags",
-     11040, 0)
-STREAM_PAIR(cuGraphInstantiateWithParams, (CUgraphExec *exec, CUgraph graph, CUDA_GRAPH_INSTANTIATE_PARAMS *parameters), 12000, 12000)
+HOOK(CUDA, CUresult, cuGraphInstantiateWithFlags, (CUgraphExec * exec, CUgraph graph, unsigned long long flags),
+     "cuGraphInstantiateWithFlags", 11040, 0)
+STREAM_PAIR(cuGraphInstantiateWithParams, (CUgraphExec * exec, CUgraph graph, CUDA_GRAPH_INSTANTIATE_PARAMS *parameters), 12000, 12000)
 HOOK(CUDA, CUresult, cuGraphExecDestroy, (CUgraphExec exec), "cuGraphExecDestroy", 10000, 0)
 HOOK(CUDA, CUresult, cuDeviceGraphMemTrim, (CUdevice device), "cuDeviceGraphMemTrim", 11040, 0)
 
 /* observed: idle edges, streams that end or capture, copied bytes */
 HOOK(CUDA, CUresult, cuCtxSynchronize, (void), "cuCtxSynchronize", 2000, 0)
+HOOK(CUDA, CUresult, cuCtxSynchronize_v2, (CUcontext context), "cuCtxSynchronize", 13000, 0)
 STREAM_PAIR(cuStreamSynchronize, (CUstream stream), 2000, 7000)
 HOOK(CUDA, CUresult, cuStreamDestroy, (CUstream stream), "cuStreamDestroy", 2000, 0)
 HOOK(CUDA, CUresult, cuStreamDestroy_v2, (CUstream stream), "cuStreamDestroy", 4000, 0)
 STREAM_PAIR(cuStreamBeginCapture, (CUstream stream), 10000, 10000)
 HOOK(CUDA, CUresult, cuStreamBeginCapture_v2, (CUstream stream, int mode), "cuStreamBeginCapture", 10010, 0)
 HOOK(CUDA, CUresult, cuStreamBeginCapture_v2_ptsz, (CUstream stream, int mode), "cuStreamBeginCapture", 10010, 1)
-#define CAPTURE_TO_GRAPH_ARGUMENTS \
-  (CUstream stream, CUgraph graph, const CUgraphNode *nodes, const CUgraphEdgeData *edges, size_t count, int mode)
+#define CAPTURE_TO_GRAPH_ARGUMENTS                                                                                                         \
+    (CUstream stream, CUgraph graph, const CUgraphNode *nodes, const CUgraphEdgeData *edges, size_t count, int mode)
 STREAM_PAIR(cuStreamBeginCaptureToGraph, CAPTURE_TO_GRAPH_ARGUMENTS, 12030, 12030)
 STREAM_PAIR(cuStreamEndCapture, (CUstream stream, CUgraph *graph), 10000, 10000)
 HOOK(CUDA, CUresult, cuMemcpyHtoD_v2, (CUdeviceptr to, const void *from, size_t size), "cuMemcpyHtoD", 3020, 0)
@@ -103,7 +107,8 @@ HOOK(CUDA, CUresult, cuMemcpyHtoD_v2_ptds, (CUdeviceptr to, const void *from, si
 HOOK(CUDA, CUresult, cuMemcpyDtoH_v2, (void *to, CUdeviceptr from, size_t size), "cuMemcpyDtoH", 3020, 0)
 HOOK(CUDA, CUresult, cuMemcpyDtoH_v2_ptds, (void *to, CUdeviceptr from, size_t size), "cuMemcpyDtoH", 7000, 1)
 HOOK(CUDA, CUresult, cuMemcpyHtoDAsync_v2, (CUdeviceptr to, const void *from, size_t size, CUstream stream), "cuMemcpyHtoDAsync", 3020, 0)
-HOOK(CUDA, CUresult, cuMemcpyHtoDAsync_v2_ptsz, (CUdeviceptr to, const void *from, size_t size, CUstream stream), "cuMemcpyHtoDAsync", 7000, 1)
+HOOK(CUDA, CUresult, cuMemcpyHtoDAsync_v2_ptsz, (CUdeviceptr to, const void *from, size_t size, CUstream stream), "cuMemcpyHtoDAsync", 7000,
+     1)
 HOOK(CUDA, CUresult, cuMemcpyDtoHAsync_v2, (void *to, CUdeviceptr from, size_t size, CUstream stream), "cuMemcpyDtoHAsync", 3020, 0)
 HOOK(CUDA, CUresult, cuMemcpyDtoHAsync_v2_ptsz, (void *to, CUdeviceptr from, size_t size, CUstream stream), "cuMemcpyDtoHAsync", 7000, 1)
 
@@ -137,7 +142,8 @@ CALL(CUDA, CUresult, cuGraphNodeGetType, (CUgraphNode node, int *type))
 CALL(CUDA, CUresult, cuGraphMemAllocNodeGetParams, (CUgraphNode node, CUDA_MEM_ALLOC_NODE_PARAMS *parameters))
 CALL(CUDA, CUresult, cuGraphChildGraphNodeGetGraph, (CUgraphNode node, CUgraph *graph))
 CALL(CUDA, CUresult, cuArrayGetMemoryRequirements, (CUDA_ARRAY_MEMORY_REQUIREMENTS * requirements, CUarray array, CUdevice device))
-CALL(CUDA, CUresult, cuMipmappedArrayGetMemoryRequirements, (CUDA_ARRAY_MEMORY_REQUIREMENTS * requirements, CUmipmappedArray array, CUdevice device))
+CALL(CUDA, CUresult, cuMipmappedArrayGetMemoryRequirements,
+     (CUDA_ARRAY_MEMORY_REQUIREMENTS * requirements, CUmipmappedArray array, CUdevice device))
 
 /* NVML */
 HOOK(NVML, int, nvmlDeviceGetCount, (unsigned *count), 0, 0, 0)
@@ -152,10 +158,10 @@ HOOK(NVML, int, nvmlDeviceGetHandleByPciBusId_v2, (const char *bus_id, NvmlDevic
 HOOK(NVML, int, nvmlDeviceGetIndex, (NvmlDevice device, unsigned *index), 0, 0, 0)
 HOOK(NVML, int, nvmlDeviceGetMemoryInfo, (NvmlDevice device, NvmlMemory *memory), 0, 0, 0)
 HOOK(NVML, int, nvmlDeviceGetMemoryInfo_v2, (NvmlDevice device, NvmlMemoryV2 *memory), 0, 0, 0)
-#define PROCESS_LISTS(kind)                                                                                                \
-  HOOK(NVML, int, nvmlDeviceGet##kind##RunningProcesses, (NvmlDevice device, unsigned *count, NvmlProcessV1 *processes), 0, 0, 0)    \
-  HOOK(NVML, int, nvmlDeviceGet##kind##RunningProcesses_v2, (NvmlDevice device, unsigned *count, NvmlProcess *processes), 0, 0, 0) \
-  HOOK(NVML, int, nvmlDeviceGet##kind##RunningProcesses_v3, (NvmlDevice device, unsigned *count, NvmlProcess *processes), 0, 0, 0)
+#define PROCESS_LISTS(kind)                                                                                                                \
+    HOOK(NVML, int, nvmlDeviceGet##kind##RunningProcesses, (NvmlDevice device, unsigned *count, NvmlProcessV1 *processes), 0, 0, 0)        \
+    HOOK(NVML, int, nvmlDeviceGet##kind##RunningProcesses_v2, (NvmlDevice device, unsigned *count, NvmlProcess *processes), 0, 0, 0)       \
+    HOOK(NVML, int, nvmlDeviceGet##kind##RunningProcesses_v3, (NvmlDevice device, unsigned *count, NvmlProcess *processes), 0, 0, 0)
 PROCESS_LISTS(Compute)
 PROCESS_LISTS(Graphics)
 PROCESS_LISTS(MPSCompute)

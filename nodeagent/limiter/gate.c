@@ -18,15 +18,15 @@ static const uint64_t no_generation = 0;
 
 /* What the fast path looks at; `gate` says "closed" until there is one device, one slot and no gate of a kernel. */
 static struct {
-  _Alignas(64) const uint32_t *_Atomic gate;
-  const uint64_t *_Atomic generation;
-  _Atomic uint64_t seen;
-  _Atomic int captures; /* streams being captured */
+    _Alignas(64) const uint32_t *_Atomic gate;
+    const uint64_t *_Atomic generation;
+    _Atomic uint64_t seen;
+    _Atomic int captures; /* streams being captured */
 } hot = {.gate = &never, .generation = &no_generation};
 
 PER_THREAD struct {
-  uint64_t *word; /* where this thread counts its launches */
-  bool asked;
+    uint64_t *word; /* where this thread counts its launches */
+    bool asked;
 } self;
 
 static _Atomic uint32_t words_taken[NBGPU_DEVICES];
@@ -34,7 +34,7 @@ static pthread_key_t word_key;
 static pthread_once_t word_once = PTHREAD_ONCE_INIT;
 
 static long futex(const uint32_t *word, int operation, uint32_t value, const struct timespec *timeout) {
-  return syscall(SYS_futex, word, operation, value, timeout, NULL, 0);
+    return syscall(SYS_futex, word, operation, value, timeout, NULL, 0);
 }
 
 /* ---- the fast path ---- */
@@ -42,364 +42,418 @@ static long futex(const uint32_t *word, int operation, uint32_t value, const str
 static void touch(NbgpuUseSlot *slot, uint64_t now) { __atomic_store_n(&slot->last_launch_ns, now, __ATOMIC_RELAXED); }
 
 static inline __attribute__((always_inline)) bool fast(void) {
-  uint64_t *word = self.word;
-  if (unlikely(!word)) return false;
-  if (unlikely(__atomic_load_n(atomic_load_explicit(&hot.gate, memory_order_relaxed), __ATOMIC_RELAXED) != NBGPU_GATE_NONE)) return false;
-  if (unlikely(__atomic_load_n(atomic_load_explicit(&hot.generation, memory_order_relaxed), __ATOMIC_RELAXED) != atomic_load_explicit(&hot.seen, memory_order_relaxed)))
-    return false;
-  const uint64_t count = __atomic_load_n(word, __ATOMIC_RELAXED) + 1;
-  if (unlikely(atomic_load_explicit(&hot.captures, memory_order_relaxed) != 0 || (count & 63) == 0)) return false;
-  __atomic_store_n(word, count, __ATOMIC_RELAXED); /* ours alone: no locked instruction */
-  return true;
+    uint64_t *word = self.word;
+    if (unlikely(!word))
+        return false;
+    if (unlikely(__atomic_load_n(atomic_load_explicit(&hot.gate, memory_order_relaxed), __ATOMIC_RELAXED) != NBGPU_GATE_NONE))
+        return false;
+    if (unlikely(__atomic_load_n(atomic_load_explicit(&hot.generation, memory_order_relaxed), __ATOMIC_RELAXED) !=
+                 atomic_load_explicit(&hot.seen, memory_order_relaxed)))
+        return false;
+    const uint64_t count = __atomic_load_n(word, __ATOMIC_RELAXED) + 1;
+    if (unlikely(atomic_load_explicit(&hot.captures, memory_order_relaxed) != 0 || (count & 63) == 0))
+        return false;
+    __atomic_store_n(word, count, __ATOMIC_RELAXED); /* ours alone: no locked instruction */
+    return true;
 }
 
 /* A thread's word goes back when it ends; its count stays in the sum. */
 static void give_word_back(void *mark) {
-  atomic_fetch_and(&words_taken[0], ~(1u << ((uintptr_t)mark - 1)));
-  self.word = NULL;
+    atomic_fetch_and(&words_taken[0], ~(1u << ((uintptr_t)mark - 1)));
+    self.word = NULL;
 }
 
 static void forget_parent(void) {
-  hot.gate = &never;
-  hot.captures = 0;
-  memset((void *)words_taken, 0, sizeof words_taken);
-  self.word = NULL, self.asked = false;
+    hot.gate = &never;
+    hot.captures = 0;
+    memset((void *)words_taken, 0, sizeof words_taken);
+    self.word = NULL, self.asked = false;
 }
 
 static void make_key(void) {
-  pthread_key_create(&word_key, give_word_back);
-  nbgpu_fork_hook(forget_parent);
+    pthread_key_create(&word_key, give_word_back);
+    nbgpu_fork_hook(forget_parent);
 }
 
 static void take_word(NbgpuUseSlot *slot) {
-  self.asked = true;
-  pthread_once(&word_once, make_key);
-  for (int i = 0; i < WORDS; i++) {
-    if (atomic_fetch_or(&words_taken[0], 1u << i) & 1u << i) continue;
-    pthread_setspecific(word_key, (void *)(uintptr_t)(i + 1));
-    self.word = &slot->launches_by_thread[i];
-    return;
-  }
+    self.asked = true;
+    pthread_once(&word_once, make_key);
+    for (int i = 0; i < WORDS; i++) {
+        if (atomic_fetch_or(&words_taken[0], 1u << i) & 1u << i)
+            continue;
+        pthread_setspecific(word_key, (void *)(uintptr_t)(i + 1));
+        self.word = &slot->launches_by_thread[i];
+        return;
+    }
 }
 
 static const uint32_t *kernel_gate(int device) {
-  const NbgpuCtlKernel *kernel = nbgpu_kernel_limit();
-  if (!kernel) return NULL;
-  const uint32_t word = __atomic_load_n(&kernel->gate[device], __ATOMIC_ACQUIRE);
-  return word == NBGPU_GATE_SUSPENDED || (kernel->compute_milli && word != NBGPU_GATE_NONE) ? &kernel->gate[device] : NULL;
+    const NbgpuCtlKernel *kernel = nbgpu_kernel_limit();
+    if (!kernel)
+        return NULL;
+    const uint32_t word = __atomic_load_n(&kernel->gate[device], __ATOMIC_ACQUIRE);
+    return word == NBGPU_GATE_SUSPENDED || (kernel->compute_milli && word != NBGPU_GATE_NONE) ? &kernel->gate[device] : NULL;
 }
 
 /* Let the fast path look at this device, if it is the only one and no gate of a kernel is in the way. */
 static void arm(int device, NbgpuUseSlot *slot) {
-  if (nbgpu_devices != 1) return;
-  const uint64_t generation = __atomic_load_n(&nbgpu_ctl->generation, __ATOMIC_ACQUIRE);
-  const bool plain = kernel_gate(device) == NULL && nbgpu_kernel_limit() == NULL;
-  hot.gate = plain ? &nbgpu_ctl->device[device].gate : &never;
-  hot.generation = &nbgpu_ctl->generation;
-  hot.seen = generation;
-  if (!self.word && !self.asked) take_word(slot);
+    if (nbgpu_devices != 1)
+        return;
+    const uint64_t generation = __atomic_load_n(&nbgpu_ctl->generation, __ATOMIC_ACQUIRE);
+    const bool plain = kernel_gate(device) == NULL && nbgpu_kernel_limit() == NULL;
+    hot.gate = plain ? &nbgpu_ctl->device[device].gate : &never;
+    hot.generation = &nbgpu_ctl->generation;
+    hot.seen = generation;
+    if (!self.word && !self.asked)
+        take_word(slot);
 }
 
 static void count_launch(NbgpuUseSlot *slot) {
-  uint64_t now;
-  if (self.word && nbgpu_devices == 1) {
-    now = *self.word + 1;
-    __atomic_store_n(self.word, now, __ATOMIC_RELAXED);
-  } else {
-    now = __atomic_add_fetch(&slot->launches, 1, __ATOMIC_RELAXED);
-  }
-  if ((now & 63) == 0 || now == 1) touch(slot, nbgpu_now_coarse());
+    uint64_t now;
+    if (self.word && nbgpu_devices == 1) {
+        now = *self.word + 1;
+        __atomic_store_n(self.word, now, __ATOMIC_RELAXED);
+    } else {
+        now = __atomic_add_fetch(&slot->launches, 1, __ATOMIC_RELAXED);
+    }
+    if ((now & 63) == 0 || now == 1)
+        touch(slot, nbgpu_now_coarse());
 }
 
 /* ---- the three words of a device, from the slots of the slice ---- */
 
 void nbgpu_ring(void) {
-  __atomic_fetch_add(&nbgpu_use->bell, 1, __ATOMIC_SEQ_CST);
-  futex(&nbgpu_use->bell, FUTEX_WAKE, 1 << 20, NULL);
+    __atomic_fetch_add(&nbgpu_use->bell, 1, __ATOMIC_SEQ_CST);
+    futex(&nbgpu_use->bell, FUTEX_WAKE, 1 << 20, NULL);
 }
 
 void nbgpu_publish(int device) {
-  uint32_t want, near, idle;
-  for (int pass = 0; pass < 8; pass++) {
-    want = 0, near = 1, idle = 1;
-    const uint32_t high = nbgpu_use->high_water < NBGPU_SLOTS ? nbgpu_use->high_water : NBGPU_SLOTS;
-    for (uint32_t i = 0; i < high; i++) {
-      const NbgpuUseSlot *slot = &nbgpu_use->slot[i];
-      if (slot->device != (uint32_t)device || !__atomic_load_n(&slot->owner, __ATOMIC_SEQ_CST)) continue;
-      const bool busy = __atomic_load_n(&slot->busy_since, __ATOMIC_SEQ_CST) != 0, wants = __atomic_load_n(&slot->want, __ATOMIC_SEQ_CST) != 0;
-      want |= wants;
-      if (busy && !__atomic_load_n(&slot->near, __ATOMIC_SEQ_CST)) near = 0;
-      if (busy || wants) idle = 0;
+    uint32_t want, near, idle;
+    for (int pass = 0; pass < 8; pass++) {
+        want = 0, near = 1, idle = 1;
+        const uint32_t high = nbgpu_use->high_water < NBGPU_SLOTS ? nbgpu_use->high_water : NBGPU_SLOTS;
+        for (uint32_t i = 0; i < high; i++) {
+            const NbgpuUseSlot *slot = &nbgpu_use->slot[i];
+            if (slot->device != (uint32_t)device || !__atomic_load_n(&slot->owner, __ATOMIC_SEQ_CST))
+                continue;
+            const bool busy = __atomic_load_n(&slot->busy_since, __ATOMIC_SEQ_CST) != 0,
+                       wants = __atomic_load_n(&slot->want, __ATOMIC_SEQ_CST) != 0;
+            want |= wants;
+            if (busy && !__atomic_load_n(&slot->near, __ATOMIC_SEQ_CST))
+                near = 0;
+            if (busy || wants)
+                idle = 0;
+        }
+        if (pass && nbgpu_use->want[device] == want && nbgpu_use->near[device] == near && nbgpu_use->idle[device] == idle)
+            return;
+        __atomic_store_n(&nbgpu_use->want[device], want, __ATOMIC_SEQ_CST);
+        MARK("publish-half");
+        __atomic_store_n(&nbgpu_use->near[device], near, __ATOMIC_SEQ_CST);
+        __atomic_store_n(&nbgpu_use->idle[device], idle, __ATOMIC_SEQ_CST);
     }
-    if (pass && nbgpu_use->want[device] == want && nbgpu_use->near[device] == near && nbgpu_use->idle[device] == idle) return;
-    __atomic_store_n(&nbgpu_use->want[device], want, __ATOMIC_SEQ_CST);
-    MARK("publish-half");
-    __atomic_store_n(&nbgpu_use->near[device], near, __ATOMIC_SEQ_CST);
-    __atomic_store_n(&nbgpu_use->idle[device], idle, __ATOMIC_SEQ_CST);
-  }
 }
 
 static uint32_t gate_word(int device) { return __atomic_load_n(&nbgpu_ctl->device[device].gate, __ATOMIC_ACQUIRE); }
 
 bool nbgpu_contended(int device) {
-  return gate_word(device) != NBGPU_GATE_OPEN || __atomic_load_n(&nbgpu_ctl->device[device].turn_end_ns, __ATOMIC_ACQUIRE) != 0;
+    return gate_word(device) != NBGPU_GATE_OPEN || __atomic_load_n(&nbgpu_ctl->device[device].turn_end_ns, __ATOMIC_ACQUIRE) != 0;
 }
 
 bool nbgpu_turn_over(int device, uint64_t now) {
-  const uint64_t end = __atomic_load_n(&nbgpu_ctl->device[device].turn_end_ns, __ATOMIC_ACQUIRE);
-  return gate_word(device) == NBGPU_GATE_CLOSED || (end != 0 && now >= end);
+    const uint64_t end = __atomic_load_n(&nbgpu_ctl->device[device].turn_end_ns, __ATOMIC_ACQUIRE);
+    return gate_word(device) == NBGPU_GATE_CLOSED || (end != 0 && now >= end);
 }
 
 /* ---- waiting ---- */
 
 static bool scheduler_dead(uint64_t now) {
-  const uint64_t beat = __atomic_load_n(&nbgpu_ctl->heartbeat_ns, __ATOMIC_ACQUIRE);
-  return now > beat && now - beat > HEARTBEAT_NS;
+    const uint64_t beat = __atomic_load_n(&nbgpu_ctl->heartbeat_ns, __ATOMIC_ACQUIRE);
+    return now > beat && now - beat > HEARTBEAT_NS;
 }
 
 /* The closed gate that stands in the way, NULL: none. */
 static const uint32_t *in_the_way(int device, uint32_t *value) {
-  *value = gate_word(device);
-  if (*value == NBGPU_GATE_CLOSED || *value == NBGPU_GATE_SUSPENDED) return &nbgpu_ctl->device[device].gate;
-  const uint32_t *kernel = kernel_gate(device);
-  if (!kernel) return NULL;
-  *value = __atomic_load_n(kernel, __ATOMIC_ACQUIRE);
-  return *value == NBGPU_GATE_CLOSED || *value == NBGPU_GATE_SUSPENDED ? kernel : NULL;
+    *value = gate_word(device);
+    if (*value == NBGPU_GATE_CLOSED || *value == NBGPU_GATE_SUSPENDED)
+        return &nbgpu_ctl->device[device].gate;
+    const uint32_t *kernel = kernel_gate(device);
+    if (!kernel)
+        return NULL;
+    *value = __atomic_load_n(kernel, __ATOMIC_ACQUIRE);
+    return *value == NBGPU_GATE_CLOSED || *value == NBGPU_GATE_SUSPENDED ? kernel : NULL;
 }
 
 /* With no scheduler a strict slice keeps to its share by itself: time that its launches are estimated to take, refilled by its weight. */
 static void local_bucket(const Launch *launch) {
-  static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-  static double tokens[NBGPU_DEVICES];
-  static uint64_t filled[NBGPU_DEVICES];
-  const int d = launch->device;
-  const double most = 30.0 * (double)MS;
-  if (nbgpu_ctl->device[d].mode != NBGPU_MODE_STRICT) return;
-  uint32_t sharers = 0;
-  for (uint32_t i = 0; i < nbgpu_use->high_water && i < NBGPU_SLOTS; i++) {
-    const NbgpuUseSlot *slot = &nbgpu_use->slot[i];
-    sharers += slot->owner && slot->device == (uint32_t)d && (slot->busy_since || slot == nbgpu_device[d].slot);
-  }
-  const double rate = (double)nbgpu_ctl->device[d].compute_milli / 1000.0 / (sharers ? sharers : 1);
-  pthread_mutex_lock(&lock);
-  const uint64_t now = nbgpu_now();
-  if (filled[d]) tokens[d] += (double)(now - filled[d]) * rate;
-  if (tokens[d] > most) tokens[d] = most;
-  filled[d] = now;
-  tokens[d] -= launch->estimate_ns;
-  double debt = rate > 0 && tokens[d] < 0 ? -tokens[d] / rate : 0;
-  pthread_mutex_unlock(&lock);
-  if (debt > 1e9) debt = 1e9; /* nothing waits for ever */
-  const struct timespec pause = {(time_t)(debt / 1e9), (long)debt % 1000000000};
-  if (debt >= 1) nanosleep(&pause, NULL);
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    static double tokens[NBGPU_DEVICES];
+    static uint64_t filled[NBGPU_DEVICES];
+    const int d = launch->device;
+    const double most = 30.0 * (double)MS;
+    if (nbgpu_ctl->device[d].mode != NBGPU_MODE_STRICT)
+        return;
+    uint32_t sharers = 0;
+    for (uint32_t i = 0; i < nbgpu_use->high_water && i < NBGPU_SLOTS; i++) {
+        const NbgpuUseSlot *slot = &nbgpu_use->slot[i];
+        sharers += slot->owner && slot->device == (uint32_t)d && (slot->busy_since || slot == nbgpu_device[d].slot);
+    }
+    const double rate = (double)nbgpu_ctl->device[d].compute_milli / 1000.0 / (sharers ? sharers : 1);
+    pthread_mutex_lock(&lock);
+    const uint64_t now = nbgpu_now();
+    if (filled[d])
+        tokens[d] += (double)(now - filled[d]) * rate;
+    if (tokens[d] > most)
+        tokens[d] = most;
+    filled[d] = now;
+    tokens[d] -= launch->estimate_ns;
+    double debt = rate > 0 && tokens[d] < 0 ? -tokens[d] / rate : 0;
+    pthread_mutex_unlock(&lock);
+    if (debt > 1e9)
+        debt = 1e9; /* nothing waits for ever */
+    const struct timespec pause = {(time_t)(debt / 1e9), (long)debt % 1000000000};
+    if (debt >= 1)
+        nanosleep(&pause, NULL);
 }
 
 static void wait_turn(Launch *launch, NbgpuUseSlot *slot) {
-  const int d = launch->device;
-  const uint64_t start = nbgpu_now();
-  const struct timespec limit = {0, GATE_WAIT_NS};
-  uint32_t value;
-  const uint32_t *word;
-  __atomic_fetch_add(&slot->want, 1, __ATOMIC_SEQ_CST);
-  MARK("wanting");
-  nbgpu_publish(d);
-  nbgpu_ring();
-  while ((word = in_the_way(d, &value)) != NULL) {
-    if (scheduler_dead(nbgpu_now())) {
-      local_bucket(launch);
-      break;
+    const int d = launch->device;
+    const uint64_t start = nbgpu_now();
+    const struct timespec limit = {0, GATE_WAIT_NS};
+    uint32_t value;
+    const uint32_t *word;
+    __atomic_fetch_add(&slot->want, 1, __ATOMIC_SEQ_CST);
+    MARK("wanting");
+    nbgpu_publish(d);
+    nbgpu_ring();
+    while ((word = in_the_way(d, &value)) != NULL) {
+        if (scheduler_dead(nbgpu_now())) {
+            local_bucket(launch);
+            break;
+        }
+        if (futex(word, FUTEX_WAIT, value, &limit) != 0 && in_the_way(d, &value))
+            nbgpu_ring(); /* 20 ms: a bell may have been lost */
     }
-    if (futex(word, FUTEX_WAIT, value, &limit) != 0 && in_the_way(d, &value)) nbgpu_ring(); /* 20 ms: a bell may have been lost */
-  }
-  nbgpu_busy_begin(launch); /* busy before it stops wanting: the slice is never seen idle in between */
-  MARK("granted");
-  __atomic_fetch_sub(&slot->want, 1, __ATOMIC_SEQ_CST);
-  nbgpu_publish(d);
-  __atomic_fetch_add(&slot->stall_ns, nbgpu_now() - start, __ATOMIC_RELAXED);
+    nbgpu_busy_begin(launch); /* busy before it stops wanting: the slice is never seen idle in between */
+    MARK("granted");
+    __atomic_fetch_sub(&slot->want, 1, __ATOMIC_SEQ_CST);
+    nbgpu_publish(d);
+    __atomic_fetch_add(&slot->stall_ns, nbgpu_now() - start, __ATOMIC_RELAXED);
 }
 
 bool nbgpu_capturing(CUstream stream, bool ptsz) {
-  int status = 0;
-  if (likely(hot.captures == 0)) return false;
-  if (ptsz && HAVE(cuStreamIsCapturing_ptsz)) return REAL(cuStreamIsCapturing_ptsz)(stream, &status) == CUDA_SUCCESS && status;
-  return HAVE(cuStreamIsCapturing) && REAL(cuStreamIsCapturing)(stream, &status) == CUDA_SUCCESS && status;
+    int status = 0;
+    if (likely(hot.captures == 0))
+        return false;
+    if (ptsz && HAVE(cuStreamIsCapturing_ptsz))
+        return REAL(cuStreamIsCapturing_ptsz)(stream, &status) == CUDA_SUCCESS && status;
+    return HAVE(cuStreamIsCapturing) && REAL(cuStreamIsCapturing)(stream, &status) == CUDA_SUCCESS && status;
 }
 
 static CUresult begin(Launch *launch, CUstream stream, bool ptsz, CUgraphExec exec) {
-  *launch = (Launch){.stream = stream, .ptsz = ptsz, .exec = exec, .device = -1};
-  if (nbgpu_capturing(stream, ptsz)) return CUDA_SUCCESS;
-  const int d = nbgpu_stream_device(stream);
-  NbgpuUseSlot *slot = d >= 0 ? nbgpu_slot(d) : NULL;
-  if (!slot) return CUDA_SUCCESS;
-  launch->device = d;
-  arm(d, slot);
-  if (exec && nbgpu_graph_charge(exec, d) != CUDA_SUCCESS) return CUDA_ERROR_OUT_OF_MEMORY;
-  if (gate_word(d) == NBGPU_GATE_NONE && !kernel_gate(d)) return CUDA_SUCCESS;
-  launch->gated = true;
-  launch->estimate_ns = nbgpu_busy_estimate(d, exec);
-  uint32_t value;
-  nbgpu_busy_wait_window(d);
-  const uint64_t now = nbgpu_now();
-  touch(slot, now);
-  if (in_the_way(d, &value)) {
-    wait_turn(launch, slot);
-  } else {
-    if (scheduler_dead(now)) local_bucket(launch);
-    nbgpu_busy_begin(launch);
-  }
-  MARK("launch-admitted");
-  return CUDA_SUCCESS;
+    *launch = (Launch){.stream = stream, .ptsz = ptsz, .exec = exec, .device = -1};
+    if (nbgpu_capturing(stream, ptsz))
+        return CUDA_SUCCESS;
+    const int d = nbgpu_stream_device(stream);
+    NbgpuUseSlot *slot = d >= 0 ? nbgpu_slot(d) : NULL;
+    if (!slot)
+        return CUDA_SUCCESS;
+    launch->device = d;
+    arm(d, slot);
+    if (exec && nbgpu_graph_charge(exec, d) != CUDA_SUCCESS)
+        return CUDA_ERROR_OUT_OF_MEMORY;
+    if (gate_word(d) == NBGPU_GATE_NONE && !kernel_gate(d))
+        return CUDA_SUCCESS;
+    launch->gated = true;
+    launch->estimate_ns = nbgpu_busy_estimate(d, exec);
+    uint32_t value;
+    nbgpu_busy_wait_window(d);
+    const uint64_t now = nbgpu_now();
+    touch(slot, now);
+    if (in_the_way(d, &value)) {
+        wait_turn(launch, slot);
+    } else {
+        if (scheduler_dead(now))
+            local_bucket(launch);
+        nbgpu_busy_begin(launch);
+    }
+    MARK("launch-admitted");
+    return CUDA_SUCCESS;
 }
 
 static CUresult end(const Launch *launch, CUresult result) {
-  if (launch->device < 0) return result;
-  if (launch->gated) nbgpu_busy_submitted(launch, result == CUDA_SUCCESS);
-  MARK("launch-submitted");
-  if (result == CUDA_SUCCESS) count_launch(nbgpu_device[launch->device].slot);
-  if (launch->exec) nbgpu_graph_settle(launch->device);
-  return result;
+    if (launch->device < 0)
+        return result;
+    if (launch->gated)
+        nbgpu_busy_submitted(launch, result == CUDA_SUCCESS);
+    MARK("launch-submitted");
+    if (result == CUDA_SUCCESS)
+        count_launch(nbgpu_device[launch->device].slot);
+    if (launch->exec)
+        nbgpu_graph_settle(launch->device);
+    return result;
 }
 
 /* The fast way and the slow one are two functions, so that the fast one jumps to the driver and moves no argument. */
-#define SLOW(name, arguments, stream, ptsz, exec, ...)                                       \
-  static __attribute__((noinline, noclone, used)) CUresult slow_##name arguments {           \
-    ENTER_CUDA(name, __VA_ARGS__);                                                           \
-    Launch launch;                                                                           \
-    const CUresult admitted = begin(&launch, stream, ptsz, exec);                            \
-    return admitted == CUDA_SUCCESS ? end(&launch, REAL(name)(__VA_ARGS__)) : admitted;      \
-  }
-#define LAUNCH(name, arguments, stream, ptsz, exec, ...)       \
-  SLOW(name, arguments, stream, ptsz, exec, __VA_ARGS__)       \
-  CUresult name arguments {                                    \
-    if (likely(!(exec) && fast())) return REAL(name)(__VA_ARGS__); \
-    return slow_##name(__VA_ARGS__);                           \
-  }
+#define SLOW(name, arguments, stream, ptsz, exec, ...)                                                                                     \
+    static __attribute__((noinline, used)) CUresult slow_##name arguments {                                                                \
+        ENTER_CUDA(name, __VA_ARGS__);                                                                                                     \
+        Launch launch;                                                                                                                     \
+        const CUresult admitted = begin(&launch, stream, ptsz, exec);                                                                      \
+        return admitted == CUDA_SUCCESS ? end(&launch, REAL(name)(__VA_ARGS__)) : admitted;                                                \
+    }
+#define LAUNCH(name, arguments, stream, ptsz, exec, ...)                                                                                   \
+    SLOW(name, arguments, stream, ptsz, exec, __VA_ARGS__)                                                                                 \
+    CUresult name arguments {                                                                                                              \
+        if (likely(!(exec) && fast()))                                                                                                     \
+            return REAL(name)(__VA_ARGS__);                                                                                                \
+        return slow_##name(__VA_ARGS__);                                                                                                   \
+    }
 
 /* Many arguments: compilers copy those on the stack before a jump. Named with the six in registers only, the function leaves the
  * others where the caller put them, and the jump finds them there. Holds only while the compiler makes jumps of the two returns. */
 #if defined(__x86_64__) && defined(__OPTIMIZE__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) && !defined(__clang__)
 typedef CUresult (*Registers)(void *, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t);
-#define LAUNCH_MANY(name, arguments, stream, ptsz, exec, ...)                                                               \
-  SLOW(name, arguments, stream, ptsz, exec, __VA_ARGS__)                                                                    \
-  EXPORT CUresult jump_##name(void *a, uint64_t b, uint64_t c, uint64_t d, uint64_t e, uint64_t f) __asm__(#name);          \
-  __attribute__((optimize("no-stack-protector"))) CUresult jump_##name(void *a, uint64_t b, uint64_t c, uint64_t d, uint64_t e, uint64_t f) { \
-    const Registers slow = (Registers)(void *)slow_##name;                                                                  \
-    return (likely(fast()) ? (Registers)nbgpu_real[F_##name] : slow)(a, b, c, d, e, f);                                     \
-  }
+#define LAUNCH_MANY(name, arguments, stream, ptsz, exec, ...)                                                                              \
+    SLOW(name, arguments, stream, ptsz, exec, __VA_ARGS__)                                                                                 \
+    EXPORT CUresult jump_##name(void *a, uint64_t b, uint64_t c, uint64_t d, uint64_t e, uint64_t f) __asm__(#name);                       \
+    __attribute__((optimize("no-stack-protector"))) CUresult jump_##name(void *a, uint64_t b, uint64_t c, uint64_t d, uint64_t e,          \
+                                                                         uint64_t f) {                                                     \
+        const Registers slow = (Registers)(void *)slow_##name;                                                                             \
+        return (likely(fast()) ? (Registers)nbgpu_real[F_##name] : slow)(a, b, c, d, e, f);                                                \
+    }
 #else
 #define LAUNCH_MANY LAUNCH
 #endif
 
 #define DIMENSIONS unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, CUstream stream
-#define LAUNCHES(suffix, ptsz)                                                                                                         \
-  LAUNCH_MANY(cuLaunchKernel##suffix, (CUfunction function, DIMENSIONS, void **parameters, void **extra), stream, ptsz, NULL, function, gx, \
-         gy, gz, bx, by, bz, shared, stream, parameters, extra)                                                                        \
-  LAUNCH(cuLaunchKernelEx##suffix, (const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra),               \
-         config ? config->hStream : NULL, ptsz, NULL, config, function, parameters, extra)                                             \
-  LAUNCH_MANY(cuLaunchCooperativeKernel##suffix, (CUfunction function, DIMENSIONS, void **parameters), stream, ptsz, NULL, function, gx,    \
-         gy, gz, bx, by, bz, shared, stream, parameters)                                                                               \
-  LAUNCH(cuGraphLaunch##suffix, (CUgraphExec exec, CUstream stream), stream, ptsz, exec, exec, stream)
+#define LAUNCHES(suffix, ptsz)                                                                                                             \
+    LAUNCH_MANY(cuLaunchKernel##suffix, (CUfunction function, DIMENSIONS, void **parameters, void **extra), stream, ptsz, NULL, function,  \
+                gx, gy, gz, bx, by, bz, shared, stream, parameters, extra)                                                                 \
+    LAUNCH(cuLaunchKernelEx##suffix, (const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra),                 \
+           config ? config->hStream : NULL, ptsz, NULL, config, function, parameters, extra)                                               \
+    LAUNCH_MANY(cuLaunchCooperativeKernel##suffix, (CUfunction function, DIMENSIONS, void **parameters), stream, ptsz, NULL, function, gx, \
+                gy, gz, bx, by, bz, shared, stream, parameters)                                                                            \
+    LAUNCH(cuGraphLaunch##suffix, (CUgraphExec exec, CUstream stream), stream, ptsz, exec, exec, stream)
 LAUNCHES(, false)
 LAUNCHES(_ptsz, true)
 LAUNCH(cuLaunch, (CUfunction function), NULL, false, NULL, function)
 LAUNCH(cuLaunchGrid, (CUfunction function, int width, int height), NULL, false, NULL, function, width, height)
-LAUNCH(cuLaunchGridAsync, (CUfunction function, int width, int height, CUstream stream), stream, false, NULL, function, width, height, stream)
+LAUNCH(cuLaunchGridAsync, (CUfunction function, int width, int height, CUstream stream), stream, false, NULL, function, width, height,
+       stream)
 
 void nbgpu_gate_forget_graph(CUgraphExec exec) { nbgpu_busy_forget_graph(exec); }
 
 /* ---- calls that show an idle edge for free ---- */
 
 static void synced(int device, bool all, CUstream stream, bool ptsz, uint64_t before) {
-  nbgpu_pools_after_sync();
-  if (device < 0) return;
-  NbgpuUseSlot *slot = nbgpu_device[device].slot;
-  if (!slot) return;
-  if (gate_word(device) == NBGPU_GATE_NONE) touch(slot, nbgpu_now_coarse());
-  nbgpu_busy_synced(device, all, stream, ptsz, before);
+    nbgpu_pools_after_sync();
+    if (device < 0)
+        return;
+    NbgpuUseSlot *slot = nbgpu_device[device].slot;
+    if (!slot)
+        return;
+    if (gate_word(device) == NBGPU_GATE_NONE)
+        touch(slot, nbgpu_now_coarse());
+    nbgpu_busy_synced(device, all, stream, ptsz, before);
 }
 
-#define SYNC(name, all, stream, ptsz, ...)                                   \
-  ENTER_CUDA(name, ##__VA_ARGS__);                                           \
-  const int d = nbgpu_stream_device(stream);                                 \
-  const uint64_t before = d >= 0 ? nbgpu_busy_launches(d) : 0;               \
-  const CUresult result = REAL(name)(__VA_ARGS__);                           \
-  if (result == CUDA_SUCCESS) synced(d, all, stream, ptsz, before);          \
-  return result
+#define SYNC(name, all, stream, ptsz, ...)                                                                                                 \
+    ENTER_CUDA(name, ##__VA_ARGS__);                                                                                                       \
+    const int d = nbgpu_stream_device(stream);                                                                                             \
+    const uint64_t before = d >= 0 ? nbgpu_busy_launches(d) : 0;                                                                           \
+    const CUresult result = REAL(name)(__VA_ARGS__);                                                                                       \
+    if (result == CUDA_SUCCESS)                                                                                                            \
+        synced(d, all, stream, ptsz, before);                                                                                              \
+    return result
 
 CUresult cuCtxSynchronize(void) { SYNC(cuCtxSynchronize, true, NULL, false); }
+CUresult cuCtxSynchronize_v2(CUcontext context) {
+    ENTER_CUDA(cuCtxSynchronize_v2, context);
+    const CUresult result = REAL(cuCtxSynchronize_v2)(context); /* not the current one, perhaps: the fences will tell */
+    if (result == CUDA_SUCCESS)
+        nbgpu_pools_after_sync();
+    return result;
+}
 CUresult cuStreamSynchronize(CUstream stream) { SYNC(cuStreamSynchronize, false, stream, false, stream); }
 CUresult cuStreamSynchronize_ptsz(CUstream stream) { SYNC(cuStreamSynchronize_ptsz, false, stream, true, stream); }
 
 static void copied(size_t size) {
-  const int d = nbgpu_current(NULL);
-  NbgpuUseSlot *slot = d >= 0 ? nbgpu_device[d].slot : NULL;
-  if (slot) __atomic_fetch_add(&slot->copied_bytes, size, __ATOMIC_RELAXED);
+    const int d = nbgpu_current(NULL);
+    NbgpuUseSlot *slot = d >= 0 ? nbgpu_device[d].slot : NULL;
+    if (slot)
+        __atomic_fetch_add(&slot->copied_bytes, size, __ATOMIC_RELAXED);
 }
 
-#define COPY(name, ...)                              \
-  ENTER_CUDA(name, __VA_ARGS__);                     \
-  const CUresult result = REAL(name)(__VA_ARGS__);   \
-  if (result == CUDA_SUCCESS) copied(size);          \
-  return result
+#define COPY(name, ...)                                                                                                                    \
+    ENTER_CUDA(name, __VA_ARGS__);                                                                                                         \
+    const CUresult result = REAL(name)(__VA_ARGS__);                                                                                       \
+    if (result == CUDA_SUCCESS)                                                                                                            \
+        copied(size);                                                                                                                      \
+    return result
 
 CUresult cuMemcpyHtoD_v2(CUdeviceptr to, const void *from, size_t size) { COPY(cuMemcpyHtoD_v2, to, from, size); }
 CUresult cuMemcpyHtoD_v2_ptds(CUdeviceptr to, const void *from, size_t size) { COPY(cuMemcpyHtoD_v2_ptds, to, from, size); }
 CUresult cuMemcpyDtoH_v2(void *to, CUdeviceptr from, size_t size) { COPY(cuMemcpyDtoH_v2, to, from, size); }
 CUresult cuMemcpyDtoH_v2_ptds(void *to, CUdeviceptr from, size_t size) { COPY(cuMemcpyDtoH_v2_ptds, to, from, size); }
 CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void *from, size_t size, CUstream stream) {
-  COPY(cuMemcpyHtoDAsync_v2, to, from, size, stream);
+    COPY(cuMemcpyHtoDAsync_v2, to, from, size, stream);
 }
 CUresult cuMemcpyHtoDAsync_v2_ptsz(CUdeviceptr to, const void *from, size_t size, CUstream stream) {
-  COPY(cuMemcpyHtoDAsync_v2_ptsz, to, from, size, stream);
+    COPY(cuMemcpyHtoDAsync_v2_ptsz, to, from, size, stream);
 }
 CUresult cuMemcpyDtoHAsync_v2(void *to, CUdeviceptr from, size_t size, CUstream stream) {
-  COPY(cuMemcpyDtoHAsync_v2, to, from, size, stream);
+    COPY(cuMemcpyDtoHAsync_v2, to, from, size, stream);
 }
 CUresult cuMemcpyDtoHAsync_v2_ptsz(void *to, CUdeviceptr from, size_t size, CUstream stream) {
-  COPY(cuMemcpyDtoHAsync_v2_ptsz, to, from, size, stream);
+    COPY(cuMemcpyDtoHAsync_v2_ptsz, to, from, size, stream);
 }
 
 /* ---- streams that end or are captured ---- */
 
-#define GONE(name)                  \
-  ENTER_CUDA(name, stream);         \
-  nbgpu_busy_stream_gone(stream);   \
-  return REAL(name)(stream)
+#define GONE(name)                                                                                                                         \
+    ENTER_CUDA(name, stream);                                                                                                              \
+    nbgpu_busy_stream_gone(stream);                                                                                                        \
+    return REAL(name)(stream)
 CUresult cuStreamDestroy(CUstream stream) { GONE(cuStreamDestroy); }
 CUresult cuStreamDestroy_v2(CUstream stream) { GONE(cuStreamDestroy_v2); }
 
 /* Counted before the call: a launch of another thread must not slip between. */
-#define BEGIN_CAPTURE(name, ...)                    \
-  ENTER_CUDA(name, __VA_ARGS__);                    \
-  hot.captures++;                                   \
-  nbgpu_busy_stream_gone(stream);                   \
-  const CUresult result = REAL(name)(__VA_ARGS__);  \
-  if (result != CUDA_SUCCESS) hot.captures--;       \
-  return result
+#define BEGIN_CAPTURE(name, ...)                                                                                                           \
+    ENTER_CUDA(name, __VA_ARGS__);                                                                                                         \
+    hot.captures++;                                                                                                                        \
+    nbgpu_busy_stream_gone(stream);                                                                                                        \
+    const CUresult result = REAL(name)(__VA_ARGS__);                                                                                       \
+    if (result != CUDA_SUCCESS)                                                                                                            \
+        hot.captures--;                                                                                                                    \
+    return result
 
 CUresult cuStreamBeginCapture(CUstream stream) { BEGIN_CAPTURE(cuStreamBeginCapture, stream); }
 CUresult cuStreamBeginCapture_ptsz(CUstream stream) { BEGIN_CAPTURE(cuStreamBeginCapture_ptsz, stream); }
 CUresult cuStreamBeginCapture_v2(CUstream stream, int mode) { BEGIN_CAPTURE(cuStreamBeginCapture_v2, stream, mode); }
 CUresult cuStreamBeginCapture_v2_ptsz(CUstream stream, int mode) { BEGIN_CAPTURE(cuStreamBeginCapture_v2_ptsz, stream, mode); }
-CUresult cuStreamBeginCaptureToGraph(CUstream stream, CUgraph graph, const CUgraphNode *nodes, const CUgraphEdgeData *edges, size_t count, int mode) {
-  BEGIN_CAPTURE(cuStreamBeginCaptureToGraph, stream, graph, nodes, edges, count, mode);
+CUresult cuStreamBeginCaptureToGraph(CUstream stream, CUgraph graph, const CUgraphNode *nodes, const CUgraphEdgeData *edges, size_t count,
+                                     int mode) {
+    BEGIN_CAPTURE(cuStreamBeginCaptureToGraph, stream, graph, nodes, edges, count, mode);
 }
-CUresult cuStreamBeginCaptureToGraph_ptsz(CUstream stream, CUgraph graph, const CUgraphNode *nodes, const CUgraphEdgeData *edges, size_t count,
-                                          int mode) {
-  BEGIN_CAPTURE(cuStreamBeginCaptureToGraph_ptsz, stream, graph, nodes, edges, count, mode);
+CUresult cuStreamBeginCaptureToGraph_ptsz(CUstream stream, CUgraph graph, const CUgraphNode *nodes, const CUgraphEdgeData *edges,
+                                          size_t count, int mode) {
+    BEGIN_CAPTURE(cuStreamBeginCaptureToGraph_ptsz, stream, graph, nodes, edges, count, mode);
 }
 
 bool nbgpu_any_capture(void) { return hot.captures != 0; }
 
 /* Over only when this stream was being captured and is no longer: an end in the wrong place ends nothing. */
-#define END_CAPTURE(name, is_capturing)                                                            \
-  ENTER_CUDA(name, stream, graph);                                                                 \
-  int was = 1, is = 0;                                                                             \
-  if (HAVE(is_capturing)) REAL(is_capturing)(stream, &was);                                        \
-  const CUresult result = REAL(name)(stream, graph);                                               \
-  if (HAVE(is_capturing)) REAL(is_capturing)(stream, &is);                                         \
-  if (was && !is && hot.captures > 0) hot.captures--;                                              \
-  return result
+#define END_CAPTURE(name, is_capturing)                                                                                                    \
+    ENTER_CUDA(name, stream, graph);                                                                                                       \
+    int was = 1, is = 0;                                                                                                                   \
+    if (HAVE(is_capturing))                                                                                                                \
+        REAL(is_capturing)(stream, &was);                                                                                                  \
+    const CUresult result = REAL(name)(stream, graph);                                                                                     \
+    if (HAVE(is_capturing))                                                                                                                \
+        REAL(is_capturing)(stream, &is);                                                                                                   \
+    if (was && !is && hot.captures > 0)                                                                                                    \
+        hot.captures--;                                                                                                                    \
+    return result
 
 CUresult cuStreamEndCapture(CUstream stream, CUgraph *graph) { END_CAPTURE(cuStreamEndCapture, cuStreamIsCapturing); }
 CUresult cuStreamEndCapture_ptsz(CUstream stream, CUgraph *graph) { END_CAPTURE(cuStreamEndCapture_ptsz, cuStreamIsCapturing_ptsz); }

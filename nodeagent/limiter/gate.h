@@ -4,27 +4,27 @@
 
 #include "limiter.h"
 
-#define WINDOW_NS (2 * MS)          /* outstanding work beyond which a thread waits */
-#define FENCE_EVERY_NS (MS / 2)     /* estimated work between two fences */
-#define FENCE_AGE_NS (MS / 5)       /* a launch so long after the last fence gets one: it may be the last for long */
+#define WINDOW_NS (2 * MS)      /* outstanding work beyond which a thread waits */
+#define FENCE_EVERY_NS (MS / 2) /* estimated work between two fences */
+#define FENCE_AGE_NS (MS / 5)   /* a launch so long after the last fence gets one: it may be the last for long */
 #define NEAR_NS (MS / 2)
-#define IDLE_GRACE_NS (MS / 10)     /* a queue empty for so long is idle */
+#define IDLE_GRACE_NS (MS / 10) /* a queue empty for so long is idle */
 #define GATE_WAIT_NS (20 * (long)MS)
 #define HEARTBEAT_NS (500 * MS)
 
 typedef struct {
-  CUstream stream;
-  bool ptsz;
-  CUgraphExec exec; /* NULL: a kernel */
-  int device;
-  bool gated;
-  double estimate_ns;
+    CUstream stream;
+    bool ptsz;
+    CUgraphExec exec; /* NULL: a kernel */
+    int device;
+    bool gated;
+    double estimate_ns;
 } Launch;
 
 /* busy.c; all take the device's own lock */
-void nbgpu_busy_begin(Launch *launch);                     /* before the real call: the slot is busy from here */
+void nbgpu_busy_begin(Launch *launch);                      /* before the real call: the slot is busy from here */
 void nbgpu_busy_submitted(const Launch *launch, bool done); /* after it; done: the driver took it */
-bool nbgpu_busy_wait_window(int device);                   /* true: waited */
+bool nbgpu_busy_wait_window(int device);                    /* true: waited */
 void nbgpu_busy_synced(int device, bool all, CUstream stream, bool ptsz, uint64_t launches_before);
 uint64_t nbgpu_busy_launches(int device);
 void nbgpu_busy_stream_gone(CUstream stream);

@@ -23,9 +23,9 @@
 enum { CUDA_ERROR_SYSTEM_DRIVER_MISMATCH = 803 };
 
 /* ---- functions of the driver: `F_name` indexes the tables, REAL(name) is the driver's own, typed ---- */
-#define HOOK(library, result, name, arguments, base, since, ptsz) \
-  EXPORT result name arguments;                                   \
-  typedef __typeof__(name) name##_function;
+#define HOOK(library, result, name, arguments, base, since, ptsz)                                                                          \
+    EXPORT result name arguments;                                                                                                          \
+    typedef __typeof__(name) name##_function;
 #define CALL(library, result, name, arguments) typedef result name##_function arguments;
 #include "functions.h"
 
@@ -33,7 +33,7 @@ enum {
 #define HOOK(library, result, name, arguments, base, since, ptsz) F_##name,
 #define CALL(library, result, name, arguments) F_##name,
 #include "functions.h"
-  FUNCTIONS
+    FUNCTIONS
 };
 enum { CUDA, NVML, LIBRARIES };
 
@@ -49,23 +49,25 @@ extern _Atomic int nbgpu_ready; /* the slice is attached and the CUDA driver bou
 extern const NbgpuCtl *nbgpu_ctl;
 extern NbgpuUse *nbgpu_use;
 
-int nbgpu_attach(void);            /* the slice's state, attaching at the first call */
-bool nbgpu_prepare(int function);  /* false: the driver has no such function */
-#define ENTER(name, missing, ...)                                        \
-  do {                                                                   \
-    if (unlikely(!nbgpu_ready)) {                                        \
-      if (!nbgpu_prepare(F_##name)) return missing;                      \
-      if (nbgpu_attach() != SLICE_ACTIVE) return REAL(name)(__VA_ARGS__); \
-    }                                                                    \
-  } while (0)
+int nbgpu_attach(void);           /* the slice's state, attaching at the first call */
+bool nbgpu_prepare(int function); /* false: the driver has no such function */
+#define ENTER(name, missing, ...)                                                                                                          \
+    do {                                                                                                                                   \
+        if (unlikely(!nbgpu_ready)) {                                                                                                      \
+            if (!nbgpu_prepare(F_##name))                                                                                                  \
+                return missing;                                                                                                            \
+            if (nbgpu_attach() != SLICE_ACTIVE)                                                                                            \
+                return REAL(name)(__VA_ARGS__);                                                                                            \
+        }                                                                                                                                  \
+    } while (0)
 #define ENTER_CUDA(name, ...) ENTER(name, CUDA_ERROR_NOT_FOUND, __VA_ARGS__)
 
 /* ---- slice.c: slots ---- */
 typedef struct {
-  NbgpuUseSlot *_Atomic slot; /* this process's, NULL until taken */
-  CUdevice cuda;              /* the driver's number */
-  uint64_t contexts;          /* bytes reserved for one context */
-  bool primary_counted;
+    NbgpuUseSlot *_Atomic slot; /* this process's, NULL until taken */
+    CUdevice cuda;              /* the driver's number */
+    uint64_t contexts;          /* bytes reserved for one context */
+    bool primary_counted;
 } Device;
 extern Device nbgpu_device[NBGPU_DEVICES];
 extern int nbgpu_devices; /* of the slice */
@@ -86,18 +88,18 @@ void nbgpu_charge_forced(int device, uint64_t bytes); /* what is there already a
 void nbgpu_uncharge(int device, enum charge_kind kind, uint64_t bytes);
 void nbgpu_refuse(int device, uint64_t bytes, uint32_t by);
 bool nbgpu_driver_refused(int device, uint64_t bytes, int attempt); /* driver said out of memory: true = try again */
-uint64_t nbgpu_total(int device, const char *kernel_id); /* bytes in use: of the slice, or of one kernel in it */
-bool nbgpu_alone(void); /* no other process has a slot */
-uint64_t nbgpu_limit(int device);                        /* that this process sees as the device's memory */
+uint64_t nbgpu_total(int device, const char *kernel_id);            /* bytes in use: of the slice, or of one kernel in it */
+bool nbgpu_alone(void);                                             /* no other process has a slot */
+uint64_t nbgpu_limit(int device);                                   /* that this process sees as the device's memory */
 uint64_t nbgpu_room(int device);
 uint64_t nbgpu_round(uint64_t bytes); /* as the driver takes it from the device */
 
 /* ---- ptrmap.c: what this process allocated ---- */
 enum block_kind { BLOCK_MEMORY, BLOCK_ARRAY, BLOCK_MAPPING, BLOCK_MAPPING_SIZE, BLOCK_HANDLE, BLOCK_EXEC };
 typedef struct { /* 16 bytes: four to a cache line */
-  uint64_t key;
-  uint64_t bytes : 48; /* or whatever the kind needs */
-  uint64_t context : 9, device : 4, kind : 3;
+    uint64_t key;
+    uint64_t bytes : 48; /* or whatever the kind needs */
+    uint64_t context : 9, device : 4, kind : 3;
 } Block;
 _Static_assert(sizeof(Block) == 16, "size of a block");
 #define CONTEXTS 511 /* their numbers fit in a block; 0: a context that is not followed */
@@ -108,7 +110,7 @@ void nbgpu_map_drop_context(uint32_t context, void (*dropped)(const Block *));
 void nbgpu_map_forget(void); /* after fork */
 
 /* ---- context.c ---- */
-int nbgpu_current(uint32_t *context);  /* device of the thread's current context, -1: none of the slice's */
+int nbgpu_current(uint32_t *context); /* device of the thread's current context, -1: none of the slice's */
 int nbgpu_stream_device(CUstream stream);
 int nbgpu_device_of(CUdevice device);
 CUresult nbgpu_learn_devices(void);
@@ -117,13 +119,14 @@ CUresult nbgpu_init_visible(unsigned flags); /* cuInit seeing only the slice's d
 /* ---- pool.c ---- */
 void nbgpu_pools_refresh(int device, bool trim); /* count what pools really hold */
 void nbgpu_pools_after_sync(void);
-void nbgpu_pools_dirty(void);         /* something was given back to a pool */
-void nbgpu_pools_forget(int device);  /* its primary context is gone */
+void nbgpu_pools_dirty(void);        /* something was given back to a pool */
+void nbgpu_pools_forget(int device); /* its primary context is gone */
 CUresult nbgpu_graph_charge(CUgraphExec exec, int device);
 void nbgpu_graph_settle(int device);
 
 /* ---- gate.c ---- */
 void nbgpu_gate_forget_graph(CUgraphExec exec);
+void nbgpu_busy_context_ends(int device, CUcontext context); /* before the real call; NULL: whichever */
 
 /* ---- marked points for the kill tests ---- */
 #ifdef NBGPU_MARKS

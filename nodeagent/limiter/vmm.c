@@ -7,10 +7,10 @@
 #define PAGE 4096
 
 typedef struct Memory {
-  uint64_t bytes;
-  uint32_t handles, mappings;
-  int device;
-  struct Memory *next_free;
+    uint64_t bytes;
+    uint32_t handles, mappings;
+    int device;
+    struct Memory *next_free;
 } Memory;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* held over the real calls: handles are numbers that come again */
@@ -20,117 +20,126 @@ static bool fork_hook;
 static void forget_parent(void) { pthread_mutex_init(&lock, NULL); }
 
 static Memory *new_memory(void) {
-  if (!fork_hook) nbgpu_fork_hook(forget_parent);
-  fork_hook = true;
-  if (!free_list) {
-    Memory *chunk = mmap(NULL, 64 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (chunk == MAP_FAILED) return NULL;
-    for (size_t i = 0; i < 64 * PAGE / sizeof *chunk; i++) chunk[i].next_free = free_list, free_list = &chunk[i];
-  }
-  Memory *memory = free_list;
-  free_list = memory->next_free;
-  return memory;
+    if (!fork_hook)
+        nbgpu_fork_hook(forget_parent);
+    fork_hook = true;
+    if (!free_list) {
+        Memory *chunk = mmap(NULL, 64 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (chunk == MAP_FAILED)
+            return NULL;
+        for (size_t i = 0; i < 64 * PAGE / sizeof *chunk; i++)
+            chunk[i].next_free = free_list, free_list = &chunk[i];
+    }
+    Memory *memory = free_list;
+    free_list = memory->next_free;
+    return memory;
 }
 
 static void let_go(Memory *memory) {
-  if (memory->handles || memory->mappings) return;
-  nbgpu_uncharge(memory->device, CHARGE_USED, memory->bytes);
-  __atomic_fetch_add(&nbgpu_slot(memory->device)->frees, 1, __ATOMIC_RELAXED);
-  memory->next_free = free_list;
-  free_list = memory;
+    if (memory->handles || memory->mappings)
+        return;
+    nbgpu_uncharge(memory->device, CHARGE_USED, memory->bytes);
+    __atomic_fetch_add(&nbgpu_slot(memory->device)->frees, 1, __ATOMIC_RELAXED);
+    memory->next_free = free_list;
+    free_list = memory;
 }
 
 static void remember(uint64_t key, enum block_kind kind, Memory *memory, size_t size) {
-  const Block block = {.key = key, .bytes = (uintptr_t)memory & (((uint64_t)1 << 48) - 1), .kind = kind};
-  nbgpu_map_put(&block);
-  if (kind != BLOCK_MAPPING) return;
-  const Block length = {.key = key, .bytes = size & (((uint64_t)1 << 48) - 1), .kind = BLOCK_MAPPING_SIZE};
-  nbgpu_map_put(&length);
+    const Block block = {.key = key, .bytes = (uintptr_t)memory & (((uint64_t)1 << 48) - 1), .kind = kind};
+    nbgpu_map_put(&block);
+    if (kind != BLOCK_MAPPING)
+        return;
+    const Block length = {.key = key, .bytes = size & (((uint64_t)1 << 48) - 1), .kind = BLOCK_MAPPING_SIZE};
+    nbgpu_map_put(&length);
 }
 
 static Memory *memory_of(const Block *block) { return (Memory *)(uintptr_t)block->bytes; }
 
 CUresult cuMemCreate(CUmemGenericAllocationHandle *handle, size_t size, const CUmemAllocationProp *properties, unsigned long long flags) {
-  ENTER_CUDA(cuMemCreate, handle, size, properties, flags);
-  if (!handle || !properties || properties->location.type != CU_MEM_LOCATION_TYPE_DEVICE) return REAL(cuMemCreate)(handle, size, properties, flags);
-  const int device = nbgpu_device_of(properties->location.id); /* where the memory is, whatever context is current */
-  if (device < 0) return CUDA_ERROR_INVALID_DEVICE;
-  if (!nbgpu_charge(device, CHARGE_USED, size)) return CUDA_ERROR_OUT_OF_MEMORY;
-  pthread_mutex_lock(&lock);
-  Memory *memory = new_memory();
-  CUresult result = memory ? REAL(cuMemCreate)(handle, size, properties, flags) : CUDA_ERROR_OUT_OF_MEMORY;
-  for (int i = 0; memory && result == CUDA_ERROR_OUT_OF_MEMORY && nbgpu_driver_refused(device, size, i); i++)
-    result = REAL(cuMemCreate)(handle, size, properties, flags);
-  if (result == CUDA_SUCCESS) {
-    *memory = (Memory){.bytes = size, .handles = 1, .device = device};
-    remember(*handle, BLOCK_HANDLE, memory, 0);
-    __atomic_fetch_add(&nbgpu_slot(device)->allocs, 1, __ATOMIC_RELAXED);
-  } else {
-    nbgpu_uncharge(device, CHARGE_USED, size);
-    if (memory) memory->next_free = free_list, free_list = memory;
-  }
-  pthread_mutex_unlock(&lock);
-  return result;
+    ENTER_CUDA(cuMemCreate, handle, size, properties, flags);
+    if (!handle || !properties || properties->location.type != CU_MEM_LOCATION_TYPE_DEVICE)
+        return REAL(cuMemCreate)(handle, size, properties, flags);
+    const int device = nbgpu_device_of(properties->location.id); /* where the memory is, whatever context is current */
+    if (device < 0)
+        return CUDA_ERROR_INVALID_DEVICE;
+    if (!nbgpu_charge(device, CHARGE_USED, size))
+        return CUDA_ERROR_OUT_OF_MEMORY;
+    pthread_mutex_lock(&lock);
+    Memory *memory = new_memory();
+    CUresult result = memory ? REAL(cuMemCreate)(handle, size, properties, flags) : CUDA_ERROR_OUT_OF_MEMORY;
+    for (int i = 0; memory && result == CUDA_ERROR_OUT_OF_MEMORY && nbgpu_driver_refused(device, size, i); i++)
+        result = REAL(cuMemCreate)(handle, size, properties, flags);
+    if (result == CUDA_SUCCESS) {
+        *memory = (Memory){.bytes = size, .handles = 1, .device = device};
+        remember(*handle, BLOCK_HANDLE, memory, 0);
+        __atomic_fetch_add(&nbgpu_slot(device)->allocs, 1, __ATOMIC_RELAXED);
+    } else {
+        nbgpu_uncharge(device, CHARGE_USED, size);
+        if (memory)
+            memory->next_free = free_list, free_list = memory;
+    }
+    pthread_mutex_unlock(&lock);
+    return result;
 }
 
 CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
-  ENTER_CUDA(cuMemRelease, handle);
-  Block block;
-  pthread_mutex_lock(&lock);
-  const CUresult result = REAL(cuMemRelease)(handle);
-  if (result == CUDA_SUCCESS && nbgpu_map_get(handle, BLOCK_HANDLE, &block)) {
-    Memory *memory = memory_of(&block);
-    if (--memory->handles == 0) {
-      nbgpu_map_take(handle, BLOCK_HANDLE, &block);
-      let_go(memory);
+    ENTER_CUDA(cuMemRelease, handle);
+    Block block;
+    pthread_mutex_lock(&lock);
+    const CUresult result = REAL(cuMemRelease)(handle);
+    if (result == CUDA_SUCCESS && nbgpu_map_get(handle, BLOCK_HANDLE, &block)) {
+        Memory *memory = memory_of(&block);
+        if (--memory->handles == 0) {
+            nbgpu_map_take(handle, BLOCK_HANDLE, &block);
+            let_go(memory);
+        }
     }
-  }
-  pthread_mutex_unlock(&lock);
-  return result;
+    pthread_mutex_unlock(&lock);
+    return result;
 }
 
 CUresult cuMemRetainAllocationHandle(CUmemGenericAllocationHandle *handle, void *address) {
-  ENTER_CUDA(cuMemRetainAllocationHandle, handle, address);
-  Block block;
-  pthread_mutex_lock(&lock);
-  const CUresult result = REAL(cuMemRetainAllocationHandle)(handle, address);
-  if (result == CUDA_SUCCESS) {
-    if (nbgpu_map_get(*handle, BLOCK_HANDLE, &block) || nbgpu_map_get((uintptr_t)address, BLOCK_MAPPING, &block)) {
-      memory_of(&block)->handles++;
-      remember(*handle, BLOCK_HANDLE, memory_of(&block), 0);
+    ENTER_CUDA(cuMemRetainAllocationHandle, handle, address);
+    Block block;
+    pthread_mutex_lock(&lock);
+    const CUresult result = REAL(cuMemRetainAllocationHandle)(handle, address);
+    if (result == CUDA_SUCCESS) {
+        if (nbgpu_map_get(*handle, BLOCK_HANDLE, &block) || nbgpu_map_get((uintptr_t)address, BLOCK_MAPPING, &block)) {
+            memory_of(&block)->handles++;
+            remember(*handle, BLOCK_HANDLE, memory_of(&block), 0);
+        }
     }
-  }
-  pthread_mutex_unlock(&lock);
-  return result;
+    pthread_mutex_unlock(&lock);
+    return result;
 }
 
 CUresult cuMemMap(CUdeviceptr pointer, size_t size, size_t offset, CUmemGenericAllocationHandle handle, unsigned long long flags) {
-  ENTER_CUDA(cuMemMap, pointer, size, offset, handle, flags);
-  Block block;
-  pthread_mutex_lock(&lock);
-  const CUresult result = REAL(cuMemMap)(pointer, size, offset, handle, flags);
-  if (result == CUDA_SUCCESS && nbgpu_map_get(handle, BLOCK_HANDLE, &block)) {
-    memory_of(&block)->mappings++;
-    remember(pointer, BLOCK_MAPPING, memory_of(&block), size);
-  }
-  pthread_mutex_unlock(&lock);
-  return result;
+    ENTER_CUDA(cuMemMap, pointer, size, offset, handle, flags);
+    Block block;
+    pthread_mutex_lock(&lock);
+    const CUresult result = REAL(cuMemMap)(pointer, size, offset, handle, flags);
+    if (result == CUDA_SUCCESS && nbgpu_map_get(handle, BLOCK_HANDLE, &block)) {
+        memory_of(&block)->mappings++;
+        remember(pointer, BLOCK_MAPPING, memory_of(&block), size);
+    }
+    pthread_mutex_unlock(&lock);
+    return result;
 }
 
 CUresult cuMemUnmap(CUdeviceptr pointer, size_t size) {
-  ENTER_CUDA(cuMemUnmap, pointer, size);
-  Block block;
-  pthread_mutex_lock(&lock);
-  const CUresult result = REAL(cuMemUnmap)(pointer, size);
-  for (CUdeviceptr at = pointer; result == CUDA_SUCCESS && at < pointer + size;) { /* one call may take several mappings */
-    if (!nbgpu_map_take(at, BLOCK_MAPPING, &block)) {
-      at += 2 * MIB;
-      continue;
+    ENTER_CUDA(cuMemUnmap, pointer, size);
+    Block block;
+    pthread_mutex_lock(&lock);
+    const CUresult result = REAL(cuMemUnmap)(pointer, size);
+    for (CUdeviceptr at = pointer; result == CUDA_SUCCESS && at < pointer + size;) { /* one call may take several mappings */
+        if (!nbgpu_map_take(at, BLOCK_MAPPING, &block)) {
+            at += 2 * MIB;
+            continue;
+        }
+        memory_of(&block)->mappings--;
+        let_go(memory_of(&block));
+        at += nbgpu_map_take(at, BLOCK_MAPPING_SIZE, &block) && block.bytes ? block.bytes : 2 * MIB;
     }
-    memory_of(&block)->mappings--;
-    let_go(memory_of(&block));
-    at += nbgpu_map_take(at, BLOCK_MAPPING_SIZE, &block) && block.bytes ? block.bytes : 2 * MIB;
-  }
-  pthread_mutex_unlock(&lock);
-  return result;
+    pthread_mutex_unlock(&lock);
+    return result;
 }
