@@ -310,16 +310,23 @@ static CUresult end(const Launch *launch, CUresult result) {
     }
 
 /* Many arguments: compilers copy those on the stack before a jump. Named with the six in registers only, the function leaves the
- * others where the caller put them, and the jump finds them there. Holds only while the compiler makes jumps of the two returns. */
-#if defined(__x86_64__) && defined(__OPTIMIZE__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) && !defined(__clang__)
+ * others where the caller put them, and the jump finds them there. Holds only while the compiler makes a jump of the return: clang
+ * promises that, gcc does so whenever it optimises. */
+#if defined(__clang__)
+#define JUMP __attribute__((musttail)) return
+#define NO_PROTECTOR __attribute__((no_stack_protector))
+#else
+#define JUMP return
+#define NO_PROTECTOR __attribute__((optimize("no-stack-protector")))
+#endif
+#if defined(__x86_64__) && defined(__OPTIMIZE__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 typedef CUresult (*Registers)(void *, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t);
 #define LAUNCH_MANY(name, arguments, stream, ptsz, exec, ...)                                                                              \
     SLOW(name, arguments, stream, ptsz, exec, __VA_ARGS__)                                                                                 \
     EXPORT CUresult jump_##name(void *a, uint64_t b, uint64_t c, uint64_t d, uint64_t e, uint64_t f) __asm__(#name);                       \
-    __attribute__((optimize("no-stack-protector"))) CUresult jump_##name(void *a, uint64_t b, uint64_t c, uint64_t d, uint64_t e,          \
-                                                                         uint64_t f) {                                                     \
-        const Registers slow = (Registers)(void *)slow_##name;                                                                             \
-        return (likely(fast()) ? (Registers)nbgpu_real[F_##name] : slow)(a, b, c, d, e, f);                                                \
+    NO_PROTECTOR CUresult jump_##name(void *a, uint64_t b, uint64_t c, uint64_t d, uint64_t e, uint64_t f) {                               \
+        const Registers to = likely(fast()) ? (Registers)nbgpu_real[F_##name] : (Registers)(void *)slow_##name;                            \
+        JUMP to(a, b, c, d, e, f);                                                                                                         \
     }
 #else
 #define LAUNCH_MANY LAUNCH
