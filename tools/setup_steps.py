@@ -39,7 +39,8 @@ LEVELS = {
 SIGNS = {
     (
         "Temporary failure in name resolution", "Name or service not known", "NewConnectionError", "Network is unreachable",
-        "(from versions: none)", "ENOTFOUND", "EAI_AGAIN", "ECONNREFUSED", "ETIMEDOUT", "ENETUNREACH", "Read timed out", "ConnectTimeoutError", "ProxyError",
+        "(from versions: none)",
+        "ENOTFOUND", "EAI_AGAIN", "ECONNREFUSED", "ETIMEDOUT", "ENETUNREACH", "Read timed out", "ConnectTimeoutError", "ProxyError",
     ): "the package registry cannot be reached. Check the network (or HTTPS_PROXY, pip.conf, .npmrc) and run this again: "
     "what was fetched is kept",
     ("No space left on device", "ENOSPC"): f"the disk is full. About 2 GB are needed below {ROOT}",
