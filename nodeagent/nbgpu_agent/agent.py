@@ -71,6 +71,7 @@ class Agent:
         self.turns = Turns(native, devices)
         self.events = EventLog()
         self.slices: dict[str, LiveSlice] = {}
+        self._old_cgroups: list[Path] = []
         self.generation = first_id()
         self.changed = Signal()
         self.on_slice_added: Callable[[LiveSlice], None] = lambda _: None
@@ -198,8 +199,13 @@ class Agent:
         live.close()
         slicedir.remove(live.directory)
         if live.record.cgroup:
-            self.cgroups.remove(Path(live.record.cgroup))
+            self._old_cgroups.append(Path(live.record.cgroup))
+            self.sweep()
         self.touch()
+
+    def sweep(self) -> None:
+        """Remove the cgroups of slices that ended, as soon as their last zombie is gone."""
+        self._old_cgroups = [path for path in self._old_cgroups if not self.cgroups.remove(path)]
 
     def touch(self) -> None:
         """Something about the slices has changed: raise the generation, wake those who wait for it."""

@@ -91,10 +91,11 @@ class Cgroups:
         return pids
 
     @staticmethod
-    def remove(path: Path) -> None:
-        """Remove a slice's cgroup and those below it, as far as they are empty."""
+    def remove(path: Path) -> bool:
+        """Remove a slice's cgroup and those below it; return whether it is gone. One with a zombie in it cannot go yet."""
         for directory, _, _ in os.walk(path, topdown=False):
             try:
                 os.rmdir(directory)
             except OSError:
                 continue
+        return not path.exists()

@@ -97,6 +97,7 @@ class Monitor:
         findings = self._judge(rows_of)
         for finding in self._confirmed.pass_new(findings):
             self._report(finding)
+        agent.sweep()
         agent.turns.keep_alive(agent.slices.values())
         for gone in self._memory.keys() - agent.slices.keys():
             del self._memory[gone]
