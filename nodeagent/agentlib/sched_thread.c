@@ -102,7 +102,7 @@ typedef struct {
 
 static bool read_all(int fd, void *out, size_t size, off_t at) { return pread(fd, out, size, at) == (ssize_t)size; }
 
-/* The state of the slice on its device, from the slots. A process that died (no lock) has nothing outstanding. */
+/* The state of the slice on its device, from the slots. A process that died (no lock) wants nothing and has nothing outstanding. */
 static bool read_slots(const Entry *e, uint32_t high, SchedSeen *seen) {
     NbgpuUseSlot slot[8];
     uint32_t busy = 0, near = 0;
@@ -113,9 +113,10 @@ static bool read_slots(const Entry *e, uint32_t high, SchedSeen *seen) {
         for (uint32_t i = 0; i < n; i++) {
             if (!slot[i].owner || !slot[i].ready || slot[i].device != e->device)
                 continue;
-            if (slot[i].want)
-                seen->want = true;
-            if (!slot[i].busy_since || nbgpu_use_locked(e->use_fd, first + i) == 0)
+            if (!(slot[i].want || slot[i].busy_since) || nbgpu_use_locked(e->use_fd, first + i) == 0)
+                continue;
+            seen->want |= slot[i].want != 0;
+            if (!slot[i].busy_since)
                 continue;
             busy++;
             near += slot[i].near == 1;

@@ -221,6 +221,7 @@ static void wait_turn(Launch *launch, NbgpuUseSlot *slot) {
     const struct timespec limit = {0, GATE_WAIT_NS};
     uint32_t value;
     const uint32_t *word;
+    nbgpu_hold_slots();
     __atomic_fetch_add(&slot->want, 1, __ATOMIC_SEQ_CST);
     MARK("wanting");
     nbgpu_publish(d);
@@ -230,8 +231,10 @@ static void wait_turn(Launch *launch, NbgpuUseSlot *slot) {
             local_bucket(launch);
             break;
         }
-        if (futex(word, FUTEX_WAIT, value, &limit) != 0 && in_the_way(d, &value))
-            nbgpu_ring(); /* 20 ms: a bell may have been lost */
+        if (futex(word, FUTEX_WAIT, value, &limit) != 0 && in_the_way(d, &value)) { /* 20 ms: a bell may have been lost, or our lock */
+            nbgpu_hold_slots();
+            nbgpu_ring();
+        }
     }
     nbgpu_busy_begin(launch); /* busy before it stops wanting: the slice is never seen idle in between */
     MARK("granted");

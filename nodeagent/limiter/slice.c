@@ -60,15 +60,21 @@ static ssize_t read_all(const char *path, char *buffer, size_t size) {
     return have;
 }
 
-/* Start time of a process in clock ticks, 0 = no such process. */
+/* Start time of a process in clock ticks, 0 = no such process, or dead and only not yet waited for by its parent. */
 static uint64_t start_time(uint32_t pid) {
     char path[40], text[1024];
     snprintf(path, sizeof path, "/proc/%u/stat", pid);
     if (read_all(path, text, sizeof text) <= 0)
         return 0;
-    char *field = strrchr(text, ')'); /* the name may hold anything */
-    for (int i = 2; field && i < 22; i++)
+    char *field = strrchr(text, ')'), state = field ? field[2] : 0; /* the name may hold anything */
+    unsigned long threads = 2;
+    for (int i = 2; field && i < 22; i++) {
         field = strchr(field + 1, ' ');
+        if (field && i == 19)
+            threads = strtoul(field + 1, NULL, 10);
+    }
+    if (state == 'X' || (state == 'Z' && threads < 2)) /* with more, only the first thread has ended */
+        return 0;
     return field ? strtoull(field + 1, NULL, 10) : 0;
 }
 
@@ -245,12 +251,14 @@ static bool slot_alive(uint32_t i, uint64_t owner) {
     return start != 0 && owner_word(pid, start) == owner;
 }
 
-bool nbgpu_slot_alive(const NbgpuUseSlot *slot) {
-    const uint64_t owner = __atomic_load_n(&slot->owner, __ATOMIC_SEQ_CST);
+/* The locks of this process' slots, if the program lost them (by closing a descriptor of the file): who has none is dead to the scheduler. */
+void nbgpu_hold_slots(void) {
     pthread_mutex_lock(&slots_lock);
-    bool alive = owner != 0 && (!restore_descriptor() || slot_alive((uint32_t)(slot - nbgpu_use->slot), owner));
+    if (restore_descriptor())
+        for (int d = 0; d < nbgpu_devices; d++)
+            if (nbgpu_device[d].slot)
+                byte_lock((uint32_t)(nbgpu_device[d].slot - nbgpu_use->slot), F_WRLCK, F_SETLK, NULL);
     pthread_mutex_unlock(&slots_lock);
-    return alive;
 }
 
 /* With the byte's lock held by us: nobody else reaps or claims it. Numbers first, owner last: dying here leaves a dead slot. */

@@ -108,25 +108,61 @@ def test_who_never_says_idle_delays_the_next_one_by_two_periods(scheduler: nativ
     assert scheduler.stats(first).overruns == 1
 
 
-def test_dead_process_does_not_hold_the_device(scheduler: native.Scheduler, make_slice: MakeSlice, tmp_path: Path) -> None:
-    """A process is killed with work outstanding: nobody rings for it, its lock is gone."""
-    one, two = make_slice(), make_slice()
-    add(scheduler, one)
-    add(scheduler, two)
-    two.take_slot()
+def owner_of_slot(files: SliceFiles) -> subprocess.Popen[str]:
+    """Start a process that holds the lock of the slice's first slot and is its owner."""
     code = f"""
 import fcntl, os, time
-fd = os.open({str(one.use_path)!r}, os.O_RDWR)
+fd = os.open({str(files.use_path)!r}, os.O_RDWR)
 fcntl.lockf(fd, fcntl.LOCK_EX, 1, {layout.Use.slot.offset})
 print("locked", flush=True)
 time.sleep(60)
 """
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline().strip() == "locked"
+    row = files.use.slot[0]
+    row.owner, row.ready, files.use.high_water = child.pid << 32 | 1, 1, 1
+    return child
+
+
+@pytest.mark.parametrize("dies", [True, False], ids=["dead", "control: alive"])
+def test_a_process_that_died_wanting_gets_no_turns(scheduler: native.Scheduler, make_slice: MakeSlice, dies: bool) -> None:
+    """Nobody has tidied up its slot yet. The control, who lives and wants, gets its turn at once."""
+    one, two = make_slice(), make_slice()
+    first = add(scheduler, one)
+    add(scheduler, two)
+    two.take_slot()
+    child = owner_of_slot(one)
     try:
-        assert child.stdout is not None
-        assert child.stdout.readline().strip() == "locked"
-        row = one.use.slot[0]
-        row.owner, row.ready, one.use.high_water = child.pid << 32 | 1, 1, 1
+        two.say(want=1)
+        assert wait_until(lambda: two.gate() == layout.GATE_OPEN)
+        two.say(want=0, busy=True)
+        if dies:
+            child.kill()
+            child.wait(10)
+        one.say(want=1)
+        if not dies:
+            assert wait_until(lambda: two.gate() == layout.GATE_CLOSED), "its turn is over: somebody else wants the device"
+            return
+        deadline = time.monotonic() + 0.3
+        while time.monotonic() < deadline:
+            assert two.gate() == layout.GATE_OPEN
+            assert two.ctl.device[0].turn_end_ns == 0, "alone on the device: no end"
+            time.sleep(0.005)
+        assert scheduler.stats(first).turns == 0
+    finally:
+        child.kill()
+        child.wait(10)
+
+
+def test_dead_process_does_not_hold_the_device(scheduler: native.Scheduler, make_slice: MakeSlice) -> None:
+    """A process is killed with work outstanding: nobody rings for it, its lock is gone."""
+    one, two = make_slice(), make_slice()
+    add(scheduler, one)
+    add(scheduler, two)
+    two.take_slot()
+    child = owner_of_slot(one)
+    try:
         one.say(want=1)
         assert wait_until(lambda: one.gate() == layout.GATE_OPEN)
         one.say(want=0, busy=True)

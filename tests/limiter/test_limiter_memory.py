@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from limiter_kit import environment, limiter, null_driver, run, spawn
@@ -130,16 +132,40 @@ def test_a_released_context_gives_back(make_slice: Make) -> None:
     child.communicate("\n", timeout=30)
 
 
-def test_a_killed_neighbour_is_reaped(make_slice: Make) -> None:
+@pytest.mark.parametrize("waited_for", [True, False], ids=["waited for", "zombie"])
+def test_a_killed_neighbour_is_reaped(make_slice: Make, waited_for: bool) -> None:
     files = make_slice(mem_limit=10 * MIB)
     child = spawn("start(); say(alloc(8 * MIB)[0]); input()", within(files))
     assert child.stdout
     child.stdout.readline()
     script = "start(); say(alloc(8 * MIB)[0])"
     assert run(script, within(files)) == 2
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    os.kill(child.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, and its parent has not looked
+    if waited_for:
+        child.wait()
     assert run(script, within(files)) == 0
+    child.communicate()
+
+
+def test_a_first_thread_that_ended_is_not_death(make_slice: Make) -> None:
+    """The process looks like a zombie while its other threads run, even when it has lost its lock."""
+    files = make_slice(mem_limit=10 * MIB)
+    script = """
+import threading, time
+start(); r = alloc(8 * MIB)[0]; os.closerange(3, 4096)
+threading.Thread(target=lambda: (time.sleep(0.2), say(r), time.sleep(60))).start()
+c.CDLL(None).syscall(60 if os.uname().machine == "x86_64" else 93, 0)
+"""
+    child = spawn(script, within(files))
+    try:
+        assert child.stdout
+        assert child.stdout.readline().strip() == "0"
+        assert Path(f"/proc/{child.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+        assert run("start(); say(alloc(8 * MIB)[0])", within(files)) == 2
+    finally:
+        child.kill()
+        child.communicate()
 
 
 def test_a_dropped_lock_is_not_death(make_slice: Make) -> None:
