@@ -1,0 +1,99 @@
+"""The embedded default as one hub process on a port of its own, and a real Chromium."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SHOTS = Path(__file__).parent / "shots"
+
+
+def wait_for(what: str, condition: Callable[[], object], seconds: float = 30, every: float = 0.1) -> object:
+    """Return the first true value of `condition`; fail with `what` when there is none within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        time.sleep(every)
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback address that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@dataclass
+class Hub:
+    """A running JupyterHub with its pool and agent."""
+
+    url: str
+    runtime: Path
+    password: str
+    log: Path
+    env: dict[str, str]
+
+    def nbgpu(self, *args: str) -> subprocess.CompletedProcess[str]:
+        """Run the command line against this installation."""
+        command = [sys.executable, "-m", "nbgpu", *args]
+        return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60, check=False)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    """Start ``jupyterhub -f jupyterhub_config.py`` as ``make run`` does, in directories of its own."""
+    base = Path(tempfile.mkdtemp(prefix="nbgpu-browser-"))
+    port, password = free_port(), secrets.token_hex(8)
+    runtime = base / "run"
+    runtime.mkdir()
+    (runtime / "login-password").write_text(password)
+    (runtime / "login-password").chmod(0o600)
+    env = dict(os.environ)
+    env.update(NBGPU_RUNTIME_DIR=str(runtime), NBGPU_PORT=str(port), NBGPU_SIM_STATE=f"/dev/shm/nbgpu-browser-{os.getpid()}")
+    binaries = [str(Path(sys.executable).parent), str(ROOT / "node_modules" / ".bin")]
+    env["PATH"] = os.pathsep.join([*binaries, env.get("PATH", "")])
+    log = base / "hub.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jupyterhub", "-f", str(ROOT / "jupyterhub_config.py")],
+            cwd=base, env=env, stdout=out, stderr=out, start_new_session=True,
+        )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(f"the hub answers (log: {log})", lambda: process.poll() is not None or _answers(url + "/hub/login"), 60)
+        assert process.poll() is None, log.read_text()[-4000:]
+        yield Hub(url, runtime, password, log, env)
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+        shutil.copy(log, SHOTS / "hub.log") if SHOTS.exists() else None
+        Path(env["NBGPU_SIM_STATE"]).unlink(missing_ok=True)
