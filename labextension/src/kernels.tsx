@@ -69,7 +69,11 @@ interface IKernelProps {
 function Kernel(props: IKernelProps): JSX.Element {
   const { kernel, devices, trans } = props;
   const totals = kernelTotals(kernel);
-  const sliceMilli = devices.reduce((sum, d) => sum + d.compute_limit_milli, 0);
+  // a slice that bursts uses more than its share: its kernels divide what it uses, as 100 %
+  const sliceMilli = devices.reduce(
+    (sum, d) => sum + Math.max(d.compute_limit_milli, d.compute_used_milli),
+    0
+  );
   const name = kernelName(kernel, trans);
   const limited = kernel.limit.memory_bytes;
   const used =

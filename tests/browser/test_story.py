@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from conftest import SHOTS, Hub, wait_for
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
 SECOND = 1000
@@ -58,7 +58,7 @@ def in_lab(page: Page) -> None:
     """Wait for JupyterLab with the example."""
     page.wait_for_url(re.compile(r".*/user/.*/lab.*"), timeout=120 * SECOND)
     page.wait_for_selector(".jp-Notebook", timeout=120 * SECOND)
-    news = page.locator(".jp-Notification-Toast, .Toastify__toast").filter(has_text="Jupyter news").get_by_role("button", name="No", exact=True)
+    news = page.locator(".Toastify__toast").filter(has_text="Jupyter news").get_by_role("button", name="No", exact=True)
     news.click()
     expect(page.locator("#jp-main-statusbar")).to_contain_text("| Idle", timeout=120 * SECOND)
 
@@ -70,73 +70,155 @@ def stop(page: Page, hub: Hub) -> None:
     page.wait_for_selector("#stop", state="hidden", timeout=60 * SECOND)
 
 
-def books(hub: Hub) -> dict[str, object]:
+def books(hub: Hub) -> dict[str, list[dict[str, Any]]]:
     """Return what ``nbgpu status --json`` says."""
     answer = hub.nbgpu("status", "--json")
     assert answer.returncode == 0, answer.stderr
     return json.loads(answer.stdout)
 
 
-def run_cell(page: Page, code: str) -> str:
-    """Run `code` in a new cell at the end of the open notebook and return its output."""
-    page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook-footer").click()
-    cell = page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook .jp-CodeCell").last
+def holders(hub: Hub) -> set[str]:
+    """Return the users who hold a slice."""
+    return {known["slice"]["owner"]["user"] for known in books(hub)["slices"]}
+
+
+def waiting(hub: Hub) -> set[str]:
+    """Return the users in the queue."""
+    return {grant["request"]["owner"]["user"] for grant in books(hub)["queue"]}
+
+
+CELLS = ".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook"
+ALLOCATE = """
+from cuda.bindings import driver
+driver.cuInit(0)
+driver.cuCtxSetCurrent(driver.cuDevicePrimaryCtxRetain(0)[1])
+def gib(n):
+    return driver.cuMemAlloc(int(n * 2**30))[0].name
+"""
+
+
+def run_cell(page: Page, code: str, waits: bool = True) -> str:
+    """Run `code` in the last cell of the open notebook, which a new one follows; return its output."""
+    page.locator(f"{CELLS} .jp-Notebook-footer").click()
+    cell = page.locator(f"{CELLS} .jp-CodeCell").last
     cell.locator(".cm-content").click()
     page.keyboard.insert_text(code)
     page.keyboard.press("Control+Enter")
+    if not waits:
+        return ""
     expect(cell.locator(".jp-InputPrompt")).to_have_text(re.compile(r"\[\d+\]:"), timeout=60 * SECOND)
     return cell.locator(".jp-OutputArea").inner_text()
 
 
-ALLOCATE = """
-from cuda.bindings import driver
-_, _, ctx = driver.cuInit(0)[0], driver.cuDeviceGet(0)[1], driver.cuDevicePrimaryCtxRetain(0)[1]
-driver.cuCtxSetCurrent(ctx)
-def gib(n):
-    error, pointer = driver.cuMemAlloc(int(n * 2**30))
-    return error.name
-"""
+def menu(page: Page, *path: str) -> None:
+    """Choose an entry of JupyterLab's menus."""
+    page.locator(".lm-MenuBar-item").filter(has_text=path[0]).click()
+    for number, label in enumerate(path[1:], 1):
+        entry = page.locator(".lm-Menu-itemLabel").filter(has_text=re.compile(f"^{label}$")).last
+        entry.click() if number == len(path) - 1 else entry.hover()
 
 
-def test_story(chromium: Browser, hub: Hub) -> None:
-    """Ada, grace and others share one simulated GPU."""
-    # -- the start page says what each profile is and whether it is free
+def kernel_row(page: Page, notebook: str) -> Locator:
+    """Return the panel's part for the kernel of `notebook`."""
+    return page.locator("#nbgpu-panel tbody").filter(has_text=notebook)
+
+
+def without_notices(page: Page) -> None:
+    """Wait until no notice covers the page: they close by themselves."""
+    expect(page.locator(".Toastify__toast")).to_have_count(0)
+
+
+def test_a_notebook_with_a_quarter(chromium: Browser, hub: Hub) -> None:
+    """Start page, JupyterLab, the limits of the slice and of one notebook, and a kernel that is killed."""
     ada = log_in(chromium, hub, "ada")
     quarter = ada.locator(".nbgpu-row[data-slug=quarter]")
-    expect(quarter).to_contain_text("19.5 GiB")
-    expect(quarter).to_contain_text("quarter")
     expect(quarter).to_contain_text("Free now")
+    expect(quarter).to_contain_text("19.5 GiB, at least a quarter of the GPU's time")
     shot(ada, "1-start-page")
     start(ada, "quarter")
     in_lab(ada)
 
-    # -- status bar, panel, example
-    expect(ada.locator(".nbgpu-Status")).to_contain_text("19.5", timeout=30 * SECOND)
+    # the status bar, the panel and every way of asking say the slice's number
+    expect(ada.locator(".nbgpu-Status")).to_contain_text("/ 19.5 GiB")
     ada.locator(".nbgpu-Status").click()
     ada.wait_for_selector("#nbgpu-panel:visible")
-    ada.get_by_role("menuitem", name="Run", exact=True).click()
-    ada.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    expect(ada.locator(".jp-OutputArea-output").filter(has_text="OUT_OF_MEMORY").first).to_be_visible(timeout=120 * SECOND)
-    notice = ada.locator(".Toastify__toast, .jp-Notification-Toast").filter(has_text=re.compile("refused|limit", re.I)).first
-    expect(notice).to_be_visible(timeout=10 * SECOND)
+    menu(ada, "Run", "Run All Cells")
+    notice = ada.locator(".Toastify__toast").filter(has_text="fractions.ipynb was refused 9.7 GiB: this server's slice of 19.5 GiB")
+    expect(notice).to_be_visible(timeout=120 * SECOND)
+    expect(kernel_row(ada, "fractions.ipynb")).to_contain_text("1 refusal")
     shot(ada, "2-lab-refused")
+    expect(ada.locator(f"{CELLS} .jp-CodeCell .jp-InputPrompt").last).to_have_text(re.compile(r"\[\d+\]:"), timeout=60 * SECOND)
+    menu(ada, "File", "Save Notebook")
+    saved = hub.runtime.parent / "homes" / "ada" / "fractions.ipynb"
+    wait_for("the notebook is saved with its outputs", lambda: "GiB free\\n" in saved.read_text().split("Give it back")[-1])
+    for text in ("CUDA driver: 19.50 GiB", "NVML: 19.50 GiB", "19968MiB", "CUDA_ERROR_OUT_OF_MEMORY"):
+        assert saved.read_text().count(text) == 1, text
+    run_cell(ada, "nbgpu.SliceMonitor()")
+    monitor = ada.locator(f"{CELLS} .jp-OutputArea-output").last
+    expect(monitor).to_contain_text("19.5 GiB")
+    expect(monitor).to_contain_text("fractions.ipynb")
+    without_notices(ada)
+    shot(ada, "3-monitor-in-a-cell")
+    expect(kernel_row(ada, "fractions.ipynb")).to_contain_text("300 MiB")  # all freed: the context is left
 
-    # -- all ways of asking say the slice's number
-    expect(ada.locator(".jp-OutputArea-output").filter(has_text="nvidia-smi").or_(ada.locator(".jp-OutputArea-output")).first).to_be_visible()
-    smi = run_cell(ada, "!nvidia-smi --query-gpu=memory.total --format=csv,noheader")
-    assert "19968 MiB" in smi, smi
-    shot(ada, "3-lab-end")
-
-    # -- a second notebook is capped at 5 GiB from the panel; the first does not notice
-    ada.keyboard.press("Escape")
-    ada.get_by_role("menuitem", name="File", exact=True).click()
-    ada.get_by_role("menuitem", name="New", exact=True).hover()
-    ada.get_by_role("menuitem", name="Notebook", exact=True).click()
+    # a second notebook is capped at 5 GiB from the panel
+    menu(ada, "File", "New", "Notebook")
     ada.locator(".jp-Dialog button.jp-mod-accept").click()
     expect(ada.locator("#jp-main-statusbar")).to_contain_text("| Idle", timeout=60 * SECOND)
     assert "SUCCESS" in run_cell(ada, ALLOCATE + "print(gib(0.5))")
-    shot(ada, "4-second-notebook")
+    second = kernel_row(ada, "Untitled.ipynb")
+    second.locator("button.nbgpu-Kernels-limit").click()
+    second.locator("input").first.fill("5 GiB")
+    second.locator("button[type=submit]").click()
+    expect(second.locator("button.nbgpu-Kernels-limit")).to_contain_text("5 GiB")
+    assert "SUCCESS" in run_cell(ada, "print(gib(4))")
+    assert "OUT_OF_MEMORY" in run_cell(ada, "print(gib(0.5))")
+    own = ada.locator(".Toastify__toast").filter(has_text="Untitled.ipynb was refused")
+    expect(own).to_contain_text("5 GiB", timeout=2 * SECOND)
+    shot(ada, "4-second-notebook-at-its-limit")
+    ada.locator(".lm-TabBar-tabLabel").filter(has_text="fractions.ipynb").click()
+    assert "SUCCESS" in run_cell(ada, "print(driver.cuMemAlloc(10 * GIB)[0].name)")
+
+    # the second kernel is killed while it allocates: what it held is free for the first within a second
+    assert "OUT_OF_MEMORY" in run_cell(ada, "print(driver.cuMemAlloc(6 * GIB)[0].name)")
+    without_notices(ada)
+    ada.locator(".lm-TabBar-tabLabel").filter(has_text="Untitled.ipynb").click()
+    run_cell(ada, "import os, threading\nthreading.Timer(1, os.kill, (os.getpid(), 9)).start()\nwhile True: gib(0.001)", waits=False)
+    ada.locator(".jp-Dialog").filter(has_text="appears to have died").locator("button").last.click()
+    expect(second).to_contain_text("–")
+    without_notices(ada)
+    ada.locator(".lm-TabBar-tabLabel").filter(has_text="fractions.ipynb").click()
+    assert "SUCCESS" in run_cell(ada, "print(driver.cuMemAlloc(6 * GIB)[0].name)")
+    shot(ada, "5-after-the-kill")
+    assert holders(hub) == {"ada"}
+    stop(ada, hub)
 
 
-def _unused() -> None:
-    time.sleep(0)
+def test_the_queue(chromium: Browser, hub: Hub) -> None:
+    """A full device: the next one waits, sees how long, can leave, and gets in when someone stops."""
+    pages = {user: log_in(chromium, hub, user) for user in ("grace", "edsger", "barbara", "lin")}
+    for user, slug in (("grace", "half"), ("edsger", "quarter"), ("barbara", "quarter")):
+        start(pages[user], slug)
+    for user in ("grace", "edsger", "barbara"):
+        pages[user].wait_for_url(re.compile(r".*/user/.*"), timeout=120 * SECOND)
+    lin = pages["lin"]
+    eighth = lin.locator(".nbgpu-row[data-slug=eighth]")
+    expect(eighth).not_to_contain_text("Free now", timeout=6 * SECOND)
+    shot(lin, "6-start-page-when-full")
+    start(lin, "eighth")
+    progress = lin.locator("#progress-message")
+    expect(progress).to_contain_text(re.compile("1st|next", re.IGNORECASE))
+    shot(lin, "7-in-the-queue")
+    lin.locator("form.nbgpu-leave button:visible").first.click()
+    wait_for("lin has left the queue", lambda: not waiting(hub))
+    shot(lin, "8-left-the-queue")
+
+    lin.goto(hub.url + "/hub/spawn")
+    start(lin, "eighth")
+    expect(progress).to_contain_text(re.compile("1st|next", re.IGNORECASE))
+    stop(pages["barbara"], hub)
+    lin.wait_for_url(re.compile(r".*/user/lin/.*"), timeout=120 * SECOND)
+    wait_for("lin has barbara's place", lambda: holders(hub) == {"grace", "edsger", "lin"})
+    for user in ("grace", "edsger", "lin"):
+        stop(pages[user], hub)
+    wait_for("all slices are given back", lambda: not holders(hub))
