@@ -1,16 +1,12 @@
 /* A process that allocates, frees and launches for ever, to be killed at a marked point or to be watched as a witness.
  *
- * storm SEED [WITNESS]: WITNESS is a file of four words that the test shares: steps made, bytes held, "stand still", "standing still".
+ * storm SEED [BOARD ROW]: what it does and holds is told in that row (board.h). STORM_HOT: it never pauses.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
-#include <fcntl.h>
-#include <stdint.h>
 #include <stdio.h>
-#include <stdlib.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
+#include "board.h"
 #include "cuda_abi.h"
 
 #define HELD 64
@@ -33,14 +29,11 @@ int main(int argc, char **argv) {
     if (argc < 2)
         return 2;
     seed = strtoull(argv[1], NULL, 10) * 2654435761u + 88172645463325252ull;
-    uint64_t nobody[4] = {0};
-    volatile uint64_t *witness = nobody;
-    if (argc > 2) {
-        int fd = open(argv[2], O_RDWR);
-        witness = mmap(NULL, sizeof nobody, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-        if (witness == MAP_FAILED)
-            return 3;
-    }
+    Row nobody = {0}, *row = argc > 3 ? &board_map(argv[2])[atoi(argv[3])] : &nobody;
+    const int hot = getenv("STORM_HOT") != NULL;
+    uint64_t version = 0, held_mib = 0;
+    row->held = 0;
+    row->pid = (uint64_t)getpid();
     void *driver = dlopen("libcuda.so.1", RTLD_NOW);
     if (!driver)
         return 3;
@@ -59,26 +52,26 @@ int main(int argc, char **argv) {
     set(context);
     CUdeviceptr held[HELD];
     size_t size[HELD], count = 0;
-    for (;; witness[0]++) {
-        while (witness[2]) {
-            witness[3] = 1;
+    for (;; row->steps++) {
+        while (row->still) {
+            row->standing = 1;
             usleep(100);
         }
-        witness[3] = 0;
+        row->standing = 0;
         if (count < HELD && dice(2)) {
-            size[count] = 2 * MIB * (1 + dice(4));
-            if (alloc(&held[count], size[count]) == 0)
-                witness[1] += size[count++];
+            size[count] = 1 + dice(4);
+            if (alloc(&held[count], 2 * MIB * size[count]) == 0)
+                row->held = ++version << 32 | (held_mib += 2 * size[count++]);
         } else if (count) {
             const size_t i = dice(count);
+            row->held = ++version << 32 | (held_mib -= 2 * size[i]);
             if (give_back(held[i]) != 0)
                 return 5;
-            witness[1] -= size[i];
             held[i] = held[--count], size[i] = size[count];
         }
         if (dice(4) == 0 && launch(NULL, 1, 1, 1, 1, 1, 1, 0, NULL, NULL, NULL) != 0)
             return 6;
-        if (dice(16) == 0)
+        if (!hot && dice(16) == 0)
             usleep(400); /* long enough to be idle */
     }
 }

@@ -6,13 +6,10 @@
 from __future__ import annotations
 
 import ctypes as c
-import mmap
 import os
 import platform
 import random
 import signal
-import struct
-import subprocess
 import threading
 import time
 from collections import Counter
@@ -20,8 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from limiter_kit import environment, limiter, null_driver, program, run
+from limiter_kit import environment, limiter, null_driver, run
 from limiter_slice import MIB, SliceFiles
+from storms import Board, Storm
 
 from nbgpu_agent import layout
 
@@ -73,36 +71,13 @@ class Gate(threading.Thread):
         device.gate = layout.GATE_OPEN
 
 
-class Witness:
-    """A process that nobody kills: it must go on, and its slot must say what it holds."""
-
-    def __init__(self, folder: Path, seed: int, env: dict[str, str]) -> None:
-        path = folder / f"witness{seed}"
-        path.write_bytes(bytes(32))
-        with path.open("r+b") as file:
-            self.words = mmap.mmap(file.fileno(), 32)
-        self.process = subprocess.Popen([program("storm"), str(seed), str(path)], env=env)
-
-    def word(self, index: int) -> int:
-        """One of the four shared words."""
-        return int(struct.unpack_from("<Q", self.words, 8 * index)[0])
-
-    def stand_still(self, still: bool) -> None:
-        """Make it pause between two steps, and wait until it does."""
-        struct.pack_into("<Q", self.words, 16, int(still))
-        deadline = time.monotonic() + STUCK_SECONDS
-        while still and not self.word(3):
-            assert time.monotonic() < deadline, "a witness is stuck"
-            time.sleep(0.001)
-
-
-def moves(files: SliceFiles, pid: int) -> bool:
+def moves(files: SliceFiles, pid: int, seconds: float) -> bool:
     """Whether a process makes steps: one that merely never comes by its marked point is not stuck."""
 
     def steps() -> int:
         return sum(s.allocs + s.frees + s.refusals + files.launches(s) for s in files.slots() if s.owner >> 32 == pid)
 
-    before, deadline = steps(), time.monotonic() + 5
+    before, deadline = steps(), time.monotonic() + seconds
     while time.monotonic() < deadline:
         if steps() != before:
             return True
@@ -112,43 +87,49 @@ def moves(files: SliceFiles, pid: int) -> bool:
     return False
 
 
-def storm(files: SliceFiles, library: Path, kills: int, seed: int, stuck_seconds: float) -> tuple[Counter[str], int]:
-    """Kill `kills` processes; return where they died, and how many never got there."""
+def storm(files: SliceFiles, board: Board, library: Path, kills: int, seed: int, stuck_seconds: float) -> tuple[Counter[str], int]:
+    """Kill `kills` processes; return where they died, and how many were stuck."""
     dice, hit, stuck = random.Random(seed), Counter[str](), 0
     base = environment(files, null_driver(), preload=library)
-    running: list[tuple[str, subprocess.Popen[bytes], float]] = []
+    running: list[tuple[str, Storm, float]] = []
     plan = [name for name in POINTS for _ in range(kills // len(POINTS) + 1)]
     dice.shuffle(plan)
     while (plan and stuck < AT_ONCE) or running:
         while plan and len(running) < AT_ONCE and stuck < AT_ONCE:
             name = plan.pop()
             env = base | {"NBGPU_MARK": f"{name}:{dice.randint(1, POINTS[name])}"}
-            running.append((name, subprocess.Popen([program("storm"), str(dice.randrange(1 << 30))], env=env), time.monotonic()))
+            running.append((name, board.start(dice.randrange(1 << 30), env), time.monotonic()))
         for entry in list(running):
-            name, process, began = entry
-            if process.poll() is None and time.monotonic() - began < (
-                3 if name.startswith("reap") else stuck_seconds
-            ):  # others may reap first
+            name, child, began = entry
+            patience = 3 if name.startswith("reap") else stuck_seconds  # others may reap first
+            if child.process.poll() is None and time.monotonic() - began < patience:
                 continue
             running.remove(entry)
-            if process.poll() is None:
-                stuck += not moves(files, process.pid)
-                process.kill()
-                process.wait()
+            if child.process.poll() is None:
+                stuck += not moves(files, child.process.pid, stuck_seconds / 2)
             else:
-                assert process.returncode == -signal.SIGKILL, f"{name}: ended with {process.returncode}"
+                assert child.process.returncode == -signal.SIGKILL, f"{name}: ended with {child.process.returncode}"
                 hit[name] += 1
+            child.end()
         time.sleep(0.0005)
     return hit, stuck
 
 
-def over_the_limit(files: SliceFiles, seconds: float) -> bool:
-    """Whether the sum stays above the limit (a reservation that is taken back may pass through it for an instant)."""
-    deadline = time.monotonic() + seconds
-    while files.used() > LIMIT:
-        if time.monotonic() > deadline:
-            return True
-    return False
+class Pauses(threading.Thread):
+    """The longest time in which a witness made no step."""
+
+    def __init__(self, witnesses: list[Storm]) -> None:
+        super().__init__(daemon=True)
+        self.witnesses, self.stop, self.longest_seconds = witnesses, threading.Event(), 0.0
+
+    def run(self) -> None:
+        seen = [(w.steps, time.monotonic()) for w in self.witnesses]
+        while not self.stop.wait(0.005):
+            now = time.monotonic()
+            for i, witness in enumerate(self.witnesses):
+                if witness.steps != seen[i][0]:
+                    seen[i] = (witness.steps, now)
+                self.longest_seconds = max(self.longest_seconds, now - seen[i][1])
 
 
 @pytest.mark.parametrize("kills", [1000, pytest.param(10_000, marks=pytest.mark.soak)])
@@ -159,57 +140,56 @@ def test_killed_anywhere_nobody_is_stuck_and_nothing_is_lost(
     seed = int(os.environ.get("NBGPU_SEED", "20240611"))
     files = make_slice(mem_limit=LIMIT, gate=layout.GATE_OPEN, context_bytes=MIB)
     library = limiter("NBGPU_MARKS")
+    env = environment(files, null_driver(), preload=library)
+    board = Board(tmp_path)
     gate = Gate(files)
     gate.start()
-    witnesses = [Witness(tmp_path, i, environment(files, null_driver(), preload=library)) for i in (1, 2)]
-    overs = 0
-    watching = threading.Event()
-
-    def watch() -> None:
-        nonlocal overs
-        while not watching.wait(0.01):
-            overs += over_the_limit(files, 0.5)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    witnesses = [board.start(i, env) for i in (1, 2)]
+    pauses = Pauses(witnesses)
+    pauses.start()
+    board.audit(LIMIT)
     try:
-        steps = [w.word(0) for w in witnesses]
-        hit, stuck = storm(files, library, kills, seed, STUCK_SECONDS)
-        watching.set()
-        watcher.join()
+        steps = [w.steps for w in witnesses]
+        hit, stuck = storm(files, board, library, kills, seed, STUCK_SECONDS)
+        board.close()
+        pauses.stop.set()
+        snapshots, overs, most = board.audited()
         with capsys.disabled():
-            print(f"\nseed {seed}: {sum(hit.values())} kills, {stuck} stuck, {overs} times over the limit")
+            print(f"\nseed {seed}: {sum(hit.values())} kills, {stuck} stuck; longest pause of a witness {pauses.longest_seconds:.2f} s")
+            print(f"  {snapshots} snapshots, {overs} over the limit; at most {most // MIB} of {LIMIT // MIB} MiB")
             print("  " + ", ".join(f"{name} {hit[name]}" for name in POINTS))
         assert stuck == 0
         assert overs == 0
+        assert snapshots > kills
+        assert most > LIMIT * 3 // 4, "nobody came near the limit"
         assert min(hit[name] for name in POINTS) >= kills // 100
-        assert all(w.word(0) > before + 100 for w, before in zip(witnesses, steps, strict=True)), "a witness stood still"
+        assert pauses.longest_seconds < STUCK_SECONDS
+        assert all(w.steps > before + 100 for w, before in zip(witnesses, steps, strict=True)), "a witness stood still"
         for witness in witnesses:
-            witness.stand_still(True)
+            witness.stand_still(STUCK_SECONDS)
         by_pid = {slot.owner >> 32: slot for slot in files.slots()}
         for witness in witnesses:
-            assert by_pid[witness.process.pid].used == witness.word(1)
-        held = sum(w.word(1) for w in witnesses) + 2 * MIB  # and their contexts
+            assert by_pid[witness.process.pid].used == witness.held
+        held = sum(w.held for w in witnesses) + 2 * MIB  # and their contexts
         files.ctl.device[0].mem_limit = LIMIT + 16 * MIB  # they may hold all of it
         room = (LIMIT + 16 * MIB - held - MIB) // (2 * MIB)
         script = f"start(); say([sum(alloc(2 * MIB)[0] == 0 for _ in range({room + 3})), info()[0]])"
-        got = run(script, environment(files, null_driver(), preload=library))
-        assert got == [room, 0], "what the dead held has not come back whole"
+        assert run(script, env) == [room, 0], "what the dead held has not come back whole"
     finally:
-        watching.set()
+        board.close()
+        pauses.stop.set()
         gate.stop.set()
         for witness in witnesses:
-            witness.process.kill()
-            witness.process.wait()
+            witness.end()
 
 
 @pytest.mark.timeout(200)
-def test_control_with_a_lock_gets_stuck(make_slice: Callable[..., SliceFiles]) -> None:
+def test_control_with_a_lock_gets_stuck(make_slice: Callable[..., SliceFiles], tmp_path: Path) -> None:
     files = make_slice(mem_limit=LIMIT, gate=layout.GATE_OPEN)
     gate = Gate(files)
     gate.start()
     try:
-        _, stuck = storm(files, limiter("NBGPU_MARKS", "NBGPU_CONTROL_LOCK"), 200, 1, 3.0)
+        _, stuck = storm(files, Board(tmp_path), limiter("NBGPU_MARKS", "NBGPU_CONTROL_LOCK"), 200, 1, 2.0)
     finally:
         gate.stop.set()
     assert stuck > 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 from limiter_kit import environment, limiter, null_driver, run, spawn
 from limiter_slice import MIB, SliceFiles
+from storms import Board
 
 from nbgpu_agent import layout
 
@@ -246,39 +249,50 @@ def test_races_never_overshoot_and_never_refuse_wrongly(make_slice: Make, limite
     assert wrong == (0 if limited else rounds)
 
 
-def test_sum_is_never_above_the_limit(make_slice: Make) -> None:
-    """Four processes at the limit all the time, one of them killed and replaced; what was let through is watched from outside."""
-    limit = 16 * MIB
+@pytest.mark.parametrize("limited", [True, False], ids=["limiter", "control"])
+def test_the_driver_never_holds_more_than_the_limit(make_slice: Make, tmp_path: Path, limited: bool) -> None:
+    """Four processes at the limit all the time. The driver keeps the sum itself, in one word, and the most that it ever was."""
+    limit = 24 * MIB
     files = make_slice(mem_limit=limit)
-    script = """
-import random
-start(); held = []; granted = refused = 0
-while True:
-    r, p = alloc(random.choice([2, 4, 6]) * MIB)
-    if r == 0: held.append(p); granted += 1
-    else:
-        refused += 1
-        if held: free(held.pop(random.randrange(len(held))))
-    if granted % 500 == 499: print(granted, refused, sum(1 for _ in held), flush=True)
-"""
-    children = [spawn(script, within(files)) for _ in range(4)]
-    stop = time.monotonic() + 3
-    kills, samples = 0, 0
-    while time.monotonic() < stop:
-        # A sum over several words is no snapshot: only what stays above the limit for longer than a reservation lasts counts.
-        deadline = time.monotonic() + 2
-        while sum(s.used for s in files.slots()) > limit:
-            assert time.monotonic() < deadline, "the slots' sum stays over the limit"
-        samples += 1
-        if samples % 4000 == 0:
-            children[kills % 4].kill()
-            children[kills % 4].communicate()
-            children[kills % 4] = spawn(script, within(files))
-            kills += 1
-    for child in children:
-        child.kill()
-        child.communicate()
-    assert sum(s.refusals for s in files.use.slot) > 0
+    ledger = tmp_path / "ledger"
+    ledger.write_bytes(bytes(16))
+    env = environment(files, null_driver(), preload=limiter() if limited else None, NULL_LEDGER=str(ledger), STORM_HOT="1")
+    board = Board(tmp_path)
+    storms = [board.start(seed, env) for seed in range(4)]
+    deadline = time.monotonic() + 20
+    while min(s.steps for s in storms) < 5_000:
+        assert time.monotonic() < deadline, "somebody stands still"
+        time.sleep(0.01)
+    _, most = struct.unpack("<QQ", ledger.read_bytes())  # before any is killed: the ledger never hears of a death
+    for storm in storms:
+        storm.end()
+    assert most == limit if limited else most > limit, f"{most / MIB} MiB"
+    if limited:
+        assert sum(slot.refusals for slot in files.use.slot) > 1000
+
+
+@pytest.mark.parametrize("limited", [True, False], ids=["limiter", "control"])
+def test_the_living_never_hold_more_than_the_limit(make_slice: Make, tmp_path: Path, limited: bool) -> None:
+    """Processes at the limit all the time, one of them killed at any moment and replaced; exact snapshots of what the living hold."""
+    limit = 24 * MIB
+    files = make_slice(mem_limit=limit)
+    env = environment(files, null_driver(), preload=limiter() if limited else None, STORM_HOT="1")
+    board = Board(tmp_path)
+    storms = [board.start(seed, env) for seed in range(4)]
+    board.audit(limit)
+    dice, deadline, kills = random.Random(7), time.monotonic() + 20, 0
+    while (limited and kills < 150) or board.audited()[0] < 2000:
+        assert time.monotonic() < deadline, f"{kills} kills, {board.audited()[0]} snapshots"
+        time.sleep(dice.random() * 0.02)
+        victim = storms.pop(dice.randrange(4))
+        kills += victim.steps > 100
+        victim.end()
+        storms.append(board.start(dice.randrange(1 << 30), env))
+    board.close()
+    for storm in storms:
+        storm.end()
+    _, overs, most = board.audited()
+    assert (overs == 0 and most >= limit - 4 * MIB) if limited else overs > 0
 
 
 def test_slots_run_out_and_come_back(make_slice: Make) -> None:
