@@ -319,6 +319,8 @@ def refusal_message(kernel_id: str, refused_bytes: int, count: int, which: str, 
     limit = "its own limit" if which == "kernel" else "this server's slice"
     remedy = "Free memory in it, or raise its limit." if which == "kernel" else REMEDY
     left = allowed_bytes - used_bytes
+    if left >= refused_bytes:  # freed since, or its holder died
+        return f"{refused}: {limit} of {format_memory(allowed_bytes)} was too full then ({format_memory(used_bytes)} in use now). {remedy}"
     state = "is full" if left * 16 < allowed_bytes else f"has {format_memory(left)} left"
     return f"{refused}: {limit} of {format_memory(allowed_bytes)} {state} ({format_memory(used_bytes)} in use). {remedy}"
 

@@ -1,0 +1,29 @@
+"""What a person reads of a refusal."""
+
+from __future__ import annotations
+
+from nbgpu_agent.monitor import refusal_message
+
+GIB = 1024**3
+
+
+def test_says_who_which_limit_and_what_to_do():
+    text = refusal_message("1a2b3c4d-5e6f", 2 * GIB, 3, "slice", 20 * GIB, 19 * GIB)
+    assert "1a2b3c4d" in text
+    assert "refused 2 GiB (3 times)" in text
+    assert "this server's slice of 20 GiB is full (19 GiB in use)" in text
+    assert "Free memory" in text
+
+
+def test_says_what_is_left_when_it_was_asked_for_too_much():
+    assert "its own limit of 5 GiB has 3 GiB left (2 GiB in use)" in refusal_message("k", 4 * GIB, 1, "kernel", 5 * GIB, 2 * GIB)
+
+
+def test_does_not_claim_a_full_slice_that_was_freed_since():
+    text = refusal_message("k", GIB, 1, "kernel", 5 * GIB, 0)
+    assert "was too full then (0 B in use now)" in text
+    assert "left" not in text
+
+
+def test_names_the_device_when_the_driver_refused():
+    assert "the GPU itself had no room" in refusal_message("", GIB, 1, "device", 5 * GIB, 0)
