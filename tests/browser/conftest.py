@@ -75,7 +75,8 @@ def hub() -> Iterator[Hub]:
     (runtime / "login-password").write_text(password)
     (runtime / "login-password").chmod(0o600)
     env = dict(os.environ)
-    env.update(NBGPU_RUNTIME_DIR=str(runtime), NBGPU_PORT=str(port), NBGPU_SIM_STATE=f"/dev/shm/nbgpu-browser-{os.getpid()}", NBGPU_SIM_DEVICES="1")
+    env.update(NBGPU_RUNTIME_DIR=str(runtime), NBGPU_PORT=str(port))
+    env.update(NBGPU_SIM_STATE=f"/dev/shm/nbgpu-browser-{os.getpid()}", NBGPU_SIM_DEVICES="1")
     binaries = [str(Path(sys.executable).parent), str(ROOT / "node_modules" / ".bin")]
     env["PATH"] = os.pathsep.join([*binaries, env.get("PATH", "")])
     log = base / "hub.log"

@@ -185,7 +185,7 @@ def test_a_notebook_with_a_quarter(chromium: Browser, hub: Hub) -> None:
     ada.locator(".lm-TabBar-tabLabel").filter(has_text="Untitled.ipynb").click()
     run_cell(ada, "import os, threading\nthreading.Timer(1, os.kill, (os.getpid(), 9)).start()\nwhile True: gib(0.001)", waits=False)
     ada.locator(".jp-Dialog").filter(has_text="appears to have died").locator("button").last.click()
-    expect(second).to_contain_text("–")
+    expect(second).to_contain_text("\N{EN DASH}")
     without_notices(ada)
     ada.locator(".lm-TabBar-tabLabel").filter(has_text="fractions.ipynb").click()
     assert "SUCCESS" in run_cell(ada, "print(driver.cuMemAlloc(6 * GIB)[0].name)")
