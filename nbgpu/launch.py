@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from .models import Launch
 
@@ -11,14 +12,19 @@ PATHS = ("PATH", "LD_LIBRARY_PATH", "LD_PRELOAD")
 
 
 def environment(base: Mapping[str, str], launch: Launch) -> dict[str, str]:
-    """Return `base` with a slice's variables: search paths in front of what is there, an empty value unsets."""
+    """Return `base` with a slice's variables: nbgpu's folders in front of the search paths that are there, an empty value unsets.
+
+    The agent's own search path, which follows nbgpu's folders in `launch`, is used only where `base` has none: a program looks
+    where its user said, not where the agent does.
+    """
+    runtime = str(Path(launch.slice_dir).parent.parent) + "/"
     merged = dict(base)
     for name, value in launch.env.items():
         if value == "":
             merged.pop(name, None)
         elif name in PATHS and merged.get(name):
-            parts = value.split(":")
-            merged[name] = ":".join([*parts, *(part for part in merged[name].split(":") if part not in parts)])
+            ours = [part for part in value.split(":") if part.startswith(runtime)] or value.split(":")
+            merged[name] = ":".join(ours + [part for part in merged[name].split(":") if part not in ours])
         else:
             merged[name] = value
     return merged

@@ -137,6 +137,21 @@ class Launch(Model):
     socket: str
 
 
+class LaunchRequest(Model):
+    """A request for a slice of this machine that is to be prepared at once, when it is granted at once."""
+
+    request: Request
+    uid: Annotated[int, Field(ge=0, lt=2**32 - 1)] | None = None
+    """Who may use the slice's files; None = the agent's own user."""
+
+
+class LaunchGrant(Model):
+    """What became of a `LaunchRequest`; `launch` where it was granted."""
+
+    grant: Grant
+    launch: Launch | None = None
+
+
 class KernelLimit(Model):
     """A kernel's limit inside its server's slice, on each of its devices; None = the slice's own."""
 
@@ -224,10 +239,11 @@ class AgentSlice(Model):
 
 
 class AgentSlices(Model):
-    """All slices of a node, with a generation that rises at every change."""
+    """All slices of a node and its devices, with a generation that rises at every change of either."""
 
     generation: int
     slices: list[AgentSlice]
+    devices: list[Device]
 
 
 class Node(Model):

@@ -26,6 +26,8 @@ from .slicedir import Record
 from .turns import Turns
 
 log = logging.getLogger("nbgpu.agent")
+GATHER_SECONDS = 0.03
+"""Changes within so long after the first are one answer to those who wait for changes."""
 
 
 class NoSuchSlice(NbgpuError):
@@ -273,9 +275,13 @@ class Agent:
         """Return all slices, once the generation is above `after`, at the latest after `wait_seconds`."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + wait_seconds
-        while self.generation <= after and (left := deadline - loop.time()) > 0:
-            await self.changed.wait(left)
-        return AgentSlices(generation=self.generation, slices=[live.as_model() for live in list(self.slices.values())])
+        if self.generation <= after and wait_seconds:
+            while self.generation <= after and (left := deadline - loop.time()) > 0:
+                await self.changed.wait(left)
+            # what changes together is told together: answers cost more than changes
+            await asyncio.sleep(min(GATHER_SECONDS, max(0.0, deadline - loop.time())))
+        slices = [live.as_model() for live in list(self.slices.values())]
+        return AgentSlices(generation=self.generation, slices=slices, devices=list(self.devices.values()))
 
     def set_healthy(self, uuid: str, healthy: bool) -> None:
         """Note whether a device answers."""

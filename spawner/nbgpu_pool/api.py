@@ -18,6 +18,8 @@ from nbgpu.models import (
     Grant,
     GrantState,
     Launch,
+    LaunchGrant,
+    LaunchRequest,
     Owner,
     Request,
     SliceId,
@@ -97,14 +99,26 @@ def _entry(pool: Service, request_id: str, speaker: Principal) -> Entry:
     return entry
 
 
+def _must_be_free_for(speaker: Principal, request: Request, pool: Service) -> None:
+    """Raise unless the speaker may make this request; a request id of another hub is taken."""
+    speaker.must_speak_for(request.owner.hub)
+    known = pool.core.entry(request.request_id)
+    if known is not None and not speaker.sees(known.request.owner.hub):
+        raise NbgpuError("This request_id is taken; use a new one.", code="conflict", status=409, field="request_id")
+
+
 @router.post("/v1/requests")
 async def make_request(body: Request, pool: Pool, speaker: Speaker) -> Grant:
     """Ask for a slice: granted at once, or queued. Idempotent by `request_id`."""
-    speaker.must_speak_for(body.owner.hub)
-    known = pool.core.entry(body.request_id)
-    if known is not None and not speaker.sees(known.request.owner.hub):
-        raise NbgpuError("This request_id is taken; use a new one.", code="conflict", status=409, field="request_id")
+    _must_be_free_for(speaker, body, pool)
     return pool.request(body)
+
+
+@router.post("/v1/launches")
+async def make_launch(body: LaunchRequest, pool: Pool, speaker: Speaker) -> LaunchGrant:
+    """Ask for a slice and, where it is granted at once, prepare it: two calls in one, as idempotent as they are."""
+    _must_be_free_for(speaker, body.request, pool)
+    return await pool.launch(body)
 
 
 @router.get("/v1/requests")

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from nbgpu.errors import NbgpuError, Unavailable
-from nbgpu.models import Availability, AvailabilityQuery, Grant, Launch, Owner, Request
+from nbgpu.models import Availability, AvailabilityQuery, Grant, GrantState, Launch, LaunchGrant, LaunchRequest, Owner, Request
 
 from .availability import answer
 from .core import Core, Settings
@@ -184,6 +184,15 @@ class Service:
             log.info("request %s %s %s -> %s", request.request_id, _who(request.owner), asked, grant.state.value)
         self.settle()
         return grant
+
+    async def launch(self, wanted: LaunchRequest) -> LaunchGrant:
+        """Take a request and, where it is granted, prepare its slice: `request` and `prepare` in one call."""
+        grant = self.request(wanted.request)
+        if grant.state not in (GrantState.reserved, GrantState.bound):
+            return LaunchGrant(grant=grant)
+        request_id = wanted.request.request_id
+        launch = await self.prepare(request_id, wanted.uid)
+        return LaunchGrant(grant=self.core.grant(self.core.known(request_id), self.clock()), launch=launch)
 
     def cancel(self, request_id: str, hub: str | None) -> Grant | None:
         """Give a request up."""

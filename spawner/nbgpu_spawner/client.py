@@ -14,11 +14,14 @@ from tornado.netutil import Resolver
 from tornado.simple_httpclient import HTTPStreamClosedError, HTTPTimeoutError, SimpleAsyncHTTPClient
 
 from nbgpu.errors import NbgpuError, Refused, Unavailable
-from nbgpu.models import Availability, AvailabilityQuery, DeviceBooks, Grant, Launch, Owner, Request
+from nbgpu.models import Availability, AvailabilityQuery, DeviceBooks, Grant, Launch, LaunchGrant, LaunchRequest, Owner, Request
 
 NO_ANSWER = "The GPU pool does not answer, so no GPU can be given now. Try again in a minute, or start without a GPU."
+REFUSED_BY_NODE = "refused-by-node"
+"""Code of an error that asking again does not mend: the node's word about a slice is the last one."""
 _GRANT = TypeAdapter(Grant)
 _LAUNCH = TypeAdapter(Launch)
+_LAUNCH_GRANT = TypeAdapter(LaunchGrant)
 _AVAILABILITY = TypeAdapter(list[Availability])
 _DEVICES = TypeAdapter(list[DeviceBooks])
 _T = TypeVar("_T")
@@ -69,6 +72,11 @@ class PoolClient:
     async def acquire(self, request: Request) -> Grant:
         """Ask for a slice. Asking again with the same request id returns the same grant."""
         return _read(_GRANT, await self._call("POST", "/v1/requests", request.model_dump(mode="json")))
+
+    async def launch(self, request: Request, uid: int | None) -> LaunchGrant:
+        """`acquire` and, when it is granted at once, `prepare`, in one call."""
+        wanted = LaunchRequest(request=request, uid=uid)
+        return _read(_LAUNCH_GRANT, await self._call("POST", "/v1/launches", wanted.model_dump(mode="json")))
 
     async def grant(self, request_id: str) -> Grant:
         """Return what became of a request."""
@@ -143,7 +151,7 @@ def _plain(error: HTTPClientError) -> NbgpuError:
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
     if error.code == 503:
-        return PoolUnavailable(message or NO_ANSWER)
+        return PoolUnavailable(message or NO_ANSWER, code=code)
     if error.code in (400, 403, 404, 409) and message:
         return Refused(message, code=code, status=error.code, field=field)
     return PoolUnavailable(NO_ANSWER)

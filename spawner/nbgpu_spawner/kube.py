@@ -133,6 +133,7 @@ class KubeGPUMixin(_Mixed):
             self._gpu_grant = await self.acquire_slice()
         if self._gpu_grant is not None:
             try:
+                self.save_early_state()
                 await self.bind_slice(None)
             except BaseException as error:
                 await self.give_back()

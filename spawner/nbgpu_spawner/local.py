@@ -16,14 +16,14 @@ from traitlets import Any as AnyTrait
 from traitlets import TraitError, default
 
 from nbgpu.errors import NbgpuError
-from nbgpu.models import Launch
+from nbgpu.launch import environment
+from nbgpu.models import Grant, Launch, Request
 
 from .mixin import GPUSliceMixin
 from .profiles import Profile, custom_fields, default_profiles, overrides
 from .refusal import GPURefusal
 
 PROVISIONER = "nbgpu-provisioner"
-_LISTS = ("PATH", "LD_LIBRARY_PATH", "LD_PRELOAD")
 
 
 class LocalGPUMixin(GPUSliceMixin):
@@ -71,7 +71,8 @@ class LocalGPUMixin(GPUSliceMixin):
         if grant is None:
             return await maybe_future(super().start())
         try:
-            self._gpu_launch = await self.pool.prepare(grant.request.request_id, self.gpu_uid())
+            if self._gpu_launch is None:  # it had to wait
+                self._gpu_launch = await self.pool.prepare(grant.request.request_id, self.gpu_uid())
             where = await maybe_future(super().start())
             self._save_address(where)
             await self.bind_slice(self.gpu_server_pid())
@@ -83,6 +84,12 @@ class LocalGPUMixin(GPUSliceMixin):
                 raise self.refuse(error) from None
             raise
         return where
+
+    async def ask_for_slice(self, request: Request) -> Grant:
+        """Send the request; what is granted at once comes prepared."""
+        answer = await self.pool.launch(request, self.gpu_uid())
+        self._gpu_launch = answer.launch
+        return answer.grant
 
     def _save_address(self, where: Any) -> None:
         """Let a hub that is killed from here on find the server again."""
@@ -107,7 +114,7 @@ class LocalGPUMixin(GPUSliceMixin):
         env = super().get_env()
         if self._gpu_launch is None:
             return env
-        env = with_launch(env, self._gpu_launch)
+        env = environment(env, self._gpu_launch)
         if server_has_provisioner(self.cmd[0] if self.cmd else "", env.get("PATH")):
             env.setdefault("JUPYTER_DEFAULT_PROVISIONER_NAME", PROVISIONER)
         return env
@@ -127,22 +134,6 @@ class SimpleLocalGPUSpawner(LocalGPUMixin, SimpleLocalProcessSpawner):
     def gpu_uid(self) -> int | None:
         """Return None: every server runs as the hub's account, which is the agent's."""
         return None
-
-
-def with_launch(env: dict[str, str], launch: Launch) -> dict[str, str]:
-    """Return `env` with a slice's variables: its folders in front of search paths that are there, an empty value unsets."""
-    runtime = str(Path(launch.slice_dir).parent.parent) + "/"
-    merged = dict(env)
-    for name, value in launch.env.items():
-        if value == "":
-            merged.pop(name, None)
-        elif name in _LISTS and merged.get(name):
-            # the agent's own search path follows nbgpu's folders; here the server's shall
-            ours = [part for part in value.split(":") if part.startswith(runtime)] or value.split(":")
-            merged[name] = ":".join(ours + [part for part in merged[name].split(":") if part not in ours])
-        else:
-            merged[name] = value
-    return merged
 
 
 @cache

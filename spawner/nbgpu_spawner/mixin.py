@@ -17,11 +17,11 @@ from traitlets import Bool, Enum, Float, Integer, Unicode, default
 from traitlets.config import Configurable
 
 from nbgpu.errors import InvalidValue, NbgpuError, Unavailable
-from nbgpu.models import Grant, GrantState, Owner
+from nbgpu.models import Grant, GrantState, Owner, Request
 from nbgpu.paths import POOL_SOCKET, runtime_dir
 
 from . import form, waiting
-from .client import PoolClient, PoolUnavailable
+from .client import REFUSED_BY_NODE, PoolClient, PoolUnavailable
 from .options import FIELDS, Wish, check_against, wish_from
 from .profiles import Profile, check_keys, initialise, options_from_form, selected, wish_of
 from .refusal import GPURefusal, refusal, spare_failure_counter
@@ -241,7 +241,6 @@ class GPUSliceMixin(_Spawner):
             if wish is None:
                 self._gpu_request_id = None
                 return None
-            self.save_early_state()
             return await self._wait_for_grant(wish, request_id)
         except NbgpuError as error:
             await self.give_back()
@@ -259,7 +258,9 @@ class GPUSliceMixin(_Spawner):
         if request.owner not in _clean:
             await self._patiently(lambda: self.pool.release_owner(request.owner, request_id), start)
         _clean.discard(request.owner)
-        grant = await self._patiently(lambda: self.pool.acquire(request), start)
+        grant = await self._patiently(lambda: self.ask_for_slice(request), start)
+        if grant.state is GrantState.queued:
+            self.save_early_state()  # one that is granted at once is soon saved; until then its reservation's TTL answers for it
         pause = 0.2
         while grant.state is GrantState.queued:
             self._gpu_progress.tell(*waiting.in_line(wish, grant, self.gpu_leave_url()))
@@ -277,19 +278,23 @@ class GPUSliceMixin(_Spawner):
             except NbgpuError as error:
                 if error.status != 404:
                     raise
-                grant = await self._patiently(lambda: self.pool.acquire(request), time.monotonic())  # a restarted pool forgot the queue
+                grant = await self._patiently(lambda: self.ask_for_slice(request), time.monotonic())  # a restarted pool forgot the queue
         if grant.slice is None or grant.state not in (GrantState.reserved, GrantState.bound):
             raise Unavailable(grant.reason or "The GPU pool took the reservation back. Try again.", code="no-room")
         self._gpu_progress.tell(f"Got {wish}.", percent=20)
         return grant
+
+    async def ask_for_slice(self, request: Request) -> Grant:
+        """Send the request, also again, to the pool."""
+        return await self.pool.acquire(request)
 
     async def _patiently(self, call: Any, start: float) -> Any:
         """Try `call` again while the pool is away, for as long as a restart takes."""
         while True:
             try:
                 return await call()
-            except PoolUnavailable:
-                if time.monotonic() - start > min(_PATIENCE_SECONDS, self.pool_timeout):
+            except PoolUnavailable as error:
+                if error.code == REFUSED_BY_NODE or time.monotonic() - start > min(_PATIENCE_SECONDS, self.pool_timeout):
                     raise
                 self._gpu_progress.tell("The GPU pool does not answer yet; trying again.", percent=5)
                 await asyncio.sleep(0.5)

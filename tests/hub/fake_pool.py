@@ -30,7 +30,9 @@ class FakePool(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     full : bool
         New requests are queued; `admit` lets them in.
     refuse : tuple of (status, message), optional
-        What POST /v1/requests answers.
+        What POST /v1/requests and /v1/launches answer.
+    prepare_refused : str, optional
+        The node's words when it refuses what the pool has granted.
     stall_seconds : float
         Every answer takes so long.
     grants : dict
@@ -47,6 +49,7 @@ class FakePool(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         self.full = False
         self.refuse: tuple[int, str] | None = None
         self.fail_next: dict[str, int] = {}
+        self.prepare_refused: str | None = None
         self.stall_seconds = 0.0
         self.grants: dict[str, dict[str, Any]] = {}
         self.bound_pids: dict[str, int | None] = {}
@@ -97,6 +100,8 @@ class FakePool(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         parts = path.split("/")[2:]
         if method == "POST" and parts == ["requests"]:
             return self._post(body)
+        if method == "POST" and parts == ["launches"]:
+            return self._launch(body["request"])
         if parts == ["devices"]:
             return 200, [{"device": device(i), "memory_granted_bytes": 0, "compute_granted_milli": 0, "slices": []} for i in range(2)]
         if parts == ["availability"]:
@@ -116,7 +121,7 @@ class FakePool(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         if grant is None:
             return 404, {"error": {"code": "unknown", "message": "No such request."}}
         if parts[2:] == ["prepare"]:
-            return 200, {"env": self.launch_env, "slice_dir": "/nowhere", "socket": "/nowhere/api.sock"}
+            return 200, self._prepared()
         if parts[2:] == ["bind"]:
             self.bound_pids[parts[1]] = body["pid"]
             grant["state"] = "bound"
@@ -133,6 +138,18 @@ class FakePool(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             if not self.full:
                 self.reserve(grant)
         return 200, grant
+
+    def _launch(self, request: Any) -> tuple[int, Any]:
+        status, grant = self._post(request)
+        if status != 200 or grant["state"] == "queued":
+            return status, grant if status != 200 else {"grant": grant, "launch": None}
+        if self.prepare_refused:
+            grant["state"] = "gone"
+            return 503, {"error": {"code": "refused-by-node", "message": self.prepare_refused}}
+        return 200, {"grant": grant, "launch": self._prepared()}
+
+    def _prepared(self) -> dict[str, Any]:
+        return {"env": self.launch_env, "slice_dir": "/nowhere", "socket": "/nowhere/api.sock"}
 
     def _available(self, shape: Any) -> dict[str, Any]:
         milli = shape.get("memory_milli") or shape.get("compute_milli") or 100

@@ -99,7 +99,7 @@ def agent_app(truth: AgentTruth) -> FastAPI:
         deadline = time.monotonic() + wait_seconds
         while after is not None and truth.generation <= after and not truth.closing and time.monotonic() < deadline:
             await asyncio.sleep(0.005)
-        return AgentSlices(generation=truth.generation, slices=list(truth.slices.values()))
+        return AgentSlices(generation=truth.generation, slices=list(truth.slices.values()), devices=truth.devices)
 
     @app.put("/v1/slices/{slice_id}")
     async def put(slice_id: str, request: Request):

@@ -59,7 +59,7 @@ def test_a_server_carries_its_grant_and_gives_it_back(hub: Hub, calm_pool: FakeP
 def test_cpu_only_asks_for_nothing(hub: Hub, calm_pool: FakePool) -> None:
     assert hub.spawn("ada", {"profile": "cpu"}).status_code in (201, 202)
     pid = hub.ready("ada")["state"]["pid"]
-    assert not any(line.startswith("POST /v1/requests") for line in calm_pool.calls)
+    assert not any(line.startswith(("POST /v1/requests", "POST /v1/launches")) for line in calm_pool.calls)
     assert b"NBGPU_SOCKET" not in Path(f"/proc/{pid}/environ").read_bytes()
 
 
@@ -149,7 +149,7 @@ def test_cancel_while_queued_releases(hub: Hub, calm_pool: FakePool) -> None:
 def test_cancel_inside_the_call_that_grants_releases(hub: Hub, calm_pool: FakePool) -> None:
     calm_pool.stall_seconds = 0.6  # each call takes so long: the cancel lands inside one, and the grant is never seen by the spawner
     hub.spawn_aside("ada", HALF)
-    until(lambda: "POST /v1/requests" in calm_pool.calls or calm_pool.states(), 10, "the pool was asked")
+    until(lambda: "POST /v1/launches" in calm_pool.calls or calm_pool.states(), 10, "the pool was asked")
     assert hub.api("DELETE", "users/ada/server").status_code in (202, 204)
     calm_pool.stall_seconds = 0
     hub.gone("ada")
@@ -214,10 +214,10 @@ def test_a_pool_that_forgot_the_queue_is_asked_again(hub: Hub, calm_pool: FakePo
 
 
 def test_prepare_refused_gives_back_and_starts_nothing(hub: Hub, calm_pool: FakePool) -> None:
-    calm_pool.fail_next["prepare"] = 1000
+    calm_pool.prepare_refused = "The GPU node refused the slice."
     answer = hub.spawn("ada", HALF)
     assert answer.status_code == 503, answer.text
-    assert answer.json()["message"] == "The pool is starting."
+    assert answer.json()["message"] == "The GPU node refused the slice."
     assert calm_pool.held() == []
 
 

@@ -118,9 +118,11 @@ def test_doctor_says_what_is_wrong_with_a_runtime_directory(runtime: Path) -> No
 
 
 def test_the_environment_of_a_slice() -> None:
-    launch = Launch(env={"LD_PRELOAD": "/l/libnbgpu.so", "PATH": "/sim", "GONE": "", "NEW": "1"}, slice_dir="/s", socket="/s/api.sock")
-    merged = environment({"PATH": "/bin:/sim", "GONE": "x", "HOME": "/h"}, launch)
-    assert merged == {"LD_PRELOAD": "/l/libnbgpu.so", "PATH": "/sim:/bin", "NEW": "1", "HOME": "/h"}
+    slice_env = {"LD_PRELOAD": "/r/lib/1/libnbgpu.so", "PATH": "/r/lib/1/sim:/agents/bin", "GONE": "", "NEW": "1"}
+    launch = Launch(env=slice_env, slice_dir="/r/slices/a", socket="/r/slices/a/api.sock")
+    merged = environment({"PATH": "/bin:/r/lib/1/sim", "GONE": "x", "HOME": "/h"}, launch)
+    assert merged == {"LD_PRELOAD": "/r/lib/1/libnbgpu.so", "PATH": "/r/lib/1/sim:/bin", "NEW": "1", "HOME": "/h"}
+    assert environment({}, launch)["PATH"] == "/r/lib/1/sim:/agents/bin"
 
 
 def known(slice_id: str, user: str) -> AgentSlice:
