@@ -71,8 +71,7 @@ def run(
 def limit(
     kernel: Annotated[str | None, typer.Argument(help="The kernel's id, or the start of it. Without it, kernels are listed.")] = None,
     memory: Annotated[str | None, typer.Option("--memory", "-m", help="Most GPU memory that it may hold, such as 5GiB.")] = None,
-    compute: Annotated[str | None, typer.Option("--compute", "-c", help="Most of a GPU's time that it may take, such as 1/8.")] = None,
-    clear: Annotated[bool, typer.Option("--clear", help="Take its limits away: only the slice's own hold.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Take its limit away: only the slice's own holds.")] = False,
     slice_id: Annotated[str | None, typer.Option("--slice", "-s", help="As admin: the slice, or the start of its id.")] = None,
     as_json: Annotated[bool, AS_JSON] = False,
 ) -> None:
@@ -80,11 +79,11 @@ def limit(
     from .cli_limit import list_kernels, set_limit
 
     if kernel is None:
-        if memory or compute or clear:
+        if memory or clear:
             raise typer.BadParameter("which kernel? Name it by its id; `nbgpu limit` lists them.", param_hint="KERNEL")
         list_kernels(slice_id, as_json=as_json)
     else:
-        set_limit(kernel, slice_id, memory=memory, compute=compute, clear=clear, as_json=as_json)
+        set_limit(kernel, slice_id, memory=memory, clear=clear, as_json=as_json)
 
 
 @app.command()

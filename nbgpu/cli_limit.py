@@ -9,7 +9,7 @@ from .cli_common import SHORT_ID, agent, console, find_slice, of, own_slice, per
 from .client import AgentClient, SliceClient
 from .errors import NbgpuError
 from .models import KernelLimit, KernelUsage, Usage
-from .quantities import format_memory, parse_fraction, parse_memory
+from .quantities import format_memory, parse_memory
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -53,30 +53,21 @@ def list_kernels(slice_start: str | None, *, as_json: bool) -> None:
         console().print(f"No process of slice {usage.slice_id[:SHORT_ID]} uses the GPU yet.")
 
 
-def set_limit(
-    start: str, slice_start: str | None, *, memory: str | None, compute: str | None, clear: bool, as_json: bool
-) -> None:  # fmt: skip
+def set_limit(start: str, slice_start: str | None, *, memory: str | None, clear: bool, as_json: bool) -> None:
     """Set or clear the limit of the kernel whose id begins with `start`."""
-    if clear and (memory or compute):
-        raise NbgpuError(
-            "--clear takes all limits away: give it without --memory and --compute.", code="invalid", status=400, field="--clear"
-        )
-    if not (clear or memory or compute):
-        raise NbgpuError("Say what it may have: --memory 5GiB, --compute 1/8, or --clear.", code="invalid")
+    if clear and memory:
+        raise NbgpuError("--clear takes the limit away: give it without --memory.", code="invalid", status=400, field="--clear")
+    if not (clear or memory):
+        raise NbgpuError("Say what it may have: --memory 5GiB, or --clear.", code="invalid")
     chosen = target(slice_start)
     kernel = find_kernel(chosen.usage().kernels, start)
     assert kernel.kernel_id is not None
-    limit = KernelLimit()
-    if not clear:
-        limit = KernelLimit(
-            memory_bytes=parse_memory(memory, "--memory") if memory else kernel.limit.memory_bytes,
-            compute_milli=parse_fraction(compute, "--compute") if compute else kernel.limit.compute_milli,
-        )
+    limit = KernelLimit(memory_bytes=parse_memory(memory, "--memory")) if memory else KernelLimit()
     limit = chosen.set_kernel_limit(kernel.kernel_id, limit)
     if as_json:
         print_json({"slice_id": chosen.slice_id, "kernel_id": kernel.kernel_id, "limit": limit.model_dump(mode="json")})
     else:
-        print(f"Kernel {kernel.kernel_id[:SHORT_ID]}: memory {memory_words(limit)}, time {compute_words(limit)}.")
+        print(f"Kernel {kernel.kernel_id[:SHORT_ID]}: memory {memory_words(limit)}.")
 
 
 def find_kernel(kernels: list[KernelUsage], start: str) -> KernelUsage:
@@ -94,7 +85,7 @@ def kernels_table(usage: Usage) -> RenderableType:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("kernel", "processes", "GPU", "memory", "peak", "time used", "memory limit", "time limit", "refused"):
+    for name in ("kernel", "processes", "GPU", "memory", "peak", "time used", "memory limit", "refused"):
         table.add_column(name, no_wrap=name in ("kernel", "memory", "peak"))
     index = {use.uuid: (use.index, use.memory_limit_bytes) for use in usage.devices}
     for kernel in usage.kernels:
@@ -102,7 +93,7 @@ def kernels_table(usage: Usage) -> RenderableType:
             device, slice_limit = index.get(use.uuid, (-1, 0))
             limit = kernel.limit.memory_bytes if kernel.limit.memory_bytes is not None else slice_limit
             head = [kernel.kernel_id or "(other)", " ".join(map(str, kernel.pids[:5]))] if number == 0 else ["", ""]
-            tail = [memory_words(kernel.limit), compute_words(kernel.limit), str(kernel.refusals)] if number == 0 else ["", "", ""]
+            tail = [memory_words(kernel.limit), str(kernel.refusals)] if number == 0 else ["", ""]
             held = [of(use.memory_used_bytes, limit), format_memory(use.memory_peak_bytes), percent(use.compute_used_milli)]
             table.add_row(*head, str(device), *held, *tail)
     return table
@@ -111,8 +102,3 @@ def kernels_table(usage: Usage) -> RenderableType:
 def memory_words(limit: KernelLimit) -> str:
     """Return a kernel's memory limit for people."""
     return "the slice's" if limit.memory_bytes is None else format_memory(limit.memory_bytes)
-
-
-def compute_words(limit: KernelLimit) -> str:
-    """Return a kernel's limit of time for people."""
-    return "the slice's" if limit.compute_milli is None else percent(limit.compute_milli)

@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 import uuid
+from collections.abc import Mapping
 from typing import NoReturn
 
 from .cli_common import own_slice
@@ -22,6 +23,8 @@ from .quantities import format_memory, format_share, parse_fraction, parse_memor
 
 HUB = "command-line"
 """The hub's place in the owner of a slice that no hub asked for."""
+BROUGHT = ("nvidia-smi",)
+"""Programs that a slice's PATH may have and this terminal's not."""
 TRIES = 5
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
 
@@ -72,28 +75,37 @@ def user_name() -> str:
 def run_program(request: Request, command: list[str], *, wait: bool = True) -> NoReturn:
     """Acquire `request`, join the slice, and exec `command` in it. Does not return."""
     refuse_inside()
-    program = shutil.which(command[0])
-    if program is None:
-        exists = os.path.exists(command[0])
-        print(f"nbgpu: {command[0]}: {'it may not be executed' if exists else 'no such program'}", file=sys.stderr)
-        sys.exit(NOT_EXECUTABLE if exists else NOT_FOUND)
+    if command[0] not in BROUGHT:
+        find_program(command[0], os.environ)  # a typing error is told now, not after the queue
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.default_int_handler)
     pool, grant = acquire(request)
     try:
         grant = granted(pool, grant, wait=wait)
         launch = pool.prepare(request.request_id, None)
+        env = environment(os.environ, launch)
+        program = find_program(command[0], env)
         pool.bind(request.request_id, os.getpid())
         tell(f"in a slice: {slice_in_words(grant)}")
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
-        os.execve(program, command, environment(os.environ, launch))
+        os.execve(program, command, env)
     except BaseException as error:
         give_back(pool, request)
         if isinstance(error, OSError):
             print(f"nbgpu: {command[0]}: {error.strerror}", file=sys.stderr)
             sys.exit(NOT_EXECUTABLE)
         raise
+
+
+def find_program(name: str, env: Mapping[str, str]) -> str:
+    """Return the program's file, looked for as it would be inside the slice, whose PATH may hold more than this terminal's."""
+    program = shutil.which(name, path=env.get("PATH"))
+    if program is None:
+        exists = os.path.exists(name)
+        print(f"nbgpu: {name}: {'it may not be executed' if exists else 'no such program'}", file=sys.stderr)
+        sys.exit(NOT_EXECUTABLE if exists else NOT_FOUND)
+    return program
 
 
 def refuse_inside() -> None:

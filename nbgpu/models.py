@@ -153,7 +153,10 @@ class LaunchGrant(Model):
 
 
 class KernelLimit(Model):
-    """A kernel's limit inside its server's slice, on each of its devices; None = the slice's own."""
+    """A kernel's limit inside its server's slice, on each of its devices; None = the slice's own.
+
+    No agent holds `compute_milli` of a kernel yet: it refuses any but None.
+    """
 
     memory_bytes: Bytes | None = None
     compute_milli: Milli | None = None

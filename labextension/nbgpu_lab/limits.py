@@ -1,4 +1,4 @@
-"""A kernel's limits as people write them ("5 GiB", "1/2") into the numbers that the agent takes."""
+"""A kernel's limit as people write it ("5 GiB", "1/2") into the number that the agent takes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from nbgpu.errors import InvalidValue
-from nbgpu.quantities import MIB, WHOLE_MILLI, memory_share_bytes, parse_fraction, parse_memory
+from nbgpu.quantities import MIB, memory_share_bytes, parse_fraction, parse_memory
 
-_NUMBERS = {"memory_bytes": (0, 2**60), "compute_milli": (1, WHOLE_MILLI)}
+_LARGEST_BYTES = 2**60
+_TIME = ("compute", "compute_milli")
 
 
 def kernel_limit(asked: object, devices: list[dict[str, Any]]) -> dict[str, int | None]:
@@ -18,30 +19,28 @@ def kernel_limit(asked: object, devices: list[dict[str, Any]]) -> dict[str, int 
     Parameters
     ----------
     asked : mapping
-        ``memory`` and ``compute`` as text (an amount such as ``"5 GiB"``, or a fraction *of the slice* such as ``0.5`` or
-        ``"1/2"``; compute takes fractions only), or ``memory_bytes`` and ``compute_milli`` as numbers. What is missing,
-        None or empty has no limit of its own.
+        ``memory`` as text (an amount such as ``"5 GiB"``, or a fraction *of the slice* such as ``0.5`` or ``"1/2"``), or
+        ``memory_bytes`` as a number. Missing, None or empty: no limit of its own.
     devices : list of dict
-        The slice's devices, each with ``memory_limit_bytes`` and ``compute_limit_milli`` (as in ``Usage``).
+        The slice's devices, each with ``memory_limit_bytes`` (as in ``Usage``).
 
     Raises
     ------
     InvalidValue
-        Junk; the message names the field and what is allowed.
+        Junk, or a limit of time, which a single kernel cannot have yet; the message names the field and what is allowed.
     """
     if not isinstance(asked, Mapping):
-        raise InvalidValue("nbgpu", asked, 'an object such as {"memory": "5 GiB", "compute": "1/2"}')
-    unknown = sorted(set(map(str, asked)) - {"memory", "compute", *_NUMBERS})
+        raise InvalidValue("nbgpu", asked, 'an object such as {"memory": "5 GiB"}')
+    unknown = sorted(set(map(str, asked)) - {"memory", "memory_bytes", *_TIME})
     if unknown:
-        raise InvalidValue(unknown[0], asked[unknown[0]], "left out; memory and compute are the limits that a kernel has")
-    limit: dict[str, int | None] = {name: _number(name, asked.get(name)) for name in _NUMBERS}
+        raise InvalidValue(unknown[0], asked[unknown[0]], "left out; memory is the limit that a kernel has")
+    for name in _TIME:
+        if not _empty(asked.get(name)):
+            raise InvalidValue(name, asked[name], "left out: a slice's kernels share its time, one alone cannot be limited yet")
+    memory_bytes = _number("memory_bytes", asked.get("memory_bytes"))
     if not _empty(asked.get("memory")):
-        limit["memory_bytes"] = _memory_bytes(asked["memory"], devices)
-    if not _empty(asked.get("compute")):
-        share = parse_fraction(asked["compute"], "compute")
-        whole = min(int(device["compute_limit_milli"]) for device in devices)
-        limit["compute_milli"] = max(1, whole * share // WHOLE_MILLI)
-    return limit
+        memory_bytes = _memory_bytes(asked["memory"], devices)
+    return {"memory_bytes": memory_bytes, "compute_milli": None}
 
 
 def _memory_bytes(value: object, devices: list[dict[str, Any]]) -> int:
@@ -57,7 +56,6 @@ def _memory_bytes(value: object, devices: list[dict[str, Any]]) -> int:
 
 
 def _number(name: str, value: object) -> int | None:
-    low, high = _NUMBERS[name]
     if value is None:
         return None
     if (
@@ -65,9 +63,9 @@ def _number(name: str, value: object) -> int | None:
         or not isinstance(value, (int, float))
         or not math.isfinite(value)
         or value != int(value)
-        or not low <= value <= high
+        or not 0 <= value <= _LARGEST_BYTES
     ):
-        raise InvalidValue(name, value, f"a whole number from {low} to {high}, or null")
+        raise InvalidValue(name, value, f"a whole number from 0 to {_LARGEST_BYTES}, or null")
     return int(value)
 
 

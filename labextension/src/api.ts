@@ -86,7 +86,6 @@ export interface IHistoryAnswer {
 /** A limit as a person writes it: "5 GiB", or a fraction of the slice; empty = none of its own. */
 export interface IWrittenLimit {
   memory: string;
-  compute: string;
 }
 
 /** What the model asks of the server; a test passes its own. */

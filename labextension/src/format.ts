@@ -84,10 +84,3 @@ export function kernelTotals(kernel: IKernelUsage): {
   }
   return totals;
 }
-
-/** A compute limit in milli-GPU as a fraction of the slice, as its field takes it: "1/2", "30%". */
-export function computeOfSlice(milli: number, sliceMilli: number): string {
-  const share = Math.round((milli * 1000) / sliceMilli);
-  const words = FRACTIONS[share];
-  return words ?? `${tenths(share / 10)}%`;
-}

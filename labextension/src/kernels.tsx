@@ -3,13 +3,7 @@ import { closeIcon, editIcon } from '@jupyterlab/ui-components';
 import * as React from 'react';
 
 import type { IDeviceUsage, IKernelUsage, IWrittenLimit } from './api';
-import {
-  computeOfSlice,
-  formatMemory,
-  formatMemoryOf,
-  kernelTotals,
-  percent
-} from './format';
+import { formatMemory, formatMemoryOf, kernelTotals, percent } from './format';
 import { kernelName } from './words';
 
 interface IKernelsProps {
@@ -112,12 +106,12 @@ function Kernel(props: IKernelProps): JSX.Element {
               aria-label={trans.__(
                 'Limit of %1: %2. Change it',
                 name,
-                limitWords(kernel, devices, trans)
+                limitWords(kernel, trans)
               )}
               title={trans.__('Change the limit of %1', name)}
               onClick={() => props.edit(!props.editing)}
             >
-              {limitWords(kernel, devices, trans)}
+              {limitWords(kernel, trans)}
               <editIcon.react tag="span" width="12px" />
             </button>
           )}
@@ -134,34 +128,17 @@ function Kernel(props: IKernelProps): JSX.Element {
   );
 }
 
-function limitWords(
-  kernel: IKernelUsage,
-  devices: IDeviceUsage[],
-  trans: TranslationBundle
-): string {
-  const { memory_bytes, compute_milli } = kernel.limit;
-  const words = [];
-  if (memory_bytes !== null) {
-    words.push(formatMemory(memory_bytes));
-  }
-  if (compute_milli !== null) {
-    const share = computeOfSlice(compute_milli, devices[0].compute_limit_milli);
-    words.push(trans.__('%1 time', share));
-  }
-  return words.length > 0 ? words.join(', ') : trans.__('none');
+function limitWords(kernel: IKernelUsage, trans: TranslationBundle): string {
+  const { memory_bytes } = kernel.limit;
+  return memory_bytes !== null ? formatMemory(memory_bytes) : trans.__('none');
 }
 
-/** Both limits of one kernel as text; the server checks them and says what is wrong. */
+/** The limit of one kernel as text; the server checks it and says what is wrong. */
 function LimitForm(props: IKernelProps & { name: string }): JSX.Element {
-  const { kernel, devices, trans } = props;
-  const { memory_bytes, compute_milli } = kernel.limit;
+  const { kernel, trans } = props;
+  const { memory_bytes } = kernel.limit;
   const [memory, setMemory] = React.useState(
     memory_bytes !== null ? formatMemory(memory_bytes) : ''
-  );
-  const [compute, setCompute] = React.useState(
-    compute_milli !== null
-      ? computeOfSlice(compute_milli, devices[0].compute_limit_milli)
-      : ''
   );
   const [error, setError] = React.useState('');
   const first = React.useRef<HTMLInputElement>(null);
@@ -175,14 +152,13 @@ function LimitForm(props: IKernelProps & { name: string }): JSX.Element {
       setError((reason as Error).message);
     }
   };
-  const limited = memory_bytes !== null || compute_milli !== null;
   return (
     <form
       className="nbgpu-LimitForm"
       aria-label={trans.__('Limit of %1', props.name)}
       onSubmit={event => {
         event.preventDefault();
-        void save({ memory, compute });
+        void save({ memory });
       }}
       onKeyDown={event => event.key === 'Escape' && props.edit(false)}
     >
@@ -204,25 +180,16 @@ function LimitForm(props: IKernelProps & { name: string }): JSX.Element {
           onChange={event => setMemory(event.target.value)}
         />
       </label>
-      <label>
-        {trans.__('Compute')}
-        <input
-          className="jp-mod-styled"
-          value={compute}
-          placeholder={trans.__('such as 1/2')}
-          onChange={event => setCompute(event.target.value)}
-        />
-      </label>
       <p className="nbgpu-quiet">
-        {trans.__('Fractions are of this slice. Empty: no limit of its own.')}
+        {trans.__('A fraction is of this slice. Empty: no limit of its own.')}
       </p>
       {error && <p role="alert">{error}</p>}
       <div className="nbgpu-LimitForm-buttons">
-        {limited && (
+        {memory_bytes !== null && (
           <button
             type="button"
             className="jp-mod-styled jp-mod-reject"
-            onClick={() => void save({ memory: '', compute: '' })}
+            onClick={() => void save({ memory: '' })}
           >
             {trans.__('Remove')}
           </button>

@@ -237,9 +237,8 @@ class Agent:
         check_kernel_limit(limit, live.slice)
         if live.record.kernel_limits.get(kernel_id, KernelLimit()) != limit:
             live.set_kernel_limit(kernel_id, limit)
-            parts = [format_memory(limit.memory_bytes)] if limit.memory_bytes is not None else []
-            parts += [f"{limit.compute_milli} milli-GPU"] if limit.compute_milli is not None else []
-            what = f"is limited to {' and '.join(parts)}" if parts else "has no limit of its own any more"
+            amount = limit.memory_bytes
+            what = "has no limit of its own any more" if amount is None else f"is limited to {format_memory(amount)}"
             self.events.add("limit-changed", "info", f"Notebook kernel {short(kernel_id)} {what}.", live.id, kernel_id, live.owner)
         return limit
 

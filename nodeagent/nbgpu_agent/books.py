@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from nbgpu.errors import InvalidValue, NbgpuError
 from nbgpu.models import Device, KernelLimit, Slice
-from nbgpu.quantities import MIB, WHOLE_MILLI, format_memory, format_share
+from nbgpu.quantities import MIB, WHOLE_MILLI, format_memory
 
 
 class Conflict(NbgpuError):
@@ -61,13 +61,12 @@ def check_fits(wanted: Slice, others: Iterable[Slice], devices: Mapping[str, Dev
 
 
 def check_kernel_limit(limit: KernelLimit, within: Slice) -> None:
-    """Raise InvalidValue when a kernel's limit is nothing, or above its slice's on any device."""
+    """Raise InvalidValue when a kernel's limit is nothing, above its slice's on any device, or not in force on this agent."""
     memory = min(part.memory_bytes for part in within.devices)
-    compute = min(part.compute_milli for part in within.devices)
     if limit.memory_bytes is not None and not MIB <= limit.memory_bytes <= memory:
         raise InvalidValue("memory_bytes", limit.memory_bytes, f"between 1 MiB and the slice's {format_memory(memory)} ({memory} bytes)")
-    if limit.compute_milli is not None and limit.compute_milli > compute:
-        raise InvalidValue("compute_milli", limit.compute_milli, f"at most the slice's {compute} ({format_share(compute)})")
+    if limit.compute_milli is not None:
+        raise InvalidValue("compute_milli", limit.compute_milli, "null: a slice's kernels share its time, one alone cannot be limited yet")
 
 
 def resized(current: Slice, memory_bytes: int | None, compute_milli: int | None, mode: str | None) -> Slice:

@@ -252,7 +252,7 @@ def test_a_kernel_is_limited_inside_its_slice(agent: AgentProcess) -> None:
     for body, field in [
         ({"memory_bytes": 20 * GIB}, "memory_bytes"),
         ({"memory_bytes": 0}, "memory_bytes"),
-        ({"compute_milli": 251}, "compute_milli"),
+        ({"compute_milli": 100}, "compute_milli"),
         ({"memory_bytes": "5 GiB"}, "memory_bytes"),
         ({"mem": 1}, "mem"),
     ]:

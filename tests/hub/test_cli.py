@@ -200,6 +200,13 @@ def test_a_program_that_cannot_be_executed_gives_its_slice_back(place: Place, tm
     until(lambda: not open_grants(place), "its slice is free")
 
 
+def test_a_slices_own_programs_are_found(place: Place) -> None:
+    path = os.pathsep.join(part for part in os.environ["PATH"].split(os.pathsep) if not (Path(part) / "nvidia-smi").exists())
+    done = place.call("run", "--gpu", "1/4", "--", "nvidia-smi", PATH=path)
+    assert done.returncode == 0, done.stderr
+    assert f"/ {memory_share_bytes(usable(place), 250) // MIB}MiB" in " ".join(done.stdout.split())
+
+
 def test_inside_a_slice_there_is_no_second_one(place: Place) -> None:
     done = place.call("run", "--gpu", "1/4", "--", sys.executable, "-m", "nbgpu", "run", "--gpu", "1/4", "--", "true")
     assert done.returncode == 1
@@ -229,8 +236,8 @@ def test_limit_caps_one_kernel_and_clears_it(place: Place) -> None:
     listed = json.loads(place.call("limit", "--json").stdout)
     assert [kernel["kernel_id"] for kernel in listed["kernels"]] == ["kernel-one"]
 
-    done = place.call("limit", "kernel", "--memory", "1GiB", "--compute", "1/8")
-    assert (done.returncode, done.stdout) == (0, "Kernel kernel-o: memory 1 GiB, time 12.5 %.\n")
+    done = place.call("limit", "kernel", "--memory", "1GiB")
+    assert (done.returncode, done.stdout) == (0, "Kernel kernel-o: memory 1 GiB.\n")
     assert ask(program, f"alloc {2 * GIB}") == str(OUT_OF_MEMORY)
     too_much = place.call("limit", "kernel", "--memory", "70GiB")
     assert too_much.returncode == 1

@@ -56,11 +56,11 @@ async def stop(manager: AsyncKernelManager) -> None:
 
 
 async def test_limit_is_set_before_the_process_and_removed_after(agent: FakeAgent, manager: Any, tmp_path: Path) -> None:
-    session = notebook(tmp_path, {"nbgpu": {"memory": "5 GiB", "compute": "1/2"}})
+    session = notebook(tmp_path, {"nbgpu": {"memory": "5 GiB"}})
     env = await start(manager, tmp_path, session)
     kernel_id = env["NBGPU_KERNEL_ID"]
     assert kernel_id == manager.kernel_id
-    assert agent.limits == {kernel_id: {"memory_bytes": 5 * GIB, "compute_milli": 125}}
+    assert agent.limits == {kernel_id: {"memory_bytes": 5 * GIB, "compute_milli": None}}
     assert notices.SERVER.after(0) == []
     await stop(manager)
     assert agent.limits == {}
@@ -82,7 +82,7 @@ async def test_a_restart_keeps_the_limit_of_the_panel(agent: FakeAgent, manager:
         {"nbgpu": "everything"},
         {"nbgpu": {"memory": "5 apples"}},
         {"nbgpu": {"memory": "900 GiB"}},
-        {"nbgpu": {"compute": 7}},
+        {"nbgpu": {"compute": "1/2"}},
         {"nbgpu": [1]},
     ],
 )
@@ -95,6 +95,15 @@ async def test_junk_in_the_metadata_is_a_notice(agent: FakeAgent, manager: Any, 
     assert "train.ipynb" in notice["message"]
     assert "whole slice" in notice["message"]
     assert agent.limits == {}
+    await stop(manager)
+
+
+async def test_compute_in_the_metadata_is_a_notice_and_memory_is_limited(agent: FakeAgent, manager: Any, tmp_path: Path) -> None:
+    await start(manager, tmp_path, notebook(tmp_path, {"nbgpu": {"memory": "5 GiB", "compute": "1/2"}}))
+    (notice,) = notices.SERVER.after(0)
+    assert "compute" in notice["message"]
+    assert "memory limit holds" in notice["message"]
+    assert agent.limits == {manager.kernel_id: {"memory_bytes": 5 * GIB, "compute_milli": None}}
     await stop(manager)
 
 

@@ -103,13 +103,15 @@ async def test_kernels_carry_their_notebooks(agent: FakeAgent, jp_fetch: Any) ->
 async def test_limits_a_kernel(agent: FakeAgent, jp_fetch: Any) -> None:
     await jp_fetch("nbgpu/api/kernels/abc", method="PUT", body='{"memory": "5 GiB"}')
     assert agent.limits == {"abc": {"memory_bytes": 5 * GIB, "compute_milli": None}}
-    await jp_fetch("nbgpu/api/kernels/abc", method="PUT", body='{"memory": "1/2", "compute": "1/2"}')
-    assert agent.limits == {"abc": {"memory_bytes": 10 * GIB, "compute_milli": 125}}
+    await jp_fetch("nbgpu/api/kernels/abc", method="PUT", body='{"memory": "1/2"}')
+    assert agent.limits == {"abc": {"memory_bytes": 10 * GIB, "compute_milli": None}}
     await jp_fetch("nbgpu/api/kernels/abc", method="PUT", body='{"memory_bytes": null, "compute_milli": null}')
     assert agent.limits == {}
 
 
-@pytest.mark.parametrize("body", ["[]", "junk", '{"memory": "5 apples"}', '{"memory_bytes": -1}', "x" * 10_000, '{"other": 1}'])
+@pytest.mark.parametrize(
+    "body", ["[]", "junk", '{"memory": "5 apples"}', '{"memory_bytes": -1}', "x" * 10_000, '{"other": 1}', '{"compute": "1/2"}']
+)
 async def test_junk_limit_is_a_plain_400(agent: FakeAgent, jp_fetch: Any, body: str) -> None:
     with pytest.raises(HTTPClientError) as refusal:
         await jp_fetch("nbgpu/api/kernels/abc", method="PUT", body=body)

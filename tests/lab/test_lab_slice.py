@@ -199,7 +199,7 @@ def test_limits_of_one_notebook(server: Server) -> None:
     assert kernel.run(attempt) == "CUDA_ERROR_OUT_OF_MEMORY\n"
 
     # control: without its limit the same kernel gets what it was refused
-    server.call(f"nbgpu/api/kernels/{kernel.id}", {"memory": "", "compute": ""}, "PUT")
+    server.call(f"nbgpu/api/kernels/{kernel.id}", {"memory": ""}, "PUT")
     wait_for("no limit", lambda: server.kernel(kernel.id)["limit"]["memory_bytes"] is None, 2)
     kernel.run(take.replace("COUNT", "6"))
 

@@ -1,5 +1,4 @@
 import {
-  computeOfSlice,
   formatFraction,
   formatMemory,
   formatMemoryOf,
@@ -38,11 +37,6 @@ test('shares of a GPU read as fractions where they are ones', () => {
     '1/8',
     '37.5 %'
   ]);
-});
-
-test('a compute limit reads as the fraction of the slice that was written', () => {
-  expect(computeOfSlice(125, 250)).toBe('1/2');
-  expect(computeOfSlice(75, 250)).toBe('30%');
 });
 
 test('percent has no division by zero', () => {

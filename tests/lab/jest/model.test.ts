@@ -127,7 +127,7 @@ test('asks for what came after the last answer', async () => {
 });
 
 test("a refused limit rejects with the server's words", async () => {
-  await expect(
-    model.setLimit('a', { memory: '100 GiB', compute: '' })
-  ).rejects.toThrow('a is above the slice');
+  await expect(model.setLimit('a', { memory: '100 GiB' })).rejects.toThrow(
+    'a is above the slice'
+  );
 });
