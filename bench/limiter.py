@@ -30,7 +30,13 @@ from limiter_slice import SliceFiles  # noqa: E402
 
 from nbgpu_agent import layout  # noqa: E402
 
-LIMITS = {"launch_added_ns": 4, "alloc_free_added_ns_0": 120, "alloc_free_added_ns_10000": 120, "meminfo_added_ns": 50}
+LIMITS = {
+    "launch_added_ns": 4,
+    "alloc_free_added_ns_0": 120,
+    "alloc_free_added_ns_10000": 120,
+    "meminfo_added_ns": 50,
+    "launch_gated_ns": 30,
+}
 SLICE_BYTES = 64 << 30
 
 

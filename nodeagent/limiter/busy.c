@@ -13,64 +13,21 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "gate.h"
+#include "busy.h"
 
-#define FENCES 128
-#define STREAMS 32
-#define GRAPHS 64
 #define UNKNOWN_NS (0.1 * (double)MS) /* a launch of which nothing is known yet */
-#define LEARNT_AFTER 8
-#define TURN_LATE_NS (10 * MS) /* a turn that ended longer ago has no scheduler behind it */
+#define TURN_LATE_NS (10 * MS)        /* a turn that ended longer ago has no scheduler behind it */
 #define RELAXED_CAPTURE 2
 
-typedef struct {
-    CUevent event;
-    CUstream stream;
-    CUgraphExec exec; /* of the only launch that it covers, NULL: kernels */
-    double work_ns;
-    uint32_t launches;
-    uint64_t at_ns;
-} Fence;
-
-typedef struct {
-    CUstream stream;
-    bool ptsz;
-    double work_ns; /* since its last fence */
-    uint32_t launches;
-    uint64_t fenced_at, last_ns;
-} Stream;
-
-typedef struct {
-    pthread_mutex_t lock;
-    CUcontext context;
-    bool busy;
-    uint64_t began_ns, drained_ns; /* drained 0: work is outstanding */
-    uint64_t front_ns;             /* since when the oldest fence's work runs, at the earliest */
-    uint64_t launches;
-    Fence fence[FENCES]; /* outstanding, in the order of recording */
-    int fences;
-    Stream stream[STREAMS];
-    int streams;
-    CUevent start, last, spare[FENCES];
-    int spares;
-    bool have_start;
-    double mean_ns;
-    uint32_t learnt;
-    struct {
-        CUgraphExec exec;
-        double mean_ns;
-    } graph[GRAPHS];
-    int graphs;
-} Busy;
-
-static Busy busy[NBGPU_DEVICES] = {[0 ... NBGPU_DEVICES - 1] = {.lock = PTHREAD_MUTEX_INITIALIZER}};
+Busy nbgpu_busy[NBGPU_DEVICES] = {[0 ... NBGPU_DEVICES - 1] = {.lock = PTHREAD_MUTEX_INITIALIZER}};
 static _Atomic uint32_t awake; /* the helper's futex: 1 while it has something to look at */
 static _Atomic int helper_started, stopping;
 
 static void forget_parent(void) {
-    memset(busy, 0, sizeof busy);
+    memset(nbgpu_busy, 0, sizeof nbgpu_busy);
+    memset(nbgpu_pass, 0, sizeof nbgpu_pass);
     for (int d = 0; d < (int)NBGPU_DEVICES; d++)
-        pthread_mutex_init(&busy[d].lock, NULL);
+        pthread_mutex_init(&nbgpu_busy[d].lock, NULL);
     awake = 0;
     helper_started = 0;
 }
@@ -113,7 +70,7 @@ static double graph_mean(const Busy *b, CUgraphExec exec) {
 }
 
 double nbgpu_busy_estimate(int device, CUgraphExec exec) {
-    const Busy *b = &busy[device];
+    const Busy *b = &nbgpu_busy[device];
     const double mean = exec ? graph_mean(b, exec) : b->mean_ns;
     return mean > 0 ? mean : UNKNOWN_NS;
 }
@@ -133,11 +90,11 @@ static void learn_graph(Busy *b, CUgraphExec exec, double ns) {
 
 void nbgpu_busy_forget_graph(CUgraphExec exec) {
     for (int d = 0; d < nbgpu_devices; d++) {
-        pthread_mutex_lock(&busy[d].lock);
-        for (int i = 0; i < busy[d].graphs; i++)
-            if (busy[d].graph[i].exec == exec)
-                busy[d].graph[i] = busy[d].graph[--busy[d].graphs];
-        pthread_mutex_unlock(&busy[d].lock);
+        pthread_mutex_lock(&nbgpu_busy[d].lock);
+        for (int i = 0; i < nbgpu_busy[d].graphs; i++)
+            if (nbgpu_busy[d].graph[i].exec == exec)
+                nbgpu_busy[d].graph[i] = nbgpu_busy[d].graph[--nbgpu_busy[d].graphs];
+        pthread_mutex_unlock(&nbgpu_busy[d].lock);
     }
 }
 
@@ -163,7 +120,7 @@ static void learn(Busy *b, const Fence *fence) {
 
 /* ---- fences ---- */
 
-static Stream *stream_entry(Busy *b, CUstream stream, bool ptsz) {
+Stream *nbgpu_stream_entry(Busy *b, CUstream stream, bool ptsz) {
     for (int i = 0; i < b->streams; i++)
         if (b->stream[i].stream == stream && b->stream[i].ptsz == ptsz)
             return &b->stream[i];
@@ -191,10 +148,11 @@ static bool add_fence(Busy *b, Stream *s, CUgraphExec exec, uint64_t now) {
         b->front_ns = now;
     b->fence[b->fences++] = (Fence){event, s->stream, s->launches == 1 ? exec : NULL, s->work_ns, s->launches, now};
     s->work_ns = 0, s->launches = 0, s->fenced_at = now;
+    b->tail_ns = 0;
     return true;
 }
 
-static double outstanding_ns(const Busy *b, uint64_t now, uint32_t *launches) {
+double nbgpu_outstanding_ns(const Busy *b, uint64_t now, uint32_t *launches) {
     double work = 0;
     uint32_t count = 0;
     for (int i = 0; i < b->fences; i++)
@@ -208,15 +166,30 @@ static double outstanding_ns(const Busy *b, uint64_t now, uint32_t *launches) {
     return work - (ran < first ? ran : first); /* the oldest has been running for a while, and isn't done */
 }
 
-/* Launches after the last fence of a stream: ask the stream, where that can't disturb a capture or mean another thread's stream. */
-static void settle_stream(Stream *s, uint64_t now) {
+/* Where any thread may use a stream: that can't disturb a capture or mean another thread's stream. */
+static bool reachable(const Stream *s) { return !nbgpu_any_capture() && !s->ptsz && s->stream != CU_STREAM_PER_THREAD; }
+
+static void settled(Busy *b, Stream *s) {
+    b->tail_ns += s->work_ns;
+    s->work_ns = 0, s->launches = 0;
+}
+
+/* Launches after the last fence of a stream: ask the stream, or guess. */
+static void settle_stream(Busy *b, Stream *s, uint64_t now) {
     if (!s->launches)
         return;
-    const bool asked = !nbgpu_any_capture() && !s->ptsz && s->stream != CU_STREAM_PER_THREAD && HAVE(cuStreamQuery);
+    const bool asked = reachable(s) && HAVE(cuStreamQuery);
     const bool done =
         asked ? REAL(cuStreamQuery)(s->stream) == CUDA_SUCCESS : now - s->last_ns > (uint64_t)(2 * s->work_ns) + IDLE_GRACE_NS;
     if (done)
-        s->work_ns = 0, s->launches = 0;
+        settled(b, s);
+}
+
+/* What passes let through has no fence behind it when the thread stops there: it gets one here. */
+static void fence_the_rest(Busy *b, uint64_t now) {
+    for (int i = 0; i < b->streams; i++)
+        if (b->stream[i].launches && now - b->stream[i].fenced_at > FENCE_AGE_NS && reachable(&b->stream[i]))
+            add_fence(b, &b->stream[i], NULL, now);
 }
 
 /* Which fences are done by now? Needs a current context. */
@@ -238,7 +211,7 @@ static void poll(Busy *b) {
     b->fences = kept;
     if (!kept)
         for (int i = 0; i < b->streams; i++)
-            settle_stream(&b->stream[i], now);
+            settle_stream(b, &b->stream[i], now);
     capture_mode(mode);
 }
 
@@ -257,7 +230,7 @@ static uint64_t interval_ns(const Busy *b) {
     float ms;
     if (b->have_start && b->last && HAVE(cuEventElapsedTime) && REAL(cuEventElapsedTime)(&ms, b->start, b->last) == CUDA_SUCCESS &&
         ms > 0) {
-        const uint64_t measured = (uint64_t)((double)ms * 1e6);
+        const uint64_t measured = (uint64_t)((double)ms * 1e6 + b->tail_ns);
         if (measured < seen)
             return measured;
     }
@@ -274,6 +247,7 @@ static void end_interval(int d, Busy *b) {
     event_put(b, b->last);
     b->last = NULL;
     b->have_start = false;
+    b->tail_ns = 0;
     nbgpu_publish(d);
     if (nbgpu_contended(d))
         nbgpu_ring();
@@ -284,18 +258,25 @@ static uint64_t advance(int d, Busy *b) {
     NbgpuUseSlot *slot = nbgpu_device[d].slot;
     if (!b->busy || !slot)
         return 0;
+    nbgpu_pass_fold(b, nbgpu_now());
+    fence_the_rest(b, nbgpu_now());
     poll(b);
     const uint64_t now = nbgpu_now();
+    if (nbgpu_overdue(b, now))
+        nbgpu_pass_stop(b, NULL, now);
     if (drained(b)) {
         if (!b->drained_ns)
             b->drained_ns = now;
         const bool waits = __atomic_load_n(&slot->want, __ATOMIC_SEQ_CST) != 0;
         if (!waits && now - b->drained_ns < IDLE_GRACE_NS)
             return IDLE_GRACE_NS / 2;
+        nbgpu_pass_stop(b, NULL, now);
+        if (!drained(b))
+            return IDLE_GRACE_NS / 2;
         end_interval(d, b);
         return 0;
     }
-    const double remaining = outstanding_ns(b, now, NULL);
+    const double remaining = nbgpu_outstanding_ns(b, now, NULL);
     const bool over = nbgpu_turn_over(d, now);
     if (over && remaining < (double)NEAR_NS && !slot->near) {
         __atomic_store_n(&slot->near, 1, __ATOMIC_SEQ_CST);
@@ -310,9 +291,10 @@ static uint64_t advance(int d, Busy *b) {
 
 /* The events go with their context; the next launch begins afresh. */
 void nbgpu_busy_context_ends(int device, CUcontext context) {
-    Busy *b = &busy[device];
+    Busy *b = &nbgpu_busy[device];
     pthread_mutex_lock(&b->lock);
     if (b->context && (!context || b->context == context)) {
+        nbgpu_pass_stop(b, NULL, nbgpu_now());
         if (b->busy) {
             b->drained_ns = nbgpu_now();
             end_interval(device, b);
@@ -335,8 +317,8 @@ void nbgpu_busy_context_ends(int device, CUcontext context) {
 static void program_ends(void) {
     stopping = 1;
     for (int d = 0; d < nbgpu_devices; d++) { /* whoever is polling has finished once its lock was ours */
-        pthread_mutex_lock(&busy[d].lock);
-        pthread_mutex_unlock(&busy[d].lock);
+        pthread_mutex_lock(&nbgpu_busy[d].lock);
+        pthread_mutex_unlock(&nbgpu_busy[d].lock);
     }
 }
 
@@ -347,7 +329,7 @@ static void *helper(void *unused) {
     for (;;) {
         uint64_t next = 0;
         for (int d = 0; d < nbgpu_devices; d++) {
-            Busy *b = &busy[d];
+            Busy *b = &nbgpu_busy[d];
             pthread_mutex_lock(&b->lock);
             if (b->busy && b->context && !stopping) {
                 REAL(cuCtxSetCurrent)(b->context);
@@ -365,7 +347,7 @@ static void *helper(void *unused) {
         awake = 0;
         bool any = false;
         for (int d = 0; d < nbgpu_devices && !stopping; d++)
-            any |= __atomic_load_n(&busy[d].busy, __ATOMIC_SEQ_CST) && __atomic_load_n(&busy[d].context, __ATOMIC_SEQ_CST);
+            any |= __atomic_load_n(&nbgpu_busy[d].busy, __ATOMIC_SEQ_CST) && __atomic_load_n(&nbgpu_busy[d].context, __ATOMIC_SEQ_CST);
         if (any)
             awake = 1;
         else
@@ -406,11 +388,14 @@ static void wake_helper(void) {
 /* ---- what the launches do ---- */
 
 void nbgpu_busy_begin(Launch *launch) {
-    Busy *b = &busy[launch->device];
+    Busy *b = &nbgpu_busy[launch->device];
     NbgpuUseSlot *slot = nbgpu_device[launch->device].slot;
     pthread_mutex_lock(&b->lock);
     const uint64_t now = nbgpu_now();
     const bool first = !b->busy;
+    nbgpu_pass_fold(b, now);
+    if (nbgpu_own_pass())
+        nbgpu_pass_stop(b, nbgpu_own_pass(), now); /* its next launches are counted one by one */
     if (first) {
         b->began_ns = now;
         b->busy = true;
@@ -429,7 +414,7 @@ void nbgpu_busy_begin(Launch *launch) {
             b->start = event_get(b);
         b->have_start = record(b->start, launch->stream, launch->ptsz);
     }
-    Stream *s = stream_entry(b, launch->stream, launch->ptsz);
+    Stream *s = nbgpu_stream_entry(b, launch->stream, launch->ptsz);
     if (s) { /* outstanding from here on, so that nobody takes the slot for idle while the driver takes the launch */
         s->launches++;
         s->work_ns += launch->estimate_ns;
@@ -440,9 +425,9 @@ void nbgpu_busy_begin(Launch *launch) {
 }
 
 void nbgpu_busy_submitted(const Launch *launch, bool done) {
-    Busy *b = &busy[launch->device];
+    Busy *b = &nbgpu_busy[launch->device];
     pthread_mutex_lock(&b->lock);
-    Stream *s = stream_entry(b, launch->stream, launch->ptsz);
+    Stream *s = nbgpu_stream_entry(b, launch->stream, launch->ptsz);
     const uint64_t now = nbgpu_now();
     if (s && s->launches) {
         const bool blind = launch->ptsz || launch->stream == CU_STREAM_PER_THREAD || launch->exec != NULL || b->learnt < LEARNT_AFTER;
@@ -452,10 +437,17 @@ void nbgpu_busy_submitted(const Launch *launch, bool done) {
         } else if (blind || s->work_ns >= (double)FENCE_EVERY_NS || now - s->fenced_at > FENCE_AGE_NS) {
             add_fence(b, s, launch->exec, now);
         }
+        if (done)
+            nbgpu_pass_grant(b, launch, now);
     }
     pthread_mutex_unlock(&b->lock);
     start_helper();
     wake_helper();
+}
+
+/* The oldest work outstanding takes far longer than launches took so far. */
+bool nbgpu_overdue(const Busy *b, uint64_t now) {
+    return b->fences && now > b->front_ns && (double)(now - b->front_ns) > 2 * b->fence[0].work_ns + (double)WINDOW_NS;
 }
 
 /* By how long too much is outstanding for one launch more; 0: submit. One that would start after the turn's end only makes the turn longer,
@@ -463,7 +455,7 @@ void nbgpu_busy_submitted(const Launch *launch, bool done) {
 static double too_much_ns(int device, const Busy *b, uint64_t now) {
     const NbgpuCtlDevice *ctl = &nbgpu_ctl->device[device];
     uint32_t launches;
-    const double work = outstanding_ns(b, now, &launches);
+    const double work = nbgpu_outstanding_ns(b, now, &launches);
     if (!b->fences || !launches || __atomic_load_n(&ctl->gate, __ATOMIC_ACQUIRE) == NBGPU_GATE_CLOSED)
         return 0;
     const uint64_t end = __atomic_load_n(&ctl->turn_end_ns, __ATOMIC_ACQUIRE);
@@ -472,16 +464,16 @@ static double too_much_ns(int device, const Busy *b, uint64_t now) {
     if (launches < 2)
         return 0;
     /* Nothing learnt yet, or the oldest takes far longer than launches took so far: two at a time, or a first loop fills the queue for seconds. */
-    const bool overdue = now > b->front_ns && (double)(now - b->front_ns) > 2 * b->fence[0].work_ns + (double)WINDOW_NS;
-    if (!b->learnt || overdue)
+    if (!b->learnt || nbgpu_overdue(b, now))
         return (double)FENCE_EVERY_NS;
     return work > (double)WINDOW_NS ? work - (double)WINDOW_NS : 0;
 }
 
 bool nbgpu_busy_wait_window(int device) {
-    Busy *b = &busy[device];
+    Busy *b = &nbgpu_busy[device];
     bool waited = false;
     pthread_mutex_lock(&b->lock);
+    nbgpu_pass_fold(b, nbgpu_now());
     for (int i = 0; i < 100000 && b->busy; i++) {
         if (too_much_ns(device, b, nbgpu_now()) == 0)
             break;
@@ -500,20 +492,29 @@ bool nbgpu_busy_wait_window(int device) {
     return waited;
 }
 
-uint64_t nbgpu_busy_launches(int device) { return __atomic_load_n(&busy[device].launches, __ATOMIC_ACQUIRE); }
+uint64_t nbgpu_busy_launches(int device) {
+    Busy *b = &nbgpu_busy[device];
+    if (!__atomic_load_n(&b->busy, __ATOMIC_ACQUIRE))
+        return b->launches;
+    pthread_mutex_lock(&b->lock);
+    nbgpu_pass_fold(b, nbgpu_now());
+    const uint64_t launches = b->launches;
+    pthread_mutex_unlock(&b->lock);
+    return launches;
+}
 
 /* The program has waited for the GPU: if nothing was launched meanwhile, what it waited for is done. */
 void nbgpu_busy_synced(int device, bool all, CUstream stream, bool ptsz, uint64_t before) {
-    Busy *b = &busy[device];
+    Busy *b = &nbgpu_busy[device];
     if (!b->busy)
         return;
     pthread_mutex_lock(&b->lock);
+    nbgpu_pass_fold(b, nbgpu_now());
     if (b->launches == before && b->busy) {
         for (int i = 0; i < b->streams; i++) {
             if (!all && (b->stream[i].stream != stream || b->stream[i].ptsz != ptsz))
                 continue;
-            b->stream[i].launches = 0;
-            b->stream[i].work_ns = 0;
+            settled(b, &b->stream[i]);
         }
         poll(b);
         if (drained(b) && !b->drained_ns)
@@ -525,10 +526,11 @@ void nbgpu_busy_synced(int device, bool all, CUstream stream, bool ptsz, uint64_
 /* A stream ends, or begins to be captured: what it still has outstanding gets a fence while that is allowed. */
 void nbgpu_busy_stream_gone(CUstream stream) {
     for (int d = 0; d < nbgpu_devices; d++) {
-        Busy *b = &busy[d];
+        Busy *b = &nbgpu_busy[d];
         if (!b->streams)
             continue;
         pthread_mutex_lock(&b->lock);
+        nbgpu_pass_stop_stream(b, stream, nbgpu_now());
         for (int i = 0; i < b->streams; i++) {
             Stream *s = &b->stream[i];
             if (s->stream != stream)

@@ -11,8 +11,6 @@
 
 #include "gate.h"
 
-#define WORDS 8 /* of UseSlot.launches_by_thread */
-
 static const uint32_t never = NBGPU_GATE_CLOSED;
 static const uint64_t no_generation = 0;
 
@@ -26,6 +24,7 @@ static struct {
 
 PER_THREAD struct {
     uint64_t *word; /* where this thread counts its launches */
+    Pass *pass;
     bool asked;
 } self;
 
@@ -57,8 +56,31 @@ static inline __attribute__((always_inline)) bool fast(void) {
     return true;
 }
 
+/* The gate is open and the thread has leave to launch on this stream (pass.c). */
+static inline __attribute__((always_inline)) bool by_pass(CUstream stream) {
+    Pass *pass = self.pass;
+    if (unlikely(!pass) || unlikely(pass->stream != stream))
+        return false;
+    if (unlikely(__atomic_load_n(atomic_load_explicit(&hot.gate, memory_order_relaxed), __ATOMIC_RELAXED) != NBGPU_GATE_OPEN))
+        return false;
+    if (unlikely(__atomic_load_n(atomic_load_explicit(&hot.generation, memory_order_relaxed), __ATOMIC_RELAXED) !=
+                 atomic_load_explicit(&hot.seen, memory_order_relaxed)))
+        return false;
+    const uint64_t count = __atomic_load_n(pass->word, __ATOMIC_RELAXED) + 1;
+    if (unlikely(count >= atomic_load_explicit(&pass->until, memory_order_relaxed)))
+        return false;
+    if (unlikely(atomic_load_explicit(&hot.captures, memory_order_relaxed) != 0))
+        return false;
+    __atomic_store_n(pass->word, count, __ATOMIC_RELEASE);
+    return true;
+}
+
+Pass *nbgpu_own_pass(void) { return self.pass; }
+
 /* A thread's word goes back when it ends; its count stays in the sum. */
 static void give_word_back(void *mark) {
+    nbgpu_pass_thread_ends(&nbgpu_pass[(uintptr_t)mark - 1]);
+    self.pass = NULL;
     atomic_fetch_and(&words_taken[0], ~(1u << ((uintptr_t)mark - 1)));
     self.word = NULL;
 }
@@ -67,7 +89,7 @@ static void forget_parent(void) {
     hot.gate = &never;
     hot.captures = 0;
     memset((void *)words_taken, 0, sizeof words_taken);
-    self.word = NULL, self.asked = false;
+    self.word = NULL, self.pass = NULL, self.asked = false;
 }
 
 static void make_key(void) {
@@ -78,11 +100,12 @@ static void make_key(void) {
 static void take_word(NbgpuUseSlot *slot) {
     self.asked = true;
     pthread_once(&word_once, make_key);
-    for (int i = 0; i < WORDS; i++) {
+    for (int i = 0; i < PASSES; i++) {
         if (atomic_fetch_or(&words_taken[0], 1u << i) & 1u << i)
             continue;
         pthread_setspecific(word_key, (void *)(uintptr_t)(i + 1));
-        self.word = &slot->launches_by_thread[i];
+        self.word = nbgpu_pass[i].word = &slot->launches_by_thread[i];
+        self.pass = &nbgpu_pass[i];
         return;
     }
 }
@@ -166,7 +189,7 @@ bool nbgpu_turn_over(int device, uint64_t now) {
 
 /* ---- waiting ---- */
 
-static bool scheduler_dead(uint64_t now) {
+bool nbgpu_scheduler_dead(uint64_t now) {
     const uint64_t beat = __atomic_load_n(&nbgpu_ctl->heartbeat_ns, __ATOMIC_ACQUIRE);
     return now > beat && now - beat > HEARTBEAT_NS;
 }
@@ -227,7 +250,7 @@ static void wait_turn(Launch *launch, NbgpuUseSlot *slot) {
     nbgpu_publish(d);
     nbgpu_ring();
     while ((word = in_the_way(d, &value)) != NULL) {
-        if (scheduler_dead(nbgpu_now())) {
+        if (nbgpu_scheduler_dead(nbgpu_now())) {
             local_bucket(launch);
             break;
         }
@@ -275,7 +298,7 @@ static CUresult begin(Launch *launch, CUstream stream, bool ptsz, CUgraphExec ex
     if (in_the_way(d, &value)) {
         wait_turn(launch, slot);
     } else {
-        if (scheduler_dead(now))
+        if (nbgpu_scheduler_dead(now))
             local_bucket(launch);
         nbgpu_busy_begin(launch);
     }
@@ -286,30 +309,35 @@ static CUresult begin(Launch *launch, CUstream stream, bool ptsz, CUgraphExec ex
 static CUresult end(const Launch *launch, CUresult result) {
     if (launch->device < 0)
         return result;
+    if (result == CUDA_SUCCESS)
+        count_launch(nbgpu_device[launch->device].slot);
     if (launch->gated)
         nbgpu_busy_submitted(launch, result == CUDA_SUCCESS);
     MARK("launch-submitted");
-    if (result == CUDA_SUCCESS)
-        count_launch(nbgpu_device[launch->device].slot);
     if (launch->exec)
         nbgpu_graph_settle(launch->device);
     return result;
 }
 
-/* The fast way and the slow one are two functions, so that the fast one jumps to the driver and moves no argument. */
+/* The fast way and the slower ones are functions of their own, so that the fastest jumps to the driver and moves no argument. */
 #define SLOW(name, arguments, stream, ptsz, exec, ...)                                                                                     \
     static __attribute__((noinline, used)) CUresult slow_##name arguments {                                                                \
         ENTER_CUDA(name, __VA_ARGS__);                                                                                                     \
         Launch launch;                                                                                                                     \
         const CUresult admitted = begin(&launch, stream, ptsz, exec);                                                                      \
         return admitted == CUDA_SUCCESS ? end(&launch, REAL(name)(__VA_ARGS__)) : admitted;                                                \
+    }                                                                                                                                      \
+    static __attribute__((noinline, used)) CUresult gated_##name arguments {                                                               \
+        if (likely(!(exec) && !(ptsz) && by_pass(stream)))                                                                                 \
+            return REAL(name)(__VA_ARGS__);                                                                                                \
+        return slow_##name(__VA_ARGS__);                                                                                                   \
     }
 #define LAUNCH(name, arguments, stream, ptsz, exec, ...)                                                                                   \
     SLOW(name, arguments, stream, ptsz, exec, __VA_ARGS__)                                                                                 \
     CUresult name arguments {                                                                                                              \
         if (likely(!(exec) && fast()))                                                                                                     \
             return REAL(name)(__VA_ARGS__);                                                                                                \
-        return slow_##name(__VA_ARGS__);                                                                                                   \
+        return gated_##name(__VA_ARGS__);                                                                                                  \
     }
 
 /* Many arguments: compilers copy those on the stack before a jump. Named with the six in registers only, the function leaves the
@@ -328,7 +356,7 @@ typedef CUresult (*Registers)(void *, uint64_t, uint64_t, uint64_t, uint64_t, ui
     SLOW(name, arguments, stream, ptsz, exec, __VA_ARGS__)                                                                                 \
     EXPORT CUresult jump_##name(void *a, uint64_t b, uint64_t c, uint64_t d, uint64_t e, uint64_t f) __asm__(#name);                       \
     NO_PROTECTOR CUresult jump_##name(void *a, uint64_t b, uint64_t c, uint64_t d, uint64_t e, uint64_t f) {                               \
-        const Registers to = likely(fast()) ? (Registers)nbgpu_real[F_##name] : (Registers)(void *)slow_##name;                            \
+        const Registers to = likely(fast()) ? (Registers)nbgpu_real[F_##name] : (Registers)(void *)gated_##name;                           \
         JUMP to(a, b, c, d, e, f);                                                                                                         \
     }
 #else

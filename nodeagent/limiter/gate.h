@@ -21,6 +21,18 @@ typedef struct {
     double estimate_ns;
 } Launch;
 
+#define PASSES 8 /* as many as there are words in UseSlot.launches_by_thread */
+typedef struct {
+    uint64_t *word;         /* where the thread counts its launches */
+    _Atomic uint64_t until; /* a launch that makes the count smaller than this needs no look at the books */
+    CUstream stream;        /* on which */
+    bool given;             /* the rest only with the device's lock */
+    uint64_t folded;        /* launches up to this count are in the books */
+} Pass;
+extern Pass nbgpu_pass[PASSES];
+Pass *nbgpu_own_pass(void); /* the calling thread's, NULL: it has none */
+void nbgpu_pass_thread_ends(Pass *pass);
+
 /* busy.c; all take the device's own lock */
 void nbgpu_busy_begin(Launch *launch);                      /* before the real call: the slot is busy from here */
 void nbgpu_busy_submitted(const Launch *launch, bool done); /* after it; done: the driver took it */
@@ -36,6 +48,7 @@ void nbgpu_publish(int device); /* the slice's want, near and idle, from its slo
 void nbgpu_ring(void);
 bool nbgpu_contended(int device); /* the gate is not open, or its turn has an end */
 bool nbgpu_turn_over(int device, uint64_t now);
+bool nbgpu_scheduler_dead(uint64_t now);
 bool nbgpu_capturing(CUstream stream, bool ptsz);
 bool nbgpu_any_capture(void);
 

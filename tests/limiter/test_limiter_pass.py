@@ -1,0 +1,125 @@
+"""Behind an open gate a thread launches a few times without a look at the books: nothing is lost in them, a closing gate is obeyed."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from limiter_kit import environment, limiter, null_driver, run, sim_driver, spawn
+from limiter_slice import MIB, SliceFiles
+from test_limiter_gate import beating, set_gate, wait_for
+
+from nbgpu_agent import layout
+
+Make = Callable[..., SliceFiles]
+WORK = """
+import threading, time
+start()
+module, function, ns = c.c_void_p(), c.c_void_p(), c.c_uint64()
+ok(cuda.cuModuleLoadData(c.byref(module), b".visible .entry work_arg_ns(.param .u64 ns)\\n\\0"))
+ok(cuda.cuModuleGetFunction(c.byref(function), module, b"work_arg_ns"))
+parameters = (c.c_void_p * 1)(c.addressof(ns))
+def launch(us, stream=None):
+    ns.value = us * 1000
+    ok(cuda.cuLaunchKernel(function, 1, 1, 1, 1, 1, 1, 0, stream, parameters, None))
+def stream():
+    made = c.c_void_p(); ok(cuda.cuStreamCreate(c.byref(made), 1)); return made
+"""
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """Settings of a simulated machine."""
+    base = Path("/dev/shm") if Path("/dev/shm").is_dir() else tmp_path
+    state = base / f"nbgpu-test-pass-{os.getpid()}"
+    yield {"NBGPU_SIM_STATE": str(state), "NBGPU_SIM_DEVICES": "1"}
+    state.unlink(missing_ok=True)
+
+
+def on_machine(machine: dict[str, str], make_slice: Make) -> SliceFiles:
+    script = """
+ok(cuda.cuInit(0)); b = (c.c_ubyte * 16)(); ok(cuda.cuDeviceGetUuid_v2(b, 0)); h = bytes(b).hex()
+say(f"GPU-{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:]}")
+"""
+    uuid = run(script, environment(None, sim_driver(), **machine))
+    return make_slice(mem_limit=4096 * MIB, uuids=(uuid,), gate=layout.GATE_OPEN)
+
+
+@pytest.mark.parametrize("count", [37, 250])
+def test_what_was_launched_unseen_is_busy_until_it_is_done(machine: dict[str, str], make_slice: Make, count: int) -> None:
+    """Nobody synchronizes, and the last launches have no fence of their own."""
+    files = on_machine(machine, make_slice)
+    script = WORK + f"say(1)\ninput()\nfor _ in range({count}): launch(200)\nsay(2)\ninput()"
+    began = 0.0
+    with beating(files):
+        child = spawn(script, environment(files, sim_driver(), preload=limiter(), **machine))
+        assert child.stdin
+        assert child.stdout
+        for line in ("1\n", "2\n"):
+            assert child.stdout.readline() == line
+            if line == "1\n":
+                began = time.monotonic()
+                child.stdin.write("\n")
+                child.stdin.flush()
+        (slot,) = files.slots()
+        assert files.launches(slot) == count
+        wait_for(lambda: slot.busy_since == 0, "idle")
+        most = (time.monotonic() - began) * 1e9  # on a busy machine the GPU starves in between
+        assert count * 200_000 * 0.9 <= slot.busy_ns <= most
+        child.communicate("\n", timeout=30)
+
+
+def test_captured_launches_are_not_taken_for_work(machine: dict[str, str], make_slice: Make) -> None:
+    files = on_machine(machine, make_slice)
+    script = (
+        WORK
+        + """
+s = stream()
+for _ in range(200): launch(20, s)
+ok(cuda.cuStreamBeginCapture_v2(s, 0))
+for _ in range(5): launch(200_000, s)
+graph = c.c_void_p(); ok(cuda.cuStreamEndCapture(s, c.byref(graph)))
+n = c.c_size_t(); ok(cuda.cuGraphGetNodes(graph, None, c.byref(n)))
+for _ in range(10): launch(20, s)
+say(n.value); input()
+"""
+    )
+    with beating(files):
+        child = spawn(script, environment(files, sim_driver(), preload=limiter(), **machine))
+        assert child.stdout
+        assert child.stdout.readline() == "5\n", child.stderr and child.stderr.read()
+        (slot,) = files.slots()
+        wait_for(lambda: slot.busy_since == 0, "idle")
+        assert files.launches(slot) == 210
+        assert slot.busy_ns < 300e6, "what was captured never ran"
+        child.communicate("\n", timeout=30)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_a_gate_that_closes_in_between_is_obeyed_at_once(make_slice: Make, threads: int) -> None:
+    files = make_slice(mem_limit=MIB, gate=layout.GATE_OPEN)
+    script = f"""
+import threading
+start(); context = c.c_void_p(); ok(cuda.cuCtxGetCurrent(c.byref(context)))
+def work():
+    cuda.cuCtxSetCurrent(context)
+    while True: cuda.cuLaunchKernel(None, 1, 1, 1, 1, 1, 1, 0, None, None, None)
+for _ in range({threads}): threading.Thread(target=work, daemon=True).start()
+input()
+"""
+    with beating(files):
+        child = spawn(script, environment(files, null_driver(), preload=limiter()))
+        wait_for(lambda: len(files.slots()) == 1 and files.launches(files.slots()[0]) > 2000, "launches")
+        (slot,) = files.slots()
+        for _ in range(5):
+            set_gate(files, layout.GATE_CLOSED)
+            wait_for(lambda: slot.want == threads, "all threads wait")
+            before = files.launches(slot)
+            time.sleep(0.05)
+            assert files.launches(slot) == before
+            set_gate(files, layout.GATE_OPEN)
+            wait_for(lambda want=before + 2000: files.launches(slot) > want, "launches go on")
+        child.communicate("\n", timeout=30)
