@@ -4,6 +4,7 @@ PORT ?= 8000
 ARGS ?=
 IN_VENV = PATH="$(CURDIR)/.venv/bin:$(CURDIR)/node_modules/.bin:$$PATH" VIRTUAL_ENV="$(CURDIR)/.venv"
 VPY = $(IN_VENV) .venv/bin/python
+PYTEST = NBGPU_HUB55_PYTHON="$(CURDIR)/.nbgpu/hub55/bin/python" $(VPY) -m pytest
 
 .PHONY: help run setup test test-fast bench lint format wheel soak clean
 .DEFAULT_GOAL := help
@@ -20,15 +21,15 @@ setup: ## the set-up alone
 
 test: ## every test that this machine can run; says which it could not (one folder: make test ARGS=tests/hub)
 	@$(PYTHON) tools/setup.py test
-	@$(VPY) -m pytest -m "not soak" $(ARGS)
+	@$(PYTEST) -m "not soak" $(ARGS)
 
 test-fast: ## the tests to run all the time: under a minute, no browser, no cluster
 	@$(PYTHON) tools/setup.py test
-	@$(VPY) -m pytest -q -m "not slow and not soak and not browser and not kubernetes and not gpu" $(ARGS)
+	@$(PYTEST) -q -m "not slow and not soak and not browser and not kubernetes and not gpu" $(ARGS)
 
 soak: ## the long kill storms and soaks, whole
 	@$(PYTHON) tools/setup.py test
-	@$(VPY) -m pytest -m "soak" $(ARGS)
+	@$(PYTEST) -m "soak" $(ARGS)
 
 bench: ## the benchmarks, quick, with their baselines
 	@$(PYTHON) tools/setup.py test

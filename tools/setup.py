@@ -1,4 +1,4 @@
-"""Set everything up: `python3 tools/setup.py [run|test|lint|all]`. Standard library only; the Makefile calls it.
+"""Set everything up: `python3 tools/setup.py [run|test|lint]`. Standard library only; the Makefile calls it.
 
 This file is only the door: it must be readable by any Python, so that a wrong one gets a sentence and not a SyntaxError.
 """

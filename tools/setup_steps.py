@@ -27,13 +27,15 @@ OLDEST_NODE = (20, 19)
 """What the front end's build asks for; an older one of the machine is left alone and PyPI's taken."""
 TELL_EVERY_SECONDS = 5
 
+OTHER_HUB = "5.5.0"
+"""The other JupyterHub that the tests run against, in an environment of its own."""
+
 LEVELS = {
     "run": ["hub", "pool", "agent", "lab", "demo"],
     "test": ["hub", "pool", "agent", "lab", "demo", "test"],
     "lint": ["hub", "pool", "agent", "lab", "demo", "test", "lint"],
-    "all": ["hub", "pool", "agent", "lab", "demo", "test", "lint"],
 }
-"""Which extras of pyproject.toml each level of the set-up installs."""
+"""Which extras of pyproject.toml each level of the set-up installs; each level holds the ones before it."""
 
 
 SIGNS = {
@@ -69,6 +71,8 @@ class Step:
     """What it makes, where the stamp lies elsewhere."""
     state: str = "waits"
     note: str = ""
+    level: str = ""
+    """Of a step that makes more for a higher level: which."""
 
     @property
     def log(self) -> Path:
@@ -239,8 +243,18 @@ def make_native(step: Step) -> None:
 
 
 def make_node_modules(step: Step) -> None:
-    """Fetch what the front end is built with."""
-    step.run("npm", "ci", cwd=LAB, what="the front end's packages from npm")
+    """Fetch what the front end is built with; what it is tested and checked with only where that is done."""
+    step.run("npm", "ci", *(["--omit=dev"] if step.level == "run" else []), cwd=LAB, what="the front end's packages from npm")
+
+
+def make_other_hub(step: Step) -> None:
+    """Make an environment that is .venv but for its JupyterHub."""
+    place = WORK / "hub55"
+    step.run(PYTHON, "-m", "venv", "--clear", "--without-pip", place, what="an environment for it")
+    python = place / "bin" / "python"
+    step.run(PYTHON, "-m", "pip", "--python", python, "install", "--no-deps", f"jupyterhub~={OTHER_HUB}", what="JupyterHub from PyPI")
+    packages = [next((venv / "lib").glob("python3*")) / "site-packages" for venv in (place, VENV)]
+    (packages[0] / "nbgpu-venv.pth").write_text(f"import site; site.addsitedir({str(packages[1])!r})\n")
 
 
 def make_front_end(step: Step) -> None:
@@ -271,16 +285,29 @@ def steps(level: str) -> list[Step]:
     plan = [
         Step("python", python, VENV / ".nbgpu-venv", make_venv),
         Step("build tools", tools, VENV / ".nbgpu-tools", make_tools, ["python"]),
-        Step("python packages", packages_hash(level), VENV / f".nbgpu-packages-{level}", make_packages(extras), ["build tools"]),
+        Step("python packages", packages_hash(level), packages_stamp(level), make_packages(extras), ["build tools"], level=level),
         Step("proxy", digest(ROOT / "package-lock.json", tools), ROOT / "node_modules" / ".nbgpu", make_proxy, ["build tools"]),
     ]
     if (NATIVE / "build.py").is_file():
         plan.append(Step("C libraries", digest(NATIVE, tools), WORK / "setup" / "native.stamp", make_native, ["build tools"], NATIVE_OUT))
     if (LAB / "package.json").is_file():
         sources = digest(lock, *(LAB / name for name in ("src", "style", "schema", "tsconfig.json", "jupyter-config")), python)
-        plan.append(Step("npm packages", lock, LAB / "node_modules" / ".nbgpu", make_node_modules, ["build tools"]))
+        plan.append(Step("npm packages", lock, npm_stamp(level), make_node_modules, ["build tools"], level=level))
         plan.append(Step("front end", sources, LAB_OUT / ".nbgpu", make_front_end, ["npm packages"]))
+    if level != "run":
+        other = digest(python, OTHER_HUB)
+        plan.append(Step("other hub", other, WORK / "hub55" / ".nbgpu", make_other_hub, ["python packages"]))
     return plan
+
+
+def packages_stamp(level: str) -> Path:
+    """Return the stamp of a level's Python packages."""
+    return VENV / f".nbgpu-packages-{level}"
+
+
+def npm_stamp(level: str) -> Path:
+    """Return the stamp of a level's npm packages."""
+    return LAB / "node_modules" / f".nbgpu-{level}"
 
 
 def packages_hash(level: str) -> str:
@@ -289,14 +316,15 @@ def packages_hash(level: str) -> str:
 
 
 def satisfied(step: Step) -> bool:
-    """Return whether nothing is to be done: a higher level's packages serve a lower one."""
+    """Return whether nothing is to be done; a higher level's packages serve a lower one."""
     if step.current():
         return True
-    if step.name != "python packages":
+    if not step.level:
         return False
-    higher = [name for name, extras in LEVELS.items() if set(extras) >= set(LEVELS[step.stamp.name.rsplit("-", 1)[1]])]
-    stamps = {name: VENV / f".nbgpu-packages-{name}" for name in higher}
-    return any(stamp.is_file() and stamp.read_text().strip() == packages_hash(name) for name, stamp in stamps.items())
+    higher = list(LEVELS)[list(LEVELS).index(step.level) + 1 :]
+    made = {"python packages": (packages_stamp, packages_hash), "npm packages": (npm_stamp, lambda _: step.inputs)}
+    stamp, inputs = made[step.name]
+    return any(stamp(name).is_file() and stamp(name).read_text().strip() == inputs(name) for name in higher)
 
 
 # --- running them ---------------------------------------------------------------------------------------------------
