@@ -1,6 +1,6 @@
 """What the node agent costs and how fast it tells, on simulated GPUs.
 
-``python bench/agent.py [--quick] [--json] [--devices 8] [--slices 8] [--seconds 30] [--samples 400] [--seed 1]``
+``python bench/agent.py [--quick] [--json] [--devices 8] [--slices 8] [--seconds 30] [--samples 400] [--seed 1] [--pixel]``
 
 Every slice has one live process that allocates through the limiter. Measured:
 
@@ -8,7 +8,9 @@ Every slice has one live process that allocates through the limiter. Measured:
   beside it a process that only asks NVML the same questions once a second (``nvml_only_*``);
 * ``cpu_percent_polled``: the same with every slice's usage asked once per 2 s, as JupyterLab does;
 * ``visible_api_p99_s``: from an allocation's return to the answer of the slice's API that shows it;
-* ``refusal_p99_s``: from a refusal's return to its event at the slice's API.
+* ``refusal_p99_s``: from a refusal's return to its event at the slice's API;
+* ``visible_pixel_p99_s``, with ``--pixel``: from an allocation's return to the status bar of a real JupyterLab in a real Chromium,
+  while all other slices live (`agent_pixel.py`); null, with the reason, where this machine has no Chromium or no built front end.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 for folder in (ROOT, ROOT / "nodeagent"):
     sys.path.insert(0, str(folder))
+
+from agent_pixel import measure_pixel, why_not  # noqa: E402
 
 from nbgpu.client import AgentClient, SliceClient  # noqa: E402
 from nbgpu.errors import NbgpuError, Unavailable  # noqa: E402
@@ -275,6 +279,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="of measuring the cost (default: 30, quick 10)")
     parser.add_argument("--samples", type=int, help="allocations and a fifth as many refusals (default: 500, quick 150)")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--pixel", action="store_true", help="measure to the status bar of JupyterLab, too (needs Chromium)")
     options = parser.parse_args()
     seconds = options.seconds or (10 if options.quick else 30)
     samples = options.samples or (150 if options.quick else 500)
@@ -284,6 +289,11 @@ def main() -> None:
         results: dict[str, Any] = measure_cost(node, seconds)
         visible = measure_visible(node, samples, dice)
         refusals = measure_refusals(node, max(30, samples // 5), dice)
+        skipped = why_not() if options.pixel else "not asked for (--pixel)"
+        pixels: list[float] = []
+        if skipped is None:
+            one = dice.choice(node.tenants)
+            pixels = measure_pixel(one.launch.socket, one.do, one.slice.devices[0].memory_bytes, max(20, samples // 5), dice)
     except NbgpuError as error:
         raise SystemExit(error.message) from None
     finally:
@@ -292,6 +302,9 @@ def main() -> None:
         results[f"{name}_p50_s"] = statistics.median(values)
         results[f"{name}_p99_s"] = percentile(values, 0.99)
     results = {name: round(value, 4) for name, value in results.items()}
+    results["visible_pixel_p50_s"] = round(statistics.median(pixels), 4) if pixels else None
+    results["visible_pixel_p99_s"] = round(percentile(pixels, 0.99), 4) if pixels else None
+    results |= {"pixel_skipped": skipped, "pixel_samples": len(pixels)}
     results |= {"devices": options.devices, "slices": options.devices * options.slices, "seconds": seconds, "samples": samples}
     results |= {"seed": options.seed, "simulated": True, "machine": machine()}
     print_table(results)
@@ -315,6 +328,11 @@ def print_table(results: dict[str, Any]) -> None:
     ]
     for label, key, unit, wanted in rows:
         print(f"  {label:36} {results[key]:9.4g} {unit:3} {wanted}")
+    if results["pixel_skipped"]:
+        print(f"  allocation to status bar in JupyterLab: skipped, {results['pixel_skipped']}")
+    else:
+        for part, wanted in (("p50", ""), ("p99", "<= 2")):
+            print(f"  {'allocation to status bar, ' + part:36} {results[f'visible_pixel_{part}_s']:9.4g} s   {wanted}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ typedef struct {
     uint64_t idle_grace_ns;       /* 0.3 ms: a turn ends when its slice has had nothing outstanding for this long */
     uint64_t overlap_behind_ns;   /* 1 ms: a waking slice that is this far behind is let in beside the owner */
     uint64_t overlap_ns;          /* 3 ms: and takes the turn when it is busy for longer */
-    uint64_t heartbeat_ns;        /* 100 ms between two heartbeats in each ctl */
+    uint64_t heartbeat_ns;        /* 200 ms between two heartbeats in each ctl */
 } NbgpuSchedConfig;
 
 typedef struct {

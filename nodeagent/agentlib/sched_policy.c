@@ -20,7 +20,7 @@ NbgpuSchedConfig sched_config(const NbgpuSchedConfig *asked) {
         .idle_grace_ns = or_default(c.idle_grace_ns, 300000),
         .overlap_behind_ns = or_default(c.overlap_behind_ns, 1 * MS),
         .overlap_ns = or_default(c.overlap_ns, 3 * MS),
-        .heartbeat_ns = or_default(c.heartbeat_ns, 100 * MS),
+        .heartbeat_ns = or_default(c.heartbeat_ns, 200 * MS),
     };
 }
 

@@ -28,7 +28,7 @@
 #define ENTRIES 1024u   /* (slice, device) pairs of a node */
 #define PAGE 4096u      /* the bell is in the first one */
 #define SETTLE_ROUNDS 4 /* a decision may uncover news; at most this often in a row */
-#define RINGS_MOST 300u /* in one heartbeat; who rings more often is looked at regularly instead of waking us */
+#define RINGS_MOST 600u /* in one heartbeat; who rings more often is looked at regularly instead of waking us */
 #define MUTED_CHECK_NS 2000000ull
 #define DRAIN_CHECK_NS 5000000ull /* the dead do not ring: look this often while somebody is waited for */
 #define POLL_BUSY_NS 1500000ull
