@@ -22,6 +22,7 @@ from .live import LiveSlice
 from .native import Native
 from .probe import overhead_cap_bytes
 from .runtime import SOCKET_PATH_MAX
+from .simulated import Machine
 from .slicedir import Record
 from .turns import Turns
 
@@ -50,7 +51,8 @@ class Settings:
     driver_version: str
     libraries: Path
     """The versioned copy under the runtime directory."""
-    sim_state: Path | None
+    machine: Machine | None
+    """The simulated machine; None on a real one."""
     backend: Backend = "limiter"
 
 
@@ -252,11 +254,11 @@ class Agent:
             "NBGPU_SLICE_DIR": str(live.directory),
             "NBGPU_SOCKET": socket,
         }
-        if self.settings.sim_state is not None:
-            sim = str(self.settings.libraries / "sim")
+        if self.settings.machine is not None:
+            sim = str(self.settings.machine.libraries)
             env["LD_LIBRARY_PATH"] = _in_front(sim, os.environ.get("LD_LIBRARY_PATH", ""))
             env["PATH"] = _in_front(sim, os.environ.get("PATH", "/usr/local/bin:/usr/bin:/bin"))
-            env["NBGPU_SIM_STATE"] = str(self.settings.sim_state)
+            env["NBGPU_SIM_STATE"] = str(self.settings.machine.state)
         return Launch(env=env, slice_dir=str(live.directory), socket=socket)
 
     def node(self) -> Node:
@@ -276,9 +278,11 @@ class Agent:
         deadline = loop.time() + wait_seconds
         if self.generation <= after and wait_seconds:
             while self.generation <= after and (left := deadline - loop.time()) > 0:
-                await self.changed.wait(left)
-            # what changes together is told together: answers cost more than changes
-            await asyncio.sleep(min(GATHER_SECONDS, max(0.0, deadline - loop.time())))
+                if not await self.changed.wait(left):
+                    break
+            else:
+                # what changes together is told together: answers cost more than changes
+                await asyncio.sleep(min(GATHER_SECONDS, max(0.0, deadline - loop.time())))
         slices = [live.as_model() for live in list(self.slices.values())]
         return AgentSlices(generation=self.generation, slices=slices, devices=list(self.devices.values()))
 
@@ -289,6 +293,11 @@ class Agent:
             self.devices[uuid] = device.model_copy(update={"healthy": healthy})
             log.warning("GPU %d (%s) %s", device.index, uuid, "answers again" if healthy else "does not answer")
             self.touch()
+
+    def end_waits(self) -> None:
+        """Answer everyone who waits for something to happen: the agent is about to end."""
+        self.changed.close()
+        self.events.close()
 
     def close(self) -> None:
         """Let go of everything; the slices go on without the agent."""

@@ -19,25 +19,32 @@ class Signal:
     """Wakes all who wait, each time that something happened."""
 
     def __init__(self) -> None:
-        self._waiters: set[asyncio.Future[None]] = set()
+        self._waiters: set[asyncio.Future[bool]] = set()
+        self._closed = False
 
-    def fire(self) -> None:
+    def fire(self, happened: bool = True) -> None:
         """Wake everyone who waits now."""
         for waiter in self._waiters:
             if not waiter.done():
-                waiter.set_result(None)
+                waiter.set_result(happened)
+
+    def close(self) -> None:
+        """Nothing will happen any more: nobody waits from now on."""
+        self._closed = True
+        self.fire(False)
 
     async def wait(self, seconds: float) -> bool:
         """Wait for the next `fire`, at most so long; return whether it came."""
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self._closed:
+            return False
+        waiter: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._waiters.add(waiter)
         try:
-            await asyncio.wait_for(waiter, seconds)
+            return await asyncio.wait_for(waiter, seconds)
         except asyncio.TimeoutError:
             return False
         finally:
             self._waiters.discard(waiter)
-        return True
 
 
 def first_id() -> int:
@@ -96,6 +103,12 @@ class EventLog:
             if left <= 0 or not await signal.wait(left):
                 return self.after(event_id, slice_id)
         return found
+
+    def close(self) -> None:
+        """Answer all who wait with what there is."""
+        self._all.close()
+        for signal in self._by_slice.values():
+            signal.close()
 
     def forget(self, slice_id: str) -> None:
         """Drop the waiting list of a slice that ended; those who wait see its last events."""

@@ -168,8 +168,8 @@ class Door:
         else:
             await self._app(scope, _Body(b"".join(body), receive), send)
 
-    def close(self) -> None:
-        """Stop listening, end the connections, remove the socket."""
+    def close(self) -> set[asyncio.Task[Any]]:
+        """Stop listening, end the connections, remove the socket; return the requests that are still being answered."""
         if self._shut is not None:
             self._shut.cancel()
         self._loop.remove_reader(self._socket.fileno())
@@ -178,6 +178,7 @@ class Door:
             protocol.shutdown()  # pyright: ignore
         with contextlib.suppress(OSError):
             self.path.unlink()
+        return set(self._server_state.tasks)
 
 
 class _Body:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import hashlib
 import logging
 import os
 import resource
-import shutil
 import signal
 import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nbgpu.errors import NbgpuError
 from nbgpu.paths import AGENT_SOCKET, runtime_dir
@@ -31,9 +30,12 @@ from .native import Native
 from .nvml import Nvml, driver_present
 from .probe import context_bytes
 from .runtime import RuntimeLock, StartError, built_libraries, install_libraries, prepare
+from .simulated import find_machine
 
 log = logging.getLogger("nbgpu.agent")
 ADMIN_BOUNDS = Bounds(connections=256, body_bytes=1024 * 1024, requests_per_second=None)
+END_SECONDS = 1.0
+"""How long requests that came before the agent's end may take to be answered."""
 SLICE_BOUNDS = Bounds(connections=32, body_bytes=64 * 1024, requests_per_second=50)
 
 
@@ -90,27 +92,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run(parse(arguments))
 
 
-def _sim_state(runtime: Path) -> Path:
-    """Return the simulated machine's file: ``$NBGPU_SIM_STATE``, else one of this runtime directory's own in shared memory."""
-    named = os.environ.get("NBGPU_SIM_STATE")
-    if named:
-        return Path(named).absolute()
-    shared = Path("/dev/shm")
-    name = f"nbgpu-sim-{hashlib.sha256(str(runtime).encode()).hexdigest()[:12]}"
-    directory = shared / name if os.access(shared, os.W_OK) else runtime / "sim"
-    if directory.exists() and directory.stat().st_uid != os.geteuid():
-        raise StartError(f"{directory} belongs to another user: name another file with NBGPU_SIM_STATE.")
-    # The machine as asked for; another one takes its place only where no slice has it mapped.
-    wanted = " ".join(f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("NBGPU_SIM_"))
-    made = directory / "made-with"
-    if not any((runtime / "slices").iterdir()) and not (made.exists() and made.read_text() == wanted):
-        shutil.rmtree(directory, ignore_errors=True)
-    if not directory.exists():
-        directory.mkdir(mode=0o755)
-        made.write_text(wanted)
-    return directory / "state"
-
-
 def _reserve_bytes(text: str | None) -> int | None:
     if text is None:
         return None
@@ -132,19 +113,19 @@ async def _serve(options: Options) -> None:
     libraries = install_libraries(built_libraries(), runtime)
     if options.sim_devices is not None:
         os.environ["NBGPU_SIM_DEVICES"] = str(options.sim_devices)
-    sim_state = _sim_state(runtime) if simulate else None
-    if sim_state is not None:
-        os.environ["NBGPU_SIM_STATE"] = str(sim_state)
-    nvml = Nvml(libraries / "sim" / "libnvidia-ml.so.1" if simulate else None)
-    if sim_state is not None and sim_state.exists() and sim_state.stat().st_uid == os.geteuid():
-        sim_state.chmod(0o666)  # the simulated machine is everybody's, as a real one's device files are
+    machine = find_machine(runtime, libraries) if simulate else None
+    if machine is not None:
+        os.environ["NBGPU_SIM_STATE"] = str(machine.state)
+    nvml = Nvml(machine.libraries / "libnvidia-ml.so.1" if machine else None)
+    if machine is not None and machine.state.exists() and machine.state.stat().st_uid == os.geteuid():
+        machine.state.chmod(0o666)  # the simulated machine is everybody's, as a real one's device files are
     node = options.node or socket.gethostname()
     devices = nvml.devices(node, simulate, _reserve_bytes(options.reserve), options.devices)
     if not devices:
         raise StartError("The NVIDIA driver of this machine shows no GPU. With --simulate nbgpu runs on simulated ones.")
-    cuda = str(libraries / "sim" / "libcuda.so.1") if simulate else "libcuda.so.1"
+    cuda = str(machine.libraries / "libcuda.so.1") if machine else "libcuda.so.1"
     contexts = await context_bytes(nvml, devices, runtime, cuda)
-    settings = Settings(runtime, node, simulate, nvml.driver_version, libraries, sim_state)
+    settings = Settings(runtime, node, simulate, nvml.driver_version, libraries, machine)
     agent = Agent(settings, devices, Native(libraries / "libnbgpu_agent.so"), contexts)
     await _work(agent, nvml)
     lock.release()
@@ -183,7 +164,8 @@ async def _work(agent: Agent, nvml: Nvml) -> None:
     finally:
         log.info("ending; %d slices keep their limits", len(agent.slices))
         await stop(watch)
-        admin.close()
-        for door in doors.values():
-            door.close()
+        agent.end_waits()
+        answering = set[asyncio.Task[Any]]().union(*(door.close() for door in (admin, *doors.values())))
+        if answering:
+            await asyncio.wait(answering, timeout=END_SECONDS)
         agent.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,10 @@ class Nvml:
             pynvml.nvmlInit()
             version: Any = pynvml.nvmlSystemGetDriverVersion()
         except pynvml.NVMLError as error:
+            if simulated_library is not None:
+                state = os.environ.get("NBGPU_SIM_STATE", "")
+                remedy = "Another version of nbgpu has made it: name another file, or remove it once nothing uses it."
+                raise StartError(f"The simulated machine in {state} cannot be used ({error}). {remedy}") from None
             raise StartError(f"The NVIDIA driver does not answer: {error}. `nvidia-smi` should say the same.") from None
         self.driver_version = _text(version)
 

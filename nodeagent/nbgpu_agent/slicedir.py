@@ -23,6 +23,8 @@ from . import layout
 
 RECORD = "slice.json"
 RECORD_VERSION = 1
+PRIVATE = ".use"
+"""Where a `use` file's own tmpfs is mounted while it is made."""
 USE_TMPFS_BYTES = 128 * 1024
 _MNT_DETACH = 2
 _MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
@@ -90,7 +92,8 @@ def remove(directory: Path) -> None:
     """End a slice's directory: its record first, so that no crash leaves half a slice."""
     with contextlib.suppress(FileNotFoundError):
         (directory / RECORD).unlink()
-    _unmount(directory / "use")
+    for name in ("use", PRIVATE):  # the second: of an agent that was killed while it made the first
+        _unmount(directory / name)
     shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -104,7 +107,7 @@ def create_use(directory: Path, uid: int | None) -> int:
         _unmount(path)
         path.unlink()
     source = path
-    private = directory / ".use"
+    private = directory / PRIVATE
     if os.geteuid() == 0 and uid not in (None, 0):
         private.mkdir(mode=0o700, exist_ok=True)
         if _mount("tmpfs", private, "tmpfs", _MS_NOSUID_NODEV_NOEXEC, f"size={USE_TMPFS_BYTES},nr_inodes=4,mode=700"):
@@ -158,8 +161,9 @@ def _mount(source: str, target: Path, kind: str, flags: int, data: str) -> bool:
 
 
 def _unmount(target: Path) -> None:
-    if os.geteuid() == 0 and (target.is_dir() or os.path.ismount(target)):
-        _libc().umount2(str(target).encode(), _MNT_DETACH)
+    for _ in range(8):  # mounts may lie upon each other
+        if os.geteuid() != 0 or not os.path.ismount(target) or _libc().umount2(str(target).encode(), _MNT_DETACH) != 0:
+            return
 
 
 class CtlFile:

@@ -93,7 +93,7 @@ class AgentProcess:
         for directory in (self.runtime / "slices").glob("*/use"):
             subprocess.run(["umount", "-l", str(directory)], capture_output=True, check=False)
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.env["NBGPU_SIM_STATE"])
+            os.unlink(self.env.get("NBGPU_SIM_STATE", ""))
 
     # ---- what tests ask of it
 
