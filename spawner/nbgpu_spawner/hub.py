@@ -114,8 +114,9 @@ def services(directory: Path, quotas: Mapping[str, Any] | None = None) -> list[d
     directory.mkdir(mode=0o755, parents=True, exist_ok=True)
     # a hub that was killed leaves its services running: the new hub's take their place
     common = ["--runtime-dir", str(directory), "--takeover"]
-    agent = [sys.executable, "-m", "nbgpu_agent", *common]
-    pool = [sys.executable, "-m", "nbgpu_pool", *common]
+    kept = [sys.executable, "-m", "nbgpu.keep", sys.executable, "-m"]
+    agent = [*kept, "nbgpu_agent", *common]
+    pool = [*kept, "nbgpu_pool", *common]
     if quotas is not None:
         settings = directory / "pool.json"
         settings.write_text(json.dumps({"quotas": quotas}, indent=2))

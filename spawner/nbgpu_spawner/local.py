@@ -6,6 +6,8 @@ import os
 import pwd
 import shutil
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from .profiles import Profile, custom_fields, default_profiles, overrides
 from .refusal import GPURefusal
 
 PROVISIONER = "nbgpu-provisioner"
+_HOLD_BACK = ["/bin/sh", "-c", 'read -r go && exec "$@" </dev/null', "nbgpu"]
+"""Runs what follows once a line has come; ends when whoever would send it has died."""
 
 
 class LocalGPUMixin(GPUSliceMixin):
@@ -50,6 +54,7 @@ class LocalGPUMixin(GPUSliceMixin):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._gpu_launch: Launch | None = None
+        self._gpu_command = ""
 
     async def apply_gpu_profile(self, profile: Profile | None, options: dict[str, Any]) -> None:
         """Set the traits that the checked `options` stand for."""
@@ -73,9 +78,11 @@ class LocalGPUMixin(GPUSliceMixin):
         try:
             if self._gpu_launch is None:  # it had to wait
                 self._gpu_launch = await self.pool.prepare(grant.request.request_id, self.gpu_uid())
-            where = await maybe_future(super().start())
-            self._save_address(where)
-            await self.bind_slice(self.gpu_server_pid())
+            with self._held_back() as let_go:
+                where = await maybe_future(super().start())
+                self._save_address(where)
+                await self.bind_slice(self.gpu_server_pid())
+                let_go()
         except BaseException as error:
             # once the server lives, the hub stops it first: `run_post_stop_hook` releases then
             if self.gpu_server_pid() is None:
@@ -90,6 +97,27 @@ class LocalGPUMixin(GPUSliceMixin):
         answer = await self.pool.launch(request, self.gpu_uid())
         self._gpu_launch = answer.launch
         return answer.grant
+
+    @contextmanager
+    def _held_back(self) -> Iterator[Callable[[], None]]:
+        """Hold the server's process back until the returned function is called: then it is known to the hub and in its slice.
+
+        A hub that dies before that takes the process along, which nobody would know of; a server never runs outside of its slice.
+        """
+        if not isinstance(self, LocalProcessSpawner):
+            yield lambda: None
+            return
+        command, kwargs = self.cmd, self.popen_kwargs
+        read_end, write_end = os.pipe()
+        try:
+            self._gpu_command = command[0] if command else ""
+            self.cmd = [*_HOLD_BACK, *command]
+            self.popen_kwargs = {**kwargs, "stdin": read_end}
+            yield lambda: _write(write_end)
+        finally:
+            self.cmd, self.popen_kwargs, self._gpu_command = command, kwargs, ""
+            os.close(read_end)
+            os.close(write_end)
 
     def _save_address(self, where: Any) -> None:
         """Let a hub that is killed from here on find the server again."""
@@ -115,7 +143,7 @@ class LocalGPUMixin(GPUSliceMixin):
         if self._gpu_launch is None:
             return env
         env = environment(env, self._gpu_launch)
-        if server_has_provisioner(self.cmd[0] if self.cmd else "", env.get("PATH")):
+        if server_has_provisioner(self._gpu_command or (self.cmd[0] if self.cmd else ""), env.get("PATH")):
             env.setdefault("JUPYTER_DEFAULT_PROVISIONER_NAME", PROVISIONER)
         return env
 
@@ -134,6 +162,11 @@ class SimpleLocalGPUSpawner(LocalGPUMixin, SimpleLocalProcessSpawner):
     def gpu_uid(self) -> int | None:
         """Return None: every server runs as the hub's account, which is the agent's."""
         return None
+
+
+def _write(end: int) -> None:
+    with suppress(BrokenPipeError):  # it has died: the hub will see
+        os.write(end, b"go\n")
 
 
 @cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -34,6 +34,7 @@ else:
 START_MARGIN_SECONDS = 30
 """What the server's own start needs of `start_timeout`, beside the wait for a GPU."""
 _PATIENCE_SECONDS = 10.0
+_RELEASE_SECONDS = 600.0
 _clients: WeakKeyDictionary[Any, dict[tuple[str, str, str, float], PoolClient]] = WeakKeyDictionary()
 _background: set[asyncio.Task[None]] = set()
 _clean: set[Owner] = set()
@@ -324,10 +325,8 @@ class GPUSliceMixin(_Spawner):
         """Ask the pool to take the grant back, even when the calling task is being cancelled."""
         if self._gpu_request_id is None:
             return
-        task = asyncio.ensure_future(self._release(self._gpu_request_id, self.gpu_owner()))
+        task = _in_background(self._release(self._gpu_request_id, self.gpu_owner()))
         self._gpu_request_id = None
-        _background.add(task)  # the loop holds tasks weakly
-        task.add_done_callback(_background.discard)
         await asyncio.shield(task)
 
     async def _release(self, request_id: str, owner: Owner) -> None:
@@ -335,8 +334,18 @@ class GPUSliceMixin(_Spawner):
             await asyncio.wait_for(self.pool.release(request_id), 5)
             _clean.add(owner)
         except (NbgpuError, asyncio.TimeoutError) as error:
-            # a reservation ends by its TTL, a running slice with its last process: the pool finds out by itself
-            self.log.warning("%s: could not release request %s: %s", self._log_name, request_id, error)
+            self.log.warning("%s: could not release request %s yet: %s", self._log_name, request_id, error)
+            _in_background(self._release_later(request_id))
+
+    async def _release_later(self, request_id: str) -> None:
+        """Ask again until the pool answers. In the end a reservation ends by its TTL, a slice with its processes."""
+        deadline = time.monotonic() + _RELEASE_SECONDS
+        while time.monotonic() < deadline:
+            await asyncio.sleep(1)
+            with suppress(NbgpuError, asyncio.TimeoutError):
+                await asyncio.wait_for(self.pool.release(request_id), 5)
+                self.log.info("%s: released request %s", self._log_name, request_id)
+                return
 
     async def run_post_stop_hook(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Run the admin's hook, then release: the hub calls this after every end of a start or a server, unlike `stop`."""
@@ -401,3 +410,11 @@ class GPUSliceMixin(_Spawner):
             yield event
         async for event in super().progress():
             yield event
+
+
+def _in_background(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """Start `work`, which goes on even when whoever waits for it is cancelled."""
+    task = asyncio.ensure_future(work)
+    _background.add(task)  # the loop holds tasks weakly
+    task.add_done_callback(_background.discard)
+    return task
