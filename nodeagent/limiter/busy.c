@@ -98,24 +98,36 @@ void nbgpu_busy_forget_graph(CUgraphExec exec) {
     }
 }
 
-/* A fence is done: what did its launches take? Exact between two fences with work in between all the time; else at most that. */
+/* How fast the estimate follows one more observation. With work in between all the time it is exact; else there may have been a pause,
+ * and it is at most that: a lower one is news, a higher one hardly. */
+static double gain(const Busy *b, bool exact, double each) {
+    if (!b->learnt)
+        return 1;
+    if (exact)
+        return b->learnt < 4 ? 1.0 / (b->learnt + 1) : 1.0 / 8;
+    return each < b->mean_ns ? 1.0 / 4 : 1.0 / 64;
+}
+
+/* A fence is done: what did its launches take? */
 static void learn(Busy *b, const Fence *fence) {
     float ms = 0;
     CUevent from = b->last ? b->last : b->have_start ? b->start : NULL;
-    if (!from || !fence->launches || !HAVE(cuEventElapsedTime))
+    if (!fence->launches)
         return;
-    if (REAL(cuEventElapsedTime)(&ms, from, fence->event) != CUDA_SUCCESS || !(ms > 0))
-        return;
-    const double each = (double)ms * 1e6 / fence->launches;
-    if (fence->exec && fence->launches == 1) {
-        learn_graph(b, fence->exec, each);
+    if (!from || !HAVE(cuEventElapsedTime) || REAL(cuEventElapsedTime)(&ms, from, fence->event) != CUDA_SUCCESS || !(ms > 0)) {
+        b->done_ns += fence->work_ns;
         return;
     }
-    const bool queued = b->front_ns >= fence->at_ns || !b->last; /* submitted before the one ahead of it was done */
-    if (!queued && each > b->mean_ns && b->learnt >= LEARNT_AFTER)
+    const double passed = (double)ms * 1e6, each = passed / fence->launches;
+    if (fence->exec && fence->launches == 1) {
+        learn_graph(b, fence->exec, each);
+        b->done_ns += passed;
         return;
-    b->mean_ns += (each - b->mean_ns) / (b->learnt < 4 ? b->learnt + 1 : 8);
+    }
+    b->mean_ns += (each - b->mean_ns) * gain(b, fence->queued, each);
     b->learnt++;
+    const double most = fence->launches * b->mean_ns;
+    b->done_ns += fence->queued || passed < most ? passed : most;
 }
 
 /* ---- fences ---- */
@@ -146,9 +158,9 @@ static bool add_fence(Busy *b, Stream *s, CUgraphExec exec, uint64_t now) {
     }
     if (!b->fences)
         b->front_ns = now;
-    b->fence[b->fences++] = (Fence){event, s->stream, s->launches == 1 ? exec : NULL, s->work_ns, s->launches, now};
+    const bool queued = b->fences && !nbgpu_any_capture() && REAL(cuEventQuery)(b->fence[b->fences - 1].event) == CUDA_ERROR_NOT_READY;
+    b->fence[b->fences++] = (Fence){event, s->stream, s->launches == 1 ? exec : NULL, s->work_ns, s->launches, now, queued};
     s->work_ns = 0, s->launches = 0, s->fenced_at = now;
-    b->tail_ns = 0;
     return true;
 }
 
@@ -170,7 +182,7 @@ double nbgpu_outstanding_ns(const Busy *b, uint64_t now, uint32_t *launches) {
 static bool reachable(const Stream *s) { return !nbgpu_any_capture() && !s->ptsz && s->stream != CU_STREAM_PER_THREAD; }
 
 static void settled(Busy *b, Stream *s) {
-    b->tail_ns += s->work_ns;
+    b->done_ns += s->work_ns;
     s->work_ns = 0, s->launches = 0;
 }
 
@@ -224,17 +236,10 @@ static bool drained(const Busy *b) {
     return true;
 }
 
-/* GPU time of the interval that ends: between its start event and its last fence where both exist, else as the clock saw it. */
+/* GPU time of the interval that ends. */
 static uint64_t interval_ns(const Busy *b) {
     const uint64_t seen = b->drained_ns > b->began_ns ? b->drained_ns - b->began_ns : 0;
-    float ms;
-    if (b->have_start && b->last && HAVE(cuEventElapsedTime) && REAL(cuEventElapsedTime)(&ms, b->start, b->last) == CUDA_SUCCESS &&
-        ms > 0) {
-        const uint64_t measured = (uint64_t)((double)ms * 1e6 + b->tail_ns);
-        if (measured < seen)
-            return measured;
-    }
-    return seen;
+    return b->done_ns > 0 && b->done_ns < (double)seen ? (uint64_t)b->done_ns : seen;
 }
 
 static void end_interval(int d, Busy *b) {
@@ -247,7 +252,7 @@ static void end_interval(int d, Busy *b) {
     event_put(b, b->last);
     b->last = NULL;
     b->have_start = false;
-    b->tail_ns = 0;
+    b->done_ns = 0;
     nbgpu_publish(d);
     if (nbgpu_contended(d))
         nbgpu_ring();

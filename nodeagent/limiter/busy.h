@@ -16,6 +16,7 @@ typedef struct {
     double work_ns;
     uint32_t launches;
     uint64_t at_ns;
+    bool queued; /* the one before it was not done when this one was recorded: the time between the two is its work alone */
 } Fence;
 
 typedef struct {
@@ -40,7 +41,7 @@ typedef struct {
     CUevent start, last, spare[FENCES];
     int spares;
     bool have_start;
-    double tail_ns; /* estimated work after the last fence, known to be done */
+    double done_ns; /* of this interval: work that is done, measured where it can be */
     double mean_ns;
     uint32_t learnt;
     struct {
