@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes as c
+import fcntl
 import mmap
 import os
+import platform
+import struct
 import time
 from pathlib import Path
 
 from nbgpu_agent import layout
 
 MIB = 1 << 20
+_FUTEX = {"x86_64": 202, "aarch64": 98}[platform.machine()]
+_F_OFD_SETLK = 37
+_LIBC = c.CDLL(None, use_errno=True)
 NULL_UUID = "GPU-00000000-0000-0000-0000-000000000001"
 
 
@@ -83,3 +89,60 @@ class SliceFiles:
         for mapped in self._maps:
             with contextlib.suppress(BufferError):  # a slot is still referred to; the mapping goes with it
                 mapped.close()
+
+
+class PlayedSlice(SliceFiles):
+    """A slice with a process in it that the test plays without the limiter, by the words that one would write."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, mem_limit=1 << 30)
+        self.use_path = directory / "use"
+        self.ctl_fd, self.use_fd, self._lock_fd = (os.open(directory / name, os.O_RDWR) for name in ("ctl", "use", "use"))
+
+    def close(self) -> None:
+        """Unmap and close."""
+        super().close()
+        for fd in (self.ctl_fd, self.use_fd, self._lock_fd):
+            os.close(fd)
+
+    def take_slot(self, slot: int = 0, device: int = 0) -> None:
+        """Own a slot as a live process does, lock included: one of the open file, for a process does not see its own POSIX locks."""
+        lock_at = layout.Use.slot.offset + slot * c.sizeof(layout.UseSlot)
+        lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, lock_at, 1, 0)
+        fcntl.fcntl(self._lock_fd, _F_OFD_SETLK, lock)
+        row = self.use.slot[slot]
+        row.owner = os.getpid() << 32 | 1
+        row.device = device
+        row.ready = 1
+        self.use.high_water = max(self.use.high_water, slot + 1)
+
+    def ring(self) -> None:
+        """Raise the bell and wake who waits for it."""
+        self.use.bell = (self.use.bell + 1) & 0xFFFFFFFF
+        _LIBC.syscall(_FUTEX, c.byref(self.use, layout.Use.bell.offset), 1, 2**31 - 1, None, None, 0)
+
+    def say(self, slot: int = 0, *, want: int | None = None, busy: bool | None = None, near: int | None = None) -> None:
+        """Change words of a slot, then ring."""
+        row = self.use.slot[slot]
+        if want is not None:
+            row.want = want
+        if busy is not None:
+            row.busy_since = time.monotonic_ns() if busy else 0
+        if near is not None:
+            row.near = near
+        self.ring()
+
+    def gate(self, device: int = 0) -> int:
+        """Return the gate word."""
+        return self.ctl.device[device].gate
+
+
+def wait_until(condition: object, seconds: float = 5.0) -> bool:
+    """Wait for a condition; return whether it came true in time."""
+    assert callable(condition)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.001)
+    return bool(condition())

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from slice_files import SliceFiles, wait_until
+from limiter_slice import PlayedSlice, wait_until
 
 from nbgpu_agent import layout, native
 
@@ -26,11 +26,11 @@ def library() -> native.Native:
 
 
 @pytest.fixture
-def make_slice(tmp_path: Path) -> Iterator[Callable[[], SliceFiles]]:
-    made: list[SliceFiles] = []
+def make_slice(tmp_path: Path) -> Iterator[Callable[[], PlayedSlice]]:
+    made: list[PlayedSlice] = []
 
-    def make() -> SliceFiles:
-        made.append(SliceFiles(tmp_path / str(len(made))))
+    def make() -> PlayedSlice:
+        made.append(PlayedSlice(tmp_path / str(len(made))))
         return made[-1]
 
     yield make
@@ -44,10 +44,10 @@ def scheduler(library: native.Native) -> Iterator[native.Scheduler]:
         yield running
 
 
-MakeSlice = Callable[[], SliceFiles]
+MakeSlice = Callable[[], PlayedSlice]
 
 
-def add(scheduler: native.Scheduler, files: SliceFiles, milli: int = 500, mode: int = layout.MODE_BURST, device: int = 0) -> int:
+def add(scheduler: native.Scheduler, files: PlayedSlice, milli: int = 500, mode: int = layout.MODE_BURST, device: int = 0) -> int:
     return scheduler.add(files.ctl_fd, files.use_fd, device, 0, milli, mode)
 
 
@@ -108,7 +108,7 @@ def test_who_never_says_idle_delays_the_next_one_by_two_periods(scheduler: nativ
     assert scheduler.stats(first).overruns == 1
 
 
-def owner_of_slot(files: SliceFiles) -> subprocess.Popen[str]:
+def owner_of_slot(files: PlayedSlice) -> subprocess.Popen[str]:
     """Start a process that holds the lock of the slice's first slot and is its owner."""
     code = f"""
 import fcntl, os, time
