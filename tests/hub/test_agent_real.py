@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -78,6 +79,32 @@ def test_what_a_program_holds_is_shown_and_what_it_is_refused_is_told(agent: Age
         program.close()
     until(lambda: not agent.slices(), 0.5, "the end of the slice")
     until(lambda: not list(Path("/sys/fs/cgroup").glob(f"*/nbgpu-{wanted.slice_id}")), 3, "the end of the cgroup", every=0.1)
+
+
+def test_a_kernel_killed_while_it_allocates_leaves_its_memory_to_its_neighbour(agent: AgentProcess) -> None:
+    """The neighbour does nothing meanwhile, so that only the agent can notice: the limiter of the dead one is dead, too."""
+    wanted = agent.slice(250)
+    launch = agent.put(wanted)
+    neighbour = Program(launch)
+    try:
+        agent.adopt(wanted.slice_id, neighbour.pid)
+        alone = usage(launch).devices[0].memory_used_bytes
+        victim = Program(launch)
+        assert victim.allocate(12 * GIB) == 0
+        assert neighbour.allocate(16 * GIB) == 2, "the control: while it lives there is no room"
+        assert victim.process.stdin is not None
+        for _ in range(500):  # it dies in the middle of these
+            victim.process.stdin.write(f"alloc {MIB}\n")
+        victim.process.stdin.flush()
+        os.kill(victim.pid, signal.SIGKILL)
+        killed = time.monotonic()
+        victim.process.communicate(timeout=10)
+        until(lambda: usage(launch).devices[0].memory_used_bytes == alone, 1.0, "the dead kernel's memory is free")
+        print(f"free after {time.monotonic() - killed:.2f} s (simulated)")
+        assert neighbour.allocate(16 * GIB) == 0
+    finally:
+        neighbour.close()
+    until(lambda: not agent.slices(), 1, "the end of the slice")
 
 
 @pytest.mark.parametrize("limited", [False, True])

@@ -90,6 +90,34 @@ def test_a_quota_refuses_in_its_own_words_by_both(stack: tuple[Hub, Pool, Path])
     assert pool.grants() == {}
 
 
+@pytest.mark.parametrize("how", ["cancel", "leave", "close the page"])
+def test_a_wait_that_is_given_up_leaves_nothing(stack: tuple[Hub, Pool, Path], how: str) -> None:
+    hub, pool, _ = stack
+    assert hub.spawn("ada", {"profile": "whole"}).status_code == 201
+    browser = hub.login("grace")
+    browser.submit({"profile": "half"})
+    reader = browser.progress()
+    until(lambda: "in line" in next(reader)["message"], 20, "grace sees that she waits")
+    assert pool.grants()["grace"][1] == "queued"
+    if how == "cancel":
+        assert hub.api("DELETE", "users/grace/server").status_code in (202, 204)
+    elif how == "leave":
+        token = browser.token(browser.http.get("home").text)
+        browser.http.post("nbgpu/leave", data={"_xsrf": token})
+    else:
+        reader.close()
+        browser.http.close()
+        hub.stop("ada")  # the hub waits on: she gets her server, and it is hers to stop
+        hub.ready("grace")
+        assert pool.grants()["grace"][1] == "bound"
+        hub.stop("grace")
+    hub.gone("grace")
+    until(lambda: "grace" not in pool.grants(), 5, "nothing is held or waited for")
+    if hub.server("ada"):
+        hub.stop("ada")
+    until(lambda: pool.grants() == {}, 5, "all is free")
+
+
 def test_everything_killed_and_the_same_grants_are_there(stack: tuple[Hub, Pool, Path]) -> None:
     hub, pool, run = stack
     for user in ("ada", "grace"):

@@ -141,13 +141,13 @@ def run_storm(storm: Storm, spawns: int) -> Run:
     return run
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_storm_of_kills_leaks_nothing_and_gives_nothing_twice(make_hub: Callable[..., Hub], place: Path) -> None:
     run_storm(make_storm(make_hub, place), 20)
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 def test_the_whole_storm(make_hub: Callable[..., Hub], place: Path) -> None:
     run = run_storm(make_storm(make_hub, place), 200)
     inside = sum(count for what, count in run.landed.items() if not what.endswith("after"))

@@ -54,7 +54,8 @@ def connect(path):
 def put(path, body):
     with socket.socket(socket.AF_UNIX) as s:
         s.connect(path)
-        s.sendall(b"PUT /v1/kernels/k HTTP/1.1\\r\\nHost: a\\r\\nConnection: close\\r\\nContent-Length: %d\\r\\n\\r\\n%s" % (len(body), body))
+        head = b"PUT /v1/kernels/k HTTP/1.1\\r\\nHost: a\\r\\nConnection: close\\r\\nContent-Length: %d\\r\\n\\r\\n" % len(body)
+        s.sendall(head + body)
         return int(s.recv(65536).split()[1])
 print(json.dumps({
     "uid": os.getuid(),

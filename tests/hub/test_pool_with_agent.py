@@ -114,22 +114,28 @@ def overbooked(agent: AgentProcess) -> bool:
     )
 
 
-def test_a_stopped_server_is_free_at_once(pool: PoolProcess, agent: AgentProcess) -> None:
+def stopped(pool: PoolProcess, look: bool) -> float:
+    """Start and stop a server of a whole device; return how many seconds after its last process its slice was free."""
     asked = Request(request_id=uuid4().hex, owner=Owner(hub="h", user="ada"), compute_milli=1000)
     assert pool.client.acquire(asked).state == GrantState.reserved
     launch = pool.client.prepare(asked.request_id, None)
     process = subprocess.Popen(["sleep", "600"], env={**os.environ, **{key: value for key, value in launch.env.items() if value}})
     assert pool.client.bind(asked.request_id, process.pid).state == GrantState.bound
     pool.client.cancel(asked.request_id)
-    time.sleep(0.7)
-    assert pool.client.grant(asked.request_id).state == GrantState.releasing, "a living server keeps what it has"
+    if look:
+        time.sleep(0.7)
+        assert pool.client.grant(asked.request_id).state == GrantState.releasing, "a living server keeps what it has"
     process.kill()
     process.wait()
     begun = time.monotonic()
     until(lambda: pool.client.grant(asked.request_id).state == GrantState.gone, 5)
-    took = time.monotonic() - begun
-    print(f"free after {took:.2f} s")
-    assert took < 1.0
+    return time.monotonic() - begun
+
+
+def test_a_stopped_server_is_free_at_once(pool: PoolProcess, agent: AgentProcess) -> None:
+    took = sorted(stopped(pool, look=number == 0) for number in range(5))
+    print("free after " + ", ".join(f"{seconds:.3f}" for seconds in took) + " s (simulated)")
+    assert took[2] <= 0.5
 
 
 def test_whoever_is_killed_the_books_are_those_of_the_living(pool: PoolProcess, agent: AgentProcess) -> None:
