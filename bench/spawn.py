@@ -5,6 +5,7 @@
 * Two real JupyterHubs side by side, alike but for the spawner: SimpleLocalProcessSpawner and SimpleLocalGPUSpawner with pool, agent,
   limiter and simulated driver. The servers are light (`spawn_server.py`): real ones would drown the difference.
 * `added_p50_ms`: single starts of both in turn, each from the POST until the hub has had the server's answer; difference of the medians.
+  `added_pairs_p50_ms` is the median of the differences of neighbours in time; `cpu_ms_each` what the parts took of the processor.
   The hub looks for a new server with a random back-off of up to 0.4 s; here both look every 5 ms, so that chance does not decide.
 * The burst: every user starts 1/8 of a GPU at the same moment; each server then takes memory to its limit and must be refused one block
   beyond. `failed` counts the users for whom any of that went wrong.
@@ -14,6 +15,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -37,6 +39,9 @@ from hub_process import Hub, proxy_command, until  # noqa: E402
 
 BARS = {"failed": 0, "added_p50_ms": 30.0, "lab_import_ms": 50.0}
 SHARE = "1/8"
+WARM_UP = 3
+PARTS = {"jupyterhub": "hub", "nbgpu_pool": "pool", "nbgpu_agent": "agent"}
+"""Word of a command line -> whose CPU time it is."""
 COMMON = """
 import functools
 import jupyterhub.utils
@@ -149,13 +154,31 @@ def interleaved(stock: Hub, gpu: Hub, count: int) -> tuple[list[float], list[flo
     """Start and stop one server of each hub in turn; return the seconds of each start."""
     times: tuple[list[float], list[float]] = ([], [])
     turns = ((stock, {}, times[0]), (gpu, {"gpu_fraction": SHARE}, times[1]))
-    for index in range(-3, count):
+    for index in range(-WARM_UP, count):
         for hub, options, seconds in turns if index % 2 else turns[::-1]:
             taken = spawn_seconds(hub, "u00", options)
             if index >= 0:  # the first ones warm up
                 seconds.append(taken)
             hub.stop("u00")
     return times
+
+
+def cpu_seconds(hub: Hub) -> dict[str, float]:
+    """Return the CPU time of a hub, and of the pool and the agent that it started, seconds so far."""
+    found: dict[str, float] = {}
+    for pid in hub.left():
+        with contextlib.suppress(OSError):
+            command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            name = next((part for word, part in PARTS.items() if word in command), None)
+            if name is not None:
+                tasks = Path(f"/proc/{pid}/task").iterdir()
+                found[name] = found.get(name, 0) + sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+    return found
+
+
+def cpu_ms_each(before: dict[str, float], after: dict[str, float], count: int) -> dict[str, float]:
+    """Return the CPU time of each part per start and stop, ms."""
+    return {name: round((seconds - before.get(name, 0)) * 1000 / count, 1) for name, seconds in after.items()}
 
 
 def lab_import_ms(runs: int) -> float | None:
@@ -179,7 +202,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     try:
         for hub in (stock, gpu):
             hub.add(*users)
+        before = [cpu_seconds(hub) for hub in (stock, gpu)]
         stock_times, gpu_times = interleaved(stock, gpu, options.spawns)
+        cpu = [cpu_ms_each(begun, cpu_seconds(hub), len(gpu_times) + WARM_UP) for begun, hub in zip(before, (stock, gpu), strict=True)]
         stock_burst, stock_failed = burst(stock, users, stock_start)
         stop_all(stock, users)
         gpu_burst, failed = burst(gpu, users, one_of_many)
@@ -200,6 +225,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "lab_import_ms": lab_import_ms(3 if options.quick else 9),
         "stock_p50_ms": round(stock_p50, 1),
         "nbgpu_p50_ms": round(gpu_p50, 1),
+        "added_pairs_p50_ms": round(statistics.median(b - a for a, b in zip(stock_times, gpu_times, strict=True)) * 1000, 1),
+        "cpu_ms_each": {"stock": cpu[0], "nbgpu": cpu[1]},
         "spawns_each": options.spawns,
         "burst_users": options.users,
         "burst_devices": options.devices,
@@ -218,6 +245,11 @@ def table(found: dict[str, Any]) -> str:
         ("", "stock", "nbgpu (simulated)", "at most"),
         (f"one start, p50 of {found['spawns_each']}", f"{found['stock_p50_ms']} ms", f"{found['nbgpu_p50_ms']} ms", ""),
         ("added by a slice", "", f"{found['added_p50_ms']} ms", f"{BARS['added_p50_ms']} ms"),
+        ("the same, median of the pairs", "", f"{found['added_pairs_p50_ms']} ms", ""),
+        *(
+            (f"CPU of the {part}, start and stop", f"{found['cpu_ms_each']['stock'].get(part, '-')} ms", f"{milliseconds} ms", "")
+            for part, milliseconds in found["cpu_ms_each"]["nbgpu"].items()
+        ),
         (f"{found['burst_users']} at once, p50", f"{found['stock_burst_p50_s']} s", f"{found['burst_p50_s']} s", ""),
         (f"{found['burst_users']} at once, last", f"{found['stock_burst_max_s']} s", f"{found['burst_max_s']} s", ""),
         ("of them failed", str(found["stock_failed"]), str(found["failed"]), "0"),
