@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -198,3 +199,29 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 
 __all__ = ["GIB", "AgentProcess", "Tenant", "missing_libraries", "sleeper", "slice_client", "until", "usage"]
+
+
+@contextlib.contextmanager
+def own_agent() -> Iterator[AgentProcess]:
+    """An agent in a directory of its own that every user may enter."""
+    with tempfile.TemporaryDirectory(prefix="nbgpu-test-", dir="/tmp") as name:
+        Path(name).chmod(0o755)
+        process = AgentProcess(Path(name))
+        try:
+            yield process.start()
+        finally:
+            process.close()
+
+
+@contextlib.contextmanager
+def tenants() -> Iterator[Callable[..., Tenant]]:
+    """Make tenants that are ended afterwards."""
+    made: list[Tenant] = []
+
+    def make(launch: Launch, kernel_id: str = "", uid: int | None = None) -> Tenant:
+        made.append(Tenant(launch, kernel_id, uid))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()

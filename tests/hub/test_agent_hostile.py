@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from agent_harness import AgentProcess, Tenant, missing_libraries, slice_client, until, usage
+from agent_harness import AgentProcess, Tenant, missing_libraries, own_agent, slice_client, tenants, until, usage
 
 from nbgpu.errors import NbgpuError, Unavailable
 from nbgpu.models import Launch
@@ -29,16 +29,9 @@ SLOT = layout.Use.slot.offset
 
 
 @pytest.fixture(scope="module")
-def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentProcess]:
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="nbgpu-test-", dir="/tmp") as name:
-        Path(name).chmod(0o755)
-        process = AgentProcess(Path(name))
-        try:
-            yield process.start()
-        finally:
-            process.close()
+def agent() -> Iterator[AgentProcess]:
+    with own_agent() as process:
+        yield process
 
 
 @pytest.fixture
@@ -51,15 +44,8 @@ def launch(agent: AgentProcess) -> Iterator[Launch]:
 
 @pytest.fixture
 def tenant(launch: Launch) -> Iterator[Callable[..., Tenant]]:
-    made: list[Tenant] = []
-
-    def make(own: Launch, kernel_id: str = "", uid: int | None = None) -> Tenant:
-        made.append(Tenant(own, kernel_id, uid))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
+    with tenants() as make:
+        yield make
 
 
 def _attacks(dice: random.Random) -> dict[str, list[tuple[object, ...]]]:

@@ -7,17 +7,15 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from agent_harness import AgentProcess, Tenant, missing_libraries, sleeper, slice_client, until, usage
+from agent_harness import AgentProcess, Tenant, missing_libraries, own_agent, sleeper, slice_client, tenants, until, usage
 
 from nbgpu.errors import NbgpuError
-from nbgpu.models import Launch
 from nbgpu.quantities import GIB, MIB
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.skipif(missing_libraries() is not None, reason=str(missing_libraries()))]
@@ -25,12 +23,8 @@ pytestmark = [pytest.mark.timeout(120), pytest.mark.skipif(missing_libraries() i
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[AgentProcess]:
-    with tempfile.TemporaryDirectory(prefix="nbgpu-test-", dir="/tmp") as name:
-        process = AgentProcess(Path(name))
-        try:
-            yield process.start()
-        finally:
-            process.close()
+    with own_agent() as process:
+        yield process
 
 
 @pytest.fixture
@@ -44,15 +38,8 @@ def agent(shared: AgentProcess) -> Iterator[AgentProcess]:
 
 @pytest.fixture
 def tenant() -> Iterator[Callable[..., Tenant]]:
-    made: list[Tenant] = []
-
-    def make(launch: Launch, kernel_id: str = "", uid: int | None = None) -> Tenant:
-        made.append(Tenant(launch, kernel_id, uid))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
+    with tenants() as make:
+        yield make
 
 
 # ---- a slice's life

@@ -6,13 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from agent_harness import ROOT, AgentProcess, missing_libraries, until, usage
+from agent_harness import ROOT, AgentProcess, missing_libraries, own_agent, until, usage
 
 from nbgpu.models import Launch
 from nbgpu.quantities import GIB, MIB
@@ -22,12 +21,8 @@ pytestmark = [pytest.mark.timeout(120), pytest.mark.skipif(missing_libraries() i
 
 @pytest.fixture(scope="module")
 def agent() -> Iterator[AgentProcess]:
-    with tempfile.TemporaryDirectory(prefix="nbgpu-test-", dir="/tmp") as name:
-        process = AgentProcess(Path(name))
-        try:
-            yield process.start()
-        finally:
-            process.close()
+    with own_agent() as process:
+        yield process
 
 
 class Program:
