@@ -148,29 +148,32 @@ CALL(CUDA, CUresult, cuMipmappedArrayGetMemoryRequirements,
 /* NVML */
 HOOK(NVML, int, nvmlDeviceGetCount, (unsigned *count), 0, 0, 0)
 HOOK(NVML, int, nvmlDeviceGetCount_v2, (unsigned *count), 0, 0, 0)
-HOOK(NVML, int, nvmlDeviceGetHandleByIndex, (unsigned index, NvmlDevice *device), 0, 0, 0)
-HOOK(NVML, int, nvmlDeviceGetHandleByIndex_v2, (unsigned index, NvmlDevice *device), 0, 0, 0)
-HOOK(NVML, int, nvmlDeviceGetHandleByUUID, (const char *uuid, NvmlDevice *device), 0, 0, 0)
-HOOK(NVML, int, nvmlDeviceGetHandleByUUIDV, (const void *uuid, NvmlDevice *device), 0, 0, 0)
-HOOK(NVML, int, nvmlDeviceGetHandleBySerial, (const char *serial, NvmlDevice *device), 0, 0, 0)
-HOOK(NVML, int, nvmlDeviceGetHandleByPciBusId, (const char *bus_id, NvmlDevice *device), 0, 0, 0)
-HOOK(NVML, int, nvmlDeviceGetHandleByPciBusId_v2, (const char *bus_id, NvmlDevice *device), 0, 0, 0)
-HOOK(NVML, int, nvmlDeviceGetIndex, (NvmlDevice device, unsigned *index), 0, 0, 0)
-HOOK(NVML, int, nvmlDeviceGetMemoryInfo, (NvmlDevice device, NvmlMemory *memory), 0, 0, 0)
-HOOK(NVML, int, nvmlDeviceGetMemoryInfo_v2, (NvmlDevice device, NvmlMemoryV2 *memory), 0, 0, 0)
+HOOK(NVML, int, nvmlDeviceGetHandleByIndex, (unsigned index, nvmlDevice_t *device), 0, 0, 0)
+HOOK(NVML, int, nvmlDeviceGetHandleByIndex_v2, (unsigned index, nvmlDevice_t *device), 0, 0, 0)
+HOOK(NVML, int, nvmlDeviceGetHandleByUUID, (const char *uuid, nvmlDevice_t *device), 0, 0, 0)
+HOOK(NVML, int, nvmlDeviceGetHandleByUUIDV, (const void *uuid, nvmlDevice_t *device), 0, 0, 0)
+HOOK(NVML, int, nvmlDeviceGetHandleBySerial, (const char *serial, nvmlDevice_t *device), 0, 0, 0)
+HOOK(NVML, int, nvmlDeviceGetHandleByPciBusId, (const char *bus_id, nvmlDevice_t *device), 0, 0, 0)
+HOOK(NVML, int, nvmlDeviceGetHandleByPciBusId_v2, (const char *bus_id, nvmlDevice_t *device), 0, 0, 0)
+HOOK(NVML, int, nvmlDeviceGetIndex, (nvmlDevice_t device, unsigned *index), 0, 0, 0)
+HOOK(NVML, int, nvmlDeviceGetMemoryInfo, (nvmlDevice_t device, nvmlMemory_t *memory), 0, 0, 0)
+HOOK(NVML, int, nvmlDeviceGetMemoryInfo_v2, (nvmlDevice_t device, nvmlMemory_v2_t *memory), 0, 0, 0)
 #define PROCESS_LISTS(kind)                                                                                                                \
-    HOOK(NVML, int, nvmlDeviceGet##kind##RunningProcesses, (NvmlDevice device, unsigned *count, NvmlProcessV1 *processes), 0, 0, 0)        \
-    HOOK(NVML, int, nvmlDeviceGet##kind##RunningProcesses_v2, (NvmlDevice device, unsigned *count, NvmlProcess *processes), 0, 0, 0)       \
-    HOOK(NVML, int, nvmlDeviceGet##kind##RunningProcesses_v3, (NvmlDevice device, unsigned *count, NvmlProcess *processes), 0, 0, 0)
+    HOOK(NVML, int, nvmlDeviceGet##kind##RunningProcesses, (nvmlDevice_t device, unsigned *count, nvmlProcessInfo_v1_t *processes), 0, 0,  \
+         0)                                                                                                                                \
+    HOOK(NVML, int, nvmlDeviceGet##kind##RunningProcesses_v2, (nvmlDevice_t device, unsigned *count, nvmlProcessInfo_v2_t *processes), 0,  \
+         0, 0)                                                                                                                             \
+    HOOK(NVML, int, nvmlDeviceGet##kind##RunningProcesses_v3, (nvmlDevice_t device, unsigned *count, nvmlProcessInfo_v2_t *processes), 0,  \
+         0, 0)
 PROCESS_LISTS(Compute)
 PROCESS_LISTS(Graphics)
 PROCESS_LISTS(MPSCompute)
-HOOK(NVML, int, nvmlDeviceGetRunningProcessDetailList, (NvmlDevice device, NvmlProcessDetailList *list), 0, 0, 0)
-HOOK(NVML, int, nvmlDeviceGetUtilizationRates, (NvmlDevice device, NvmlUtilization *utilization), 0, 0, 0)
+HOOK(NVML, int, nvmlDeviceGetRunningProcessDetailList, (nvmlDevice_t device, nvmlProcessDetailList_v1_t *list), 0, 0, 0)
+HOOK(NVML, int, nvmlDeviceGetUtilizationRates, (nvmlDevice_t device, nvmlUtilization_t *utilization), 0, 0, 0)
 HOOK(NVML, int, nvmlDeviceGetProcessUtilization,
-     (NvmlDevice device, NvmlProcessUtilization *samples, unsigned *count, unsigned long long since), 0, 0, 0)
-HOOK(NVML, int, nvmlDeviceGetProcessesUtilizationInfo, (NvmlDevice device, NvmlProcessesUtilization *info), 0, 0, 0)
-CALL(NVML, int, nvmlDeviceGetUUID, (NvmlDevice device, char *uuid, unsigned length))
+     (nvmlDevice_t device, nvmlProcessUtilizationSample_t *samples, unsigned *count, unsigned long long since), 0, 0, 0)
+HOOK(NVML, int, nvmlDeviceGetProcessesUtilizationInfo, (nvmlDevice_t device, nvmlProcessesUtilizationInfo_v1_t *info), 0, 0, 0)
+CALL(NVML, int, nvmlDeviceGetUUID, (nvmlDevice_t device, char *uuid, unsigned length))
 
 #undef STREAM_PAIR
 #undef PROCESS_LISTS

@@ -3,7 +3,7 @@
 
 #include "limiter.h"
 
-static NvmlDevice handles[NBGPU_DEVICES];
+static nvmlDevice_t handles[NBGPU_DEVICES];
 
 #define ENTER_NVML(name, ...)                                                                                                              \
     do {                                                                                                                                   \
@@ -16,7 +16,7 @@ static NvmlDevice handles[NBGPU_DEVICES];
             return NVML_ERROR_UNKNOWN; /* better nothing than everybody's */                                                               \
     } while (0)
 
-static int handle_of(int device, NvmlDevice *handle) {
+static int handle_of(int device, nvmlDevice_t *handle) {
     char uuid[NBGPU_UUID_BYTES];
     memcpy(uuid, nbgpu_ctl->device[device].uuid, sizeof uuid);
     uuid[sizeof uuid - 1] = 0;
@@ -27,8 +27,8 @@ static int handle_of(int device, NvmlDevice *handle) {
 }
 
 /* The slice's device, -1: not one of them. */
-static int device_of(NvmlDevice handle) {
-    NvmlDevice found;
+static int device_of(nvmlDevice_t handle) {
+    nvmlDevice_t found;
     for (int d = 0; d < nbgpu_devices; d++)
         if (handles[d] == handle && handle)
             return d;
@@ -54,17 +54,17 @@ static int counted(unsigned *count) {
 int nvmlDeviceGetCount(unsigned *count) { COUNT(nvmlDeviceGetCount); }
 int nvmlDeviceGetCount_v2(unsigned *count) { COUNT(nvmlDeviceGetCount_v2); }
 
-static int by_index(unsigned index, NvmlDevice *device) {
+static int by_index(unsigned index, nvmlDevice_t *device) {
     if (!device || index >= (unsigned)nbgpu_devices)
         return NVML_ERROR_INVALID_ARGUMENT;
     return handle_of((int)index, device);
 }
 
-int nvmlDeviceGetHandleByIndex(unsigned index, NvmlDevice *device) {
+int nvmlDeviceGetHandleByIndex(unsigned index, nvmlDevice_t *device) {
     ENTER_NVML(nvmlDeviceGetHandleByIndex, index, device);
     return by_index(index, device);
 }
-int nvmlDeviceGetHandleByIndex_v2(unsigned index, NvmlDevice *device) {
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, nvmlDevice_t *device) {
     ENTER_NVML(nvmlDeviceGetHandleByIndex_v2, index, device);
     return by_index(index, device);
 }
@@ -74,13 +74,13 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned index, NvmlDevice *device) {
     const int result = REAL(name)(key, device);                                                                                            \
     return result == NVML_SUCCESS && device_of(*device) < 0 ? NVML_ERROR_NOT_FOUND : result
 
-int nvmlDeviceGetHandleByUUID(const char *uuid, NvmlDevice *device) { ONLY_OURS(nvmlDeviceGetHandleByUUID, uuid); }
-int nvmlDeviceGetHandleByUUIDV(const void *uuid, NvmlDevice *device) { ONLY_OURS(nvmlDeviceGetHandleByUUIDV, uuid); }
-int nvmlDeviceGetHandleBySerial(const char *serial, NvmlDevice *device) { ONLY_OURS(nvmlDeviceGetHandleBySerial, serial); }
-int nvmlDeviceGetHandleByPciBusId(const char *bus_id, NvmlDevice *device) { ONLY_OURS(nvmlDeviceGetHandleByPciBusId, bus_id); }
-int nvmlDeviceGetHandleByPciBusId_v2(const char *bus_id, NvmlDevice *device) { ONLY_OURS(nvmlDeviceGetHandleByPciBusId_v2, bus_id); }
+int nvmlDeviceGetHandleByUUID(const char *uuid, nvmlDevice_t *device) { ONLY_OURS(nvmlDeviceGetHandleByUUID, uuid); }
+int nvmlDeviceGetHandleByUUIDV(const void *uuid, nvmlDevice_t *device) { ONLY_OURS(nvmlDeviceGetHandleByUUIDV, uuid); }
+int nvmlDeviceGetHandleBySerial(const char *serial, nvmlDevice_t *device) { ONLY_OURS(nvmlDeviceGetHandleBySerial, serial); }
+int nvmlDeviceGetHandleByPciBusId(const char *bus_id, nvmlDevice_t *device) { ONLY_OURS(nvmlDeviceGetHandleByPciBusId, bus_id); }
+int nvmlDeviceGetHandleByPciBusId_v2(const char *bus_id, nvmlDevice_t *device) { ONLY_OURS(nvmlDeviceGetHandleByPciBusId_v2, bus_id); }
 
-int nvmlDeviceGetIndex(NvmlDevice device, unsigned *index) {
+int nvmlDeviceGetIndex(nvmlDevice_t device, unsigned *index) {
     ENTER_NVML(nvmlDeviceGetIndex, device, index);
     const int d = device_of(device);
     if (d < 0 || !index)
@@ -97,7 +97,7 @@ static uint64_t used_bytes(int device) {
     return limit > room ? limit - room : 0;
 }
 
-int nvmlDeviceGetMemoryInfo(NvmlDevice device, NvmlMemory *memory) {
+int nvmlDeviceGetMemoryInfo(nvmlDevice_t device, nvmlMemory_t *memory) {
     ENTER_NVML(nvmlDeviceGetMemoryInfo, device, memory);
     const int result = REAL(nvmlDeviceGetMemoryInfo)(device, memory), d = device_of(device);
     if (result != NVML_SUCCESS || d < 0)
@@ -108,7 +108,7 @@ int nvmlDeviceGetMemoryInfo(NvmlDevice device, NvmlMemory *memory) {
     return result;
 }
 
-int nvmlDeviceGetMemoryInfo_v2(NvmlDevice device, NvmlMemoryV2 *memory) {
+int nvmlDeviceGetMemoryInfo_v2(nvmlDevice_t device, nvmlMemory_v2_t *memory) {
     ENTER_NVML(nvmlDeviceGetMemoryInfo_v2, device, memory);
     const int result = REAL(nvmlDeviceGetMemoryInfo_v2)(device, memory), d = device_of(device);
     if (result != NVML_SUCCESS || d < 0)
@@ -122,7 +122,7 @@ int nvmlDeviceGetMemoryInfo_v2(NvmlDevice device, NvmlMemoryV2 *memory) {
 
 /* ---- processes: those of the slice, by the number that they have inside it ---- */
 
-static unsigned live_processes(int device, NvmlProcessDetail *out, unsigned room) {
+static unsigned live_processes(int device, nvmlProcessDetail_v1_t *out, unsigned room) {
     unsigned count = 0;
     nbgpu_reap();
     const uint32_t high = nbgpu_use->high_water < NBGPU_SLOTS ? nbgpu_use->high_water : NBGPU_SLOTS;
@@ -133,15 +133,15 @@ static unsigned live_processes(int device, NvmlProcessDetail *out, unsigned room
             continue;
         if (count < room)
             out[count] =
-                (NvmlProcessDetail){(unsigned)(owner >> 32), bytes + nbgpu_ctl->overhead[i], NVML_NO_INSTANCE, NVML_NO_INSTANCE, 0};
+                (nvmlProcessDetail_v1_t){(unsigned)(owner >> 32), bytes + nbgpu_ctl->overhead[i], NVML_NO_INSTANCE, NVML_NO_INSTANCE, 0};
         count++;
     }
     return count;
 }
 
 /* Copies what fits: `stride` bytes apart, the instances only where the version has them. */
-static int list_processes(NvmlDevice device, unsigned *count, void *out, size_t stride, bool compute) {
-    NvmlProcessDetail found[NBGPU_SLOTS];
+static int list_processes(nvmlDevice_t device, unsigned *count, void *out, size_t stride, bool compute) {
+    nvmlProcessDetail_v1_t found[NBGPU_SLOTS];
     const int d = device_of(device);
     if (!count || d < 0)
         return NVML_ERROR_INVALID_ARGUMENT;
@@ -158,24 +158,24 @@ static int list_processes(NvmlDevice device, unsigned *count, void *out, size_t 
     ENTER_NVML(name, device, count, processes);                                                                                            \
     return list_processes(device, count, processes, sizeof *processes, compute)
 #define PROCESS_LISTS(kind, compute)                                                                                                       \
-    int nvmlDeviceGet##kind##RunningProcesses(NvmlDevice device, unsigned *count, NvmlProcessV1 *processes) {                              \
+    int nvmlDeviceGet##kind##RunningProcesses(nvmlDevice_t device, unsigned *count, nvmlProcessInfo_v1_t *processes) {                     \
         PROCESSES(nvmlDeviceGet##kind##RunningProcesses, compute);                                                                         \
     }                                                                                                                                      \
-    int nvmlDeviceGet##kind##RunningProcesses_v2(NvmlDevice device, unsigned *count, NvmlProcess *processes) {                             \
+    int nvmlDeviceGet##kind##RunningProcesses_v2(nvmlDevice_t device, unsigned *count, nvmlProcessInfo_v2_t *processes) {                  \
         PROCESSES(nvmlDeviceGet##kind##RunningProcesses_v2, compute);                                                                      \
     }                                                                                                                                      \
-    int nvmlDeviceGet##kind##RunningProcesses_v3(NvmlDevice device, unsigned *count, NvmlProcess *processes) {                             \
+    int nvmlDeviceGet##kind##RunningProcesses_v3(nvmlDevice_t device, unsigned *count, nvmlProcessInfo_v2_t *processes) {                  \
         PROCESSES(nvmlDeviceGet##kind##RunningProcesses_v3, compute);                                                                      \
     }
 PROCESS_LISTS(Compute, true)
 PROCESS_LISTS(Graphics, false)
 PROCESS_LISTS(MPSCompute, false)
 
-int nvmlDeviceGetRunningProcessDetailList(NvmlDevice device, NvmlProcessDetailList *list) {
+int nvmlDeviceGetRunningProcessDetailList(nvmlDevice_t device, nvmlProcessDetailList_v1_t *list) {
     ENTER_NVML(nvmlDeviceGetRunningProcessDetailList, device, list);
     if (!list)
         return NVML_ERROR_INVALID_ARGUMENT;
-    return list_processes(device, &list->count, list->processes, sizeof *list->processes, list->mode == 0);
+    return list_processes(device, &list->numProcArrayEntries, list->procArray, sizeof *list->procArray, list->mode == 0);
 }
 
 /* ---- utilisation: of the slice's share, 100 % = all of it ---- */
@@ -186,7 +186,7 @@ static unsigned percent_of_share(int device) {
     return percent > 100 ? 100 : (unsigned)percent;
 }
 
-int nvmlDeviceGetUtilizationRates(NvmlDevice device, NvmlUtilization *utilization) {
+int nvmlDeviceGetUtilizationRates(nvmlDevice_t device, nvmlUtilization_t *utilization) {
     ENTER_NVML(nvmlDeviceGetUtilizationRates, device, utilization);
     const int result = REAL(nvmlDeviceGetUtilizationRates)(device, utilization), d = device_of(device);
     if (result != NVML_SUCCESS || d < 0)
@@ -210,7 +210,8 @@ static unsigned over_share(int device, unsigned percent) {
     return scaled > 100 ? 100 : (unsigned)scaled;
 }
 
-int nvmlDeviceGetProcessUtilization(NvmlDevice device, NvmlProcessUtilization *samples, unsigned *count, unsigned long long since) {
+int nvmlDeviceGetProcessUtilization(nvmlDevice_t device, nvmlProcessUtilizationSample_t *samples, unsigned *count,
+                                    unsigned long long since) {
     ENTER_NVML(nvmlDeviceGetProcessUtilization, device, samples, count, since);
     const int result = REAL(nvmlDeviceGetProcessUtilization)(device, samples, count, since), d = device_of(device);
     if (result != NVML_SUCCESS || d < 0 || !samples || !count)
@@ -220,24 +221,24 @@ int nvmlDeviceGetProcessUtilization(NvmlDevice device, NvmlProcessUtilization *s
         if (!ours(d, samples[i].pid))
             continue;
         samples[kept] = samples[i];
-        samples[kept++].sm = over_share(d, samples[i].sm);
+        samples[kept++].smUtil = over_share(d, samples[i].smUtil);
     }
     *count = kept;
     return kept ? NVML_SUCCESS : NVML_ERROR_NOT_FOUND;
 }
 
-int nvmlDeviceGetProcessesUtilizationInfo(NvmlDevice device, NvmlProcessesUtilization *info) {
+int nvmlDeviceGetProcessesUtilizationInfo(nvmlDevice_t device, nvmlProcessesUtilizationInfo_v1_t *info) {
     ENTER_NVML(nvmlDeviceGetProcessesUtilizationInfo, device, info);
     const int result = REAL(nvmlDeviceGetProcessesUtilizationInfo)(device, info), d = device_of(device);
-    if (result != NVML_SUCCESS || d < 0 || !info || !info->samples)
+    if (result != NVML_SUCCESS || d < 0 || !info || !info->procUtilArray)
         return result;
     unsigned kept = 0;
-    for (unsigned i = 0; i < info->count; i++) {
-        if (!ours(d, info->samples[i].pid))
+    for (unsigned i = 0; i < info->processSamplesCount; i++) {
+        if (!ours(d, info->procUtilArray[i].pid))
             continue;
-        info->samples[kept] = info->samples[i];
-        info->samples[kept++].sm = over_share(d, info->samples[i].sm);
+        info->procUtilArray[kept] = info->procUtilArray[i];
+        info->procUtilArray[kept++].smUtil = over_share(d, info->procUtilArray[i].smUtil);
     }
-    info->count = kept;
+    info->processSamplesCount = kept;
     return result;
 }

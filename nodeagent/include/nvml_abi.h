@@ -1,4 +1,5 @@
-/* The part of NVML's ABI that the simulated driver serves: types as NVML's callers lay them out (checked against nvidia-ml-py). */
+/* The part of NVML's ABI that the simulated driver serves and the limiter answers for: types as NVML's callers lay them out (checked
+ * against nvidia-ml-py). */
 #ifndef NBGPU_NVML_ABI_H
 #define NBGPU_NVML_ABI_H
 
@@ -14,10 +15,13 @@ typedef enum {
     NVML_ERROR_NOT_FOUND = 6,
     NVML_ERROR_INSUFFICIENT_SIZE = 7,
     NVML_ERROR_DRIVER_NOT_LOADED = 9,
+    NVML_ERROR_FUNCTION_NOT_FOUND = 13,
     NVML_ERROR_LIB_RM_VERSION_MISMATCH = 18,
     NVML_ERROR_ARGUMENT_VERSION_MISMATCH = 25,
     NVML_ERROR_UNKNOWN = 999,
 } nvmlReturn_t;
+
+#define NVML_NO_INSTANCE 0xffffffffu /* of a process on a GPU that is not split into instances */
 
 typedef struct nvml_device *nvmlDevice_t; /* opaque to callers */
 
