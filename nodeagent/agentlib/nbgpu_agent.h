@@ -117,6 +117,8 @@ NBGPU_EXPORT int nbgpu_use_read(int fd, NbgpuUseRow *out, int max);
 NBGPU_EXPORT int64_t nbgpu_use_events(int fd);
 /* Who holds the record lock of a slot: 0 nobody, a pid in the caller's pid namespace, or this when the holder has none here. */
 #define NBGPU_LOCKED_ELSEWHERE 0x7fffffff
+/* ... or this when no process holds it but an open file description, wherever its descriptors are. No pid is as high. */
+#define NBGPU_LOCKED_BY_NONE 0x7ffffffe
 NBGPU_EXPORT int nbgpu_use_locked(int fd, uint32_t slot);
 
 #endif

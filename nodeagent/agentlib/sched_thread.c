@@ -33,6 +33,8 @@
 #define DRAIN_CHECK_NS 5000000ull /* the dead do not ring: look this often while somebody is waited for */
 #define POLL_BUSY_NS 1500000ull
 #define POLL_IDLE_NS 20000000ull
+#define ASK_NS 500000ull /* asking who holds a lock takes as long as the tenant took locks: at most about this long at once, */
+#define ASK_AGAIN 100u   /* and a hundredth of the time */
 #define FUTEX_32_SHARED 2u /* FUTEX2_SIZE_U32, no FUTEX2_PRIVATE */
 
 typedef struct {
@@ -63,7 +65,8 @@ typedef struct {
     uint32_t gate;
     uint64_t turn_end;
     uint64_t junk;
-    uint32_t rings; /* seen since the last heartbeat */
+    uint32_t rings;    /* seen since the last heartbeat */
+    uint64_t ask_from; /* before this, who is busy counts as alive */
 } Entry;
 
 struct NbgpuSched {
@@ -102,8 +105,22 @@ typedef struct {
 
 static bool read_all(int fd, void *out, size_t size, off_t at) { return pread(fd, out, size, at) == (ssize_t)size; }
 
-/* The state of the slice on its device, from the slots. A process that died (no lock) wants nothing and has nothing outstanding. */
-static bool read_slots(const Entry *e, uint32_t high, SchedSeen *seen) {
+/* A process that died has no lock: it wants nothing and has nothing outstanding. Where asking takes too long it is left to the agent's reaping. */
+static bool is_dead(Entry *e, uint32_t slot, uint64_t *spent) {
+    uint64_t begun = now_ns();
+    if (begun < e->ask_from)
+        return false;
+    bool dead = nbgpu_use_locked(e->use_fd, slot) == 0;
+    uint64_t ended = now_ns();
+    *spent += ended - begun;
+    if (*spent > ASK_NS)
+        e->ask_from = ended + ASK_AGAIN * *spent;
+    return dead;
+}
+
+/* The state of the slice on its device, from the slots. */
+static bool read_slots(Entry *e, uint32_t high, SchedSeen *seen) {
+    uint64_t spent = 0;
     NbgpuUseSlot slot[8];
     uint32_t busy = 0, near = 0;
     for (uint32_t first = 0; first < high; first += 8) {
@@ -113,7 +130,7 @@ static bool read_slots(const Entry *e, uint32_t high, SchedSeen *seen) {
         for (uint32_t i = 0; i < n; i++) {
             if (!slot[i].owner || !slot[i].ready || slot[i].device != e->device)
                 continue;
-            if (!(slot[i].want || slot[i].busy_since) || nbgpu_use_locked(e->use_fd, first + i) == 0)
+            if (!(slot[i].want || slot[i].busy_since) || is_dead(e, first + i, &spent))
                 continue;
             seen->want |= slot[i].want != 0;
             if (!slot[i].busy_since)

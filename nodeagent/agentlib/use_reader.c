@@ -160,7 +160,10 @@ int nbgpu_use_locked(int fd, uint32_t slot) {
     };
     if (fcntl(fd, F_GETLK, &lock))
         return -errno;
+    /* -1: an open-file-description lock. The limiter takes none, and one outlives every process, in a descriptor passed on. */
     if (lock.l_type == F_UNLCK)
         return 0;
+    if (lock.l_pid < 0)
+        return NBGPU_LOCKED_BY_NONE;
     return lock.l_pid > 0 ? lock.l_pid : NBGPU_LOCKED_ELSEWHERE;
 }

@@ -22,6 +22,11 @@ def _hierarchy() -> tuple[Path, str] | None:
     return None
 
 
+def within(path: str, above: str) -> bool:
+    """Return whether the cgroup `path` is `above` or below it."""
+    return path == above or path.startswith(above + "/")
+
+
 class Cgroups:
     """Makes, reads and removes the cgroups of slices; every method is a no-op or empty where that cannot be done."""
 
@@ -43,15 +48,18 @@ class Cgroups:
             pass
         return None
 
-    def slice_of(self, pid: int) -> str | None:
-        """Return the id of the slice whose cgroup a process is in."""
+    def full_path(self, pid: int) -> str | None:
+        """Return the cgroup of a process as a path of the file system.
+
+        Slices are told apart by the whole path: a tenant that was given a cgroup of its own may name one below it after any slice.
+        """
         path = self.path_of(pid)
-        if path is None or PREFIX not in path:
-            return None
-        for part in reversed(path.split("/")):
-            if part.startswith(PREFIX):
-                return part[len(PREFIX) :]
-        return None
+        return None if path is None or self._found is None else str(self._found[0] / path.lstrip("/"))
+
+    def holds(self, path: str, pid: int) -> bool:
+        """Return whether a process is in the cgroup `path` or in one below it."""
+        own = self.full_path(pid)
+        return own is not None and within(own, path)
 
     def create(self, slice_id: str, pid: int) -> Path | None:
         """Make a slice's cgroup below that of `pid`; None where it cannot be made."""

@@ -6,12 +6,19 @@ import asyncio
 import logging
 import time
 from collections import deque
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from nbgpu.models import Event
 
 log = logging.getLogger("nbgpu.agent")
-KEPT = 2000
+KEPT = 200
+"""Events of one slice, and of all that belong to none."""
+KEPT_ENDED = 2000
+"""Events of slices that ended."""
+AT_ONCE = 30
+PER_SECOND = 5.0
+"""Events of one kind about one slice. A tenant that makes more loses its own: `left_out` in the next one says how many."""
 _LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
@@ -52,11 +59,32 @@ def first_id() -> int:
     return int(time.time() * 1000)
 
 
+@dataclass
+class Flow:
+    """How many events of one kind a slice may still make."""
+
+    left: float = AT_ONCE
+    at: float = 0.0
+    left_out: int = 0
+
+    def take(self, now: float) -> bool:
+        """Return whether one more may be told at `now`, seconds."""
+        self.left = min(AT_ONCE, self.left + (now - self.at) * PER_SECOND)
+        self.at = now
+        if self.left < 1:
+            self.left_out += 1
+            return False
+        self.left -= 1
+        return True
+
+
 class EventLog:
-    """The last events of all slices, and those who wait for more."""
+    """The last events of all slices, and those who wait for more. Each slice has its own: one's flood pushes out no other's."""
 
     def __init__(self) -> None:
-        self._events: deque[Event] = deque(maxlen=KEPT)
+        self._events: dict[str | None, deque[Event]] = {}
+        self._ended: deque[Event] = deque(maxlen=KEPT_ENDED)
+        self._flows: dict[tuple[str | None, str], Flow] = {}
         self._next = first_id()
         self._all = Signal()
         self._by_slice: dict[str, Signal] = {}
@@ -71,13 +99,18 @@ class EventLog:
         kernel_id: str | None = None,
         owner: str = "",
         **data: int | float | str | None,
-    ) -> Event:
-        """Record an event, log it in one line, wake those who wait for it."""
+    ) -> Event | None:
+        """Record an event, log it in one line, wake those who wait for it; one too many of its kind is only counted (None)."""
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        flow = self._flows.setdefault((slice_id, kind), Flow(at=time.monotonic()))
+        if not flow.take(time.monotonic()):
+            return None
+        if flow.left_out:
+            data["left_out"], flow.left_out = flow.left_out, 0
         values: dict[str, Any] = {"kind": kind, "level": level, "message": message, "slice_id": slice_id, "kernel_id": kernel_id}
         event = Event(id=self._next, time=time.time(), data=data, **values)
         self._next += 1
-        self._events.append(event)
-        self.counts[kind] = self.counts.get(kind, 0) + 1
+        self._events.setdefault(slice_id, deque(maxlen=KEPT)).append(event)
         log.log(_LEVELS[level], "%s slice=%s owner=%s kernel=%s: %s", kind, slice_id or "-", owner or "-", kernel_id or "-", message)
         self._all.fire()
         if slice_id in self._by_slice:
@@ -86,13 +119,12 @@ class EventLog:
 
     def after(self, event_id: int, slice_id: str | None = None) -> list[Event]:
         """Return the events above `event_id`, of one slice or of all, oldest first."""
-        found: list[Event] = []
-        for event in reversed(self._events):
-            if event.id <= event_id:
-                break
-            if slice_id is None or event.slice_id == slice_id:
-                found.append(event)
-        return found[::-1]
+        if event_id >= self._next - 1:
+            return []
+        if slice_id is not None:
+            return [event for event in self._events.get(slice_id, ()) if event.id > event_id]
+        found = [event for events in (*self._events.values(), self._ended) for event in events if event.id > event_id]
+        return sorted(found, key=lambda event: event.id)
 
     async def wait(self, event_id: int, seconds: float, slice_id: str | None = None) -> list[Event]:
         """Return `after`; when there is nothing yet, wait at most `seconds` for it."""
@@ -112,6 +144,8 @@ class EventLog:
 
     def forget(self, slice_id: str) -> None:
         """Drop the waiting list of a slice that ended; those who wait see its last events."""
+        self._ended.extend(self._events.pop(slice_id, ()))
+        self._flows = {key: flow for key, flow in self._flows.items() if key[0] != slice_id}
         signal = self._by_slice.pop(slice_id, None)
         if signal is not None:
             signal.fire()

@@ -92,6 +92,7 @@ class Door:
         self._connects = Bucket(None if bounds.requests_per_second is None else 2 * bounds.requests_per_second)
         self._over = 0
         self._over_since = 0.0
+        self._paused: list[Any] = []
         self._shut: asyncio.TimerHandle | None = None
         self._connecting: set[asyncio.Task[Any]] = set()
         self._socket = _listen(path, uid)
@@ -134,15 +135,19 @@ class Door:
         if self._shut is not None:
             return
         self._loop.remove_reader(self._socket.fileno())
-        for protocol in self._server_state.connections:
-            protocol.flow.pause_reading()  # pyright: ignore
+        # Those that wait for an answer are paused already, and must stay so: what they send would pile up here.
+        self._paused = [protocol for protocol in self._server_state.connections if not protocol.flow.read_paused]  # pyright: ignore
+        for protocol in self._paused:
+            protocol.flow.pause_reading()
         self._shut = self._loop.call_later(SHUT_SECONDS, self._open_again)
 
     def _open_again(self) -> None:
         self._shut = None
         self._loop.add_reader(self._socket.fileno(), self._accept)
-        for protocol in list(self._server_state.connections):
-            protocol.flow.resume_reading()  # pyright: ignore
+        for protocol in self._paused:
+            if protocol in self._server_state.connections:
+                protocol.flow.resume_reading()
+        self._paused = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request within the bounds."""

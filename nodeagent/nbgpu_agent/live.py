@@ -24,6 +24,13 @@ from .watch import Watch
 
 log = logging.getLogger("nbgpu.agent")
 State = Literal["prepared", "running", "releasing"]
+CHECK_SECONDS = 0.05
+CHECK_SECONDS_MOST = 0.3
+"""How long after a look at who is left the next one waits, however many processes end meanwhile."""
+CHECK_SHARE = 10
+WATCHED = 8
+"""So many of a slice's processes are watched once its adopted ones are gone: one that lives is enough for it not to be over."""
+MOVE_PASSES = 50
 NVML_DOUBT_MILLI = 100
 """How much more than a slice tells NVML must see of it, for three samples, to be believed instead."""
 
@@ -48,7 +55,7 @@ class LiveSlice:
         fd = slicedir.open_use(directory)
         if fd is None:
             fd = slicedir.create_use(directory, record.uid)
-        self.tenant = Tenant(fd, native, len(record.slice.devices), self._member_ended)
+        self.tenant = Tenant(fd, native, len(record.slice.devices), self._member_ended, self.has_member)
         self.history = History([part.uuid for part in record.slice.devices])
         self.entries: list[int] = []
         """Of the GPU-time scheduler, one a device."""
@@ -58,6 +65,8 @@ class LiveSlice:
         self.busy_seconds: dict[str, float] = {}
         self.refusals = 0
         self._closed = False
+        self._check: asyncio.TimerHandle | None = None
+        self._next_check = 0.0
         self._watches: dict[int, Watch] = {}
         self._known: dict[int, Process] = {}
         self._granted = {slot for slot, size in enumerate(self.ctl.words.overhead) if size}
@@ -128,7 +137,7 @@ class LiveSlice:
         self.learn_descendants()
         if self.record.cgroup:
             path = Path(self.record.cgroup)
-            pids = [root.pid for root in self.record.roots if self._cgroups.slice_of(root.pid) != self.id]
+            pids = [root.pid for root in self.record.roots if not self._cgroups.holds(self.record.cgroup, root.pid)]
             future = asyncio.get_running_loop().run_in_executor(None, _move, self._cgroups, path, pids)
             future.add_done_callback(lambda done: None if done.cancelled() or done.result() else self._without_cgroup(path))
 
@@ -149,19 +158,39 @@ class LiveSlice:
         self._member_ended()
 
     def _member_ended(self) -> None:
+        """Look who is left, soon: at once when it was quiet, seldom when thousands come and go."""
+        if self._check is None and not self._closed:
+            loop = asyncio.get_running_loop()
+            self._check = loop.call_at(max(loop.time(), self._next_check), self._look_who_is_left)
+
+    def _look_who_is_left(self) -> None:
+        self._check = None
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         self._on_exit(self)
+        took = loop.time() - began
+        self._next_check = began + took + min(CHECK_SECONDS_MOST, max(CHECK_SECONDS, CHECK_SHARE * took))
 
     def has_root(self) -> bool:
         """Return whether an adopted process still runs."""
         return any(root.pid in self._watches and self._watches[root.pid].alive() for root in self.record.roots)
 
-    def members(self) -> set[int]:
-        """Return the pids of all processes of the slice that live."""
+    def _candidates(self) -> set[int]:
+        """Return the pids of all processes of the slice, zombies among them."""
         pids = {root.pid for root in self.record.roots if Process(root.pid, root.start_time).alive()} | self.tenant.holders()
         if self.record.cgroup:
-            return pids | {pid for pid in self._cgroups.members(Path(self.record.cgroup)) if procs.start_time(pid) is not None}
-        pids |= {process.pid for process in self._known.values() if process.alive()}
-        return pids
+            return pids | self._cgroups.members(Path(self.record.cgroup))
+        return pids | {process.pid for process in self._known.values() if process.alive()}
+
+    def members(self) -> set[int]:
+        """Return the pids of all processes of the slice that live."""
+        return {pid for pid in self._candidates() if procs.start_time(pid) is not None}
+
+    def has_member(self, pid: int) -> bool:
+        """Return whether a process is known to belong to the slice by other signs than its `use` file."""
+        if pid in self._watches or pid in self._known:
+            return True
+        return self.record.cgroup is not None and self._cgroups.holds(self.record.cgroup, pid)
 
     def learn_descendants(self) -> None:
         """Without a cgroup: remember who descends from the members now, for when those in between are gone."""
@@ -182,12 +211,17 @@ class LiveSlice:
         """Return whether the slice's last process is gone; until then watch those that are left."""
         if self.state == "prepared" or self.has_root():
             return False
-        members = self.members()
-        for pid in members:
+        if any(watch.alive() for watch in self._watches.values()):
+            return False
+        watched = 0
+        for pid in self._candidates():
             process = procs.find(pid)
             if process is not None:
                 self._watch(process)
-        return not members and not self.tenant.locked_elsewhere()
+                watched += 1
+            if watched == WATCHED:
+                break
+        return not watched and not self.tenant.locked_elsewhere()
 
     def reap(self) -> list[UseRow]:
         """Free the slots of processes that are gone, with the overhead that was granted to them; return those in use after it."""
@@ -284,6 +318,8 @@ class LiveSlice:
     def close(self) -> None:
         """Let go of the files and processes; the slice itself goes on."""
         self._closed = True
+        if self._check is not None:
+            self._check.cancel()
         for watch in self._watches.values():
             watch.close()
         self._watches.clear()
@@ -293,13 +329,13 @@ class LiveSlice:
 
 def _move(cgroups: Cgroups, path: Path, pids: list[int]) -> bool:
     """Move processes and their descendants into a cgroup, until no new one turned up meanwhile; False when it may not be done."""
-    done: set[int] = set()
     for pid in pids:
         if not cgroups.add(path, pid):
             return procs.start_time(pid) is None  # one that just ended is no obstacle
-        done.add(pid)
-    while fresh := procs.descendants(pids) - done:
-        for pid in fresh:
-            cgroups.add(path, pid)
-        done |= fresh
+    # Children of those that are inside are born inside: each pass finds fewer, however fast they fork.
+    for _ in range(MOVE_PASSES):
+        outside = [pid for pid in procs.descendants(pids) if not cgroups.holds(str(path), pid)]
+        moved = [pid for pid in outside if cgroups.add(path, pid)]
+        if not moved:
+            break
     return True

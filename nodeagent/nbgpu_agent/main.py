@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nbgpu import logs
 from nbgpu.errors import NbgpuError
 from nbgpu.paths import AGENT_SOCKET, runtime_dir
 from nbgpu.quantities import format_memory, parse_memory
@@ -73,7 +74,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 
 def run(options: Options) -> int:
     """Run the agent until SIGTERM or SIGINT; return the exit status."""
-    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s agent: %(message)s", stream=sys.stderr)
+    logs.set_up(options.log_level, "%(asctime)s %(levelname)s agent: %(message)s")
     # What tenants send must not fill the log.
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     os.umask(0o022)

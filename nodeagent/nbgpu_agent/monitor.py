@@ -13,6 +13,7 @@ from nbgpu.quantities import format_memory
 
 from . import layout
 from .agent import Agent, short
+from .cgroups import within
 from .live import LiveSlice
 from .native import UseRow
 from .nvml import DeviceSample, Nvml
@@ -22,10 +23,14 @@ from .watchdog import Confirmed, Finding, SlotSeen, judge_slice, overheads
 log = logging.getLogger("nbgpu.agent")
 TICK_SECONDS = 1.0
 REFUSALS_SECONDS = 0.25
+CONFIRM_SECONDS = 0.25
+"""What one sample shows for the first time is looked at again so soon: told within two seconds, and not by mistake."""
 DESCENDANTS_TICKS = 2
 SIZE_TICKS = 3
 HOSTILE_SECONDS = 60.0
 BURST_SECONDS = 1.0
+REFUSALS_MOST = 1_000_000
+"""Of one slot, between two looks: more is nothing that a program did."""
 REMEDY = "Free memory in one of its notebooks, or restart with a larger fraction."
 
 
@@ -97,6 +102,12 @@ class Monitor:
         findings = self._judge(rows_of)
         for finding in self._confirmed.pass_new(findings):
             self._report(finding)
+        if self._confirmed.waits():
+            await asyncio.sleep(CONFIRM_SECONDS)
+            self.samples = await loop.run_in_executor(self._pool, self._sample)
+            rows_of = {live.id: live.reap() for live in list(agent.slices.values())}
+            for finding in self._confirmed.pass_again(self._judge(rows_of)):
+                self._report(finding)
         agent.sweep()
         agent.turns.keep_alive(agent.slices.values())
         for gone in self._memory.keys() - agent.slices.keys():
@@ -174,7 +185,7 @@ class Monitor:
         rows = [row for row in rows if row.device == index]
         memory = {pid: sample.memory[pid] for pid in pids if pid in sample.memory}
         compute = {pid: sample.compute[pid] for pid in pids if pid in sample.compute}
-        slots = [SlotSeen(row.slot, self._pid(live, row), row.used, row.context) for row in rows]
+        slots = [self._seen(live, row) for row in rows]
         self._write_overheads(live, slots, memory, cap)
         now_ns = time.monotonic_ns()
         told = sum(live.tenant.compute_milli(row, now_ns) for row in rows)
@@ -182,6 +193,12 @@ class Monitor:
         live.ctl.words.device[index].compute_used_milli = min(1000, max(told, live.seen_milli.get(index, 0)))
         strict = part.compute_milli if live.slice.mode == "strict" else None
         return judge_slice(live.id, part.uuid, part.memory_bytes, cap, strict, slots, memory, compute)
+
+    @staticmethod
+    def _seen(live: LiveSlice, row: UseRow) -> SlotSeen:
+        state = live.tenant.states[row.slot]
+        pid = state.process.pid if state.process is not None else None
+        return SlotSeen(row.slot, pid, row.used, row.context, state.elsewhere)
 
     @staticmethod
     def _pid(live: LiveSlice, row: UseRow) -> int | None:
@@ -205,9 +222,11 @@ class Monitor:
 
     def _find_slice(self, process: Process) -> str | None:
         slices = self._agent.slices
-        by_cgroup = self._agent.cgroups.slice_of(process.pid)
-        if by_cgroup in slices:
-            return by_cgroup
+        path = self._agent.cgroups.full_path(process.pid)
+        if path is not None:
+            for live in slices.values():
+                if live.record.cgroup is not None and within(path, live.record.cgroup):
+                    return live.id
         roots = {root.pid: live.id for live in slices.values() for root in live.record.roots}
         holders = {pid: live.id for live in slices.values() for pid in live.tenant.holders()}
         pid: int | None = process.pid
@@ -273,10 +292,14 @@ class Monitor:
     def _collect(live: LiveSlice, memory: SliceMemory) -> None:
         for row in live.tenant.read():
             state = live.tenant.states[row.slot]
-            fresh = row.refusals - state.refusals
+            fresh = min(row.refusals - state.refusals, REFUSALS_MOST)
             state.refusals = row.refusals
-            if fresh > 0:
-                live.refusals += fresh
+            if fresh <= 0:
+                continue
+            live.refusals += fresh
+            if row.kernel_id not in memory.bursts and len(memory.bursts) >= layout.KERNELS:
+                memory.bursts = {name: burst for name, burst in memory.bursts.items() if burst.count}
+            if row.kernel_id in memory.bursts or len(memory.bursts) < layout.KERNELS:
                 burst = memory.bursts.setdefault(row.kernel_id, Burst())
                 burst.count += fresh
                 burst.row = row

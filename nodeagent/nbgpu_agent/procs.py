@@ -32,12 +32,15 @@ def _stat(pid: int | str) -> list[bytes] | None:
     return text[text.rindex(b")") + 2 :].split()
 
 
+def _lives(fields: list[bytes]) -> bool:
+    """Return whether a process runs. One whose first thread has ended shows as a zombie, and goes on with its others."""
+    return fields[0] not in (b"Z", b"X") or int(fields[17]) > 1
+
+
 def start_time(pid: int) -> int | None:
     """Return when a process started, in clock ticks since boot; None when it is gone or a zombie."""
     fields = _stat(pid)
-    if fields is None or fields[0] in (b"Z", b"X"):
-        return None
-    return int(fields[19])
+    return int(fields[19]) if fields is not None and _lives(fields) else None
 
 
 def find(pid: int) -> Process | None:
@@ -57,7 +60,7 @@ def descendants(roots: Iterable[int]) -> set[int]:
     children: dict[int, list[int]] = defaultdict(list)
     live: set[int] = set()
     for name in os.listdir("/proc"):
-        if name.isdigit() and (fields := _stat(name)) is not None and fields[0] not in (b"Z", b"X"):
+        if name.isdigit() and (fields := _stat(name)) is not None and _lives(fields):
             live.add(int(name))
             children[int(fields[1])].append(int(name))
     found: set[int] = set()

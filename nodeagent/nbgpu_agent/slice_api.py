@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -22,6 +23,8 @@ from .live import LiveSlice
 
 MAX_ID = 2**53
 MAX_WAIT_SECONDS = 30
+CHEAP_SECONDS = 0.003
+COST_SHARE = 20
 _KERNEL_ID: TypeAdapter[str] = TypeAdapter(KernelId)
 
 
@@ -47,6 +50,8 @@ class SliceApi:
 
     def __init__(self, agent: Agent):
         self._agent = agent
+        self._usage: dict[str, tuple[float, str]] = {}
+        """By slice: until when (CLOCK_MONOTONIC seconds) an answer that was expensive to make is given again, and the answer."""
 
     def _live(self, request: Request) -> LiveSlice:
         live: LiveSlice = request.scope["state"]["slice"]
@@ -60,7 +65,17 @@ class SliceApi:
 
     async def usage(self, request: Request) -> Response:
         """``GET /v1/usage``."""
-        return _json(self._live(request).usage(self._agent.settings.backend).model_dump_json())
+        live = self._live(request)
+        now = time.monotonic()
+        kept = self._usage.get(live.id)
+        if kept is None or now >= kept[0]:
+            text = live.usage(self._agent.settings.backend).model_dump_json()
+            took = time.monotonic() - now
+            # A file made to be expensive is read less often; an ordinary one at each request.
+            kept = (now + (COST_SHARE * took if took > CHEAP_SECONDS else 0), text)
+            self._usage = {name: one for name, one in self._usage.items() if name in self._agent.slices}
+            self._usage[live.id] = kept
+        return _json(kept[1])
 
     async def history(self, request: Request) -> Response:
         """``GET /v1/history?seconds=``."""

@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import os
 import shutil
+import stat
 import struct
 from pathlib import Path
 from typing import Literal
@@ -145,10 +146,28 @@ def _plain_use(directory: Path, uid: int | None) -> int:
 def open_use(directory: Path) -> int | None:
     """Return a descriptor of the `use` file that is there; None when there is none that was ever a `use` file of this version."""
     try:
-        fd = os.open(directory / "use", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        # Not blocking: its owner may have taken a lease on it, which would make us wait for 45 seconds.
+        fd = os.open(directory / "use", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return None
-    return fd
+    try:
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            repair_use(fd)
+            return fd
+    except OSError:
+        pass
+    os.close(fd)
+    return None
+
+
+def repair_use(fd: int) -> None:
+    """Give a `use` file its size and head again, whatever its user did to it; what it held there costs that user."""
+    if os.fstat(fd).st_size != layout.USE_SIZE:
+        os.ftruncate(fd, layout.USE_SIZE)
+    head = struct.pack("<QII", layout.USE_MAGIC, layout.VERSION, layout.USE_SIZE)
+    magic, version, _ = struct.unpack("<QII", os.pread(fd, len(head), 0))
+    if magic != layout.USE_MAGIC or version < layout.VERSION:
+        os.pwrite(fd, head, 0)
 
 
 def _libc() -> ctypes.CDLL:

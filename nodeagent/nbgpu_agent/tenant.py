@@ -27,6 +27,10 @@ _READY = layout.UseSlot.ready.offset
 _WANT = layout.UseSlot.want.offset
 _SLOT_BYTES = ctypes.sizeof(layout.UseSlot)
 _RATE_FLOOR_NS = 200_000_000
+LOOK_AGAIN_SECONDS = 0.5
+ASK_SECONDS = 0.005
+ASK_SHARE = 20
+"""Asking who holds a lock takes as long as the tenant took locks: at most about `ASK_SECONDS` at once, and 1/20 of the time."""
 
 
 @dataclass
@@ -37,6 +41,10 @@ class SlotState:
     process: Process | None = None
     """As this machine counts pids; None when it could not be found."""
     watch: Watch | None = None
+    elsewhere: bool = False
+    """Somebody holds the slot who has no pid here."""
+    look_at: float = 0.0
+    """When to look for the process again, CLOCK_MONOTONIC seconds."""
     refusals: int = 0
     """Those that were reported."""
     samples: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
@@ -60,22 +68,28 @@ class Tenant:
         The file, open for reading and writing; closed by `close`.
     on_death : callable
         Called when the process of a slot has ended.
+    is_member : callable
+        Tells whether a pid belongs to the slice by other signs than this file.
     """
 
-    def __init__(self, fd: int, native: Native, device_count: int, on_death: Callable[[], None]):
+    def __init__(self, fd: int, native: Native, device_count: int, on_death: Callable[[], None], is_member: Callable[[int], bool]):
         self.fd = fd
         self._native = native
         self._device_count = device_count
         self._on_death = on_death
+        self._is_member = is_member
         self.states: dict[int, SlotState] = {}
         self.junk: str | None = None
         self._events_word = b""
+        self._asked_seconds = 0.0
+        self._ask_from = 0.0
 
     def read(self) -> list[UseRow]:
         """Return the slots in use; what is junk is left out and named in `self.junk`."""
+        self._asked_seconds = 0.0
         try:
             rows = self._native.use_read(self.fd)
-            self.junk = None
+            self.junk = None if time.monotonic() >= self._ask_from else self.junk
         except OSError as error:
             # Who was seen in the slots is not forgotten for that: the slice does not end before they do.
             self.junk = "its file is no use file any more" if error.errno == errno.EBADMSG else str(error.strerror)
@@ -85,10 +99,11 @@ class Tenant:
                 self.junk = "it holds numbers that cannot be"
         if self.junk is not None:
             rows = [row for row in rows if row.device < self._device_count]
+        now = time.monotonic()
         for row in rows:
             state = self.states.get(row.slot)
             if state is None or state.owner != row.owner or state.process is None:
-                self._know(row)
+                self._know(row, now)
         if len(rows) != len(self.states):
             for slot in self.states.keys() - {row.slot for row in rows}:
                 self._forget(slot)
@@ -99,20 +114,50 @@ class Tenant:
         if os.fstat(self.fd).st_size > layout.USE_SIZE:
             self.junk = "its file is larger than it was made"
 
-    def _know(self, row: UseRow) -> None:
+    def _know(self, row: UseRow, now: float) -> None:
         state = self.states.get(row.slot)
         if state is None or state.owner != row.owner:
             self._forget(row.slot)
             state = self.states[row.slot] = SlotState(row.owner)
             state.samples = [(time.monotonic_ns(), busy_ns(row, time.monotonic_ns()))]
-        if state.process is None:
-            holder = self._native.use_locked(self.fd, row.slot)
-            if holder not in (0, LOCKED_ELSEWHERE):
-                process = procs.find(holder)
-                # The same holder before and after: its pid was not another's in between.
-                if process is not None and self._native.use_locked(self.fd, row.slot) == holder:
-                    state.process = process
-                    state.watch = Watch(process, lambda _: self._on_death())
+        if state.process is None and now >= state.look_at:
+            state.look_at = now + LOOK_AGAIN_SECONDS
+            state.process = self._owner_of(row, state)
+            if state.process is not None:
+                state.watch = Watch(state.process, lambda _: self._on_death())
+
+    def _owner_of(self, row: UseRow, state: SlotState) -> Process | None:
+        """Return the process that holds a slot's lock; where it is free, the one that the slot names, if that is of this slice."""
+        holder = self._holder(row.slot)
+        if holder is None:
+            return None
+        state.elsewhere = holder == LOCKED_ELSEWHERE
+        if state.elsewhere:
+            return None
+        process = procs.find(holder or row.pid)
+        if process is None:
+            return None
+        if holder:
+            # The same holder before and after: its pid was not another's in between.
+            return process if self._holder(row.slot) == holder else None
+        # It lost its lock (a program may close all descriptors) before this agent came.
+        return process if process.start_time == row.start_time and self._is_member(process.pid) else None
+
+    def _holder(self, slot: int) -> int | None:
+        """Return who holds a slot's lock as `Native.use_locked` does; None when asking takes too long."""
+        began = time.monotonic()
+        if began < self._ask_from:
+            return None
+        holder = self._native.use_locked(self.fd, slot)
+        self._spent(time.monotonic() - began)
+        return holder
+
+    def _spent(self, seconds: float) -> None:
+        self._asked_seconds += seconds
+        if self._asked_seconds > ASK_SECONDS:
+            self._ask_from = time.monotonic() + ASK_SHARE * self._asked_seconds
+            self._asked_seconds = 0.0
+            self.junk = "it has more locks than can be looked at"
 
     def _forget(self, slot: int) -> None:
         state = self.states.pop(slot, None)
@@ -122,7 +167,9 @@ class Tenant:
     def alive(self, row: UseRow) -> bool:
         """Return whether the owner of a slot lives: its lock is held, or the process is there though it lost the lock."""
         watch = self.states[row.slot].watch
-        if (watch is not None and watch.alive()) or self._native.use_locked(self.fd, row.slot) != 0:
+        if watch is not None and watch.alive():
+            return True
+        if self._holder(row.slot) != 0:
             return True
         if watch is not None:
             return False
@@ -142,6 +189,7 @@ class Tenant:
         dying in between leaves a slot that is still to be freed.
         """
         at = _SLOT + row.slot * _SLOT_BYTES
+        began = time.monotonic()
         try:
             fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, at)
         except OSError:
@@ -158,6 +206,7 @@ class Tenant:
             return False
         finally:
             fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, at)
+            self._spent(time.monotonic() - began)
 
     def holders(self) -> set[int]:
         """Return the pids of live owners of slots, as far as this machine has pids for them."""
@@ -170,7 +219,7 @@ class Tenant:
     def locked_elsewhere(self) -> bool:
         """Return whether a slot is held by somebody who has no pid here."""
         return any(
-            state.process is None and self._native.use_locked(self.fd, slot) == LOCKED_ELSEWHERE for slot, state in self.states.items()
+            state.elsewhere and state.process is None and self._holder(slot) == LOCKED_ELSEWHERE for slot, state in self.states.items()
         )
 
     def refused(self) -> bool:

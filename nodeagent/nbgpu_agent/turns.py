@@ -12,6 +12,7 @@ from nbgpu.models import Device
 from . import layout
 from .live import LiveSlice
 from .native import Native, Scheduler
+from .slicedir import repair_use
 
 log = logging.getLogger("nbgpu.agent")
 DEAD_NS = 2_000_000_000
@@ -33,12 +34,19 @@ class Turns:
 
     def add(self, live: LiveSlice) -> None:
         """Schedule a slice on each of its devices."""
-        mode = self._mode(live)
-        live.entries = [
-            self._scheduler.add(live.ctl.fd, live.tenant.fd, index, self._physical[part.uuid], part.compute_milli, mode)
-            for index, part in enumerate(live.slice.devices)
-            if part.uuid in self._physical
-        ]
+        live.entries = []
+        try:
+            repair_use(live.tenant.fd)
+            for index, part in enumerate(live.slice.devices):
+                if part.uuid in self._physical:
+                    physical = self._physical[part.uuid]
+                    live.entries.append(
+                        self._scheduler.add(live.ctl.fd, live.tenant.fd, index, physical, part.compute_milli, self._mode(live))
+                    )
+        except OSError as error:  # one slice's file stops no other's turns
+            log.error("slice=%s owner=%s gets no turns on the GPU: %s", live.id, live.owner, error.strerror)
+            for device in live.ctl.words.device:
+                device.gate = layout.GATE_CLOSED
 
     def change(self, live: LiveSlice) -> None:
         """Tell the scheduler of a slice's new shares or mode."""

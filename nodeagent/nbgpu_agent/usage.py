@@ -66,9 +66,11 @@ def kernel_usage(part_of: Slice, slots: Sequence[SlotUse], limits: Mapping[str, 
     names.update(dict.fromkeys(limits))
     if any(not slot.kernel_id for slot in slots):
         names[""] = None
+    slots_of: dict[str, list[SlotUse]] = {name: [] for name in names}
+    for slot in slots:
+        slots_of[slot.kernel_id].append(slot)
     found: list[KernelUsage] = []
-    for name in names:
-        own = [slot for slot in slots if slot.kernel_id == name]
+    for name, own in slots_of.items():
         last_ns = max((slot.last_launch_ns for slot in own), default=0)
         found.append(
             KernelUsage(

@@ -23,6 +23,8 @@ class SlotSeen(NamedTuple):
     pid: int | None
     used: int
     context: int
+    elsewhere: bool = False
+    """Its owner has no pid here."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,8 @@ def judge_slice(
     """
     found: list[Finding] = []
     told = {seen.pid for seen in slots if seen.pid is not None}
-    # A slot whose owner has no pid here could be any of them.
-    if all(seen.pid is not None for seen in slots):
+    # A slot whose owner has no pid here could be any of them. One that nobody holds is nobody's, whatever it says.
+    if not any(seen.elsewhere for seen in slots):
         for pid in sorted((memory.keys() | compute.keys()) - told):
             held, busy = memory.get(pid, 0), compute.get(pid, 0)
             if held or busy:
@@ -111,3 +113,16 @@ class Confirmed:
         streaks = {finding.key: self._streaks.get(finding.key, 0) + 1 for finding in findings}
         self._streaks = streaks
         return [finding for finding in findings if streaks[finding.key] == finding.samples_needed]
+
+    def waits(self) -> bool:
+        """Return whether one sample more, ahead of its time, would confirm something."""
+        return any(streak < CONFIRM_SAMPLES for streak in self._streaks.values())
+
+    def pass_again(self, findings: Sequence[Finding]) -> list[Finding]:
+        """Return what a sample ahead of its time confirms; it ends no streak, and what needs several seconds is left as it is."""
+        passed: list[Finding] = []
+        for finding in findings:
+            if finding.samples_needed == CONFIRM_SAMPLES and self._streaks.get(finding.key) == CONFIRM_SAMPLES - 1:
+                self._streaks[finding.key] = CONFIRM_SAMPLES
+                passed.append(finding)
+        return passed

@@ -18,6 +18,7 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
+from nbgpu import logs
 from nbgpu.errors import NbgpuError
 from nbgpu.paths import AGENT_SOCKET, POOL_SOCKET, runtime_dir
 
@@ -48,7 +49,7 @@ class Options:
 
 def run(options: Options) -> int:
     """Serve until SIGTERM or SIGINT; return the exit code. Errors are one line on stderr."""
-    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
+    logs.set_up(options.log_level, "%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     place = options.runtime_dir or runtime_dir()
     try:

@@ -145,7 +145,7 @@ def test_a_process_with_no_slot_is_unlimited() -> None:
 
 
 def test_a_slot_without_a_known_pid_could_be_anybodys() -> None:
-    assert judge([SlotSeen(slot=0, pid=None, used=GIB, context=0)], {8: 2 * GIB}) == []
+    assert judge([SlotSeen(slot=0, pid=None, used=GIB, context=0, elsewhere=True)], {8: 2 * GIB}) == []
 
 
 def test_overhead_is_granted_up_to_the_cap_and_a_case_above_it() -> None:
