@@ -33,8 +33,8 @@
 #define DRAIN_CHECK_NS 5000000ull /* the dead do not ring: look this often while somebody is waited for */
 #define POLL_BUSY_NS 1500000ull
 #define POLL_IDLE_NS 20000000ull
-#define ASK_NS 500000ull /* asking who holds a lock takes as long as the tenant took locks: at most about this long at once, */
-#define ASK_AGAIN 100u   /* and a hundredth of the time */
+#define ASK_NS 500000ull   /* asking who holds a lock takes as long as the tenant took locks: at most about this long at once, */
+#define ASK_AGAIN 100u     /* and a hundredth of the time */
 #define FUTEX_32_SHARED 2u /* FUTEX2_SIZE_U32, no FUTEX2_PRIVATE */
 
 typedef struct {

@@ -216,11 +216,13 @@ def test_numbers_that_cannot_be_are_shown_nowhere(agent: AgentProcess, tenancy: 
     )
     time.sleep(1.5)
     for numbers in (usage(mallory.launch), usage(grace.launch)):
-        assert 0 <= numbers.devices[0].memory_used_bytes < 2**40 and 0 <= numbers.devices[0].compute_used_milli <= 1000
+        assert 0 <= numbers.devices[0].memory_used_bytes < 2**40
+        assert 0 <= numbers.devices[0].compute_used_milli <= 1000
     one.run("for slot in range(256): forge(fd, slot, os.getpid(), 1, used=2**50, context=2**50, refusals=2**62, launches=2**62)")
     time.sleep(1.2)
     usage(mallory.launch)
-    assert "evil" not in metrics(agent) and "evil" not in agent.log.read_text()
+    assert "evil" not in metrics(agent)
+    assert "evil" not in agent.log.read_text()
     # Counters that run backwards
     for value in (10**12, 5, 10**11, 0):
         one.run(f"forge(fd, 0, os.getpid(), 1, busy_ns={value}, refusals={value}, launches={value})")
