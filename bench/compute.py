@@ -8,6 +8,9 @@ true, in the simulated device: how long each process' GPU kernels ran in windows
 Time scale N: everything the device does (GPU kernels, the driver's round-robin slices and its switches) takes N times as long, as on
 a slower GPU, and so do the scheduler's turns, so that a machine with few cores shows the policy and not its own wake-up delays. The
 limiter's own constants stay as shipped. ``--shipped-turns`` leaves the scheduler's too.
+NBGPU_SIM_TIME_SCALE, which slows the device's clock, is not used for it: events would then tell device time, N times less than has passed
+by the clock that the limiter's pauses, turn ends and heartbeats go by, which no real GPU does and the limiter would misread.
+
 The driver alone is fair between processes, so equal scenarios also come with two processes in the first slice ("2 : 1", and 8 x 12.5).
 """
 
