@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -82,7 +83,10 @@ def hub() -> Iterator[Hub]:
     log = base / "hub.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "jupyterhub", "-f", str(ROOT / "jupyterhub_config.py")],
+            [
+                sys.executable, "-m", "jupyterhub", "-f", str(ROOT / "jupyterhub_config.py"),
+                f"--JupyterHub.hub_port={free_port()}", f"--ConfigurableHTTPProxy.api_url=http://127.0.0.1:{free_port()}",
+            ],
             cwd=base, env=env, stdout=out, stderr=out, start_new_session=True,
         )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
@@ -91,7 +95,8 @@ def hub() -> Iterator[Hub]:
         assert process.poll() is None, log.read_text()[-4000:]
         yield Hub(url, runtime, password, log, env)
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(30)
         except subprocess.TimeoutExpired:
