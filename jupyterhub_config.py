@@ -18,6 +18,7 @@ c = get_config()  # noqa: F821
 c.JupyterHub.bind_url = f"http://127.0.0.1:{os.environ.get('NBGPU_PORT', '8000')}"
 c.Spawner.cmd = [sys.executable, "-m", "jupyterhub.singleuser"]
 c.Spawner.default_url = "/lab"
+c.Spawner.http_timeout = 120  # seconds: the first start of JupyterLab on a small or busy machine takes long
 
 # -- the demo: any name logs in with one password, all servers run as this account and are not protected from each other
 runtime = runtime_dir()
@@ -50,14 +51,16 @@ def bring_example(spawner):
 
 c.Spawner.pre_spawn_hook = bring_example
 c.Spawner.args = ["--allow-root"] if os.geteuid() == 0 else []
+# Terminals are no login shells here: those set PATH anew and find neither nbgpu nor the simulated nvidia-smi.
+c.Spawner.args += ["--ServerApp.terminado_settings={'shell_command': ['%s']}" % (shutil.which("bash") or "/bin/sh")]
 # -- end of the demo
 
-# What the start page offers, in the format of KubeSpawner's profile_list; these are also the defaults:
+# What the start page offers, in the format of KubeSpawner's profile_list (without it: CPU only, 1/8, 1/4, 1/2, a whole GPU, custom):
 # profiles = [
 #     {"slug": "cpu", "display_name": "CPU only", "default": True},
 #     {"slug": "quarter", "display_name": "A quarter of a GPU", "kubespawner_override": {"gpu_fraction": "1/4"}},
 #     {"slug": "custom", "display_name": "Custom", "gpu_custom": True},
 # ]
-# Who may hold how much:
+# Who may hold how much at once, in GPUs; a group's "limit" is of all its members together, "per_user" of each:
 # quotas = {"default": {"limit": 1}, "groups": {"students": {"limit": 4, "per_user": "1/4"}}}
 setup(c)  # setup(c, profiles=profiles, quotas=quotas)

@@ -31,7 +31,7 @@ HOSTILE_SECONDS = 60.0
 BURST_SECONDS = 1.0
 REFUSALS_MOST = 1_000_000
 """Of one slot, between two looks: more is nothing that a program did."""
-REMEDY = "Free memory in one of its notebooks, or restart with a larger fraction."
+REMEDY = "Free some or restart with a larger fraction."  # short: JupyterLab cuts a notice after 140 characters
 
 
 @dataclass
@@ -344,8 +344,8 @@ def refusal_message(kernel_id: str, refused_bytes: int, count: int, which: str, 
     left = allowed_bytes - used_bytes
     if left >= refused_bytes:  # freed since, or its holder died
         return f"{refused}: {limit} of {format_memory(allowed_bytes)} was too full then ({format_memory(used_bytes)} in use now). {remedy}"
-    state = "is full" if left * 16 < allowed_bytes else f"has {format_memory(left)} left"
-    return f"{refused}: {limit} of {format_memory(allowed_bytes)} {state} ({format_memory(used_bytes)} in use). {remedy}"
+    state = f"is full ({format_memory(used_bytes)} in use)" if left * 16 < allowed_bytes else f"has {format_memory(left)} left"
+    return f"{refused}: {limit} of {format_memory(allowed_bytes)} {state}. {remedy}"
 
 
 async def stop(task: asyncio.Task[None]) -> None:
