@@ -40,10 +40,12 @@ class SharedGPU:
         self.env = clean | sim | {"NBGPU_RUNTIME_DIR": str(runtime), "NBGPU_IDLE_SECONDS": "1"}
         self.programs: list[subprocess.Popen[str]] = []
         # this process looks at the device with the driver's own library; its settings are read once, at the first call
-        os.environ.update(sim)
         self._nvml = ctypes.CDLL(str(LIBRARIES / "sim" / "libnvidia-ml.so.1"))
         self._device = ctypes.c_void_p()
-        assert self._nvml.nvmlInit_v2() == 0
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in sim.items():
+                patch.setenv(name, value)
+            assert self._nvml.nvmlInit_v2() == 0
         assert self._nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(self._device)) == 0
 
     def start(self, *slice_options: str) -> subprocess.Popen[str]:
