@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -20,6 +19,16 @@ CLIENT = ROOT / "bench" / "compute_client.py"
 SCALE = 4  # everything the device does takes 4 times as long, so that two cores judge the policy and not their own wake-ups
 KERNEL_NS = 2_000_000 * SCALE
 SECONDS = 6.0
+TRUTH = """
+import ctypes, sys
+nvml, device = ctypes.CDLL(sys.argv[1]), ctypes.c_void_p()
+assert nvml.nvmlInit_v2() == 0 and nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device)) == 0
+for line in sys.stdin:
+    busy, now = ctypes.c_ulonglong(), ctypes.c_ulonglong()
+    assert nvml.nbgpuSimProcessBusy(device, int(line), ctypes.byref(busy), ctypes.byref(now)) == 0
+    print(busy.value, now.value, flush=True)
+"""
+"""Says of each pid how long its GPU kernels ran, and the device's clock, in ns. A process of its own, as the driver reads settings once."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -39,14 +48,10 @@ class SharedGPU:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("NBGPU_") and name != "LD_PRELOAD"}
         self.env = clean | sim | {"NBGPU_RUNTIME_DIR": str(runtime), "NBGPU_IDLE_SECONDS": "1"}
         self.programs: list[subprocess.Popen[str]] = []
-        # this process looks at the device with the driver's own library; its settings are read once, at the first call
-        self._nvml = ctypes.CDLL(str(LIBRARIES / "sim" / "libnvidia-ml.so.1"))
-        self._device = ctypes.c_void_p()
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in sim.items():
-                patch.setenv(name, value)
-            assert self._nvml.nvmlInit_v2() == 0
-        assert self._nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(self._device)) == 0
+        self._truth = subprocess.Popen(
+            [sys.executable, "-S", "-c", TRUTH, str(LIBRARIES / "sim" / "libnvidia-ml.so.1")],
+            env=self.env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
 
     def start(self, *slice_options: str) -> subprocess.Popen[str]:
         """Start a program that computes without end: in a slice, or (with no options) on the GPU as it is."""
@@ -70,10 +75,12 @@ class SharedGPU:
             program.stdin.write("go\n")
             program.stdin.flush()
 
-    def _busy(self, pid: int) -> tuple[int, int]:
-        busy, now = ctypes.c_ulonglong(), ctypes.c_ulonglong()
-        assert self._nvml.nbgpuSimProcessBusy(self._device, pid, ctypes.byref(busy), ctypes.byref(now)) == 0
-        return busy.value, now.value
+    def _busy(self, pid: int) -> list[int]:
+        assert self._truth.stdin is not None
+        assert self._truth.stdout is not None
+        self._truth.stdin.write(f"{pid}\n")
+        self._truth.stdin.flush()
+        return [int(word) for word in self._truth.stdout.readline().split()]
 
     def shares(self) -> list[float]:
         """Return each program's part of the device's time, in percent, over `SECONDS`."""
@@ -82,6 +89,10 @@ class SharedGPU:
         time.sleep(SECONDS)
         after = [self._busy(program.pid) for program in self.programs]
         return [(b[0] - a[0]) / (b[1] - a[1]) * 100 for a, b in zip(before, after, strict=True)]
+
+    def close(self) -> None:
+        """End who told the truth."""
+        self._truth.communicate(timeout=10)
 
     def end(self) -> None:
         """End the programs."""
@@ -99,6 +110,7 @@ def gpu() -> Iterator[SharedGPU]:
         shared = SharedGPU(Path(runtime), state)
         yield shared
         shared.end()
+        shared.close()
         deadline = time.monotonic() + 30
         while (Path(runtime) / "pool.sock").exists() and time.monotonic() < deadline:
             time.sleep(0.2)
