@@ -174,7 +174,7 @@ class Monitor:
             for slice_id, pids in by_slice.items():
                 # Processes of a slice on a device that it has no part of: all that they hold there is unlimited.
                 memory = {pid: sample.memory[pid] for pid in pids if pid in sample.memory}
-                findings += judge_slice(slice_id or "", uuid, 0, 0, None, [], memory, {})
+                findings += judge_slice(slice_id or "", uuid, 0, 0, None, [], memory, {}, {})
         self._slice_of_pid = {process: owner for process, owner in self._slice_of_pid.items() if process in unknown}
         return findings
 
@@ -186,13 +186,15 @@ class Monitor:
         memory = {pid: sample.memory[pid] for pid in pids if pid in sample.memory}
         compute = {pid: sample.compute[pid] for pid in pids if pid in sample.compute}
         slots = [self._seen(live, row) for row in rows]
-        self._write_overheads(live, slots, memory, cap)
+        found = overheads(slots, memory, cap)
+        for seen in slots:
+            live.grant_overhead(seen.slot, found.get(seen.slot, (0, 0))[0])
         now_ns = time.monotonic_ns()
         told = sum(live.tenant.compute_milli(row, now_ns) for row in rows)
         live.doubt(index, sum(compute.values()), told)
         live.ctl.words.device[index].compute_used_milli = min(1000, max(told, live.seen_milli.get(index, 0)))
         strict = part.compute_milli if live.slice.mode == "strict" else None
-        return judge_slice(live.id, part.uuid, part.memory_bytes, cap, strict, slots, memory, compute)
+        return judge_slice(live.id, part.uuid, part.memory_bytes, cap, strict, slots, memory, compute, found)
 
     @staticmethod
     def _seen(live: LiveSlice, row: UseRow) -> SlotSeen:
@@ -204,12 +206,6 @@ class Monitor:
     def _pid(live: LiveSlice, row: UseRow) -> int | None:
         process = live.tenant.states[row.slot].process
         return process.pid if process is not None else None
-
-    @staticmethod
-    def _write_overheads(live: LiveSlice, slots: list[SlotSeen], memory: dict[int, int], cap: int) -> None:
-        granted = overheads(slots, memory, cap)
-        for seen in slots:
-            live.grant_overhead(seen.slot, granted.get(seen.slot, (0, 0))[0])
 
     def _slice_of(self, process: Process) -> str | None:
         """Return the slice that a process belongs to: by its cgroup, by the slot it holds, by its ancestors."""

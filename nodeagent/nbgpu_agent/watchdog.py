@@ -69,6 +69,7 @@ def judge_slice(
     slots: Sequence[SlotSeen],
     memory: Mapping[int, int],
     compute: Mapping[int, int],
+    measured_overheads: Mapping[int, tuple[int, int]],
 ) -> list[Finding]:
     """Judge one slice on one device.
 
@@ -78,6 +79,8 @@ def judge_slice(
         Its share when its mode is strict, else None.
     memory, compute : mapping of pid
         What NVML says of this slice's processes on the device: bytes, milli-GPU.
+    measured_overheads : mapping of slot
+        What `overheads` says of these slots and this memory.
     """
     found: list[Finding] = []
     told = {seen.pid for seen in slots if seen.pid is not None}
@@ -88,7 +91,7 @@ def judge_slice(
             if held or busy:
                 found.append(Finding("unlimited", slice_id, ("unlimited", slice_id, device, pid), pid, held, 0, busy))
     pid_of = {seen.slot: seen.pid for seen in slots}
-    for slot, (_, measured) in overheads(slots, memory, cap_bytes).items():
+    for slot, (_, measured) in measured_overheads.items():
         if measured > cap_bytes:
             pid = pid_of[slot]
             found.append(Finding("overhead", slice_id, ("overhead", slice_id, device, pid), pid, measured, cap_bytes))

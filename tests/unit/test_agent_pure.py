@@ -130,7 +130,7 @@ QUIET = [SlotSeen(slot=0, pid=7, used=GIB, context=300 * MIB)]
 
 def judge(slots: list[SlotSeen], memory: dict[int, int], compute: dict[int, int] | None = None, strict: int | None = None) -> list[Finding]:
     """Judge a slice of 4 GiB."""
-    return judge_slice("slice-00", "GPU-0", 4 * GIB, CAP, strict, slots, memory, compute or {})
+    return judge_slice("slice-00", "GPU-0", 4 * GIB, CAP, strict, slots, memory, compute or {}, overheads(slots, memory, CAP))
 
 
 def test_an_ordinary_process_is_no_case() -> None:
