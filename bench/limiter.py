@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "nodeagent"), str(ROOT / "tests" / "limiter")]
+sys.path[:0] = [str(ROOT), str(ROOT / "nodeagent"), str(ROOT / "tests"), str(ROOT / "tests" / "limiter")]
 
 from limiter_kit import environment, limiter, null_driver, program  # noqa: E402
 from limiter_slice import SliceFiles  # noqa: E402

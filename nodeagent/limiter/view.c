@@ -24,48 +24,34 @@ static uint64_t free_bytes_of(int device, uint64_t really_free) {
     return room / (2 * MIB) * (2 * MIB); /* so that what is said to be free can be had in one block */
 }
 
-CUresult cuMemGetInfo_v2(size_t *free_bytes, size_t *total) {
-    ENTER_CUDA(cuMemGetInfo_v2, free_bytes, total);
-    const CUresult result = REAL(cuMemGetInfo_v2)(free_bytes, total);
-    const int device = result == CUDA_SUCCESS ? nbgpu_current(NULL) : -1;
-    if (device < 0)
-        return result;
-    if (free_bytes)
-        *free_bytes = free_bytes_of(device, *free_bytes);
-    if (total)
-        *total = nbgpu_limit(device);
-    return result;
-}
-
 static unsigned clamp32(uint64_t bytes) { return bytes > 0xffffffffu ? 0xffffffffu : (unsigned)bytes; }
+static size_t whole(uint64_t bytes) { return bytes; }
 
-CUresult cuMemGetInfo(unsigned *free_bytes, unsigned *total) {
-    ENTER_CUDA(cuMemGetInfo, free_bytes, total);
-    const CUresult result = REAL(cuMemGetInfo)(free_bytes, total);
-    const int device = result == CUDA_SUCCESS ? nbgpu_current(NULL) : -1;
-    if (device < 0)
-        return result;
-    if (free_bytes)
-        *free_bytes = clamp32(free_bytes_of(device, *free_bytes));
-    if (total)
-        *total = clamp32(nbgpu_limit(device));
-    return result;
-}
+/* Each question came with 32-bit numbers first: the same answer, as wide as it was asked for. */
+#define MEMORY_INFO(name, number, fit)                                                                                                     \
+    CUresult name(number *free_bytes, number *total) {                                                                                     \
+        ENTER_CUDA(name, free_bytes, total);                                                                                               \
+        const CUresult result = REAL(name)(free_bytes, total);                                                                             \
+        const int device = result == CUDA_SUCCESS ? nbgpu_current(NULL) : -1;                                                              \
+        if (device < 0)                                                                                                                    \
+            return result;                                                                                                                 \
+        if (free_bytes)                                                                                                                    \
+            *free_bytes = fit(free_bytes_of(device, *free_bytes));                                                                         \
+        if (total)                                                                                                                         \
+            *total = fit(nbgpu_limit(device));                                                                                             \
+        return result;                                                                                                                     \
+    }
+MEMORY_INFO(cuMemGetInfo_v2, size_t, whole)
+MEMORY_INFO(cuMemGetInfo, unsigned, clamp32)
 
-CUresult cuDeviceTotalMem_v2(size_t *bytes, CUdevice device) {
-    ENTER_CUDA(cuDeviceTotalMem_v2, bytes, device);
-    const CUresult result = REAL(cuDeviceTotalMem_v2)(bytes, device);
-    const int d = nbgpu_device_of(device);
-    if (result == CUDA_SUCCESS && d >= 0)
-        *bytes = nbgpu_limit(d);
-    return result;
-}
-
-CUresult cuDeviceTotalMem(unsigned *bytes, CUdevice device) {
-    ENTER_CUDA(cuDeviceTotalMem, bytes, device);
-    const CUresult result = REAL(cuDeviceTotalMem)(bytes, device);
-    const int d = nbgpu_device_of(device);
-    if (result == CUDA_SUCCESS && d >= 0)
-        *bytes = clamp32(nbgpu_limit(d));
-    return result;
-}
+#define TOTAL_MEMORY(name, number, fit)                                                                                                    \
+    CUresult name(number *bytes, CUdevice device) {                                                                                        \
+        ENTER_CUDA(name, bytes, device);                                                                                                   \
+        const CUresult result = REAL(name)(bytes, device);                                                                                 \
+        const int d = nbgpu_device_of(device);                                                                                             \
+        if (result == CUDA_SUCCESS && d >= 0)                                                                                              \
+            *bytes = fit(nbgpu_limit(d));                                                                                                  \
+        return result;                                                                                                                     \
+    }
+TOTAL_MEMORY(cuDeviceTotalMem_v2, size_t, whole)
+TOTAL_MEMORY(cuDeviceTotalMem, unsigned, clamp32)

@@ -8,6 +8,12 @@ from typing import Any
 OUT_OF_MEMORY, NOT_READY, OPERATING_SYSTEM, NOT_SUPPORTED = 2, 600, 304, 801
 
 
+class Memory(c.Structure):
+    """NVML's nvmlMemory_t."""
+
+    _fields_ = [("total", c.c_ulonglong), ("free", c.c_ulonglong), ("used", c.c_ulonglong)]
+
+
 class CudaError(Exception):
     """A call that did not return CUDA_SUCCESS."""
 

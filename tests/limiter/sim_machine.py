@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes as c
-import functools
-import importlib.util
 import os
 import subprocess
 import sys
@@ -14,34 +11,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
+from limiter_kit import sim_driver
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
-BUILDS = Path(tempfile.gettempdir()) / f"nbgpu-test-sim-{os.geteuid()}"
 TIMEOUT = 60
 CONTEXT_BYTES = 300 << 20
-
-
-@functools.cache
-def driver() -> Path:
-    """The folder of the simulated driver's libraries, compiled from this tree."""
-    spec = importlib.util.spec_from_file_location("nbgpu_build_sim", ROOT / "nodeagent" / "build.py")
-    assert spec
-    assert spec.loader
-    build = importlib.util.module_from_spec(spec)
-    sys.modules["nbgpu_build_sim"] = build
-    spec.loader.exec_module(build)
-    if build.find_compiler(None) is None:
-        pytest.skip("no C compiler")
-    build.build(["libcuda", "libnvml", "nvidia-smi"], out=BUILDS)
-    return BUILDS / "sim"
-
-
-class Memory(c.Structure):
-    """NVML's nvmlMemory_t."""
-
-    _fields_ = [("total", c.c_ulonglong), ("free", c.c_ulonglong), ("used", c.c_ulonglong)]
 
 
 class Machine:
@@ -53,7 +28,7 @@ class Machine:
         self.env = {
             **os.environ,
             "NBGPU_SIM_STATE": str(self.state),
-            "LD_LIBRARY_PATH": str(driver()),
+            "LD_LIBRARY_PATH": str(sim_driver()),
             "PYTHONPATH": str(HERE),
             **{f"NBGPU_SIM_{name.upper()}": str(value) for name, value in settings.items()},
         }
@@ -80,7 +55,7 @@ class Machine:
     def used(self, device: int = 0) -> int:
         """Physical bytes in use, by the machine's own books as NVML reads them (in a process of its own)."""
         script = (
-            "import ctypes as c\nfrom sim_machine import Memory\n"
+            "import ctypes as c\nfrom sim_client import Memory\n"
             "n = c.CDLL('libnvidia-ml.so.1'); n.nvmlInit_v2(); h = c.c_void_p(); m = Memory()\n"
             f"assert n.nvmlDeviceGetHandleByIndex_v2({device}, c.byref(h)) == 0\n"
             "assert n.nvmlDeviceGetMemoryInfo(h, c.byref(m)) == 0\nprint(m.used)"

@@ -62,7 +62,7 @@ PROGRAMS = {
     "git": ["git", "--version"],
     "node": ["node", "-e", "const c=require('child_process');console.log(c.execSync('echo hi').toString(), process.exitCode)"],
     "python": [sys.executable, "-c", "import os, signal, json; print(os.listdir('/proc/self/fd'), signal.getsignal(2), os.umask(0))"],
-    "descriptors": ["bash", "-c", "ls -l /proc/self/fd | grep -c nbgpu; cat /proc/self/status | grep -E 'Sig|Threads'"],
+    "descriptors": ["bash", "-c", "ls -l /proc/self/fd | grep -c nbgpu; cat /proc/self/status | grep -E 'Sig(Pnd|Blk|Ign|Cgt)|Threads'"],
 }
 
 

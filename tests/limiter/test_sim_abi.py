@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sim_machine import BUILDS, ROOT, Machine, driver, finish
+from limiter_kit import BUILDS, sim_driver
+from sim_machine import ROOT, Machine, finish
 
 DATA = ROOT / "tests" / "data"
 
@@ -45,7 +46,7 @@ def test_all_that_cudart_asks_for_is_resolved(machine: Machine, name: str) -> No
 
 def test_all_listed_entry_points_are_exported() -> None:
     listed = {text for text in (DATA / "driver_entry_points.txt").read_text().split() if text.startswith("cu")}
-    symbols = subprocess.run(["nm", "-D", "--defined-only", str(driver() / "libcuda.so.1")], capture_output=True, text=True, check=True)
+    symbols = subprocess.run(["nm", "-D", "--defined-only", str(sim_driver() / "libcuda.so.1")], capture_output=True, text=True, check=True)
     exported = {row.split()[-1] for row in symbols.stdout.splitlines()}
     assert not listed - exported
     assert not {symbol for symbol in exported if not symbol.startswith("cu")}

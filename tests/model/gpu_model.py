@@ -7,11 +7,11 @@ as the limiter makes it: at most 2 ms and two GPU kernels outstanding, nothing n
 from __future__ import annotations
 
 import ctypes as c
-import importlib.util
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+from native_build import build_module
 
 ROOT = Path(__file__).parents[2]
 TICK_NS = 100_000
@@ -22,15 +22,7 @@ GATE_OPEN = 1
 
 def build_policy(folder: Path) -> c.CDLL:
     """Compile the policy with its harness into `folder` and load it."""
-    spec = importlib.util.spec_from_file_location("nbgpu_build", ROOT / "nodeagent" / "build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    import sys
-
-    build: Any = importlib.util.module_from_spec(spec)
-    sys.modules["nbgpu_build"] = build
-    spec.loader.exec_module(build)
-    compiler = build.find_compiler(None)
+    compiler = build_module().find_compiler(None)
     out = folder / "libpolicy.so"
     agentlib = ROOT / "nodeagent" / "agentlib"
     sources = [agentlib / "sched_policy.c", Path(__file__).parent / "sched_harness.c"]
