@@ -20,6 +20,8 @@ SliceId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{6,46}[a-
 KernelId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,39}$")]
 """A Jupyter kernel's id; 39 characters is what the shared layout holds."""
 Name = Annotated[str, StringConstraints(min_length=1, max_length=255)]
+Namespace = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+"""Name of a Kubernetes namespace."""
 Milli = Annotated[int, Field(ge=1, le=1000)]
 Bytes = Annotated[int, Field(ge=0, le=2**60)]
 
@@ -73,6 +75,8 @@ class Request(Model):
     memory_bytes: Annotated[int, Field(ge=1024**2, le=2**60)] | None = None
     model: Name | None = None
     mode: Mode = "burst"
+    namespace: Namespace | None = None
+    """Kubernetes namespace of the server's pod; None on one machine."""
 
 
 class SliceDevice(Model):
@@ -96,6 +100,8 @@ class Slice(Model):
     simulated: bool = False
     groups: Annotated[list[Name], Field(max_length=1000)] = []
     """Those groups of the owner that have a quota: the pool finds them here again after a restart."""
+    namespace: Namespace | None = None
+    """Kubernetes namespace of the server's pod; None on one machine."""
 
 
 class GrantState(str, Enum):

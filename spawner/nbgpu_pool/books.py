@@ -82,6 +82,7 @@ def adopted(found: Slice, number: int, now: float) -> Entry:
         compute_milli=first.compute_milli,
         memory_bytes=max(first.memory_bytes, 1024**2),
         mode=found.mode,
+        namespace=found.namespace,
     )
     return Entry(request, want_of(request), number, now, slice=found, adopted=True, at_ledger=True)
 
@@ -127,6 +128,7 @@ class Books:
             ],
             simulated=any(room.device.simulated for room, _ in place),
             groups=groups,
+            namespace=entry.request.namespace,
         )
         entry.state = GrantState.reserved
         self._book(entry, 1)
