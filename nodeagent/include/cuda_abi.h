@@ -199,6 +199,18 @@ typedef struct {
     void **kernelParams;
 } CUDA_LAUNCH_PARAMS;
 
+typedef struct { /* before CUDA 3.2 */
+    unsigned int Width, Height;
+    int Format;
+    unsigned int NumChannels;
+} CUDA_ARRAY_DESCRIPTOR_v1;
+
+typedef struct {
+    unsigned int Width, Height, Depth;
+    int Format;
+    unsigned int NumChannels, Flags;
+} CUDA_ARRAY3D_DESCRIPTOR_v1;
+
 typedef struct {
     size_t Width, Height;
     int Format;

@@ -44,7 +44,9 @@ HOOK(CUDA, CUresult, cuMemRetainAllocationHandle, (CUmemGenericAllocationHandle 
 HOOK(CUDA, CUresult, cuMemMap,
      (CUdeviceptr pointer, size_t size, size_t offset, CUmemGenericAllocationHandle handle, unsigned long long flags), "cuMemMap", 10020, 0)
 HOOK(CUDA, CUresult, cuMemUnmap, (CUdeviceptr pointer, size_t size), "cuMemUnmap", 10020, 0)
+HOOK(CUDA, CUresult, cuArrayCreate, (CUarray * array, const CUDA_ARRAY_DESCRIPTOR_v1 *descriptor), "cuArrayCreate", 2000, 0)
 HOOK(CUDA, CUresult, cuArrayCreate_v2, (CUarray * array, const CUDA_ARRAY_DESCRIPTOR *descriptor), "cuArrayCreate", 3020, 0)
+HOOK(CUDA, CUresult, cuArray3DCreate, (CUarray * array, const CUDA_ARRAY3D_DESCRIPTOR_v1 *descriptor), "cuArray3DCreate", 2000, 0)
 HOOK(CUDA, CUresult, cuArray3DCreate_v2, (CUarray * array, const CUDA_ARRAY3D_DESCRIPTOR *descriptor), "cuArray3DCreate", 3020, 0)
 HOOK(CUDA, CUresult, cuArrayDestroy, (CUarray array), "cuArrayDestroy", 2000, 0)
 HOOK(CUDA, CUresult, cuMipmappedArrayCreate, (CUmipmappedArray * array, const CUDA_ARRAY3D_DESCRIPTOR *descriptor, unsigned levels),
@@ -76,6 +78,8 @@ STREAM_PAIR(cuLaunchKernel, LAUNCH_ARGUMENTS, 4000, 7000)
 STREAM_PAIR(cuLaunchKernelEx, (const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra), 11060, 11060)
 STREAM_PAIR(cuLaunchCooperativeKernel, COOPERATIVE_ARGUMENTS, 9000, 9000)
 STREAM_PAIR(cuGraphLaunch, (CUgraphExec exec, CUstream stream), 10000, 10000)
+HOOK(CUDA, CUresult, cuLaunchCooperativeKernelMultiDevice, (CUDA_LAUNCH_PARAMS * list, unsigned count, unsigned flags),
+     "cuLaunchCooperativeKernelMultiDevice", 9000, 0)
 HOOK(CUDA, CUresult, cuLaunch, (CUfunction function), "cuLaunch", 2000, 0)
 HOOK(CUDA, CUresult, cuLaunchGrid, (CUfunction function, int width, int height), "cuLaunchGrid", 2000, 0)
 HOOK(CUDA, CUresult, cuLaunchGridAsync, (CUfunction function, int width, int height, CUstream stream), "cuLaunchGridAsync", 2000, 0)
@@ -86,6 +90,7 @@ HOOK(CUDA, CUresult, cuGraphInstantiate_v2, (CUgraphExec * exec, CUgraph graph, 
 HOOK(CUDA, CUresult, cuGraphInstantiateWithFlags, (CUgraphExec * exec, CUgraph graph, unsigned long long flags),
      "cuGraphInstantiateWithFlags", 11040, 0)
 STREAM_PAIR(cuGraphInstantiateWithParams, (CUgraphExec * exec, CUgraph graph, CUDA_GRAPH_INSTANTIATE_PARAMS *parameters), 12000, 12000)
+STREAM_PAIR(cuGraphUpload, (CUgraphExec exec, CUstream stream), 11010, 11010)
 HOOK(CUDA, CUresult, cuGraphExecDestroy, (CUgraphExec exec), "cuGraphExecDestroy", 10000, 0)
 HOOK(CUDA, CUresult, cuDeviceGraphMemTrim, (CUdevice device), "cuDeviceGraphMemTrim", 11040, 0)
 
@@ -101,6 +106,8 @@ HOOK(CUDA, CUresult, cuStreamBeginCapture_v2_ptsz, (CUstream stream, int mode), 
 #define CAPTURE_TO_GRAPH_ARGUMENTS                                                                                                         \
     (CUstream stream, CUgraph graph, const CUgraphNode *nodes, const CUgraphEdgeData *edges, size_t count, int mode)
 STREAM_PAIR(cuStreamBeginCaptureToGraph, CAPTURE_TO_GRAPH_ARGUMENTS, 12030, 12030)
+#define RECAPTURE_ARGUMENTS (CUstream stream, int mode, CUgraph graph, void *callback, void *data)
+STREAM_PAIR(cuStreamBeginRecaptureToGraph, RECAPTURE_ARGUMENTS, 13010, 13010)
 STREAM_PAIR(cuStreamEndCapture, (CUstream stream, CUgraph *graph), 10000, 10000)
 HOOK(CUDA, CUresult, cuMemcpyHtoD_v2, (CUdeviceptr to, const void *from, size_t size), "cuMemcpyHtoD", 3020, 0)
 HOOK(CUDA, CUresult, cuMemcpyHtoD_v2_ptds, (CUdeviceptr to, const void *from, size_t size), "cuMemcpyHtoD", 7000, 1)
@@ -180,5 +187,6 @@ CALL(NVML, int, nvmlDeviceGetUUID, (nvmlDevice_t device, char *uuid, unsigned le
 #undef LAUNCH_ARGUMENTS
 #undef COOPERATIVE_ARGUMENTS
 #undef CAPTURE_TO_GRAPH_ARGUMENTS
+#undef RECAPTURE_ARGUMENTS
 #undef HOOK
 #undef CALL

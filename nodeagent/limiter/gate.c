@@ -374,6 +374,8 @@ typedef CUresult (*Registers)(void *, uint64_t, uint64_t, uint64_t, uint64_t, ui
     LAUNCH(cuGraphLaunch##suffix, (CUgraphExec exec, CUstream stream), stream, ptsz, exec, exec, stream)
 LAUNCHES(, false)
 LAUNCHES(_ptsz, true)
+LAUNCH(cuLaunchCooperativeKernelMultiDevice, (CUDA_LAUNCH_PARAMS * list, unsigned count, unsigned flags),
+       list &&count ? list->hStream : NULL, false, NULL, list, count, flags) /* by the first of its devices */
 LAUNCH(cuLaunch, (CUfunction function), NULL, false, NULL, function)
 LAUNCH(cuLaunchGrid, (CUfunction function, int width, int height), NULL, false, NULL, function, width, height)
 LAUNCH(cuLaunchGridAsync, (CUfunction function, int width, int height, CUstream stream), stream, false, NULL, function, width, height,
@@ -476,6 +478,12 @@ CUresult cuStreamBeginCaptureToGraph(CUstream stream, CUgraph graph, const CUgra
 CUresult cuStreamBeginCaptureToGraph_ptsz(CUstream stream, CUgraph graph, const CUgraphNode *nodes, const CUgraphEdgeData *edges,
                                           size_t count, int mode) {
     BEGIN_CAPTURE(cuStreamBeginCaptureToGraph_ptsz, stream, graph, nodes, edges, count, mode);
+}
+CUresult cuStreamBeginRecaptureToGraph(CUstream stream, int mode, CUgraph graph, void *callback, void *data) {
+    BEGIN_CAPTURE(cuStreamBeginRecaptureToGraph, stream, mode, graph, callback, data);
+}
+CUresult cuStreamBeginRecaptureToGraph_ptsz(CUstream stream, int mode, CUgraph graph, void *callback, void *data) {
+    BEGIN_CAPTURE(cuStreamBeginRecaptureToGraph_ptsz, stream, mode, graph, callback, data);
 }
 
 bool nbgpu_any_capture(void) { return hot.captures != 0; }

@@ -144,11 +144,11 @@ static uint64_t array_bytes(size_t width, size_t height, size_t depth, int forma
     return all >= (double)((uint64_t)1 << 48) ? (uint64_t)1 << 48 : (uint64_t)all;
 }
 
-static CUresult array_settle(CUresult result, uint64_t key, CUarray array, CUmipmappedArray mipmapped) {
+static CUresult array_settle(uint64_t key, CUarray array, CUmipmappedArray mipmapped) {
     Block block;
     CUDA_ARRAY_MEMORY_REQUIREMENTS needs = {0};
-    if (result != CUDA_SUCCESS || !nbgpu_map_take(key, BLOCK_MEMORY, &block))
-        return result;
+    if (!nbgpu_map_take(key, BLOCK_MEMORY, &block))
+        return CUDA_SUCCESS;
     block.kind = BLOCK_ARRAY;
     nbgpu_map_put(&block);
     CUresult asked = CUDA_ERROR_NOT_FOUND;
@@ -156,33 +156,24 @@ static CUresult array_settle(CUresult result, uint64_t key, CUarray array, CUmip
         asked = REAL(cuArrayGetMemoryRequirements)(&needs, array, nbgpu_device[block.device].cuda);
     if (mipmapped && HAVE(cuMipmappedArrayGetMemoryRequirements))
         asked = REAL(cuMipmappedArrayGetMemoryRequirements)(&needs, mipmapped, nbgpu_device[block.device].cuda);
-    return asked == CUDA_SUCCESS && needs.size ? settle(key, BLOCK_ARRAY, needs.size) : result;
+    return asked == CUDA_SUCCESS && needs.size ? settle(key, BLOCK_ARRAY, needs.size) : CUDA_SUCCESS;
 }
 
-static CUresult array_create(CUarray *array, const CUDA_ARRAY_DESCRIPTOR *a) {
-    ALLOCATE(array_bytes(a->Width, a->Height, 1, a->Format, a->NumChannels, 1), REAL(cuArrayCreate_v2)(array, a), (uintptr_t)*array);
-}
-
-CUresult cuArrayCreate_v2(CUarray *array, const CUDA_ARRAY_DESCRIPTOR *descriptor) {
-    ENTER_CUDA(cuArrayCreate_v2, array, descriptor);
-    if (!array || !descriptor)
-        return REAL(cuArrayCreate_v2)(array, descriptor);
-    const CUresult result = array_create(array, descriptor);
-    return array_settle(result, (uintptr_t)*array, *array, NULL);
-}
-
-static CUresult array_create3d(CUarray *array, const CUDA_ARRAY3D_DESCRIPTOR *a) {
-    ALLOCATE(array_bytes(a->Width, a->Height, a->Depth, a->Format, a->NumChannels, 1), REAL(cuArray3DCreate_v2)(array, a),
-             (uintptr_t)*array);
-}
-
-CUresult cuArray3DCreate_v2(CUarray *array, const CUDA_ARRAY3D_DESCRIPTOR *descriptor) {
-    ENTER_CUDA(cuArray3DCreate_v2, array, descriptor);
-    if (!array || !descriptor)
-        return REAL(cuArray3DCreate_v2)(array, descriptor);
-    const CUresult result = array_create3d(array, descriptor);
-    return array_settle(result, (uintptr_t)*array, *array, NULL);
-}
+#define ARRAY_CREATE(name, description, depth)                                                                                             \
+    static CUresult counted_##name(CUarray *array, const description *a) {                                                                 \
+        ALLOCATE(array_bytes(a->Width, a->Height, depth, a->Format, a->NumChannels, 1), REAL(name)(array, a), (uintptr_t)*array);          \
+    }                                                                                                                                      \
+    CUresult name(CUarray *array, const description *descriptor) {                                                                         \
+        ENTER_CUDA(name, array, descriptor);                                                                                               \
+        if (!array || !descriptor)                                                                                                         \
+            return REAL(name)(array, descriptor);                                                                                          \
+        const CUresult result = counted_##name(array, descriptor);                                                                         \
+        return result == CUDA_SUCCESS ? array_settle((uintptr_t)*array, *array, NULL) : result;                                            \
+    }
+ARRAY_CREATE(cuArrayCreate, CUDA_ARRAY_DESCRIPTOR_v1, 1)
+ARRAY_CREATE(cuArrayCreate_v2, CUDA_ARRAY_DESCRIPTOR, 1)
+ARRAY_CREATE(cuArray3DCreate, CUDA_ARRAY3D_DESCRIPTOR_v1, a->Depth)
+ARRAY_CREATE(cuArray3DCreate_v2, CUDA_ARRAY3D_DESCRIPTOR, a->Depth)
 
 static CUresult mipmapped_create(CUmipmappedArray *array, const CUDA_ARRAY3D_DESCRIPTOR *a, unsigned levels) {
     ALLOCATE(array_bytes(a->Width, a->Height, a->Depth, a->Format, a->NumChannels, levels), REAL(cuMipmappedArrayCreate)(array, a, levels),
@@ -194,7 +185,7 @@ CUresult cuMipmappedArrayCreate(CUmipmappedArray *array, const CUDA_ARRAY3D_DESC
     if (!array || !descriptor)
         return REAL(cuMipmappedArrayCreate)(array, descriptor, levels);
     const CUresult result = mipmapped_create(array, descriptor, levels);
-    return array_settle(result, (uintptr_t)*array, NULL, *array);
+    return result == CUDA_SUCCESS ? array_settle((uintptr_t)*array, NULL, *array) : result;
 }
 
 CUresult cuArrayDestroy(CUarray array) {

@@ -3,12 +3,15 @@
  * Before a pool may grow the growth is reserved; afterwards the pool is asked what it holds and the count corrected. A pool shrinks
  * when the driver likes (at synchronisation), so it is asked again then, and before anything is refused.
  */
+#define _GNU_SOURCE
 #include <string.h>
+#include <sys/mman.h>
 
 #include "limiter.h"
 
 #define POOLS 256
-#define GRAPH_NODES 4096
+#define DEEPEST_GRAPH 8              /* graphs in graphs */
+#define MOST_NODES ((size_t)1 << 24) /* of one graph */
 
 typedef struct {
     CUmemoryPool pool;
@@ -303,22 +306,33 @@ CUresult cuMemPoolTrimTo(CUmemoryPool pool, size_t keep) {
 
 /* ---- graphs that allocate ---- */
 
+/* What a graph's nodes allocate, those of the graphs inside it included. */
 static uint64_t graph_bytes(CUgraph graph, int depth) {
-    static CUgraphNode nodes[GRAPH_NODES]; /* under the lock */
-    size_t count = GRAPH_NODES;
+    size_t count = 0;
     uint64_t bytes = 0;
-    if (!HAVE(cuGraphGetNodes) || !HAVE(cuGraphNodeGetType) || !HAVE(cuGraphMemAllocNodeGetParams) || depth)
+    if (!HAVE(cuGraphGetNodes) || !HAVE(cuGraphNodeGetType) || !HAVE(cuGraphMemAllocNodeGetParams) || depth > DEEPEST_GRAPH)
+        return 0;
+    if (REAL(cuGraphGetNodes)(graph, NULL, &count) != CUDA_SUCCESS || !count || count > MOST_NODES)
+        return 0;
+    const size_t size = count * sizeof(CUgraphNode);
+    CUgraphNode *nodes = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (nodes == MAP_FAILED)
         return 0;
     if (REAL(cuGraphGetNodes)(graph, nodes, &count) != CUDA_SUCCESS)
-        return 0;
-    for (size_t i = 0; i < count && i < GRAPH_NODES; i++) {
+        count = 0;
+    for (size_t i = 0; i < count; i++) {
         int type;
+        CUgraph inner;
         CUDA_MEM_ALLOC_NODE_PARAMS parameters;
-        if (REAL(cuGraphNodeGetType)(nodes[i], &type) != CUDA_SUCCESS || type != CU_GRAPH_NODE_TYPE_MEM_ALLOC)
+        if (REAL(cuGraphNodeGetType)(nodes[i], &type) != CUDA_SUCCESS)
             continue;
-        if (REAL(cuGraphMemAllocNodeGetParams)(nodes[i], &parameters) == CUDA_SUCCESS)
+        if (type == CU_GRAPH_NODE_TYPE_MEM_ALLOC && REAL(cuGraphMemAllocNodeGetParams)(nodes[i], &parameters) == CUDA_SUCCESS)
             bytes += nbgpu_round(parameters.bytesize);
+        if (type == CU_GRAPH_NODE_TYPE_GRAPH && HAVE(cuGraphChildGraphNodeGetGraph) &&
+            REAL(cuGraphChildGraphNodeGetGraph)(nodes[i], &inner) == CUDA_SUCCESS)
+            bytes += graph_bytes(inner, depth + 1);
     }
+    munmap(nodes, size);
     return bytes;
 }
 
@@ -382,6 +396,20 @@ CUresult cuGraphInstantiateWithParams(CUgraphExec *exec, CUgraph graph, CUDA_GRA
 CUresult cuGraphInstantiateWithParams_ptsz(CUgraphExec *exec, CUgraph graph, CUDA_GRAPH_INSTANTIATE_PARAMS *parameters) {
     INSTANTIATE(cuGraphInstantiateWithParams_ptsz, exec, graph, parameters);
 }
+
+/* The memory of a graph's own allocations may be taken when it is uploaded already. */
+#define UPLOAD(name)                                                                                                                       \
+    ENTER_CUDA(name, exec, stream);                                                                                                        \
+    const int d = nbgpu_stream_device(stream);                                                                                             \
+    if (nbgpu_graph_charge(exec, d) != CUDA_SUCCESS)                                                                                       \
+        return CUDA_ERROR_OUT_OF_MEMORY;                                                                                                   \
+    const CUresult result = REAL(name)(exec, stream);                                                                                      \
+    if (d >= 0)                                                                                                                            \
+        nbgpu_graph_settle(d);                                                                                                             \
+    return result
+
+CUresult cuGraphUpload(CUgraphExec exec, CUstream stream) { UPLOAD(cuGraphUpload); }
+CUresult cuGraphUpload_ptsz(CUgraphExec exec, CUstream stream) { UPLOAD(cuGraphUpload_ptsz); }
 
 CUresult cuGraphExecDestroy(CUgraphExec exec) {
     ENTER_CUDA(cuGraphExecDestroy, exec);

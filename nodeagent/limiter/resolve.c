@@ -225,6 +225,13 @@ RESOLVER("dlvsym", "1");
 
 /* ---- cuGetProcAddress ---- */
 
+/* A driver may let many names lead to one function, as "not supported" does: the address alone says nothing. */
+static bool goes_by(int i, const char *symbol) {
+    if (i == F_cuGraphInstantiateWithFlags && strcmp(symbol, "cuGraphInstantiate") == 0)
+        return true; /* the name moved on in CUDA 12 */
+    return strcmp(functions[i].base, symbol) == 0 || strcmp(functions[i].name, symbol) == 0;
+}
+
 /* Ours for what the driver returned. By address; where a driver returns an address that it does not export, by name and version. */
 static void *replace(void *found, const char *symbol, int version, uint64_t flags) {
     if (!found || !symbol)
@@ -234,7 +241,7 @@ static void *replace(void *found, const char *symbol, int version, uint64_t flag
     for (int i = 0; i < FUNCTIONS; i++) {
         if (!functions[i].hook || functions[i].library != CUDA)
             continue;
-        if (nbgpu_real[i] == found)
+        if (nbgpu_real[i] == found && goes_by(i, symbol))
             return functions[i].hook;
         if (strcmp(functions[i].base, symbol) != 0 || functions[i].since > version || !nbgpu_real[i])
             continue;

@@ -61,12 +61,24 @@ static CUresult create(CUarray *out, const CUDA_ARRAY3D_DESCRIPTOR *desc) {
     return CUDA_SUCCESS;
 }
 
+#define FLAT {.Width = desc->Width, .Height = desc->Height, .Format = desc->Format, .NumChannels = desc->NumChannels}
 API(cuArrayCreate_v2, (CUarray * out, const CUDA_ARRAY_DESCRIPTOR *desc)) {
     NEED(desc, CUDA_ERROR_INVALID_VALUE);
-    CUDA_ARRAY3D_DESCRIPTOR wide = {.Width = desc->Width, .Height = desc->Height, .Format = desc->Format, .NumChannels = desc->NumChannels};
+    CUDA_ARRAY3D_DESCRIPTOR wide = FLAT;
+    return create(out, &wide);
+}
+API(cuArrayCreate, (CUarray * out, const CUDA_ARRAY_DESCRIPTOR_v1 *desc)) {
+    NEED(desc, CUDA_ERROR_INVALID_VALUE);
+    CUDA_ARRAY3D_DESCRIPTOR wide = FLAT;
     return create(out, &wide);
 }
 API(cuArray3DCreate_v2, (CUarray * out, const CUDA_ARRAY3D_DESCRIPTOR *desc)) { return create(out, desc); }
+API(cuArray3DCreate, (CUarray * out, const CUDA_ARRAY3D_DESCRIPTOR_v1 *desc)) {
+    NEED(desc, CUDA_ERROR_INVALID_VALUE);
+    CUDA_ARRAY3D_DESCRIPTOR wide = FLAT;
+    wide.Depth = desc->Depth, wide.Flags = desc->Flags;
+    return create(out, &wide);
+}
 
 static void destroy(CUarray array) {
     struct block was;

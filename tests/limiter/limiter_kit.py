@@ -59,10 +59,16 @@ def _compile(name: str, sources: list[str], output: str, *flags: str) -> Path:
 
 
 @functools.cache
-def null_driver() -> Path:
-    """Folder with a libcuda.so.1 that does nothing, at once."""
-    flags = ("-shared", "-fPIC", "-fvisibility=hidden", "-Wl,-soname,libcuda.so.1")
-    return _compile("null", ["bench/null_driver.c"], "libcuda.so.1", *flags).parent
+def null_driver(versions: str = "") -> Path:
+    """Folder with a libcuda.so.1 that does nothing, at once; its symbols have versions where a version script is given."""
+    flags = ["-shared", "-fPIC", "-fvisibility=hidden", "-Wl,-soname,libcuda.so.1"]
+    name = "null-versioned" if versions else "null"
+    if versions:
+        script = BUILDS / name / "versions.map"
+        script.parent.mkdir(parents=True, exist_ok=True)
+        script.write_text(versions)
+        flags.append(f"-Wl,--version-script={script}")
+    return _compile(name, ["bench/null_driver.c"], "libcuda.so.1", *flags).parent
 
 
 @functools.cache
@@ -127,11 +133,11 @@ def spawn(script: str, env: dict[str, str], *, argv: tuple[str, ...] = ()) -> su
     return subprocess.Popen(command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def run(script: str, env: dict[str, str], *, argv: tuple[str, ...] = (), timeout: float = TIMEOUT) -> Any:
+def run(script: str, env: dict[str, str], *, argv: tuple[str, ...] = (), stdin: str | None = None, timeout: float = TIMEOUT) -> Any:
     """Run to the end; return the one value it said."""
     child = spawn(script, env, argv=argv)
     try:
-        out, err = child.communicate(timeout=timeout)
+        out, err = child.communicate(stdin, timeout=timeout)
     except subprocess.TimeoutExpired:
         child.kill()
         out, err = child.communicate()
