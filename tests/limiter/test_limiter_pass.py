@@ -1,7 +1,8 @@
-"""Behind an open gate a thread launches a few times without a look at the books: nothing is lost in them, a closing gate is obeyed."""
+"""Every way to launch meets the gate. Behind an open one a thread launches a few times without a look at the books: nothing is lost."""
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -129,3 +130,55 @@ input()
             set_gate(files, layout.GATE_OPEN)
             wait_for(lambda want=before + 2000: files.launches(slot) > want, "launches go on")
         child.communicate("\n", timeout=30)
+
+
+WAYS = """
+class Config(c.Structure):
+    _fields_ = [("size", c.c_uint * 6), ("shared", c.c_uint), ("stream", c.c_void_p), ("attributes", c.c_void_p), ("count", c.c_uint)]
+class Params(c.Structure):
+    _fields_ = [("function", c.c_void_p), ("size", c.c_uint * 6), ("shared", c.c_uint), ("stream", c.c_void_p), ("parameters", c.c_void_p)]
+ones = (c.c_uint * 6)(1, 1, 1, 1, 1, 1)
+config = Config(ones, 0, None, None, 0)
+at = c.cast(parameters, c.c_void_p)
+several = (Params * 1)(Params(function, ones, 0, stream(), at))
+s = stream(); graph, exec_ = c.c_void_p(), c.c_void_p()
+ok(cuda.cuStreamBeginCapture_v2(s, 0)); launch(10, s); ok(cuda.cuStreamEndCapture(s, c.byref(graph)))
+ok(cuda.cuGraphInstantiateWithFlags(c.byref(exec_), graph, c.c_ulonglong(0)))
+plain = (1, 1, 1, 1, 1, 1, 0, None, parameters)
+ways = {
+    "cuLaunchKernel": lambda f: f(function, *plain, None), "cuLaunchKernel_ptsz": lambda f: f(function, *plain, None),
+    "cuLaunchKernelEx": lambda f: f(c.byref(config), function, parameters, None),
+    "cuLaunchKernelEx_ptsz": lambda f: f(c.byref(config), function, parameters, None),
+    "cuLaunchCooperativeKernel": lambda f: f(function, *plain), "cuLaunchCooperativeKernel_ptsz": lambda f: f(function, *plain),
+    "cuLaunchCooperativeKernelMultiDevice": lambda f: f(several, 1, 0),
+    "cuGraphLaunch": lambda f: f(exec_, s), "cuGraphLaunch_ptsz": lambda f: f(exec_, s),
+    "cuLaunch": lambda f: f(function), "cuLaunchGrid": lambda f: f(function, 1, 1), "cuLaunchGridAsync": lambda f: f(function, 1, 1, None),
+}
+say(list(ways))
+for line in sys.stdin:
+    name = line.strip()
+    ok(ways[name](getattr(cuda, name))); ok(cuda.cuCtxSynchronize()); say(name)
+"""
+
+
+def test_every_way_to_launch_waits_for_its_turn(machine: dict[str, str], make_slice: Make) -> None:
+    files = on_machine(machine, make_slice)
+    with beating(files):
+        child = spawn(WORK + WAYS, environment(files, sim_driver(), preload=limiter(), **machine))
+        assert child.stdin
+        assert child.stdout
+        ways = json.loads(child.stdout.readline())
+        assert len(ways) == 12
+        wait_for(lambda: len(files.slots()) == 1, "a slot")
+        (slot,) = files.slots()
+        for name in ways:
+            set_gate(files, layout.GATE_CLOSED)
+            before = files.launches(slot)
+            child.stdin.write(name + "\n")
+            child.stdin.flush()
+            wait_for(lambda: slot.want == 1, f"{name} waits")
+            assert files.launches(slot) == before
+            set_gate(files, layout.GATE_OPEN)
+            assert child.stdout.readline().strip() == f'"{name}"', child.stderr and child.stderr.read()
+            assert files.launches(slot) == before + 1, name
+        child.communicate(timeout=30)

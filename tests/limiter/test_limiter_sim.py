@@ -143,6 +143,24 @@ say(out)
     assert run(script, machine.within(files)) == [True, 2, True, True, True, 50, 2, True]
 
 
+def test_arrays_of_the_oldest_form_are_counted(machine: Machine) -> None:
+    files = machine.slice(1, mem_limit=100 * MIB)
+    script = (
+        BINDINGS
+        + """
+begin(); whole = left(); out = []
+def create(call, *words):
+    array = c.c_void_p(); return getattr(cuda, call)(c.byref(array), (c.c_uint * len(words))(*words)), array
+result, flat = create("cuArrayCreate", 4096, 2048, 0x20, 1); out += [result, 30 <= whole - left() <= 36]
+result, deep = create("cuArray3DCreate", 1024, 1024, 8, 0x20, 1, 0); out += [result, 62 <= whole - left() <= 72]
+out += [create("cuArrayCreate", 4096, 4096, 0x20, 1)[0], create("cuArray3DCreate", 1024, 1024, 16, 0x20, 1, 0)[0]]
+ok(cuda.cuArrayDestroy(flat)); ok(cuda.cuArrayDestroy(deep)); out.append(left() == whole)
+say(out)
+"""
+    )
+    assert run(script, machine.within(files)) == [0, True, 0, True, 2, 2, True]
+
+
 def test_a_second_context_costs_too(machine: Machine) -> None:
     files = machine.slice(1, mem_limit=1000 * MIB, context_bytes=300 * MIB)
     script = (
@@ -230,3 +248,30 @@ say(out)
     if "NOT_SUPPORTED" in errors:
         pytest.skip("the simulated driver does not run graphs that allocate")
     assert run(script, machine.within(files)) == [True, True, 2, True]
+
+
+def test_graphs_in_graphs_and_uploaded_ones_are_counted(machine: Machine) -> None:
+    files = machine.slice(1, mem_limit=100 * MIB)
+    script = (
+        BINDINGS
+        + """
+begin(); whole = left(); s = ck(cu.cuStreamCreate(1)); out = []
+def graph(size):
+    ck(cu.cuStreamBeginCapture(s, cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED))
+    p = ck(cu.cuMemAllocAsync(size, s)); ck(cu.cuMemFreeAsync(p, s))
+    return ck(cu.cuStreamEndCapture(s))
+def around(inner):
+    outer = ck(cu.cuGraphCreate(0)); made = cu.cuGraphAddChildGraphNode(outer, None, 0, inner)
+    return outer if code(made) == 0 else None
+small = ck(cu.cuGraphInstantiate(graph(40 * MIB), 0)); out.append(left() == whole)
+out += [code(cu.cuGraphUpload(small, s)), code(cu.cuGraphLaunch(small, s))]; ck(cu.cuStreamSynchronize(s)); out.append(whole - left() >= 40)
+ck(cu.cuDeviceGraphMemTrim(0)); out.append(left() == whole)
+big = ck(cu.cuGraphInstantiate(graph(120 * MIB), 0)); out.append(code(cu.cuGraphUpload(big, s)))
+nested = around(around(graph(120 * MIB)))
+exec_ = cu.cuGraphInstantiate(nested, 0) if nested else None
+out.append(code(cu.cuGraphLaunch(exec_[1], s)) if exec_ and code(exec_) == 0 else "the driver refuses")
+say(out)
+"""
+    )
+    assert run(script, machine.within(files)) == [True, 0, 0, True, True, 2, 2]
+    assert run(script.replace("say(out)", "say(out[-2:])"), machine.within(None)) == [0, 0]
