@@ -98,6 +98,8 @@ class Both:
         idle_since = time.monotonic()
         while True:
             time.sleep(POLL_SECONDS)
+            if not self.runtime.exists():
+                raise Unavailable(f"{self.runtime} was removed: nobody can reach this pool and agent any more; they end.", code="runtime")
             for name, child in list(self.children.items()):
                 if child.poll() is not None:
                     self._restart(name, child.returncode)
