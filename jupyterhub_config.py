@@ -18,7 +18,6 @@ c = get_config()  # noqa: F821
 c.JupyterHub.bind_url = f"http://127.0.0.1:{os.environ.get('NBGPU_PORT', '8000')}"
 c.Spawner.cmd = [sys.executable, "-m", "jupyterhub.singleuser"]
 c.Spawner.default_url = "/lab"
-c.Spawner.http_timeout = 120  # seconds: the first start of JupyterLab on a small or busy machine takes long
 
 # -- the demo: any name logs in with one password, all servers run as this account and are not protected from each other
 runtime = runtime_dir()
@@ -51,8 +50,6 @@ def bring_example(spawner):
 
 c.Spawner.pre_spawn_hook = bring_example
 c.Spawner.args = ["--allow-root"] if os.geteuid() == 0 else []
-# Terminals are no login shells here: those set PATH anew and find neither nbgpu nor the simulated nvidia-smi.
-c.Spawner.args += ["--ServerApp.terminado_settings={'shell_command': ['%s']}" % (shutil.which("bash") or "/bin/sh")]
 # -- end of the demo
 
 # What the start page offers, in the format of KubeSpawner's profile_list (without it: CPU only, 1/8, 1/4, 1/2, a whole GPU, custom):

@@ -37,16 +37,29 @@ class NbgpuError(Exception):
 
 
 class InvalidValue(NbgpuError):
-    """An input outside its range; the message names the input and what is allowed."""
+    """An input outside its range; the message names the input and what is allowed.
+
+    Parameters
+    ----------
+    field : str
+        Name of the input in the API.
+    value : object
+        What it was.
+    allowed : str
+        What it must be.
+    label : str, optional
+        Name of the input on the page where people fill it in; the message then names it so.
+    """
 
     code = "invalid"
     status = 400
 
-    def __init__(self, field: str, value: object, allowed: str):
+    def __init__(self, field: str, value: object, allowed: str, label: str | None = None):
         shown = repr(value)
         if len(shown) > 60:
             shown = shown[:57] + "..."
-        super().__init__(f"{field} is {shown}; it must be {allowed}.", field=field)
+        super().__init__(f"{label or field} is {shown}; it must be {allowed}.", field=field)
+        self.allowed = allowed
 
 
 class Refused(NbgpuError):

@@ -29,6 +29,8 @@ def load(serverapp: Any) -> None:
     """Add nbgpu to `serverapp`. On a server without a slice (no ``$NBGPU_SOCKET``) only the answer "no slice" is added."""
     socket_path = os.environ.get("NBGPU_SOCKET")
     web_app = serverapp.web_app
+    if os.environ.get("NBGPU_PLAIN_TERMINALS"):
+        serverapp.io_loop.add_callback(plain_terminals, serverapp)  # once all extensions are loaded, that of terminals too
     if not socket_path:
         web_app.add_handlers(".*$", routes(web_app.settings["base_url"], None, SERVER))
         return
@@ -56,6 +58,16 @@ async def kernels_of(serverapp: Any) -> dict[str, Json]:
             name = session["name"] or path.rsplit("/", 1)[-1]
             kernels[kernel["id"]] |= {"name": name, "path": path, "type": session["type"]}
     return kernels
+
+
+def plain_terminals(serverapp: Any) -> None:
+    """Let terminals start the same shell as before, but not as a login shell: that would set PATH anew and lose ``nbgpu``.
+
+    A ``shell_command`` that is configured, anywhere, is left alone.
+    """
+    manager = serverapp.web_app.settings.get("terminal_manager")
+    if manager is not None and serverapp.terminado_settings.get("shell_command") is None:
+        manager.shell_command = [word for word in manager.shell_command if word != "-l"]
 
 
 def _start(serverapp: Any, task: Any) -> asyncio.Future[None]:

@@ -17,7 +17,7 @@ from nbgpu.models import Availability, AvailabilityQuery, DeviceBooks, Owner
 from nbgpu.quantities import format_memory, format_share
 
 from .client import NO_ANSWER, PoolClient
-from .options import Wish
+from .options import LABELS, Wish
 from .profiles import UNLISTED, Profile, custom_fields, wish_of
 
 POLL_SECONDS = 3
@@ -66,6 +66,15 @@ class Row:
             "status": self.status,
             "disabled": self.disabled,
         }
+
+
+@dataclass(frozen=True)
+class Refused:
+    """What a user just sent and why it was refused: the page that answers has it filled in, with the message at its field."""
+
+    options: Mapping[str, Any]
+    message: str
+    field: str
 
 
 @dataclass(frozen=True)
@@ -138,7 +147,7 @@ def start_state(
     )
 
 
-def render(state: StartState, typed: Mapping[str, Any], url: str) -> str:
+def render(state: StartState, typed: Mapping[str, Any], url: str, refused: Refused | None = None) -> str:
     """Return the fields of the start page as HTML.
 
     Parameters
@@ -149,12 +158,24 @@ def render(state: StartState, typed: Mapping[str, Any], url: str) -> str:
         What the user chose last (``user_options``); what no longer exists is ignored.
     url : str
         Where the open page asks again.
+    refused : Refused, optional
+        What the user sent just now in vain; shown in place of `typed`.
     """
+    typed = refused.options if refused else typed
     typed = {key: str(value) for key, value in typed.items() if isinstance(value, (str, int, float))}
     chosen = _chosen(state.rows, typed)
     shown_time = time.strftime("%H:%M:%S", time.localtime(state.time))
     return _template().render(
-        state=state, typed=typed, chosen=chosen, url=url, time=shown_time, marks=MARKS, unlisted=UNLISTED, poll_seconds=POLL_SECONDS
+        state=state,
+        typed=typed,
+        chosen=chosen,
+        url=url,
+        time=shown_time,
+        refused=refused,
+        labels=LABELS,
+        marks=MARKS,
+        unlisted=UNLISTED,
+        poll_seconds=POLL_SECONDS,
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from jupyterhub.spawner import LocalProcessSpawner, SimpleLocalProcessSpawner
 from jupyterhub.utils import maybe_future
 from traitlets import Any as AnyTrait
-from traitlets import TraitError, default
+from traitlets import Bool, TraitError, default
 
 from nbgpu.errors import NbgpuError
 from nbgpu.launch import environment
@@ -50,6 +50,14 @@ class LocalGPUMixin(GPUSliceMixin):
     @default("profile_list")
     def _default_profile_list(self) -> list[Profile]:
         return default_profiles()
+
+    gpu_login_terminals = Bool(
+        False,
+        config=True,
+        help="""True: JupyterLab's terminals are login shells, as they are without nbgpu. These set PATH anew and then find
+        neither `nbgpu` nor what a slice brings along. A `terminado_settings` of the admin's or the user's own wins in any case.
+        """,
+    )
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -140,6 +148,8 @@ class LocalGPUMixin(GPUSliceMixin):
     def get_env(self) -> dict[str, str]:
         """Add the slice's environment; a server without a GPU gets none of it."""
         env = super().get_env()
+        if not self.gpu_login_terminals:
+            env["NBGPU_PLAIN_TERMINALS"] = "1"  # nbgpu_lab reads it
         if self._gpu_launch is None:
             return env
         env = environment(env, self._gpu_launch)

@@ -100,6 +100,10 @@ class GPUSliceMixin(_Spawner):
     def _default_start_timeout(self) -> int:
         return self.gpu_wait_timeout + 2 * START_MARGIN_SECONDS
 
+    @default("http_timeout")
+    def _default_http_timeout(self) -> int:
+        return 120  # seconds: the first start of JupyterLab on a small or busy machine takes long
+
     @default("options_form")
     def _default_gpu_options_form(self) -> Any:
         return GPUSliceMixin.render_gpu_form
@@ -115,7 +119,8 @@ class GPUSliceMixin(_Spawner):
         self._gpu_bound = False
         self._gpu_progress = waiting.Progress()
         self._gpu_leaving = asyncio.Event()
-        self._gpu_typed: dict[str, Any] | None = None
+        self._gpu_refused: form.Refused | None = None
+        self._gpu_last_options: dict[str, Any] = dict(self.user_options or {})
 
     # -- options: form, REST and profile
 
@@ -149,10 +154,12 @@ class GPUSliceMixin(_Spawner):
 
     async def gpu_options_from_form(self, form_data: dict[str, list[Any]]) -> dict[str, Any]:
         """Return ``user_options`` for what the start page sent, or raise a 400 with the field and its range."""
-        options = self._gpu_typed = options_from_form(form_data)
+        options = options_from_form(form_data)
         try:
             await self.check_gpu_options(options)
         except NbgpuError as error:
+            page = self.user.spawner  # whose form the hub answers with, also when another server of this user was meant
+            (page if isinstance(page, GPUSliceMixin) else self)._gpu_refused = form.Refused(options, error.message, error.field or "")
             raise refusal(error) from None
         return options
 
@@ -167,12 +174,19 @@ class GPUSliceMixin(_Spawner):
         try:
             profile = await self.check_gpu_options(user_options)
         except NbgpuError as error:
-            if self.orm_spawner is not None:
-                self.orm_spawner.user_options = {}  # the hub has saved them as the next start's default
+            self._forget_options(user_options)
             raise self.refuse(error) from None
+        self._gpu_last_options = dict(user_options)
         await self.apply_gpu_profile(profile, user_options)
         if self.apply_user_options:
             await super()._run_apply_user_options(user_options)
+
+    def _forget_options(self, refused: Any) -> None:
+        """What was refused is not what the next start begins with: the hub has saved it as that before it asked us."""
+        last = {} if refused == self._gpu_last_options else self._gpu_last_options
+        self.user_options = last
+        if self.orm_spawner is not None:
+            self.orm_spawner.user_options = last
 
     async def apply_gpu_profile(self, profile: Profile | None, options: dict[str, Any]) -> None:
         """Set the traits that the checked `options` stand for."""
@@ -184,8 +198,8 @@ class GPUSliceMixin(_Spawner):
         if not profiles:
             return ""
         state = await self.gpu_start_state(profiles)
-        typed = self._gpu_typed or self.user_options or {}
-        return form.render(state, typed, self.gpu_availability_url())
+        refused, self._gpu_refused = self._gpu_refused, None  # shown on the page that answers, not on a later one
+        return form.render(state, self.user_options or {}, self.gpu_availability_url(), refused)
 
     def gpu_availability_url(self) -> str:
         """Return where the open start page asks what is free now."""

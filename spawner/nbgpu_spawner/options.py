@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,16 @@ from nbgpu.quantities import format_memory, format_share, parse_fraction, parse_
 
 FIELDS = ("gpu_fraction", "gpu_memory", "gpu_compute", "gpu_count", "gpu_model", "gpu_mode")
 """The spawner's traits that say how much GPU a server gets; also the names in ``user_options`` of a custom choice."""
+LABELS: Mapping[str, str] = {
+    "profile": "Profile",
+    "gpu_fraction": "Share of a GPU",
+    "gpu_memory": "GPU memory",
+    "gpu_compute": "Share of the GPU's time",
+    "gpu_count": "Number of GPUs",
+    "gpu_model": "GPU model",
+    "gpu_mode": "Mode",
+}
+"""What the start page calls them: errors use the same words, on the page and from the REST API."""
 MOST_DEVICES = 16
 
 
@@ -61,9 +71,9 @@ def wish_from(values: Mapping[str, Any]) -> Wish | None:
         Names the field and the allowed range.
     """
     asked = {name: values[name] for name in FIELDS if values.get(name) not in (None, "")}
-    fraction = parse_fraction(asked["gpu_fraction"]) if "gpu_fraction" in asked else None
-    compute = parse_fraction(asked["gpu_compute"], "gpu_compute") if "gpu_compute" in asked else fraction
-    memory_bytes = parse_memory(_plain_bytes(asked["gpu_memory"])) if "gpu_memory" in asked else None
+    fraction = _parsed(parse_fraction, "gpu_fraction", asked)
+    compute = _parsed(parse_fraction, "gpu_compute", asked) if "gpu_compute" in asked else fraction
+    memory_bytes = _parsed(parse_memory, "gpu_memory", asked)
     count = _count(asked.get("gpu_count", 1))
     mode = _mode(asked.get("gpu_mode", "burst"))
     model = _model(asked.get("gpu_model"))
@@ -102,15 +112,29 @@ def check_against(wish: Wish, devices: Iterable[Device]) -> None:
         models = sorted({device.model for device in known})
         known = [device for device in known if device.model == shape.model]
         if not known:
-            raise InvalidValue("gpu_model", shape.model, "one of " + ", ".join(models))
+            raise wrong("gpu_model", shape.model, "one of " + ", ".join(models))
     if shape.memory_bytes is not None:
         most = max(device.usable_bytes for device in known)
         if shape.memory_bytes > most:
-            raise InvalidValue("gpu_memory", wish.asked.get("gpu_memory"), f"at most {format_memory(most)}, what one GPU has")
+            raise wrong("gpu_memory", wish.asked.get("gpu_memory"), f"at most {format_memory(most)}, what one GPU has")
     nodes = [device.node for device in known if device.usable_bytes >= (shape.memory_bytes or 0)]
     most = max(nodes.count(node) for node in nodes)
     if shape.device_count > most:
-        raise InvalidValue("gpu_count", shape.device_count, _whole(most) + ", the GPUs of one machine")
+        raise wrong("gpu_count", shape.device_count, _whole(most) + ", the GPUs of one machine")
+
+
+def wrong(field: str, value: object, allowed: str) -> InvalidValue:
+    """Return the error for an input of the start page, in the words of that page."""
+    return InvalidValue(field, value, allowed, LABELS.get(field))
+
+
+def _parsed(parse: Callable[[Any, str], int], field: str, asked: Mapping[str, Any]) -> int | None:
+    if field not in asked:
+        return None
+    try:
+        return parse(_plain_bytes(asked[field]) if parse is parse_memory else asked[field], field)
+    except InvalidValue as error:
+        raise wrong(field, asked[field], error.allowed) from None
 
 
 def _whole(most: int) -> str:
@@ -126,7 +150,7 @@ def _count(value: Any) -> int:
     if isinstance(text, str) and text.isascii() and text.isdigit() and len(text) < 10:
         text = int(text)
     if isinstance(text, bool) or not isinstance(text, int) or not 1 <= text <= MOST_DEVICES:
-        raise InvalidValue("gpu_count", value, _whole(MOST_DEVICES))
+        raise wrong("gpu_count", value, _whole(MOST_DEVICES))
     return text
 
 
@@ -135,12 +159,12 @@ def _mode(value: Any) -> Mode:
         return "strict"
     if value == "burst":
         return "burst"
-    raise InvalidValue("gpu_mode", value, "strict or burst")
+    raise wrong("gpu_mode", value, "strict or burst")
 
 
 def _model(value: Any) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str) or not 1 <= len(value) <= 255:
-        raise InvalidValue("gpu_model", value, "the name of a GPU model of the pool")
+        raise wrong("gpu_model", value, "the name of a GPU model of the pool")
     return value

@@ -12,7 +12,7 @@ from typing import Any
 
 from nbgpu.errors import InvalidValue, NbgpuError
 
-from .options import FIELDS, Wish, wish_from
+from .options import FIELDS, LABELS, Wish, wish_from, wrong
 
 Profile = dict[str, Any]
 OVERRIDE = "kubespawner_override"
@@ -66,7 +66,7 @@ def selected(profiles: list[Profile], options: Mapping[str, Any]) -> Profile | N
         if profile["slug"] == slug:
             return profile
     slugs = ", ".join(profile["slug"] for profile in profiles)
-    raise InvalidValue("profile", slug, f"one of {slugs}" if slugs else "left out: there are no profiles here")
+    raise wrong("profile", slug, f"one of {slugs}" if slugs else "left out: there are no profiles here")
 
 
 def check_keys(profile: Profile | None, options: Mapping[str, Any], others_allowed: bool) -> None:
@@ -137,7 +137,8 @@ def custom_fields(profile: Profile | None, options: Mapping[str, Any]) -> dict[s
         return {}
     given = {name: options[name] for name in FIELDS if options.get(name) not in (None, "")}
     if profile is not None and not any(name in given for name in ("gpu_fraction", "gpu_memory", "gpu_compute")):
-        raise InvalidValue("gpu_fraction", "", "a fraction of one GPU such as 0.25, 1/4 or 25%, or gpu_memory such as 20 GiB")
+        allowed = f"a fraction of one GPU such as 0.25, 1/4 or 25%, unless {LABELS['gpu_memory']} says an amount such as 20 GiB"
+        raise wrong("gpu_fraction", "", allowed)
     return given
 
 
@@ -161,20 +162,21 @@ def _option_overrides(name: str, option: Mapping[str, Any], options: Mapping[str
     choices: Mapping[str, Any] = option.get("choices") or {}
     unlisted = option.get("unlisted_choice") or {}
     free_text, choice = options.get(name + UNLISTED), options.get(name)
+    label: str | None = option.get("display_name")
     if free_text not in (None, ""):
         pattern = unlisted.get("validation_regex")
         if not unlisted.get("enabled") or not isinstance(free_text, str):
-            raise InvalidValue(name, free_text, _one_of(choices))
+            raise InvalidValue(name, free_text, _one_of(choices), label)
         if pattern and not re.match(pattern, free_text):
-            raise InvalidValue(name, free_text, unlisted.get("validation_message") or f"text that matches {pattern}")
+            raise InvalidValue(name, free_text, unlisted.get("validation_message") or f"text that matches {pattern}", label)
         return {key: _filled(value, free_text) for key, value in (unlisted.get(OVERRIDE) or {}).items()}
     if choice not in (None, ""):
         if not isinstance(choice, str) or choice not in choices:
-            raise InvalidValue(name, choice, _one_of(choices))
+            raise InvalidValue(name, choice, _one_of(choices), label)
         return dict(choices[choice].get(OVERRIDE) or {})
     default = next((choice for choice in choices.values() if choice.get("default")), None)
     if default is None:
-        raise InvalidValue(name, "", "given: this profile has no default for it")
+        raise InvalidValue(name, "", "given: this profile has no default for it", label)
     return dict(default.get(OVERRIDE) or {})
 
 

@@ -29,13 +29,16 @@ class GPURefusal(_Base):  # pyright: ignore[reportGeneralTypeIssues]
         One word for logs and metrics.
     status_code : int
         400 bad input, 403 quota, 409 left the queue, 503 no room or no pool.
+    field : str, optional
+        The option that was wrong. The hub's JSON has a fixed form: programs find it in the header ``Nbgpu-Field``.
     """
 
-    def __init__(self, message: str, *, reason: str, status_code: int = 503):
+    def __init__(self, message: str, *, reason: str, status_code: int = 503, field: str | None = None):
         if HUB_COUNTS_REFUSALS:
             super().__init__(status_code, message, reason=reason)
         else:
             super().__init__(message, reason=reason, status_code=status_code)  # pyright: ignore
+        self.headers = {"Nbgpu-Field": field} if field and field.isascii() and field.isprintable() else {}
         # both hubs show these two to people in preference to str(error)
         self.jupyterhub_message = message
         self.jupyterhub_html_message = f"<p>{escape(message)}</p>"
@@ -46,7 +49,7 @@ class GPURefusal(_Base):  # pyright: ignore[reportGeneralTypeIssues]
 
 def refusal(error: NbgpuError) -> GPURefusal:
     """Return `error` as what a spawn raises; the words stay the same."""
-    return GPURefusal(error.message, reason=f"gpu-{error.code}", status_code=error.status)
+    return GPURefusal(error.message, reason=f"gpu-{error.code}", status_code=error.status, field=error.field)
 
 
 def spare_failure_counter(spawner: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,29 +17,29 @@ FRACTION = "it must be a fraction of one GPU above 0 and up to 1, such as 0.25, 
 MEMORY = "it must be an amount above 0 with a binary unit, such as 20 GiB or 512 MiB."
 
 BAD = [
-    ({"gpu_fraction": "0"}, f"gpu_fraction is '0'; {FRACTION}"),
-    ({"gpu_fraction": "-0.5"}, f"gpu_fraction is '-0.5'; {FRACTION}"),
-    ({"gpu_fraction": "NaN"}, f"gpu_fraction is 'NaN'; {FRACTION}"),
-    ({"gpu_fraction": "1/0"}, f"gpu_fraction is '1/0'; {FRACTION}"),
-    ({"gpu_fraction": "1e309"}, f"gpu_fraction is '1e309'; {FRACTION}"),
-    ({"gpu_fraction": "1.5"}, f"gpu_fraction is '1.5'; {FRACTION}"),
-    ({"gpu_fraction": "<b>&"}, f"gpu_fraction is '<b>&'; {FRACTION}"),
-    ({"gpu_memory": "20 GB"}, f"gpu_memory is '20 GB'; {MEMORY}"),
-    ({"gpu_memory": "-1 GiB"}, f"gpu_memory is '-1 GiB'; {MEMORY}"),
-    ({"gpu_memory": "79 GiB"}, "gpu_memory is '79 GiB'; it must be at most 78 GiB, what one GPU has."),
-    ({"gpu_fraction": "1/2", "gpu_count": "3"}, "gpu_count is 3; it must be a whole number from 1 to 2, the GPUs of one machine."),
-    ({"gpu_fraction": "1/2", "gpu_count": "0"}, "gpu_count is '0'; it must be a whole number from 1 to 16."),
-    ({"gpu_fraction": "1/2", "gpu_model": "H900"}, "gpu_model is 'H900'; it must be one of Simulated H100 80GB."),
-    ({"gpu_fraction": "1/2", "gpu_mode": "greedy"}, "gpu_mode is 'greedy'; it must be strict or burst."),
+    ({"gpu_fraction": "0"}, f"Share of a GPU is '0'; {FRACTION}"),
+    ({"gpu_fraction": "-0.5"}, f"Share of a GPU is '-0.5'; {FRACTION}"),
+    ({"gpu_fraction": "NaN"}, f"Share of a GPU is 'NaN'; {FRACTION}"),
+    ({"gpu_fraction": "1/0"}, f"Share of a GPU is '1/0'; {FRACTION}"),
+    ({"gpu_fraction": "1e309"}, f"Share of a GPU is '1e309'; {FRACTION}"),
+    ({"gpu_fraction": "1.5"}, f"Share of a GPU is '1.5'; {FRACTION}"),
+    ({"gpu_fraction": "<b>&"}, f"Share of a GPU is '<b>&'; {FRACTION}"),
+    ({"gpu_memory": "20 GB"}, f"GPU memory is '20 GB'; {MEMORY}"),
+    ({"gpu_memory": "-1 GiB"}, f"GPU memory is '-1 GiB'; {MEMORY}"),
+    ({"gpu_memory": "79 GiB"}, "GPU memory is '79 GiB'; it must be at most 78 GiB, what one GPU has."),
+    ({"gpu_fraction": "1/2", "gpu_count": "3"}, "Number of GPUs is 3; it must be a whole number from 1 to 2, the GPUs of one machine."),
+    ({"gpu_fraction": "1/2", "gpu_count": "0"}, "Number of GPUs is '0'; it must be a whole number from 1 to 16."),
+    ({"gpu_fraction": "1/2", "gpu_model": "H900"}, "GPU model is 'H900'; it must be one of Simulated H100 80GB."),
+    ({"gpu_fraction": "1/2", "gpu_mode": "greedy"}, "Mode is 'greedy'; it must be strict or burst."),
 ]
 ONLY_REST: list[tuple[Any, str]] = [
-    ({"profile": "custom", "gpu_fraction": 0}, f"gpu_fraction is 0; {FRACTION}"),
-    ({"profile": "custom", "gpu_fraction": True}, f"gpu_fraction is True; {FRACTION}"),
-    ({"profile": "custom", "gpu_fraction": [1]}, f"gpu_fraction is [1]; {FRACTION}"),
-    ({"profile": "custom", "gpu_fraction": {"a": "b"}}, f"gpu_fraction is {{'a': 'b'}}; {FRACTION}"),
-    ({"profile": "custom", "gpu_memory": 1.5}, f"gpu_memory is 1.5; {MEMORY}"),
-    ({"profile": "custom", "gpu_count": 1.5, "gpu_fraction": 1}, "gpu_count is 1.5; it must be a whole number from 1 to 16."),
-    ({"profile": ["half"]}, "profile is ['half']; it must be one of cpu, eighth, quarter, half, whole, custom."),
+    ({"profile": "custom", "gpu_fraction": 0}, f"Share of a GPU is 0; {FRACTION}"),
+    ({"profile": "custom", "gpu_fraction": True}, f"Share of a GPU is True; {FRACTION}"),
+    ({"profile": "custom", "gpu_fraction": [1]}, f"Share of a GPU is [1]; {FRACTION}"),
+    ({"profile": "custom", "gpu_fraction": {"a": "b"}}, f"Share of a GPU is {{'a': 'b'}}; {FRACTION}"),
+    ({"profile": "custom", "gpu_memory": 1.5}, f"GPU memory is 1.5; {MEMORY}"),
+    ({"profile": "custom", "gpu_count": 1.5, "gpu_fraction": 1}, "Number of GPUs is 1.5; it must be a whole number from 1 to 16."),
+    ({"profile": ["half"]}, "Profile is ['half']; it must be one of cpu, eighth, quarter, half, whole, custom."),
     (
         {"profile": "half", "gpu_fraction": "1"},
         "user_options has 'gpu_fraction', which nothing reads here; it may have profile.",
@@ -69,8 +71,16 @@ def as_form(options: dict[str, str]) -> dict[str, str]:
 def test_form_and_rest_say_the_same(hub: Hub, ada: Browser, calm_pool: FakePool, options: dict[str, str], words: str) -> None:
     answer = hub.spawn("ada", {"profile": "custom", **options})
     assert (answer.status_code, answer.json()["message"]) == (400, words)
+    field = list(options)[-1]
+    assert answer.headers["Nbgpu-Field"] == field
     page = ada.submit(as_form(options))
     assert (page.status_code, error_text(page.text)) == (400, words)
+    at_field = re.search(
+        rf'name="profile-option-custom--{field}" .*?aria-invalid="true".*?<div class="invalid-feedback[^>]*>(.*?)</div>', page.text, re.S
+    )
+    if field != "gpu_model":  # one model: the page does not ask
+        assert at_field
+        assert html.unescape(at_field[1]) == words
     assert calm_pool.held() == []
     assert hub.server("ada") is None
 
@@ -83,7 +93,7 @@ def test_junk_by_rest(hub: Hub, calm_pool: FakePool, options: Any, words: str) -
 
 
 def test_unknown_profile_by_both(hub: Hub, ada: Browser, calm_pool: FakePool) -> None:
-    words = "profile is 'gone'; it must be one of cpu, eighth, quarter, half, whole, custom."
+    words = "Profile is 'gone'; it must be one of cpu, eighth, quarter, half, whole, custom."
     answer = hub.spawn("ada", {"profile": "gone"})
     assert (answer.status_code, answer.json()["message"]) == (400, words)
     page = ada.submit({"profile": "gone"})
@@ -101,6 +111,35 @@ def test_the_hub_counts_none_of_it_and_cpu_only_works(hub: Hub, ada: Browser, ca
     assert calm_pool.held() == []
     hub.stop("ada")
     assert ada.submit({"profile": "cpu"}).status_code == 302
+    hub.ready("ada")
+    hub.stop("ada")
+
+
+def typed(page: str) -> tuple[str, str]:
+    """Return which profile a start page has checked, and what its custom choice has as the share of a GPU."""
+    (chosen,) = re.findall(r'name="profile" [^>]*value="(\w+)"[^>]* checked', page)
+    (share,) = re.findall(r'name="profile-option-custom--gpu_fraction" value="([^"]*)"', page)
+    return chosen, html.unescape(share)
+
+
+def test_a_refused_value_is_shown_once_and_is_no_default(hub: Hub, ada: Browser, calm_pool: FakePool) -> None:
+    hub.spawn("ada", {"profile": "half"})
+    hub.ready("ada")
+    hub.stop("ada")
+    page = ada.submit(as_form({"gpu_fraction": "7/2"})).text
+    assert typed(page) == ("custom", "7/2"), "what was typed can be mended"
+    assert typed(ada.form()) == ("half", ""), "a fresh page begins with the last start"
+    assert hub.spawn("ada", {"profile": "custom", "gpu_fraction": "7/2"}).status_code == 400
+    assert typed(ada.form()) == ("half", "")
+    linked = ada.http.get("spawn?gpu_fraction=9")
+    assert (linked.status_code, typed(linked.text)) == (400, ("custom", "9"))
+    assert typed(ada.form()) == ("half", "")
+    assert hub.spawn("ada").status_code in (201, 202)
+    hub.ready("ada")
+    (request_id,) = calm_pool.held()
+    assert calm_pool.grants[request_id]["request"]["memory_milli"] == 500, "a start without options is the last one again"
+    hub.stop("ada")
+    assert ada.submit({"profile": "cpu"}).status_code == 302  # the tests after this one begin without a GPU
     hub.ready("ada")
     hub.stop("ada")
 

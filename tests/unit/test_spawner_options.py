@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from traitlets.config import Config
 
 from nbgpu.errors import InvalidValue, NbgpuError
 from nbgpu.models import Availability, Device, DeviceBooks, Grant, GrantState, Owner, Request
 from nbgpu.quantities import GIB
-from nbgpu_spawner import form, profiles, waiting
+from nbgpu_spawner import form, profiles, setup, waiting
 from nbgpu_spawner.options import check_against, wish_from
 
 OWNER = Owner(hub="h", user="ada")
@@ -52,11 +54,13 @@ def test_a_pool_of_different_nodes() -> None:
             check_against(wish, pool)
         return caught.value.message
 
-    assert refused({"gpu_memory": "79 GiB"}) == "gpu_memory is '79 GiB'; it must be at most 78 GiB, what one GPU has."
+    assert refused({"gpu_memory": "79 GiB"}) == "GPU memory is '79 GiB'; it must be at most 78 GiB, what one GPU has."
     assert "at most 38 GiB" in refused({"gpu_memory": "50 GiB", "gpu_model": "A100"})
     assert "one of A100, H100" in refused({"gpu_fraction": 1, "gpu_model": "T4"})
     assert "from 1 to 2" in refused({"gpu_fraction": 1, "gpu_count": 3})
-    assert refused({"gpu_fraction": 1, "gpu_model": "A100", "gpu_count": 2}) == "gpu_count is 2; it must be 1, the GPUs of one machine."
+    assert (
+        refused({"gpu_fraction": 1, "gpu_model": "A100", "gpu_count": 2}) == "Number of GPUs is 2; it must be 1, the GPUs of one machine."
+    )
     fits = wish_from({"gpu_memory": "50 GiB", "gpu_count": 2})
     assert fits is not None
     check_against(fits, pool)
@@ -113,10 +117,10 @@ def test_overrides_in_order_of_the_options() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"mode": "turbo"}, "mode is 'turbo'; it must be one of b, s."),
-        ({"mode": ["b"]}, "mode is ['b']; it must be one of b, s."),
+        ({"mode": "turbo"}, "Mode is 'turbo'; it must be one of b, s."),
+        ({"mode": ["b"]}, "Mode is ['b']; it must be one of b, s."),
         ({"image--unlisted-choice": "UP"}, "image is 'UP'; it must be text that matches ^[a-z{}.]+$."),
-        ({"mode--unlisted-choice": "x"}, "mode is 'x'; it must be one of b, s."),
+        ({"mode--unlisted-choice": "x"}, "Mode is 'x'; it must be one of b, s."),
     ],
 )
 def test_choices_that_do_not_exist(options: dict[str, Any], words: str) -> None:
@@ -225,3 +229,23 @@ def test_the_words_of_the_queue() -> None:
         "about 2 hours",
         "about 2 hours",
     ]
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["set before setup", "set after setup"])
+@pytest.mark.parametrize("own", [True, False], ids=["the admin's", "the default"])
+def test_defaults_of_setup_give_way_to_the_admins(own: bool, before: bool, tmp_path: Path) -> None:
+    def admin() -> None:
+        if own:
+            c.Spawner.http_timeout = 45
+            c.LocalGPUMixin.gpu_login_terminals = True
+
+    c = Config()
+    c.JupyterHub.spawner_class = "simple"
+    if before:
+        admin()
+    setup(c, embedded=False, runtime=tmp_path)
+    if not before:
+        admin()
+    spawner = c.JupyterHub.spawner_class(config=c)
+    assert spawner.http_timeout == (45 if own else 120)
+    assert spawner.gpu_login_terminals is own
