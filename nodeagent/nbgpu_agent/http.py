@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
+import shutil
 import socket
-from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
 from uvicorn.config import Config
-from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from nbgpu.errors import NbgpuError
+from nbgpu.http import App, PatientProtocol, Receive, Reread, Scope, Send, answer_error, read_body
 
 HEADER_BYTES = 16 * 1024
 KEEP_ALIVE_SECONDS = 75
@@ -30,17 +26,6 @@ ACCEPTS_AT_ONCE = 16
 PATIENCE = 25
 """Requests over the rate in one second that are answered with 429 before the door shuts for as long."""
 SHUT_SECONDS = 1.0
-DRAINED = 8
-
-
-async def answer_error(send: Send, status: int, code: str, message: str, close: bool = False) -> None:
-    """Answer with an error as all of nbgpu's APIs do."""
-    body = json.dumps({"error": {"code": code, "message": message}}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if close:
-        headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
 
 
 class Bounds:
@@ -107,7 +92,8 @@ class Door:
             except OSError:  # out of descriptors: try again when there may be some
                 self._shut_for_a_while()
                 return
-            open_now = len(self._server_state.connections) + len(self._connecting)
+            # Requests of clients that left are still worked on: who waits for events, leaves and comes again counts twice.
+            open_now = max(len(self._server_state.connections), len(self._server_state.tasks)) + len(self._connecting)
             if open_now >= self._bounds.connections or not self._allowed(self._connects):
                 connection.close()
                 continue
@@ -116,8 +102,8 @@ class Door:
             self._connecting.add(task)
             task.add_done_callback(self._connecting.discard)
 
-    def _protocol(self) -> H11Protocol:
-        return H11Protocol(self._config, self._server_state, self._state, self._loop)
+    def _protocol(self) -> PatientProtocol:
+        return PatientProtocol(self._config, self._server_state, self._state, self._loop)
 
     def _allowed(self, bucket: Bucket) -> bool:
         """Return whether the socket may be served now; shut the door on who does not stop asking."""
@@ -152,26 +138,18 @@ class Door:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request within the bounds."""
         if not self._allowed(self._requests):
-            await answer_error(send, 429, "too-many-requests", "Too many requests: slow down and try again in a second.", close=True)
+            slower = NbgpuError("Too many requests: slow down and try again in a second.", code="too-many-requests")
+            await answer_error(send, 429, slower.as_json())
             return
-        body: list[bytes] = []
-        size = 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            part: bytes = message.get("body", b"")
-            size += len(part)
-            # A little more is read and dropped: who is still sending would not see the answer.
-            if size <= self._bounds.body_bytes:
-                body.append(part)
-            if not message.get("more_body") or size > DRAINED * self._bounds.body_bytes:
-                break
-        if size > self._bounds.body_bytes:
-            message = f"The body of a request may have {self._bounds.body_bytes} bytes."
-            await answer_error(send, 413, "too-large", message, close=True)
+        try:
+            body = await read_body(receive, self._bounds.body_bytes)
+        except ConnectionError:
+            return
+        if body is None:
+            large = NbgpuError(f"The body of a request may have {self._bounds.body_bytes} bytes.", code="too-large")
+            await answer_error(send, 413, large.as_json())
         else:
-            await self._app(scope, _Body(b"".join(body), receive), send)
+            await self._app(scope, Reread(body, receive), send)
 
     def close(self) -> set[asyncio.Task[Any]]:
         """Stop listening, end the connections, remove the socket; return the requests that are still being answered."""
@@ -186,22 +164,10 @@ class Door:
         return set(self._server_state.tasks)
 
 
-class _Body:
-    """`receive` of an app whose request's body has been read already."""
-
-    def __init__(self, body: bytes, receive: Receive):
-        self._body: bytes | None = body
-        self._receive = receive
-
-    async def __call__(self) -> MutableMapping[str, Any]:
-        if self._body is not None:
-            body, self._body = self._body, None
-            return {"type": "http.request", "body": body, "more_body": False}
-        return await self._receive()
-
-
 def _listen(path: Path, uid: int | None) -> socket.socket:
-    """Return a listening socket that only its owner (`uid`, None = the agent's user) may open."""
+    """Return a listening socket that only its owner (`uid`, None = the agent's user) may open; what was in its place goes."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)

@@ -26,8 +26,9 @@ from nbgpu.models import (
 )
 
 from . import events
-from .auth import ANY_HUB, Guard, Principal
+from .auth import Guard, Principal
 from .books import Entry
+from .front import Front
 from .problems import ERRORS, install_handlers, without_422
 from .service import Service
 
@@ -61,14 +62,13 @@ def _service(http: HttpRequest) -> Service:
     return http.app.state.service
 
 
-def _principal(http: HttpRequest) -> Principal:
-    guard: Guard | None = http.app.state.guard
-    return ANY_HUB if guard is None else guard.principal(http.headers.get("authorization"))
+def _speaker(http: HttpRequest) -> Principal:
+    return http.state.speaker
 
 
 RequestId = Annotated[SliceId, Path()]
 Pool = Annotated[Service, Depends(_service)]
-Speaker = Annotated[Principal, Depends(_principal)]
+Speaker = Annotated[Principal, Depends(_speaker)]
 
 router = APIRouter(responses=ERRORS)
 
@@ -83,7 +83,7 @@ def create_app(service: Service, guard: Guard | None = None) -> FastAPI:
     """
     app = FastAPI(title="nbgpu pool", version=__version__, docs_url=None, redoc_url=None, summary="Who gets which part of which GPU.")
     app.state.service = service
-    app.state.guard = guard
+    app.add_middleware(Front, guard=guard)
     install_handlers(app)
     app.include_router(router)
     plain = app.openapi
@@ -147,7 +147,6 @@ async def follow_request(request_id: RequestId, pool: Pool, speaker: Speaker) ->
 @router.delete("/v1/requests/{request_id}", response_model=Grant, responses={204: {"description": "Unknown; remembered."}})
 async def give_up(request_id: RequestId, pool: Pool, speaker: Speaker) -> Any:
     """Leave the queue, or ask a slice back. An unknown id is remembered: its late request is answered `gone`."""
-    speaker.must_be_hub()
     entry = pool.core.entry(request_id)
     if entry is not None and not speaker.sees(entry.request.owner.hub):
         return Response(status_code=204)
@@ -157,7 +156,6 @@ async def give_up(request_id: RequestId, pool: Pool, speaker: Speaker) -> Any:
 @router.post("/v1/requests/{request_id}/renew")
 async def renew(request_id: RequestId, pool: Pool, speaker: Speaker) -> Grant:
     """Start a reservation's time anew."""
-    speaker.must_be_hub()
     _entry(pool, request_id, speaker)
     return pool.renew(request_id)
 
@@ -165,7 +163,6 @@ async def renew(request_id: RequestId, pool: Pool, speaker: Speaker) -> Grant:
 @router.post("/v1/requests/{request_id}/prepare")
 async def prepare(request_id: RequestId, body: PrepareBody, pool: Pool, speaker: Speaker) -> Launch:
     """Make the slice at the agent and say how to start a process in it."""
-    speaker.must_be_hub()
     _entry(pool, request_id, speaker)
     return await pool.prepare(request_id, body.uid)
 
@@ -173,7 +170,6 @@ async def prepare(request_id: RequestId, body: PrepareBody, pool: Pool, speaker:
 @router.post("/v1/requests/{request_id}/bind")
 async def bind(request_id: RequestId, body: BindBody, pool: Pool, speaker: Speaker) -> Grant:
     """Say that a server's process carries the slice: from now on only its end frees it."""
-    speaker.must_be_hub()
     _entry(pool, request_id, speaker)
     return await pool.bind(request_id, body.pid)
 

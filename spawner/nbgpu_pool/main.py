@@ -8,6 +8,7 @@ import contextlib
 import ipaddress
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -20,6 +21,7 @@ from fastapi import FastAPI
 
 from nbgpu import logs
 from nbgpu.errors import NbgpuError
+from nbgpu.http import MOST_CONNECTIONS, PatientProtocol
 from nbgpu.paths import AGENT_SOCKET, POOL_SOCKET, runtime_dir
 
 from .api import create_app
@@ -51,6 +53,8 @@ def run(options: Options) -> int:
     """Serve until SIGTERM or SIGINT; return the exit code. Errors are one line on stderr."""
     logs.set_up(options.log_level, "%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what strangers send must not fill the log
+    _raise_file_limit()
     place = options.runtime_dir or runtime_dir()
     try:
         config = load(options.config)
@@ -75,6 +79,13 @@ def run(options: Options) -> int:
     asyncio.run(_serve(config, guard, place, sockets))
     lock.close()
     return 0
+
+
+def _raise_file_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4 * MOST_CONNECTIONS
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(hard, wanted), hard))
 
 
 async def _serve(config: Config, guard: Guard, place: Path, sockets: list[socket.socket]) -> None:
@@ -104,8 +115,9 @@ async def _serve(config: Config, guard: Guard, place: Path, sockets: list[socket
 
 def _server(app: FastAPI) -> uvicorn.Server:
     config = uvicorn.Config(
-        app, lifespan="off", access_log=False, log_config=None, timeout_graceful_shutdown=2, timeout_keep_alive=60, ws="none"
-    )
+        app, http=PatientProtocol, lifespan="off", access_log=False, log_config=None, proxy_headers=False,
+        timeout_graceful_shutdown=2, timeout_keep_alive=60, ws="none",
+    )  # fmt: skip
     return _Server(config)
 
 

@@ -18,6 +18,7 @@ from nbgpu.errors import InvalidValue, NbgpuError
 
 log = logging.getLogger("nbgpu.pool")
 
+_NAME_SHOWN = 60
 _NAME = "text of 1 to 255 characters"
 _ALLOWED = {
     "request_id": "8 to 48 lower-case letters, digits and dashes, with no dash at either end",
@@ -56,7 +57,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     401: {"model": ErrorBody, "description": "No token, or an unknown one."},
     403: {"model": ErrorBody, "description": "Quota, impossible, or not this role's."},
     404: {"model": ErrorBody, "description": "Unknown."},
+    408: {"model": ErrorBody, "description": "The body came too slowly."},
     409: {"model": ErrorBody, "description": "The id or its state does not allow it."},
+    413: {"model": ErrorBody, "description": "The body is too large."},
     503: {"model": ErrorBody, "description": "Starting, or a part is away."},
 }
 
@@ -80,8 +83,7 @@ def without_422(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _answer(error: NbgpuError) -> Response:
-    headers = {"Retry-After": "2"} if error.status == 503 else {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
-    return JSONResponse(error.as_json(), error.status, headers=headers)
+    return JSONResponse(error.as_json(), error.status, headers={"Retry-After": "2"} if error.status == 503 else None)
 
 
 async def _known(_: HttpRequest, error: Exception) -> Response:
@@ -97,7 +99,7 @@ async def _invalid(_: HttpRequest, error: Exception) -> Response:
 def words_for(errors: Sequence[Any]) -> NbgpuError:
     """Return the first validation error with its field and what is allowed there."""
     first = errors[0]
-    path = [str(part) for part in first["loc"][1:]]
+    path = [_shown(str(part)) for part in first["loc"][1:]]
     kind = first["type"]
     if kind == "json_invalid":
         return NbgpuError("The body is no JSON.", code="invalid", status=400, field="body")
@@ -110,6 +112,10 @@ def words_for(errors: Sequence[Any]) -> NbgpuError:
     if leaf in _ALLOWED:
         return InvalidValue(field, first.get("input"), _ALLOWED[leaf])
     return NbgpuError(f"{field}: {first['msg']}.", code="invalid", status=400, field=field)
+
+
+def _shown(name: str) -> str:
+    return name if len(name) <= _NAME_SHOWN else f"{name[:_NAME_SHOWN]}..."
 
 
 async def _http(_: HttpRequest, error: Exception) -> Response:

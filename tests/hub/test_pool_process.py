@@ -7,9 +7,7 @@ import contextlib
 import os
 import random
 import signal
-import socket
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -22,6 +20,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
 from pool_fake_agent import AgentTruth, FakeAgent, device
+from pool_process import PoolProcess, free_port, until
 from schemathesis import GenerationMode
 
 from nbgpu.client import PoolClient
@@ -29,7 +28,6 @@ from nbgpu.errors import NbgpuError, Unavailable
 from nbgpu.models import Grant, GrantState, Owner, Request
 
 pytestmark = pytest.mark.timeout(180)
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class AgentThread:
@@ -56,42 +54,6 @@ class AgentThread:
         self.do(self._agent.stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)
-
-
-class PoolProcess:
-    """`python -m nbgpu_pool`, to be killed and started again."""
-
-    def __init__(self, directory: Path, *arguments: str, env: dict[str, str] | None = None):
-        self.directory = directory
-        self.command = [sys.executable, "-m", "nbgpu_pool", "--runtime-dir", str(directory), *arguments]
-        self.env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "spawner")]), **(env or {})}
-        self.client = PoolClient(directory / "pool.sock", 5)
-        self.log = (directory / "pool.log").open("ab")
-        self.process: subprocess.Popen | None = None
-
-    def start(self, *, ready: bool = True) -> None:
-        self.process = subprocess.Popen(self.command, env=self.env, stderr=self.log)
-        if ready:
-            until(self.ready)
-
-    def ready(self) -> bool:
-        assert self.process is not None
-        assert self.process.poll() is None, (self.directory / "pool.log").read_text()
-        with contextlib.suppress(NbgpuError):
-            return bool(self.client.call("GET", "/healthz")["ready"])
-        return False
-
-    def kill(self, number: int = signal.SIGKILL) -> int:
-        assert self.process is not None
-        self.process.send_signal(number)
-        return self.process.wait(10)
-
-
-def until(condition: Callable[[], object], seconds: float = 15) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
-        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -231,12 +193,6 @@ def test_second_pool_is_refused_and_takeover_hands_over(pool: PoolProcess, runti
     assert (runtime / "pool.sock").stat().st_mode & 0o777 == 0o600
     assert heir.kill(signal.SIGTERM) == 0
     assert not (runtime / "pool.sock").exists()
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 SECRET = "a-secret-for-the-tests"

@@ -1,0 +1,63 @@
+"""What comes before every route: who speaks, whether that role may change anything, and how much it may send.
+
+Here rather than in the routes, so that a new route is closed until somebody opens it, and so that a stranger's body is not read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from nbgpu.errors import NbgpuError
+from nbgpu.http import App, Receive, Reread, Scope, Send, answer_error, read_body
+
+from .auth import ANY_HUB, Guard, Principal
+
+FOR_EVERYBODY = {("GET", "/healthz"), ("GET", "/openapi.json")}
+READS = {("POST", "/v1/availability")}
+"""What only reads though it is no GET."""
+BODY_BYTES = 1024**2
+BODY_SECONDS = 10.0
+
+
+class Front:
+    """ASGI middleware of the pool. Leaves the `Principal` in the request's state, as ``speaker``.
+
+    Parameters
+    ----------
+    guard : Guard, optional
+        Checks bearer tokens; None on the Unix socket, whose callers have the role *hub* for every hub.
+    """
+
+    def __init__(self, app: App, guard: Guard | None = None):
+        self._app = app
+        self._guard = guard
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, or refuse it."""
+        try:
+            scope.setdefault("state", {})["speaker"] = self._speaker(scope)
+            body = await asyncio.wait_for(read_body(receive, BODY_BYTES), BODY_SECONDS)
+            if body is None:
+                raise NbgpuError(f"The body of a request may have {BODY_BYTES} bytes.", code="too-large", status=413, field="body")
+        except NbgpuError as error:
+            headers = {"www-authenticate": "Bearer"} if error.status == 401 else None
+            await answer_error(send, error.status, error.as_json(), headers)
+        except (asyncio.TimeoutError, TimeoutError):
+            late = NbgpuError(f"The body did not arrive within {BODY_SECONDS:g} seconds.", code="too-slow", field="body")
+            await answer_error(send, 408, late.as_json())
+        except ConnectionError:
+            return
+        else:
+            await self._app(scope, Reread(body, receive), send)
+
+    def _speaker(self, scope: Scope) -> Principal | None:
+        asked = scope["method"], scope["path"]
+        if self._guard is None:
+            return ANY_HUB
+        if asked in FOR_EVERYBODY:
+            return None
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        speaker = self._guard.principal(given[0].decode("latin-1") if given else None)
+        if scope["method"] != "GET" and asked not in READS:
+            speaker.must_be_hub()
+        return speaker
