@@ -39,7 +39,7 @@ uint32_t nbgpu_pass_fold(Busy *b, uint64_t now) {
 }
 
 static void stop(Pass *p) {
-    __atomic_store_n(&p->until, 0, __ATOMIC_SEQ_CST);
+    atomic_store(&p->until, 0);
     p->given = false;
 }
 
@@ -49,7 +49,7 @@ void nbgpu_pass_stop(Busy *b, const Pass *only, uint64_t now) {
         return;
     for (int i = 0; i < PASSES; i++)
         if (!only || only == &nbgpu_pass[i])
-            __atomic_store_n(&nbgpu_pass[i].until, 0, __ATOMIC_SEQ_CST);
+            atomic_store(&nbgpu_pass[i].until, 0);
     nbgpu_pass_fold(b, now);
     for (int i = 0; i < PASSES; i++)
         if (!only || only == &nbgpu_pass[i])
@@ -88,7 +88,7 @@ void nbgpu_pass_grant(Busy *b, const Launch *launch, uint64_t now) {
     p->stream = launch->stream;
     p->folded = __atomic_load_n(p->word, __ATOMIC_RELAXED);
     p->given = true;
-    __atomic_store_n(&p->until, p->folded + (uint64_t)launches + 1, __ATOMIC_RELEASE);
+    atomic_store_explicit(&p->until, p->folded + (uint64_t)launches + 1, memory_order_release);
 }
 
 /* The thread ends: its count will be another's. */
