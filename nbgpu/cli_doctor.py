@@ -10,6 +10,7 @@ from .cli_common import console, own_slice, print_json
 from .models import AgentSlice, Grant, Node
 
 Level = Literal["ok", "note", "warning", "error"]
+IDLE = "a hub or `nbgpu run` starts them when they are needed, `nbgpu serve` now"
 _COLORS = {"ok": "green", "note": "dim", "warning": "yellow", "error": "red"}
 
 
@@ -42,7 +43,7 @@ def examine(*, as_json: bool, probe: bool) -> int:
     checks = run_checks(looks(probe=probe))
     worst = "error" if any(check.level == "error" for check in checks) else "ok"
     if as_json:
-        print_json({"ok": worst == "ok", "checks": [asdict(check) for check in checks]})
+        print_json({"ok": worst == "ok", "not_running": not_running(checks), "checks": [asdict(check) for check in checks]})
     else:
         show(checks)
     return int(worst == "error")
@@ -93,4 +94,11 @@ def show(checks: list[Check]) -> None:
         if check.remedy and check.level in ("warning", "error"):
             out.print(f"{'->':>12} {escape(check.remedy)}", soft_wrap=True)
     errors, warnings = (sum(check.level == level for check in checks) for level in ("error", "warning"))
-    out.print("All is well." if not errors and not warnings else f"{errors} errors, {warnings} warnings.")
+    out.print("All is well." if not errors and not warnings else f"{errors} errors, {warnings} warnings.", end="")
+    idle = not_running(checks)
+    out.print(f" Not running: {' and '.join(idle)}; {IDLE}." if idle else "")
+
+
+def not_running(checks: list[Check]) -> list[str]:
+    """Return which of agent and pool do not run, and need not: nothing here has asked for them yet."""
+    return [check.name for check in checks if check.name in ("agent", "pool") and check.level == "note"]

@@ -18,7 +18,7 @@ from .cli_common import agent, pool
 from .cli_doctor import Check, Facts
 from .errors import NbgpuError
 from .models import GrantState
-from .paths import AGENT_SOCKET, POOL_SOCKET, runtime_dir
+from .paths import AGENT_SOCKET, POOL_SOCKET, SYSTEM_RUNTIME, runtime_dir
 from .quantities import MIB, WHOLE_MILLI, format_memory
 
 LAB_NAME = "nbgpu-lab"
@@ -27,6 +27,7 @@ SHM_WANTED_BYTES = 64 * MIB
 GET_LIBRARIES = "take the platform wheel (py3-none-any has no C libraries); from a checkout: make setup."
 START = "Start it: `nbgpu serve`, or the hub whose service it is."
 OLDEST_HUB = (5, 4)
+UNITS = Path("/etc/systemd/system")
 _HOLDING = {GrantState.bound, GrantState.releasing}
 
 
@@ -112,16 +113,27 @@ def agent_and_pool(facts: Facts) -> list[Check]:
                 remedy = "Look at `nvidia-smi -q` and the kernel log (Xid); nothing new is placed on it."
                 found.append(Check("device", "error", f"GPU {device.index} ({device.model}) is not healthy", remedy))
     except NbgpuError as error:
-        started = (folder / AGENT_SOCKET).exists()
-        found.append(Check("agent", "error" if started else "note", error.message, START))
+        found.append(_silent("agent", (folder / AGENT_SOCKET).exists(), error))
     try:
         facts.grants = pool().grants()
         facts.pool_answers = True
         found.append(Check("pool", "ok", f"answers; {sum(grant.state in _HOLDING for grant in facts.grants)} slices held"))
     except NbgpuError as error:
-        started = (folder / POOL_SOCKET).exists() or facts.node is not None
-        found.append(Check("pool", "error" if started else "note", error.message, START))
+        found.append(_silent("pool", (folder / POOL_SOCKET).exists() or facts.node is not None, error))
     return found
+
+
+def _silent(part: str, started: bool, error: NbgpuError) -> Check:
+    """Agent or pool does not answer: a fault where somebody had started it or a unit of systemd should have, else as expected."""
+    if started:
+        return Check(part, "error", error.message, START)
+    folder = runtime_dir()
+    unit = next((name for name in (f"nbgpu-{part}.service", "nbgpu-hub.service") if (UNITS / name).is_file()), None)
+    if folder == SYSTEM_RUNTIME and unit:
+        return Check(part, "error", f"not running, though {unit} is installed", f"systemctl status {unit}; journalctl -u {unit}")
+    if folder != SYSTEM_RUNTIME and (SYSTEM_RUNTIME / AGENT_SOCKET).exists():
+        return Check(part, "note", f"not running in {folder}; this machine's own, root's, is in {SYSTEM_RUNTIME}")
+    return Check(part, "note", f"not running in {folder}, as expected: nothing has started it yet")
 
 
 def books(facts: Facts) -> list[Check]:

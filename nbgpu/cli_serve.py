@@ -14,7 +14,7 @@ from pathlib import Path
 from .client import AgentClient, PoolClient
 from .errors import NbgpuError, Unavailable
 from .models import GrantState
-from .paths import AGENT_SOCKET, POOL_SOCKET, runtime_dir
+from .paths import AGENT_SOCKET, POOL_SOCKET, SYSTEM_RUNTIME, runtime_dir
 
 START_SECONDS = 20.0
 STOP_SECONDS = 10.0
@@ -201,8 +201,7 @@ def is_served(runtime: Path) -> bool:
 
 def refuse_beside_system(runtime: Path) -> None:
     """Raise when root's nbgpu already hands out this machine's GPUs: a second pool would give them twice."""
-    system = Path("/run/nbgpu")
-    if os.geteuid() != 0 and runtime != system and (system / AGENT_SOCKET).exists():
+    if os.geteuid() != 0 and runtime != SYSTEM_RUNTIME and (SYSTEM_RUNTIME / AGENT_SOCKET).exists():
         raise NbgpuError(
             "The GPUs of this machine are handed out by its own nbgpu (in /run/nbgpu), which takes requests from its hub and from root. "
             "Start a notebook server with a GPU, or ask the admin.",

@@ -7,6 +7,8 @@ from pathlib import Path
 
 AGENT_SOCKET = "agent.sock"
 POOL_SOCKET = "pool.sock"
+SYSTEM_RUNTIME = Path("/run/nbgpu")
+"""The runtime directory of root's agent and pool, who hand out the machine's GPUs to everybody."""
 
 
 def runtime_dir() -> Path:
@@ -19,6 +21,6 @@ def runtime_dir() -> Path:
     if named:
         return Path(named)
     if os.geteuid() == 0:
-        return Path("/run/nbgpu")
+        return SYSTEM_RUNTIME
     own = os.environ.get("XDG_RUNTIME_DIR")
     return Path(own) / "nbgpu" if own else Path(f"/tmp/nbgpu-{os.geteuid()}")

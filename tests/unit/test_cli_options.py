@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from nbgpu import cli_doctor_checks
 from nbgpu.cli_common import find_slice, of, percent
+from nbgpu.cli_doctor import Facts
 from nbgpu.cli_run import in_words, request_in_words, wanted
 from nbgpu.errors import InvalidValue, NbgpuError
 from nbgpu.launch import environment
@@ -104,9 +106,23 @@ def test_the_command_line_imports_late() -> None:
 def test_doctor_without_anything_running(runtime: Path) -> None:
     done = nbgpu("doctor", "--no-probe", "--json", runtime=runtime)
     checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
-    assert checks["agent"]["level"] == "note"
-    assert checks["pool"]["level"] == "note"
+    for part in ("agent", "pool"):
+        assert checks[part]["level"] == "note"
+        assert checks[part]["found"].startswith(f"not running in {runtime}")
+    assert json.loads(done.stdout)["not_running"] == ["agent", "pool"]
     assert done.returncode == int(any(check["level"] == "error" for check in checks.values()))
+    last = nbgpu("doctor", "--no-probe", runtime=runtime).stdout.splitlines()[-1]
+    assert "Not running: agent and pool; a hub or `nbgpu run` starts them" in last
+
+
+def test_doctor_blames_what_a_unit_should_have_started(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_doctor_checks, "UNITS", tmp_path)
+    monkeypatch.setattr(cli_doctor_checks, "SYSTEM_RUNTIME", runtime)
+    assert [check.level for check in cli_doctor_checks.agent_and_pool(Facts())] == ["note", "note"], "control: no unit, nothing to blame"
+    (tmp_path / "nbgpu-agent.service").touch()
+    agent, pool = cli_doctor_checks.agent_and_pool(Facts())
+    assert (agent.level, pool.level) == ("error", "note")
+    assert "systemctl status nbgpu-agent.service" in agent.remedy
 
 
 def test_doctor_says_what_is_wrong_with_a_runtime_directory(runtime: Path) -> None:
