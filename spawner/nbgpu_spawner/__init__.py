@@ -5,12 +5,15 @@ On one machine: `LocalGPUSpawner`, `SimpleLocalGPUSpawner`. On Kubernetes: `Kube
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .hub import setup
 from .local import LocalGPUMixin, LocalGPUSpawner, SimpleLocalGPUSpawner
 from .mixin import GPUSliceMixin
 from .profiles import default_profiles
+
+if TYPE_CHECKING:
+    from .kube import KubeGPUSpawner
 
 __all__ = ["GPUSliceMixin", "KubeGPUSpawner", "LocalGPUMixin", "LocalGPUSpawner", "SimpleLocalGPUSpawner", "default_profiles", "setup"]
 
