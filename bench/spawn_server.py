@@ -7,7 +7,9 @@ import ctypes
 import json
 import os
 import sys
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
 
 BLOCK = 128 * 1024**2
 OUT_OF_MEMORY = 2
@@ -37,8 +39,12 @@ def probe() -> dict[str, int | str]:
 
 
 class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        body = json.dumps(probe() if self.path.endswith("/probe") else {"version": "0"}).encode()
+    """Answers the hub, and ``/probe`` with what `found` returns."""
+
+    found: Callable[[], dict[str, Any]]
+
+    def do_GET(self) -> None:
+        body = json.dumps(type(self).found() if self.path.endswith("/probe") else {"version": "0"}).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("X-JupyterHub-Version", os.environ["NBGPU_TEST_HUB_VERSION"])
@@ -46,13 +52,19 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *args):
+    def log_message(self, *args: object) -> None:
         pass
 
 
-if __name__ == "__main__":
+def serve(found: Callable[[], dict[str, Any]]) -> None:
+    """Serve where the hub said, until the end."""
+    Handler.found = staticmethod(found)
     host, _, port = os.environ["JUPYTERHUB_SERVICE_URL"].split("//")[1].split("/")[0].partition(":")
+    HTTPServer((host, int(port)), Handler).serve_forever()
+
+
+if __name__ == "__main__":
     try:
-        HTTPServer((host, int(port)), Handler).serve_forever()
+        serve(probe)
     except KeyboardInterrupt:
         sys.exit(0)

@@ -5,11 +5,15 @@ refused one more, and runs a GPU kernel. Whatever goes otherwise is told at ``/p
 """
 
 import ctypes as c
-import json
 import os
+import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
+
+from spawn_server import serve
 
 BLOCK = 256 * 1024**2
 OUT_OF_MEMORY = 2
@@ -76,21 +80,6 @@ def beat(function: c.c_void_p) -> None:
         state["beats"] += 1
 
 
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        body = json.dumps(state if self.path.endswith("/probe") else {"version": "0"}).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("X-JupyterHub-Version", os.environ["NBGPU_TEST_HUB_VERSION"])
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
 if __name__ == "__main__":
     threading.Thread(target=beat, args=(start(),), daemon=True).start()
-    host, _, port = os.environ["JUPYTERHUB_SERVICE_URL"].split("//")[1].split("/")[0].partition(":")
-    HTTPServer((host, int(port)), Handler).serve_forever()
+    serve(lambda: state)
