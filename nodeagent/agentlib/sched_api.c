@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
-#include "sched.h"
+#include "sched_internal.h"
 
 static void poke(NbgpuSched *s) {
     atomic_fetch_add(&s->poke, 1);

@@ -8,7 +8,7 @@
 #include <sys/prctl.h>
 #include <sys/resource.h>
 
-#include "sched.h"
+#include "sched_internal.h"
 
 #ifndef SYS_futex_waitv
 #define SYS_futex_waitv 449

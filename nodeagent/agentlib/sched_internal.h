@@ -1,6 +1,6 @@
 /* What the scheduler's thread (sched_thread.c) and its API (sched_api.c) share. All of it under the scheduler's lock. */
-#ifndef NBGPU_SCHED_H
-#define NBGPU_SCHED_H
+#ifndef NBGPU_SCHED_INTERNAL_H
+#define NBGPU_SCHED_INTERNAL_H
 #include <linux/futex.h>
 #include <pthread.h>
 #include <stdatomic.h>
