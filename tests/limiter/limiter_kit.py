@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import subprocess
@@ -99,6 +100,18 @@ def environment(slice_files: SliceFiles | None, driver: Path, *, preload: Path |
     if preload is not None:
         env["LD_PRELOAD"] = str(preload)
     return env | more
+
+
+def needs_numba() -> None:
+    """Skip where numba-cuda or the CUDA runtime that it looks for is missing."""
+    for module in ("cuda.bindings", "numba", "numpy"):
+        pytest.importorskip(module)
+    try:
+        found = importlib.util.find_spec("numba_cuda") and importlib.util.find_spec("nvidia.cu13")
+    except ModuleNotFoundError:
+        found = None
+    if not found:
+        pytest.skip("no numba-cuda with its CUDA runtime (pip install 'numba-cuda[cu13]')")
 
 
 PRELUDE = """

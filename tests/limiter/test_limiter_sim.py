@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from limiter_kit import environment, limiter, run, sim_driver, spawn
+from limiter_kit import environment, limiter, needs_numba, run, sim_driver, spawn
 from limiter_slice import MIB, SliceFiles
 
 pytest.importorskip("cuda.bindings")
@@ -275,3 +275,34 @@ say(out)
     )
     assert run(script, machine.within(files)) == [True, 0, 0, True, True, 2, 2]
     assert run(script.replace("say(out)", "say(out[-2:])"), machine.within(None)) == [0, 0]
+
+
+NUMBA = """
+import json, os
+import numpy as np
+from numba import cuda
+from numba.cuda.cudadrv.driver import CudaAPIError
+MIB = 1 << 20
+context = cuda.current_context(); out = []
+free, total = context.get_memory_info(); out += [total // MIB, free == total]
+held = [cuda.device_array(10 * MIB, dtype=np.uint8) for _ in range(20)]
+out.append(context.get_memory_info()[0] // MIB)
+for size in (10, 4000):
+    try: cuda.device_array(size * MIB, dtype=np.uint8)
+    except CudaAPIError as problem: out.append("OUT_OF_MEMORY" in str(problem))
+    else: out.append("not refused")
+held[0].copy_to_device(np.full(10 * MIB, 7, dtype=np.uint8)); out.append(int(held[0].copy_to_host().min()))
+del held[1]; context.memory_manager.deallocations.clear(); out.append(context.get_memory_info()[0] // MIB)
+again = cuda.to_device(np.arange(MIB)); out.append(int(again.copy_to_host()[-1]) + 1 == MIB)
+print(json.dumps(out))
+"""
+
+
+def test_numba_sees_and_keeps_the_slice(machine: Machine) -> None:
+    """numba-cuda's driver layer: its ordinary exception at the limit, and the process goes on."""
+    needs_numba()
+    files = machine.slice(1, mem_limit=200 * MIB)
+    assert run(NUMBA, machine.within(files)) == [200, True, 0, True, True, 7, 10, True]
+    control = run(NUMBA, machine.within(None))
+    assert control[0] == 8192
+    assert control[3] == "not refused"

@@ -98,7 +98,7 @@ def test_the_limiter_under_threads(kind: str, gated: bool, sim: dict[str, str], 
         'say(f"GPU-{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:]}")',
         environment(None, sim_driver(), **sim),
     )
-    files = make_slice(mem_limit=160 * MIB, uuids=(uuid,), gate=layout.GATE_OPEN if gated else layout.GATE_NONE)
+    files = make_slice(mem_limit=48 * MIB, uuids=(uuid,), gate=layout.GATE_OPEN if gated else layout.GATE_NONE)
     program = compile_program(kind, "limiter", [ROOT / "tests/limiter/sanitized.c", *sorted((NODE / "limiter").glob("*.c"))])
     gate = Gate(files)
     if gated:

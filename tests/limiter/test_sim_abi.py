@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from limiter_kit import BUILDS, sim_driver
+from limiter_kit import BUILDS, needs_numba, sim_driver
 from sim_machine import ROOT, Machine, finish
 
 DATA = ROOT / "tests" / "data"
@@ -175,13 +175,7 @@ def test_cuda_bindings_unmodified(machine: Machine) -> None:
 
 
 def test_numba_driver_layer_unmodified(machine: Machine) -> None:
-    needs("cuda.bindings", "numba", "numpy")
-    try:
-        found = importlib.util.find_spec("numba_cuda") and importlib.util.find_spec("nvidia.cu13")
-    except ModuleNotFoundError:
-        found = None
-    if not found:
-        pytest.skip("no numba-cuda with its CUDA runtime (pip install 'numba-cuda[cu13]')")
+    needs_numba()
     finish(machine.start_plain(NUMBA))
 
 
