@@ -147,5 +147,7 @@ def complain(message: str, error: BaseException) -> NoReturn:
     """Print one line on stderr and exit with 1; with NBGPU_DEBUG=1 raise, so that the stack trace shows."""
     if os.environ.get("NBGPU_DEBUG") == "1":
         raise error
-    print(f"nbgpu: {message}", file=sys.stderr)
+    from .logs import one_line
+
+    print(f"nbgpu: {one_line(message)}", file=sys.stderr)
     sys.exit(1)

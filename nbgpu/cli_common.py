@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .client import AgentClient, PoolClient, SliceClient
 from .errors import NbgpuError
+from .logs import one_line
 from .models import AgentSlice, Slice
 from .paths import AGENT_SOCKET, POOL_SOCKET, runtime_dir
 from .quantities import format_memory
@@ -81,8 +82,15 @@ def print_json(value: Any) -> None:
 
 
 def console() -> Console:
-    """Return where tables are printed."""
+    """Return where tables are printed. Names are others' words: none is taken for markup, none reaches the terminal as it is."""
     from rich.console import Console
+    from rich.text import Text
 
-    terminal = Console(highlight=False)
-    return terminal if terminal.is_terminal else Console(highlight=False, width=WIDTH_WITHOUT_TERMINAL)
+    class PlainConsole(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(one_line(text), **options)
+
+    terminal = PlainConsole(highlight=False, markup=False, emoji=False)
+    if not terminal.is_terminal:
+        terminal = PlainConsole(highlight=False, markup=False, emoji=False, width=WIDTH_WITHOUT_TERMINAL)
+    return terminal

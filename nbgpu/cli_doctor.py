@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from .cli_common import console, own_slice, print_json
+from .logs import one_line
 from .models import AgentSlice, Grant, Node
 
 Level = Literal["ok", "note", "warning", "error"]
@@ -86,13 +87,13 @@ def run_checks(plan: list[Look]) -> list[Check]:
 
 def show(checks: list[Check]) -> None:
     """Print one line a check, the remedies below theirs, and a last line that sums up."""
-    from rich.markup import escape
+    from rich.text import Text
 
     out = console()
     for check in checks:
-        out.print(f"[{_COLORS[check.level]}]{check.level:>8}[/]  {check.name}: {escape(check.found)}", soft_wrap=True)
+        out.print(Text.assemble((f"{check.level:>8}", _COLORS[check.level]), one_line(f"  {check.name}: {check.found}")), soft_wrap=True)
         if check.remedy and check.level in ("warning", "error"):
-            out.print(f"{'->':>12} {escape(check.remedy)}", soft_wrap=True)
+            out.print(f"{'->':>12} {check.remedy}", soft_wrap=True)
     errors, warnings = (sum(check.level == level for check in checks) for level in ("error", "warning"))
     out.print("All is well." if not errors and not warnings else f"{errors} errors, {warnings} warnings.", end="")
     idle = not_running(checks)

@@ -18,6 +18,7 @@ from .cli_serve import pool_on_demand
 from .client import PoolClient
 from .errors import InvalidValue, NbgpuError, Refused, Unavailable
 from .launch import environment
+from .logs import one_line
 from .models import Grant, GrantState, Owner, Request
 from .quantities import format_memory, format_share, parse_fraction, parse_memory
 
@@ -160,7 +161,7 @@ def say_place(grant: Grant, said: str) -> str:
     place = f"number {grant.position} in the queue" if grant.position else "in the queue"
     time_left = f", about {in_words(grant.wait_seconds)}" if grant.wait_seconds is not None else ""
     reason = f": {grant.reason}" if grant.reason else ""
-    line = f"waiting for {request_in_words(grant.request)}, {place}{time_left}{reason} (Ctrl-C leaves)"
+    line = one_line(f"waiting for {request_in_words(grant.request)}, {place}{time_left}{reason} (Ctrl-C leaves)")
     if line == said:
         return said
     if sys.stderr.isatty():
@@ -207,4 +208,4 @@ def give_back(pool: PoolClient, request: Request) -> None:
 def tell(line: str) -> None:
     """Say something on stderr, when a person may read it."""
     if os.environ.get("NBGPU_QUIET") != "1":
-        print(f"nbgpu: {line}", file=sys.stderr, flush=True)
+        print(f"nbgpu: {one_line(line)}", file=sys.stderr, flush=True)

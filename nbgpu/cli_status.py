@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .cli_common import SHORT_ID, agent, console, of, own_slice, owner_name, percent, pool, print_json
 from .client import SliceClient
 from .errors import NbgpuError, Unavailable
+from .logs import one_line
 from .models import AgentSlice, DeviceBooks, Grant, GrantState, Node, Usage
 from .quantities import format_memory
 
@@ -90,17 +91,19 @@ def machine_picture(machine: Machine) -> RenderableType:
 
     node = machine.node
     kind = "simulated GPUs (no NVIDIA driver on this machine)" if node.simulated else f"driver {node.driver_version}"
-    parts: list[RenderableType] = [Text(f"{node.node}: {kind}; memory held by: {node.backend}"), devices_table(machine)]
-    parts.append(slices_table(machine) if machine.slices else Text("No slices."))
+    parts: list[RenderableType] = [f"{node.node}: {kind}; memory held by: {node.backend}", devices_table(machine)]
+    parts.append(slices_table(machine) if machine.slices else "No slices.")
     if machine.queue:
         parts.append(queue_table(machine.queue))
     if machine.pool_error:
-        parts.append(Text(f"Pool: {machine.pool_error}", style="yellow"))
+        parts.append(Text(one_line(f"Pool: {machine.pool_error}"), style="yellow"))
     return Group(*parts)
 
 
 def devices_table(machine: Machine) -> RenderableType:
     """Return one row a device: what it has, what is granted, what is used."""
+    from rich.text import Text
+
     table = _table("GPU", "model", "memory", "granted", "used", "time granted", "time used", "slices")
     books = {book.device.uuid: book for book in machine.books}
     for device in machine.node.devices:
@@ -109,8 +112,9 @@ def devices_table(machine: Machine) -> RenderableType:
         book = books.get(device.uuid)
         memory = book.memory_granted_bytes if book else sum(part.memory_bytes for part in held)
         compute = book.compute_granted_milli if book else sum(part.compute_milli for part in held)
+        model = device.model if device.healthy else Text.assemble(one_line(device.model), (" (not healthy)", "red"))
         table.add_row(
-            str(device.index), device.model + ("" if device.healthy else " [red](not healthy)[/]"), format_memory(device.usable_bytes),
+            str(device.index), model, format_memory(device.usable_bytes),
             format_memory(memory), format_memory(sum(use.memory_used_bytes for use in uses)), percent(compute),
             percent(sum(use.compute_used_milli for use in uses)), str(len(book.slices) if book else len(held)),
         )  # fmt: skip
@@ -149,7 +153,6 @@ def queue_table(queue: list[Grant]) -> RenderableType:
 def slice_picture(usage: Usage) -> RenderableType:
     """Return the tables of one slice, seen from inside."""
     from rich.console import Group
-    from rich.text import Text
 
     devices = _table("GPU", "model", "memory", "share", "time used", "of the share")
     for use in usage.devices:
@@ -158,7 +161,7 @@ def slice_picture(usage: Usage) -> RenderableType:
             percent(use.compute_used_milli), f"{use.utilization_percent} %",
         )  # fmt: skip
     simulated = " on a simulated GPU" if usage.simulated else ""
-    parts: list[RenderableType] = [Text(f"Slice {usage.slice_id[:SHORT_ID]}{simulated}, {usage.mode}"), devices]
+    parts: list[RenderableType] = [f"Slice {usage.slice_id[:SHORT_ID]}{simulated}, {usage.mode}", devices]
     if usage.kernels:
         from .cli_limit import kernels_table
 

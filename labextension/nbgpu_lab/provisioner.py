@@ -11,6 +11,7 @@ from typing import Any
 from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 
 from nbgpu.errors import NbgpuError
+from nbgpu.logs import one_line
 
 from .client import SliceClient
 from .limits import kernel_limit
@@ -49,13 +50,13 @@ class SliceProvisioner(LocalProvisioner):
                 self.log.debug("nbgpu: the limit of kernel %s stays until the slice ends: %s", self.kernel_id, error)
 
     async def _limit(self, client: SliceClient, notebook: str) -> None:
+        name = one_line(Path(notebook).name)
         try:
             asked = await asyncio.to_thread(read_metadata, notebook)
             if asked is None:
                 return
             usage = await client.get("/v1/usage")
             if isinstance(asked, dict) and asked.get("memory") and asked.pop("compute", None):
-                name = Path(notebook).name
                 self._tell(
                     f"{name} asks in its metadata (nbgpu) for compute of its own: that cannot be limited yet. Its memory limit holds."
                 )
@@ -64,12 +65,10 @@ class SliceProvisioner(LocalProvisioner):
                 await client.put(f"/v1/kernels/{self.kernel_id}", limit)
             self._limited = True
         except NbgpuError as error:
-            name = Path(notebook).name
             self._tell(
                 f"{name} asks in its metadata (nbgpu) for a limit that was not set: {error.message} Its kernel runs with the whole slice."
             )
         except Exception as error:
-            name = Path(notebook).name
             self._tell(f"The limit in the metadata of {name} was not set ({type(error).__name__}). Its kernel runs with the whole slice.")
 
     def _tell(self, message: str) -> None:

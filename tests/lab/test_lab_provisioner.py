@@ -38,8 +38,8 @@ def manager(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncKernelManag
     return AsyncKernelManager(kernel_name="shell", shutdown_wait_time=0.2)
 
 
-def notebook(tmp_path: Path, metadata: object) -> str:
-    path = tmp_path / "train.ipynb"
+def notebook(tmp_path: Path, metadata: object, name: str = "train.ipynb") -> str:
+    path = tmp_path / name
     path.write_text(json.dumps({"cells": [], "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}))
     return str(path)
 
@@ -96,6 +96,23 @@ async def test_junk_in_the_metadata_is_a_notice(agent: FakeAgent, manager: Any, 
     assert "whole slice" in notice["message"]
     assert agent.limits == {}
     await stop(manager)
+
+
+async def test_a_notebook_named_to_forge_lines(agent: FakeAgent, manager: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its name is said in the notice and in the log; there it begins no line and moves no cursor."""
+    session = notebook(tmp_path, {"nbgpu": "junk"}, "a\n[E 2026-01-01 ServerApp] forged\x1b[2J<b>.ipynb")
+    manager.log.propagate = True
+    await manager.start_kernel(env={"PATH": "/usr/bin:/bin", "JPY_SESSION_NAME": session})
+    (notice,) = notices.SERVER.after(0)
+    assert r"a\n[E 2026-01-01 ServerApp] forged\x1b[2J<b>.ipynb" in notice["message"]
+    assert notice["message"].isprintable()
+    assert [record for record in caplog.records if "nbgpu" in record.getMessage() and not record.getMessage().isprintable()] == []
+    await stop(manager)
+
+
+@pytest.mark.parametrize("session", ["x" * 10_000 + ".ipynb", "nul\0.ipynb", "\x1b[2J.ipynb"])
+def test_paths_that_are_none(session: str) -> None:
+    assert read_metadata(session) is None
 
 
 async def test_compute_in_the_metadata_is_a_notice_and_memory_is_limited(agent: FakeAgent, manager: Any, tmp_path: Path) -> None:
