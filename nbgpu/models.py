@@ -19,7 +19,8 @@ SliceId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{6,46}[a-
 """Name of a request and of the slice that it becomes: a DNS label, made by the client (``uuid4().hex``)."""
 KernelId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,39}$")]
 """A Jupyter kernel's id; 39 characters is what the shared layout holds."""
-Name = Annotated[str, StringConstraints(min_length=1, max_length=255)]
+NAME_LENGTH = 255
+Name = Annotated[str, StringConstraints(min_length=1, max_length=NAME_LENGTH)]
 Namespace = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 """Name of a Kubernetes namespace."""
 Milli = Annotated[int, Field(ge=1, le=1000)]
@@ -56,7 +57,7 @@ class Owner(Model):
 
     hub: Name
     user: Name
-    server: Annotated[str, StringConstraints(max_length=255)] = ""
+    server: Annotated[str, StringConstraints(max_length=NAME_LENGTH)] = ""
 
 
 class Request(Model):

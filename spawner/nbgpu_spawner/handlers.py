@@ -22,14 +22,14 @@ class AvailabilityHandler(APIHandler):
         """Answer for the logged-in user, or for `user` to who may see that user's servers."""
         if self.current_user is None:
             raise web.HTTPError(403)
-        await self._answer(user_name=self.get_argument("user", "") or self.current_user.name)
+        await self._answer(user_name=self.get_argument("user", "", strip=False) or self.current_user.name)
 
     @needs_scope("read:servers")
     async def _answer(self, user_name: str) -> None:
         user = self.find_user(user_name)
         if user is None:
             raise web.HTTPError(404, "No such user")
-        name = self.get_argument("server", "")
+        name = self.get_argument("server", "", strip=False)
         spawner = user.spawners.get(name, user.spawner)
         if not isinstance(spawner, GPUSliceMixin):
             raise web.HTTPError(404, "Servers here have no GPU slices")
@@ -44,8 +44,8 @@ class LeaveHandler(BaseHandler):
     @web.authenticated
     async def post(self) -> None:
         """Leave, then go back to the start page."""
-        user_name = self.get_argument("user", "") or self.current_user.name  # pyright: ignore[reportOptionalMemberAccess]
-        await self._leave(user_name=user_name, server_name=self.get_argument("server", ""))
+        user_name = self.get_argument("user", "", strip=False) or self.current_user.name  # pyright: ignore[reportOptionalMemberAccess]
+        await self._leave(user_name=user_name, server_name=self.get_argument("server", "", strip=False))
 
     @needs_scope("servers")
     async def _leave(self, user_name: str, server_name: str) -> None:

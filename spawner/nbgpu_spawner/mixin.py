@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 import uuid
 from collections.abc import AsyncGenerator, Coroutine
@@ -17,7 +18,7 @@ from traitlets import Bool, Enum, Float, Integer, Unicode, default
 from traitlets.config import Configurable
 
 from nbgpu.errors import InvalidValue, NbgpuError, Unavailable
-from nbgpu.models import Grant, GrantState, Owner, Request
+from nbgpu.models import NAME_LENGTH, Grant, GrantState, Owner, Request
 from nbgpu.paths import POOL_SOCKET, runtime_dir
 
 from . import form, waiting
@@ -225,11 +226,11 @@ class GPUSliceMixin(_Spawner):
 
     def gpu_owner(self) -> Owner:
         """Return who the slice is for: named servers are owners of their own."""
-        return Owner(hub=self.gpu_hub_name, user=self.user.name, server=self.name or "")
+        return Owner(hub=_short(self.gpu_hub_name), user=_short(self.user.name), server=_short(self.name or ""))
 
     def gpu_groups(self) -> list[str]:
         """Return the user's groups, as the hub knows them."""
-        return [group.name for group in self.user.groups]
+        return [_short(group.name) for group in self.user.groups]
 
     def _gpu_values(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in FIELDS}
@@ -424,6 +425,11 @@ class GPUSliceMixin(_Spawner):
             yield event
         async for event in super().progress():
             yield event
+
+
+def _short(name: str) -> str:
+    """Return a name as the pool takes it: one that is too long is cut, and still no other's."""
+    return name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 65]}~{hashlib.sha256(name.encode()).hexdigest()}"
 
 
 def _in_background(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
