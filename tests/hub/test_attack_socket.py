@@ -84,7 +84,7 @@ def rss_mb(agent: AgentProcess) -> float:
     return int(found[1]) / 1024
 
 
-def times(launch: Launch, count: int = 30) -> list[float]:
+def times(launch: Launch, count: int = 25) -> list[float]:
     """Return how long a slice's usage takes to come, shortest first, seconds."""
     found = []
     for _ in range(count):
@@ -160,7 +160,7 @@ def test_waiting_on_every_connection(agent: AgentProcess, launch: Launch, other:
     waiting = connect(launch.socket, CONNECTIONS)
     last = (agent.events() or [{"id": 0}])[-1]["id"]
     for one in waiting:
-        one.sendall(HEAD % (b"/v1/events?wait_seconds=3&after=%d" % last))
+        one.sendall(HEAD % (b"/v1/events?wait_seconds=2&after=%d" % last))
     time.sleep(0.2)
     assert not answers(launch), "control: all its connections are taken"
     assert answers(other)
@@ -186,22 +186,22 @@ def test_who_never_reads(agent: AgentProcess, launch: Launch, other: Launch) -> 
         one.close()
 
 
-def test_ten_thousand_kernels(agent: AgentProcess, launch: Launch, other: Launch) -> None:
+def test_endless_kernel_ids(agent: AgentProcess, launch: Launch, other: Launch) -> None:
     """By its own socket a slice gets some 50 a second in; so the rest comes by the admin's, into the same books."""
     own = slice_client(launch)
     slice_id = Path(launch.slice_dir).name
     kept: list[int] = []
     taken, began = 0, time.monotonic()
-    while time.monotonic() - began < 1.5:
+    while time.monotonic() - began < 1:
         with contextlib.suppress(NbgpuError):
             own.call("PUT", f"/v1/kernels/own-{taken}", {"memory_bytes": 2**30})
             taken += 1
-    assert taken <= SLICE_BOUNDS.requests_per_second * 3  # type: ignore[operator]
+    assert taken <= SLICE_BOUNDS.requests_per_second * 2.5  # type: ignore[operator]
     before = rss_mb(agent)
     (admin,) = connect(str(agent.runtime / "agent.sock"))
     body = b'{"memory_bytes": 1073741824}'
     for batch in range(10):
-        for number in range(100):
+        for number in range(30):
             head = b"PUT /v1/slices/%s/kernels/%d-%d HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
             admin.sendall(head % (slice_id.encode(), batch, number, len(body)) + body)
             answer = b""
