@@ -48,4 +48,4 @@ wheel: ## the wheels that users install, into dist/
 	@$(VPY) tools/wheel.py
 
 clean: ## remove all that the set-up made
-	rm -rf .venv node_modules labextension/node_modules labextension/lib labextension/nbgpu_lab/labextension nodeagent/nbgpu_agent/_lib .nbgpu dist
+	rm -rf .venv node_modules labextension/node_modules labextension/lib labextension/nbgpu_lab/labextension labextension/nbgpu_lab/monitor/monitor.js nodeagent/nbgpu_agent/_lib .nbgpu dist

@@ -20,6 +20,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 ROOT = Path(__file__).resolve().parent
 LAB = ROOT / "labextension"
 LAB_OUT = LAB / "nbgpu_lab" / "labextension"
+LAB_MONITOR = LAB / "nbgpu_lab" / "monitor" / "monitor.js"
 LIBRARIES = "nbgpu_agent/_lib"
 OLDEST_GLIBC = "2.17"
 
@@ -65,12 +66,12 @@ class NbgpuBuildHook(BuildHookInterface[Any]):
 
     def _front_end(self, build_data: dict[str, Any]) -> None:
         """Build JupyterLab's extension where it is not built yet, and place it with its server's configuration."""
-        if not LAB_OUT.is_dir():
+        if not LAB_OUT.is_dir() or not LAB_MONITOR.is_file():
             npm, env = _npm()
             subprocess.run([*npm, "ci"], cwd=LAB, check=True, env=env)
             subprocess.run([*npm, "run", "build:prod"], cwd=LAB, check=True, env=env)
-        if not LAB_OUT.is_dir():
-            raise FileNotFoundError(f"the front end's build left no {LAB_OUT}")
+        if not LAB_OUT.is_dir() or not LAB_MONITOR.is_file():
+            raise FileNotFoundError(f"the front end's build left no {LAB_OUT} or no {LAB_MONITOR}")
         name = json.loads((LAB / "package.json").read_text())["name"]
         for path in sorted(LAB_OUT.rglob("*")):
             if path.is_file() and not path.name.startswith(".nbgpu"):

@@ -25,8 +25,8 @@ SHOWN_SECONDS = 30
 GIB = 1024**3
 STATUS = ".nbgpu-Status-text"
 SHOWN = f"""([before, step]) => {{
-    const found = /([\\d.]+) \\/ [\\d.]+ GiB/.exec(document.querySelector({STATUS!r})?.textContent ?? '');
-    return found !== null && Math.abs(Number(found[1]) - before - step) < 0.3;
+    const found = /([\\d.]+)( MiB)? of [\\d.]+ GiB/.exec(document.querySelector({STATUS!r})?.textContent ?? '');
+    return found !== null && Math.abs(Number(found[1]) / (found[2] ? 1024 : 1) - before - step) < 0.3;
 }}"""
 
 Act = Callable[[str], tuple[int, int]]
@@ -128,7 +128,7 @@ def _seen_after(page: Any, done: tuple[int, int], before: float, step: int) -> f
 
 def _shown_gib(page: Any) -> float:
     text = page.inner_text(STATUS)
-    shown = re.search(r"([\d.]+) / [\d.]+ GiB", text)
+    shown = re.search(r"([\d.]+)( MiB)? of [\d.]+ GiB", text)
     if shown is None:
         raise SystemExit(f"the status bar shows {text!r}, not the memory of a slice")
-    return float(shown[1])
+    return float(shown[1]) / (1024 if shown[2] else 1)

@@ -11,7 +11,6 @@ from .errors import NbgpuError
 from .logs import one_line
 from .models import AgentSlice, Slice
 from .paths import AGENT_SOCKET, POOL_SOCKET, runtime_dir
-from .quantities import format_memory
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,13 +66,6 @@ def owner_name(piece: Slice) -> str:
 def percent(milli: int) -> str:
     """Return thousandths as per cent: ``25 %``, ``12.5 %``."""
     return f"{milli // 10} %" if milli % 10 == 0 else f"{milli / 10:.1f} %"
-
-
-def of(used_bytes: int, limit_bytes: int) -> str:
-    """Return memory used of a limit: ``1.2 of 19.8 GiB``."""
-    used, limit = format_memory(used_bytes), format_memory(limit_bytes)
-    same_unit = used.rpartition(" ")[2] == limit.rpartition(" ")[2]
-    return f"{used.rpartition(' ')[0] if same_unit else used} of {limit}"
 
 
 def print_json(value: Any) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .cli_common import SHORT_ID, agent, console, find_slice, of, own_slice, percent, print_json
+from .cli_common import SHORT_ID, agent, console, find_slice, own_slice, percent, print_json
 from .client import AgentClient, SliceClient
 from .errors import NbgpuError
 from .models import KernelLimit, KernelUsage, Usage
-from .quantities import format_memory, parse_memory
+from .quantities import format_memory, format_memory_of, parse_memory
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -94,7 +94,7 @@ def kernels_table(usage: Usage) -> RenderableType:
             limit = kernel.limit.memory_bytes if kernel.limit.memory_bytes is not None else slice_limit
             head = [kernel.kernel_id or "(other)", " ".join(map(str, kernel.pids[:5]))] if number == 0 else ["", ""]
             tail = [memory_words(kernel.limit), str(kernel.refusals)] if number == 0 else ["", ""]
-            held = [of(use.memory_used_bytes, limit), format_memory(use.memory_peak_bytes), percent(use.compute_used_milli)]
+            held = [format_memory_of(use.memory_used_bytes, limit), format_memory(use.memory_peak_bytes), percent(use.compute_used_milli)]
             table.add_row(*head, str(device), *held, *tail)
     return table
 

@@ -6,12 +6,12 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .cli_common import SHORT_ID, agent, console, of, own_slice, owner_name, percent, pool, print_json
+from .cli_common import SHORT_ID, agent, console, own_slice, owner_name, percent, pool, print_json
 from .client import SliceClient
 from .errors import NbgpuError, Unavailable
 from .logs import one_line
 from .models import AgentSlice, DeviceBooks, Grant, GrantState, Node, Usage
-from .quantities import format_memory
+from .quantities import format_memory, format_memory_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -133,7 +133,7 @@ def slices_table(machine: Machine) -> RenderableType:
             tail = [known.slice.mode, known.state, str(known.process_count)] if number == 0 else ["", "", ""]
             limit, share = (use.memory_limit_bytes, use.compute_limit_milli) if use else (part.memory_bytes, part.compute_milli)
             table.add_row(
-                *head, str(part.index), of(use.memory_used_bytes if use else 0, limit), percent(share),
+                *head, str(part.index), format_memory_of(use.memory_used_bytes if use else 0, limit), percent(share),
                 percent(use.compute_used_milli) if use else "", *tail,
             )  # fmt: skip
     return table
@@ -157,7 +157,7 @@ def slice_picture(usage: Usage) -> RenderableType:
     devices = _table("GPU", "model", "memory", "share", "time used", "of the share")
     for use in usage.devices:
         devices.add_row(
-            str(use.index), use.model, of(use.memory_used_bytes, use.memory_limit_bytes), percent(use.compute_limit_milli),
+            str(use.index), use.model, format_memory_of(use.memory_used_bytes, use.memory_limit_bytes), percent(use.compute_limit_milli),
             percent(use.compute_used_milli), f"{use.utilization_percent} %",
         )  # fmt: skip
     simulated = " on a simulated GPU" if usage.simulated else ""

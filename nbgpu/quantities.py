@@ -92,12 +92,22 @@ def compute_for_memory_milli(memory_bytes: int, usable_bytes: int) -> int:
 
 
 def format_memory(memory_bytes: int) -> str:
-    """Return `memory_bytes` for people: ``19.5 GiB``, ``512 MiB``; at most one decimal."""
+    """Return `memory_bytes` for people: ``19.5 GiB``, ``512 MiB``; at most one decimal, rounded down.
+
+    JupyterLab's side writes the same (``labextension/src/format.ts``); ``tests/data/memory_words.json`` holds both to it.
+    """
     if memory_bytes >= GIB:
         return f"{_trim(Fraction(memory_bytes, GIB))} GiB"
     if memory_bytes >= MIB:
         return f"{_trim(Fraction(memory_bytes, MIB))} MiB"
     return f"{memory_bytes} B"
+
+
+def format_memory_of(used_bytes: int, limit_bytes: int) -> str:
+    """Return memory used of a limit, each in its own unit, which is written once when they share it: ``1.2 of 19.5 GiB``."""
+    used, limit = format_memory(used_bytes), format_memory(limit_bytes)
+    number, _, unit = used.partition(" ")
+    return f"{number if limit.endswith(f' {unit}') else used} of {limit}"
 
 
 def format_share(milli: int) -> str:

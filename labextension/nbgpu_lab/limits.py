@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from nbgpu.errors import InvalidValue
-from nbgpu.quantities import MIB, memory_share_bytes, parse_fraction, parse_memory
+from nbgpu.quantities import MIB, format_memory, memory_share_bytes, parse_fraction, parse_memory
 
+LABEL = "Memory limit"
+"""What the panel calls it."""
 _LARGEST_BYTES = 2**60
 _TIME = ("compute", "compute_milli")
 
@@ -27,7 +29,7 @@ def kernel_limit(asked: object, devices: list[dict[str, Any]]) -> dict[str, int 
     Raises
     ------
     InvalidValue
-        Junk, or a limit of time, which a single kernel cannot have yet; the message names the field and what is allowed.
+        Junk, more than the slice, or a limit of time, which one kernel alone cannot have yet; names the field and what is allowed.
     """
     if not isinstance(asked, Mapping):
         raise InvalidValue("nbgpu", asked, 'an object such as {"memory": "5 GiB"}')
@@ -37,22 +39,25 @@ def kernel_limit(asked: object, devices: list[dict[str, Any]]) -> dict[str, int 
     for name in _TIME:
         if not _empty(asked.get(name)):
             raise InvalidValue(name, asked[name], "left out: a slice's kernels share its time, one alone cannot be limited yet")
-    memory_bytes = _number("memory_bytes", asked.get("memory_bytes"))
-    if not _empty(asked.get("memory")):
-        memory_bytes = _memory_bytes(asked["memory"], devices)
+    name = "memory_bytes" if _empty(asked.get("memory")) else "memory"
+    value = asked.get(name)
+    whole = min(int(device["memory_limit_bytes"]) for device in devices)
+    memory_bytes = _number(name, value) if name == "memory_bytes" else _memory_bytes(value, whole)
+    if memory_bytes is not None and memory_bytes > whole:
+        most = f"at most {format_memory(whole)}, this server's slice, or a fraction of it such as 0.5 or 1/2"
+        raise InvalidValue(name, value, most, LABEL)
     return {"memory_bytes": memory_bytes, "compute_milli": None}
 
 
-def _memory_bytes(value: object, devices: list[dict[str, Any]]) -> int:
+def _memory_bytes(value: object, whole: int) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value >= MIB:
         return parse_memory(value, "memory")
-    whole = min(int(device["memory_limit_bytes"]) for device in devices)
-    if isinstance(value, str) and value.strip()[-1:].isalpha():
-        return parse_memory(value, "memory")
     try:
+        if isinstance(value, str) and value.strip()[-1:].isalpha():
+            return parse_memory(value, "memory")
         return memory_share_bytes(whole, parse_fraction(value, "memory"))
     except InvalidValue:
-        raise InvalidValue("memory", value, "an amount such as 5 GiB, or a fraction of the slice such as 0.5 or 1/2") from None
+        raise InvalidValue("memory", value, "an amount such as 5 GiB, or a fraction of the slice such as 0.5 or 1/2", LABEL) from None
 
 
 def _number(name: str, value: object) -> int | None:

@@ -9,6 +9,8 @@ import anywidget
 import traitlets
 
 _HERE = Path(__file__).with_name("monitor")
+if not (_HERE / "monitor.js").is_file():
+    raise ImportError("the front end of this checkout is not built: make setup")
 
 
 class SliceMonitor(anywidget.AnyWidget):

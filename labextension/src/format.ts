@@ -1,4 +1,7 @@
-/** Numbers as people read them. The same rules as `nbgpu/quantities.py`: rounded down, one decimal at most. */
+/**
+ * Numbers as people read them. The same rules as `nbgpu/quantities.py`: rounded down, one decimal at most;
+ * `tests/data/memory_words.json` holds both to it.
+ */
 
 import type { IDeviceUsage, IKernelUsage } from './api';
 
@@ -30,12 +33,12 @@ export function formatMemory(bytes: number): string {
   return bytes >= MIB ? `${tenths(bytes / MIB)} MiB` : `${bytes} B`;
 }
 
-/** "3.2 / 19.5 GiB": both in the unit of the limit. */
+/** "3.2 of 19.5 GiB", "300 MiB of 19.5 GiB": each in its own unit, which is written once when they share it. */
 export function formatMemoryOf(usedBytes: number, limitBytes: number): string {
-  if (limitBytes >= GIB) {
-    return `${tenths(usedBytes / GIB)} / ${tenths(limitBytes / GIB)} GiB`;
-  }
-  return `${tenths(usedBytes / MIB)} / ${tenths(limitBytes / MIB)} MiB`;
+  const used = formatMemory(usedBytes);
+  const limit = formatMemory(limitBytes);
+  const [number, unit] = used.split(' ');
+  return `${limit.endsWith(` ${unit}`) ? number : used} of ${limit}`;
 }
 
 /** A share of one GPU: "1/4", "37.5 %". */

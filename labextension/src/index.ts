@@ -12,6 +12,7 @@ import type { INotice } from './api';
 import { sliceIcon } from './icons';
 import { SliceModel } from './model';
 import { Notifier } from './notifier';
+import { shareModel } from './page';
 import { SlicePanel } from './panel';
 import { sliceApi } from './request';
 import { StatusItem } from './status';
@@ -35,6 +36,7 @@ const modelPlugin: JupyterFrontEndPlugin<ISliceModel> = {
   activate: (app: JupyterFrontEnd, settings: ISettingRegistry | null) => {
     const services = app.serviceManager;
     const model = new SliceModel({ api: sliceApi(services.serverSettings) });
+    shareModel(model);
     services.events.stream.connect((_, event) => {
       if ((event.schema_id as unknown) === SCHEMA_ID) {
         model.hear(event as unknown as INotice);

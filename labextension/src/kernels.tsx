@@ -171,7 +171,7 @@ function LimitForm(props: IKernelProps & { name: string }): JSX.Element {
         <closeIcon.react tag="span" width="14px" />
       </button>
       <label>
-        {trans.__('Memory')}
+        {trans.__('Memory limit')}
         <input
           ref={first}
           className="jp-mod-styled"

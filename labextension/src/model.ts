@@ -47,6 +47,14 @@ export class SliceModel implements ISliceModel {
     return this._present;
   }
 
+  get absent(): boolean {
+    return this._absent;
+  }
+
+  get trouble(): string {
+    return this._trouble;
+  }
+
   get notices(): readonly INotice[] {
     return this._notices;
   }
@@ -94,6 +102,17 @@ export class SliceModel implements ISliceModel {
 
   /** One request: usage, or the history where it has a hole. */
   async tick(): Promise<void> {
+    try {
+      await this._ask();
+      this._trouble = '';
+    } catch (error) {
+      this._trouble = (error as Error).message;
+      this._changed.emit();
+      throw error;
+    }
+  }
+
+  private async _ask(): Promise<void> {
     if (this._usage && this._agent.ok && this._holeInHistory()) {
       this._historyAsked = Date.now();
       this.history.load(await this._api.history(HISTORY_SECONDS));
@@ -115,6 +134,8 @@ export class SliceModel implements ISliceModel {
     if (answer.slice_id === null && !answer.agent) {
       // no slice, and there will be none in the life of this server
       void this._poll.stop();
+      this._absent = true;
+      this._changed.emit();
       return;
     }
     const first = !this._present;
@@ -152,6 +173,8 @@ export class SliceModel implements ISliceModel {
   private _usage: IUsage | null = null;
   private _agent: IAgentState = { ok: true, since: 0 };
   private _present = false;
+  private _absent = false;
+  private _trouble = '';
   private _notices: INotice[] = [];
   private _lastEvent = 0;
   private _lastTime = 0;

@@ -3,11 +3,12 @@ import type { TranslationBundle } from '@jupyterlab/translation';
 
 import type { INotice } from './api';
 import type { ISliceModel } from './tokens';
+import { shortened } from './words';
 
 /** Notices of one kind and kernel that follow each other this fast are one notification. */
 const SAME_SECONDS = 20;
 const AUTO_CLOSE_MS = 15_000;
-/** JupyterLab cuts longer notifications; the panel has the whole text. */
+/** JupyterLab cuts longer notifications anywhere; the panel has the whole text. */
 const MAX_LENGTH = 140;
 
 interface IShown {
@@ -35,12 +36,8 @@ export class Notifier {
     const shown = this._shown.get(key);
     const again = shown && notice.time - shown.time < SAME_SECONDS;
     const count = again ? shown.count + 1 : 1;
-    const named = notice.message.includes(notice.name ?? '')
-      ? notice.message
-      : `${notice.name}: ${notice.message}`;
-    const text = named.length <= MAX_LENGTH ? named : notice.message;
-    const message =
-      count > 1 ? this._trans.__('%1 (%2 times)', text, count) : text;
+    const times = count > 1 ? this._trans.__(' (%1 times)', count) : '';
+    const message = shortened(notice, MAX_LENGTH - times.length) + times;
     const options = {
       autoClose: AUTO_CLOSE_MS,
       actions: [

@@ -12,6 +12,10 @@ export interface ISliceModel extends IDisposable {
   readonly agent: IAgentState;
   /** Whether this server has a slice; nothing is shown where it has none. */
   readonly present: boolean;
+  /** Whether the server has said that it has none. */
+  readonly absent: boolean;
+  /** Why the last question to the server failed; empty when it did not. */
+  readonly trouble: string;
   /** The last 10 minutes. */
   readonly history: History;
   /** The last notices, oldest first. */

@@ -139,7 +139,7 @@ def test_a_notebook_with_a_quarter(chromium: Browser, hub: Hub) -> None:
     in_lab(ada)
 
     # the status bar, the panel and every way of asking say the slice's number
-    expect(ada.locator(".nbgpu-Status")).to_contain_text("/ 19.5 GiB")
+    expect(ada.locator(".nbgpu-Status")).to_contain_text("of 19.5 GiB")
     ada.locator(".nbgpu-Status").click()
     ada.wait_for_selector("#nbgpu-panel:visible")
     menu(ada, "Run", "Run All Cells")

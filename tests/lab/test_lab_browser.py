@@ -174,7 +174,7 @@ def test_the_slice_in_jupyterlab(lab: Lab, page: Any, theme: str, shot: str) -> 
     fill_slice(lab)
     open_lab(page, lab, theme)
     status = page.locator(".nbgpu-Status-text")
-    assert status.inner_text() == "1/4 simulated GPU: 12.5 / 20 GiB, 72 % busy"
+    assert status.inner_text() == "1/4 simulated GPU: 12.5 of 20 GiB, 72 % busy"
     panel = page.get_by_role("region", name="GPU slice")
     assert "Simulated: this machine has no NVIDIA driver." in panel.inner_text()
 
@@ -198,10 +198,10 @@ def test_the_slice_in_jupyterlab(lab: Lab, page: Any, theme: str, shot: str) -> 
     row.get_by_role("button").click()
     row.get_by_label("Memory").fill("100 GiB")
     page.keyboard.press("Enter")
-    row.get_by_role("alert").get_by_text("it must be at most").wait_for()
+    row.get_by_role("alert").get_by_text("it must be at most 20 GiB, this server's slice, or a fraction of it").wait_for()
     row.get_by_label("Memory").fill("1/2")
     page.keyboard.press("Enter")
-    row.get_by_text("4 / 10 GiB").wait_for()
+    row.get_by_text("4 of 10 GiB").wait_for()
     assert lab.agent.limits[lab.kernels[1]] == {"memory_bytes": 10 * GIB, "compute_milli": None}
 
     # near the limit: words, not colour alone; seen within two seconds
@@ -214,14 +214,63 @@ def test_the_slice_in_jupyterlab(lab: Lab, page: Any, theme: str, shot: str) -> 
     page.get_by_text("The node agent does not answer").wait_for(timeout=5000)
     monitor.get_by_text("No news from the node agent").wait_for(timeout=5000)
     page.screenshot(path=SHOTS / f"lab-{shot}-away.png")
-    assert "19 / 20 GiB" in status.inner_text()
+    assert "19 of 20 GiB" in status.inner_text()
     lab.away(False)
     page.get_by_text("The node agent does not answer").wait_for(state="detached", timeout=35_000)
 
 
-def test_one_request_a_second(lab: Lab, page: Any) -> None:
-    open_lab(page, lab, "JupyterLab Light")
+HIDDEN = """hidden => {
+    Object.defineProperty(document, 'hidden', {configurable: true, get: () => hidden});
+    Object.defineProperty(document, 'visibilityState', {configurable: true, get: () => hidden ? 'hidden' : 'visible'});
+    document.dispatchEvent(new Event('visibilitychange'));
+}"""
+WITHOUT_EXTENSION = "delete globalThis[Symbol.for('nbgpu.slice.model')]"
+
+
+def asked_in(page: Any, seconds: float) -> list[str]:
+    """Return what the page asks the server for in so many seconds."""
     asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url) if "/nbgpu/api/" in request.url else None)
-    page.wait_for_timeout(5000)
-    assert 3 <= len(asked) <= 6, asked
+
+    def note(request: Any) -> None:
+        if "/nbgpu/api/" in request.url:
+            asked.append(request.url)
+
+    page.on("request", note)
+    page.wait_for_timeout(seconds * 1000)
+    page.remove_listener("request", note)
+    return asked
+
+
+def run_monitor(page: Any) -> Any:
+    """Run the cell that shows the monitor."""
+    page.locator(".jp-Notebook .jp-Cell .cm-content").first.click()
+    page.keyboard.press("Control+Enter")
+    monitor = page.locator(".nbgpu-monitor")
+    monitor.get_by_text("first.ipynb").wait_for()
+    return monitor
+
+
+def test_one_request_a_second(lab: Lab, page: Any) -> None:
+    """Status bar, panel and a monitor in a cell ask together, once a second; a hidden page does not ask."""
+    open_lab(page, lab, "JupyterLab Light")
+    run_monitor(page)
+    asked = asked_in(page, 6)
+    assert 4 <= len(asked) <= 6, asked
+    page.evaluate(HIDDEN, True)
+    page.wait_for_timeout(1500)
+    assert asked_in(page, 4) == []
+    page.evaluate(HIDDEN, False)
+    assert 2 <= len(asked_in(page, 4)) <= 5
+
+
+def test_the_monitor_alone_asks_for_itself(lab: Lab, page: Any) -> None:
+    """Control: on a page where the extension shares no model the monitor has its own, beside the extension's."""
+    lab.agent.used_bytes = 7 * GIB
+    open_lab(page, lab, "JupyterLab Light")
+    page.evaluate(WITHOUT_EXTENSION)
+    monitor = run_monitor(page)
+    monitor.get_by_text("7 of 20 GiB").wait_for()
+    assert 8 <= len(asked_in(page, 6)) <= 13
+    page.evaluate(HIDDEN, True)
+    page.wait_for_timeout(1500)
+    assert asked_in(page, 4) == []

@@ -46,6 +46,8 @@ def test_what_people_write(asked: object, memory_bytes: int | None) -> None:
         ({"memory_bytes": 2**61}, "memory_bytes"),
         ({"compute_milli": 125}, "compute_milli"),
         ({"memroy": "5 GiB"}, "memroy"),
+        ({"memory": "17 GiB"}, "memory"),
+        ({"memory_bytes": 17 * GIB}, "memory_bytes"),
     ],
 )
 def test_junk_names_its_field(asked: object, field: str) -> None:
@@ -53,3 +55,9 @@ def test_junk_names_its_field(asked: object, field: str) -> None:
         kernel_limit(asked, DEVICES)
     assert refusal.value.field == field
     assert refusal.value.status == 400
+
+
+@pytest.mark.parametrize("asked", ["lots", "5 GB", "5 g b", "7/2", "17 GiB"])
+def test_what_the_panel_says_offers_amounts_and_fractions(asked: str) -> None:
+    with pytest.raises(InvalidValue, match=r"^Memory limit is .* must be .*GiB.* fraction of .* such as 0.5 or 1/2"):
+        kernel_limit({"memory": asked}, DEVICES)

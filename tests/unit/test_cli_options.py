@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nbgpu import cli_doctor_checks
-from nbgpu.cli_common import find_slice, of, percent
+from nbgpu.cli_common import find_slice, percent
 from nbgpu.cli_doctor import Facts
 from nbgpu.cli_run import in_words, request_in_words, wanted
 from nbgpu.errors import InvalidValue, NbgpuError
@@ -159,8 +159,6 @@ def test_a_slice_is_known_by_the_start_of_its_id() -> None:
 
 
 def test_words_for_people() -> None:
-    assert of(GIB, 20 * GIB) == "1 of 20 GiB"
-    assert of(0, 20 * GIB) == "0 B of 20 GiB"
     assert percent(125) == "12.5 %"
     assert in_words(20) == "20 seconds"
     assert in_words(240) == "4 minutes"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given
@@ -15,6 +17,7 @@ from nbgpu.quantities import (
     MIB,
     compute_for_memory_milli,
     format_memory,
+    format_memory_of,
     format_share,
     memory_share_bytes,
     parse_fraction,
@@ -132,3 +135,14 @@ def test_words_for_people() -> None:
     assert format_memory(512 * MIB) == "512 MiB"
     assert format_memory(GIB) == "1 GiB"
     assert format_memory(100) == "100 B"
+
+
+WORDS = json.loads((Path(__file__).parents[1] / "data" / "memory_words.json").read_text())
+
+
+def test_memory_reads_as_on_the_page() -> None:
+    """The front end's tests hold it to the same table."""
+    for amount, text in WORDS["memory"]:
+        assert format_memory(amount) == text
+    for used, limit, text in WORDS["memory_of"]:
+        assert format_memory_of(used, limit) == text

@@ -1,0 +1,41 @@
+import { shortened } from '../../../labextension/src/words';
+import type { INotice } from '../../../labextension/src/api';
+
+const REFUSED =
+  "was refused 9.7 GiB (12 times): this server's slice of 19.5 GiB has 3.1 GiB left. Free memory, restart a kernel that holds some, or stop this server and start it with a larger share.";
+
+function notice(name: string | null, message: string): INotice {
+  const rest = { kernel_id: 'a', kind: 'refused', level: 'warning' } as const;
+  return { id: 1, time: 1, name, message, ...rest };
+}
+
+test('a short notice is as it is, with its notebook', () => {
+  expect(shortened(notice('a.ipynb', 'a.ipynb was refused.'), 140)).toBe(
+    'a.ipynb was refused.'
+  );
+  expect(shortened(notice('a.ipynb', 'Refused.'), 140)).toBe(
+    'a.ipynb: Refused.'
+  );
+  expect(shortened(notice(null, 'Refused.'), 140)).toBe('Refused.');
+});
+
+test('a long name gives way first', () => {
+  const name = 'a-notebook-with-a-very-long-name-indeed.ipynb';
+  const text = shortened(notice(name, `${name} was refused 2 GiB.`), 50);
+  expect(text).toBe('a-notebook-with…me-indeed.ipynb was refused 2 GiB.');
+  expect(text.length).toBeLessThanOrEqual(50);
+});
+
+test('then the last sentences, never the first', () => {
+  for (const name of ['a.ipynb', `${'long-'.repeat(30)}.ipynb`]) {
+    const text = shortened(notice(name, `${name} ${REFUSED}`), 140);
+    expect(text.length).toBeLessThanOrEqual(140);
+    expect(text).toMatch(/was refused 9.7 GiB .* has 3.1 GiB left\.$/);
+  }
+});
+
+test('one endless sentence ends between words', () => {
+  const text = shortened(notice(null, 'word '.repeat(100)), 140);
+  expect(text.length).toBeLessThanOrEqual(140);
+  expect(text).toMatch(/word…$/);
+});
