@@ -129,8 +129,7 @@ function kernelLine(kernel: IKernelUsage, ownId: string): string {
       ? 'Other processes'
       : (kernel.name ?? kernel.kernel_id.slice(0, 8));
   const mine = kernel.kernel_id === ownId ? ' (this notebook)' : '';
-  const limit =
-    cap === null ? '' : ` of its own limit of ${formatMemory(cap)}`;
+  const limit = cap === null ? '' : ` of its own limit of ${formatMemory(cap)}`;
   return `${name}${mine}: ${used}${limit}`;
 }
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOTS = Path(__file__).parent / "shots"
@@ -66,10 +67,18 @@ def _answers(url: str) -> bool:
         return False
 
 
-@pytest.fixture(scope="module")
-def hub() -> Iterator[Hub]:
-    """Start ``jupyterhub -f jupyterhub_config.py`` as ``make run`` does, in directories of its own."""
-    base = Path(tempfile.mkdtemp(prefix="nbgpu-browser-"))
+def shot(page: Page, name: str) -> None:
+    """Leave a screenshot."""
+    page.screenshot(path=str(SHOTS / f"{name}.png"))
+
+
+@contextlib.contextmanager
+def running_hub(config: Path, base: Path) -> Iterator[Hub]:
+    """Run ``jupyterhub -f config`` in the directory `base`, with one simulated device.
+
+    The configuration finds its port in ``NBGPU_PORT``, its runtime directory in ``NBGPU_RUNTIME_DIR`` and there, in
+    ``login-password``, everybody's password.
+    """
     port, password = free_port(), secrets.token_hex(8)
     runtime = base / "run"
     runtime.mkdir()
@@ -77,14 +86,14 @@ def hub() -> Iterator[Hub]:
     (runtime / "login-password").chmod(0o600)
     env = dict(os.environ)
     env.update(NBGPU_RUNTIME_DIR=str(runtime), NBGPU_PORT=str(port))
-    env.update(NBGPU_SIM_STATE=f"/dev/shm/nbgpu-browser-{os.getpid()}", NBGPU_SIM_DEVICES="1")
+    env.update(NBGPU_SIM_STATE=f"/dev/shm/{base.name}", NBGPU_SIM_DEVICES="1")
     binaries = [str(Path(sys.executable).parent), str(ROOT / "node_modules" / ".bin")]
     env["PATH"] = os.pathsep.join([*binaries, env.get("PATH", "")])
     log = base / "hub.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
             [
-                sys.executable, "-m", "jupyterhub", "-f", str(ROOT / "jupyterhub_config.py"),
+                sys.executable, "-m", "jupyterhub", "-f", str(config),
                 f"--JupyterHub.hub_port={free_port()}", f"--ConfigurableHTTPProxy.api_url=http://127.0.0.1:{free_port()}",
             ],
             cwd=base, env=env, stdout=out, stderr=out, start_new_session=True,
@@ -103,3 +112,25 @@ def hub() -> Iterator[Hub]:
             os.killpg(process.pid, signal.SIGKILL)
         shutil.copy(log, SHOTS / "hub.log") if SHOTS.exists() else None
         Path(env["NBGPU_SIM_STATE"]).unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    """Start the embedded default as ``make run`` does, in directories of its own."""
+    with running_hub(ROOT / "jupyterhub_config.py", Path(tempfile.mkdtemp(prefix="nbgpu-browser-"))) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    """Yield the machine's Chromium."""
+    SHOTS.mkdir(exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path="/usr/bin/chromium",
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"],
+        )
+        yield browser
+        for number, page in enumerate(page for context in browser.contexts for page in context.pages):
+            shot(page, f"last-{number}")
+        browser.close()

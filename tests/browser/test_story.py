@@ -4,70 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from conftest import SHOTS, Hub, wait_for
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from conftest import Hub, shot, wait_for
+from lab_pages import ALLOCATE, CELLS, SECOND, in_lab, kernel_row, log_in, menu, run_cell, start, stop, without_notices
+from playwright.sync_api import Browser, expect
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
-SECOND = 1000
-expect.set_options(timeout=30 * SECOND)
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    """Yield the machine's Chromium."""
-    SHOTS.mkdir(exist_ok=True)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path="/usr/bin/chromium",
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"],
-        )
-        yield browser
-        for number, page in enumerate(page for context in browser.contexts for page in context.pages):
-            shot(page, f"last-{number}")
-        browser.close()
-
-
-def shot(page: Page, name: str) -> None:
-    """Leave a screenshot."""
-    page.screenshot(path=str(SHOTS / f"{name}.png"))
-
-
-def log_in(chromium: Browser, hub: Hub, user: str) -> Page:
-    """Return a page of `user` at the start page."""
-    page = chromium.new_context(viewport={"width": 1400, "height": 900}).new_page()
-    page.set_default_timeout(60 * SECOND)
-    page.goto(hub.url + "/hub/spawn")
-    page.fill("#username_input", user)
-    page.fill("#password_input", hub.password)
-    page.click("#login_submit")
-    page.wait_for_selector("#nbgpu")
-    return page
-
-
-def start(page: Page, slug: str) -> None:
-    """Choose the profile `slug` and press Start."""
-    page.check(f".nbgpu-row[data-slug={slug}] input[type=radio]")
-    page.click("#spawn_form input[type=submit], #spawn_form button[type=submit]")
-
-
-def in_lab(page: Page) -> None:
-    """Wait for JupyterLab with the example."""
-    page.wait_for_url(re.compile(r".*/user/.*/lab.*"), timeout=120 * SECOND)
-    page.wait_for_selector(".jp-Notebook", timeout=120 * SECOND)
-    news = page.locator(".Toastify__toast").filter(has_text="Jupyter news").get_by_role("button", name="No", exact=True)
-    news.click()
-    expect(page.locator("#jp-main-statusbar")).to_contain_text("| Idle", timeout=120 * SECOND)
-
-
-def stop(page: Page, hub: Hub) -> None:
-    """Stop the server from the hub's home page, as its user does."""
-    page.goto(hub.url + "/hub/home")
-    page.click("#stop")
-    page.wait_for_selector("#stop", state="hidden", timeout=60 * SECOND)
 
 
 def books(hub: Hub) -> dict[str, list[dict[str, Any]]]:
@@ -85,47 +29,6 @@ def holders(hub: Hub) -> set[str]:
 def waiting(hub: Hub) -> set[str]:
     """Return the users in the queue."""
     return {grant["request"]["owner"]["user"] for grant in books(hub)["queue"]}
-
-
-CELLS = ".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook"
-ALLOCATE = """
-from cuda.bindings import driver
-driver.cuInit(0)
-driver.cuCtxSetCurrent(driver.cuDevicePrimaryCtxRetain(0)[1])
-def gib(n):
-    return driver.cuMemAlloc(int(n * 2**30))[0].name
-"""
-
-
-def run_cell(page: Page, code: str, waits: bool = True) -> str:
-    """Run `code` in the last cell of the open notebook, which a new one follows; return its output."""
-    page.locator(f"{CELLS} .jp-Notebook-footer").click()
-    cell = page.locator(f"{CELLS} .jp-CodeCell").last
-    cell.locator(".cm-content").click()
-    page.keyboard.insert_text(code)
-    page.keyboard.press("Control+Enter")
-    if not waits:
-        return ""
-    expect(cell.locator(".jp-InputPrompt")).to_have_text(re.compile(r"\[\d+\]:"), timeout=60 * SECOND)
-    return cell.locator(".jp-OutputArea").inner_text()
-
-
-def menu(page: Page, *path: str) -> None:
-    """Choose an entry of JupyterLab's menus."""
-    page.locator(".lm-MenuBar-item").filter(has_text=path[0]).click()
-    for number, label in enumerate(path[1:], 1):
-        entry = page.locator(".lm-Menu-itemLabel").filter(has_text=re.compile(f"^{label}$")).last
-        entry.click() if number == len(path) - 1 else entry.hover()
-
-
-def kernel_row(page: Page, notebook: str) -> Locator:
-    """Return the panel's part for the kernel of `notebook`."""
-    return page.locator("#nbgpu-panel tbody").filter(has_text=notebook)
-
-
-def without_notices(page: Page) -> None:
-    """Wait until no notice covers the page: they close by themselves."""
-    expect(page.locator(".Toastify__toast")).to_have_count(0)
 
 
 def test_a_notebook_with_a_quarter(chromium: Browser, hub: Hub) -> None:

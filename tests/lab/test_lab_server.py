@@ -120,12 +120,14 @@ async def test_junk_limit_is_a_plain_400(agent: FakeAgent, jp_fetch: Any, body: 
     assert agent.limits == {}
 
 
-async def test_limit_above_the_slice_has_the_agents_words(agent: FakeAgent, jp_fetch: Any) -> None:
+async def test_limit_above_the_slice_says_what_may_be_written(agent: FakeAgent, jp_fetch: Any) -> None:
     with pytest.raises(HTTPClientError) as refusal:
         await jp_fetch("nbgpu/api/kernels/abc", method="PUT", body='{"memory": "30 GiB"}')
     assert refusal.value.code == 400
     error = json.loads(refusal.value.response.body)["error"]
-    assert error["message"] == f"memory_bytes is {30 * GIB}; it must be at most the slice's {20 * GIB}."
+    most = "at most 20 GiB, this server's slice, or a fraction of it such as 0.5 or 1/2"
+    assert (error["field"], error["message"]) == ("memory", f"Memory limit is '30 GiB'; it must be {most}.")
+    assert agent.count("/v1/kernels/") == 0
 
 
 async def test_refusal_becomes_an_event(agent: FakeAgent, jp_fetch: Any, jp_serverapp: Any) -> None:

@@ -210,8 +210,8 @@ def test_limits_of_one_notebook(server: Server) -> None:
     assert abs(server.kernel(kernel.id)["limit"]["memory_bytes"] - half) <= 1024**2
 
 
-def test_a_limit_above_the_slice_has_the_agents_words(server: Server) -> None:
+def test_a_limit_above_the_slice_is_refused(server: Server) -> None:
     with pytest.raises(urllib.error.HTTPError) as refusal:
         server.call("nbgpu/api/kernels/abc", {"memory": "900 GiB"}, "PUT")
     assert refusal.value.code == 400
-    assert "the slice's" in json.loads(refusal.value.read())["error"]["message"]
+    assert "at most 19.5 GiB, this server's slice" in json.loads(refusal.value.read())["error"]["message"]

@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 CONFTEST = Path(__file__).parents[1] / "conftest.py"
-MARKS = "[pytest]\nmarkers =\n    browser: b\n    kubernetes: k\n    gpu: g\n"
+MARKS = "[pytest]\nmarkers =\n    browser: b\n    kubernetes: k\n    gpu: g\n    root: r\n"
 TEST = """import pytest
 
 @pytest.mark.browser
@@ -79,7 +79,18 @@ def test_a_mark_that_skips_a_required_test_fails(project: Path) -> None:
     assert "but skipped: not built" in said
 
 
+def test_a_browser_test_for_root_is_skipped_elsewhere(project: Path) -> None:
+    body, chromium = "pass\n\npytestmark = pytest.mark.root", {"NBGPU_CHROMIUM": sys.executable}
+    status, said = outcome(project, body, NBGPU_REQUIRE="browser", **chromium)  # the empty PATH has no useradd
+    assert status == 0
+    assert "2 skipped" in said
+    assert "root: " in said
+    status, said = outcome(project, body, NBGPU_REQUIRE="browser,root", **chromium)
+    assert status != 0
+    assert "NBGPU_REQUIRE=root, but" in said
+
+
 def test_a_typing_error_in_it_is_refused(project: Path) -> None:
     status, said = outcome(project, NBGPU_REQUIRE="browsers")
     assert status != 0
-    assert "it may name browser, kubernetes, gpu" in said
+    assert "it may name root, browser, kubernetes, gpu" in said
