@@ -73,7 +73,7 @@ def shot(page: Page, name: str) -> None:
 
 
 @contextlib.contextmanager
-def running_hub(config: Path, base: Path) -> Iterator[Hub]:
+def running_hub(config: Path, base: Path, **environment: str) -> Iterator[Hub]:
     """Run ``jupyterhub -f config`` in the directory `base`, with one simulated device.
 
     The configuration finds its port in ``NBGPU_PORT``, its runtime directory in ``NBGPU_RUNTIME_DIR`` and there, in
@@ -86,7 +86,7 @@ def running_hub(config: Path, base: Path) -> Iterator[Hub]:
     (runtime / "login-password").chmod(0o600)
     env = dict(os.environ)
     env.update(NBGPU_RUNTIME_DIR=str(runtime), NBGPU_PORT=str(port))
-    env.update(NBGPU_SIM_STATE=f"/dev/shm/{base.name}", NBGPU_SIM_DEVICES="1")
+    env.update(NBGPU_SIM_STATE=f"/dev/shm/{base.name}", NBGPU_SIM_DEVICES="1", **environment)
     binaries = [str(Path(sys.executable).parent), str(ROOT / "node_modules" / ".bin")]
     env["PATH"] = os.pathsep.join([*binaries, env.get("PATH", "")])
     log = base / "hub.log"

@@ -132,7 +132,8 @@ def hub(users: list[str], public: Path) -> Iterator[Hub]:
     python = public / "python" / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
     config = public / "hub_config.py"
     config.write_text(CONFIG.format(python=str(python), environment=environment))
-    with running_hub(config, public) as running:
+    libraries = os.pathsep.join(filter(None, [str(public / "python" / "lib"), os.environ.get("LD_LIBRARY_PATH", "")]))
+    with running_hub(config, public, LD_LIBRARY_PATH=libraries) as running:  # a Python's own library may lie in root's home, too
         yield running
 
 

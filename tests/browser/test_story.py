@@ -97,6 +97,25 @@ def test_a_notebook_with_a_quarter(chromium: Browser, hub: Hub) -> None:
     stop(ada, hub)
 
 
+def test_a_refused_value_can_be_mended(chromium: Browser, hub: Hub) -> None:
+    """It comes back once, with the message at its field; a fresh page knows nothing of it."""
+    mary = log_in(chromium, hub, "mary")
+    custom = mary.locator(".nbgpu-row[data-slug=custom]")
+    share = custom.get_by_label("Share of a GPU")
+    share.fill("7/2")
+    mary.click("#spawn_form input[type=submit], #spawn_form button[type=submit]")
+    expect(custom.locator(".invalid-feedback")).to_contain_text(
+        "Share of a GPU is '7/2'; it must be a fraction of one GPU above 0 and up to 1"
+    )
+    expect(share).to_have_value("7/2")
+    expect(custom.locator("input[type=radio]")).to_be_checked()
+    share.scroll_into_view_if_needed()
+    shot(mary, "11-refused-value")
+    mary.goto(hub.url + "/hub/spawn")
+    expect(share).to_have_value("")
+    expect(mary.locator(".invalid-feedback")).to_have_count(0)
+
+
 def test_the_queue(chromium: Browser, hub: Hub) -> None:
     """A full device: the next one waits, sees how long, can leave, and gets in when someone stops."""
     pages = {user: log_in(chromium, hub, user) for user in ("grace", "edsger", "barbara", "lin")}
