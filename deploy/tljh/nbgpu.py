@@ -6,4 +6,4 @@ c = get_config()  # noqa: F821
 
 c.Spawner.default_url = "/lab"
 
-setup(c, quotas={"default": {"limit": 1}})
+setup(c, embedded=False)  # agent and pool are units of their own: TLJH's hub sees neither the GPUs' device files nor the host's mounts

@@ -91,6 +91,10 @@ def gpu_spawner_class(configured: Any) -> type:
         from .kube import KubeGPUMixin, KubeGPUSpawner
 
         return KubeGPUSpawner if base.__name__ == "KubeSpawner" else type(f"GPU{base.__name__}", (KubeGPUMixin, base), {})
+    if any(parent.__name__ == "SystemdSpawner" for parent in base.__mro__):
+        from .systemd import SystemdGPUSpawner
+
+        return SystemdGPUSpawner if base.__name__ == "SystemdSpawner" else type(f"GPU{base.__name__}", (base, SystemdGPUSpawner), {})
     if issubclass(base, SimpleLocalProcessSpawner):
         return type(f"GPU{base.__name__}", (SimpleLocalGPUSpawner, base), {})
     return type(f"GPU{base.__name__}", (LocalGPUMixin, base), {})

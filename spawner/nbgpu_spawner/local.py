@@ -88,6 +88,7 @@ class LocalGPUMixin(GPUSliceMixin):
                 self._gpu_launch = await self.pool.prepare(grant.request.request_id, self.gpu_uid())
             with self._held_back() as let_go:
                 where = await maybe_future(super().start())
+                await self.gpu_started()
                 self._save_address(where)
                 await self.bind_slice(self.gpu_server_pid())
                 let_go()
@@ -133,6 +134,13 @@ class LocalGPUMixin(GPUSliceMixin):
             self.server.ip, self.server.port = where
         self.save_early_state()
 
+    async def gpu_started(self) -> None:
+        """The server was just started: learn what `gpu_server_pid` needs to know."""
+
+    def gpu_search_path(self, env: dict[str, str]) -> str | None:
+        """Return where the server's command is looked for."""
+        return env.get("PATH")
+
     def gpu_uid(self) -> int | None:
         """Return who may use the slice's files; None stands for the agent's own account."""
         return pwd.getpwnam(self.user.name).pw_uid
@@ -153,7 +161,7 @@ class LocalGPUMixin(GPUSliceMixin):
         if self._gpu_launch is None:
             return env
         env = environment(env, self._gpu_launch)
-        if server_has_provisioner(self._gpu_command or (self.cmd[0] if self.cmd else ""), env.get("PATH")):
+        if server_has_provisioner(self._gpu_command or (self.cmd[0] if self.cmd else ""), self.gpu_search_path(env)):
             env.setdefault("JUPYTER_DEFAULT_PROVISIONER_NAME", PROVISIONER)
         return env
 
