@@ -201,7 +201,7 @@ def test_endless_kernel_ids(agent: AgentProcess, launch: Launch, other: Launch) 
     (admin,) = connect(str(agent.runtime / "agent.sock"))
     body = b'{"memory_bytes": 1073741824}'
     for batch in range(10):
-        for number in range(30):
+        for number in range(20):
             head = b"PUT /v1/slices/%s/kernels/%d-%d HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
             admin.sendall(head % (slice_id.encode(), batch, number, len(body)) + body)
             answer = b""

@@ -100,6 +100,30 @@ async def test_kernels_carry_their_notebooks(agent: FakeAgent, jp_fetch: Any) ->
     assert list(kernels)[-1] is None
 
 
+@pytest.mark.parametrize("path", ["<img src=x onerror=alert(1)>.ipynb", "a\nb\x1b[2J\u202e.ipynb", '"}]; evil.ipynb', "x" * 10_000])
+async def test_odd_paths_are_data(agent: FakeAgent, jp_fetch: Any, path: str) -> None:
+    """JSON that no browser takes for a page; the panel shows it as text."""
+    body = json.dumps({"name": "", "type": "notebook", "path": path, "kernel": {"name": "python3"}})
+    kernel_id = json.loads((await jp_fetch("api/sessions", method="POST", body=body)).body)["kernel"]["id"]
+    agent.tell("refused", f"Notebook kernel {kernel_id[:8]}… was refused 1 GiB.", kernel_id=kernel_id)
+    answer = await jp_fetch("nbgpu/api/usage")
+    assert answer.headers["Content-Type"].startswith("application/json")
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    (kernel,) = (one for one in json.loads(answer.body)["kernels"] if one["kernel_id"] == kernel_id)
+    assert (kernel["path"], kernel["name"]) == (path, path)
+    await until(lambda: agent.count("/v1/events?after=1"))
+    (event,) = json.loads((await jp_fetch("nbgpu/api/events")).body)
+    assert event["message"] == f"{path} was refused 1 GiB."
+
+
+@pytest.mark.parametrize("kernel_id", ["%1b%5b2J", "a%0ab", "%3Cb%3E", "..%2fother", "x" * 40, "x" * 10_000])
+async def test_odd_kernel_ids_are_no_kernels(agent: FakeAgent, jp_fetch: Any, kernel_id: str) -> None:
+    with pytest.raises(HTTPClientError) as refusal:
+        await jp_fetch(f"nbgpu/api/kernels/{kernel_id}", method="PUT", body='{"memory": "5 GiB"}')
+    assert refusal.value.code == 404
+    assert agent.limits == {}
+
+
 async def test_limits_a_kernel(agent: FakeAgent, jp_fetch: Any) -> None:
     await jp_fetch("nbgpu/api/kernels/abc", method="PUT", body='{"memory": "5 GiB"}')
     assert agent.limits == {"abc": {"memory_bytes": 5 * GIB, "compute_milli": None}}
