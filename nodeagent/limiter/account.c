@@ -15,9 +15,9 @@ static uint64_t bounded(uint64_t bytes) { return bytes < NEVER_FITS ? bytes : NE
 
 static uint64_t slot_total(uint32_t i, int device) {
     const NbgpuUseSlot *slot = &nbgpu_use->slot[i];
-    if (slot->device != (uint32_t)device || __atomic_load_n(&slot->owner, __ATOMIC_SEQ_CST) == 0)
+    if (LOAD(slot->device) != (uint32_t)device || __atomic_load_n(&slot->owner, __ATOMIC_SEQ_CST) == 0)
         return 0;
-    uint64_t overhead = nbgpu_ctl->overhead[i];
+    uint64_t overhead = LOAD(nbgpu_ctl->overhead[i]);
     if (overhead > nbgpu_ctl->device[device].overhead_cap)
         overhead = nbgpu_ctl->device[device].overhead_cap;
     return bounded(__atomic_load_n(&slot->used, __ATOMIC_SEQ_CST)) + bounded(__atomic_load_n(&slot->context, __ATOMIC_SEQ_CST)) + overhead;
@@ -27,7 +27,8 @@ bool nbgpu_alone(void) {
     const uint32_t high = __atomic_load_n(&nbgpu_use->high_water, __ATOMIC_SEQ_CST);
     for (uint32_t i = 0; i < high && i < NBGPU_SLOTS; i++) {
         const NbgpuUseSlot *slot = &nbgpu_use->slot[i];
-        if (slot->owner && slot->device < NBGPU_DEVICES && slot != nbgpu_device[slot->device].slot)
+        const uint32_t device = LOAD(slot->device);
+        if (LOAD(slot->owner) && device < NBGPU_DEVICES && slot != nbgpu_device[device].slot)
             return false;
     }
     return true;
@@ -82,9 +83,10 @@ static uint32_t over(int device, uint64_t more) {
 static uint64_t *word_of(NbgpuUseSlot *slot, enum charge_kind kind) { return kind == CHARGE_USED ? &slot->used : &slot->context; }
 
 static void note_peak(NbgpuUseSlot *slot) {
-    const uint64_t now = slot->used + slot->context;
-    if (unlikely(now > slot->peak))
-        slot->peak = now;
+    const uint64_t now = LOAD(slot->used) + LOAD(slot->context);
+    uint64_t peak = LOAD(slot->peak);
+    while (unlikely(now > peak) && !__atomic_compare_exchange_n(&slot->peak, &peak, now, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
 }
 
 #ifdef NBGPU_CONTROL_LOCK
@@ -178,8 +180,8 @@ void nbgpu_uncharge(int device, enum charge_kind kind, uint64_t bytes) {
 void nbgpu_refuse(int device, uint64_t bytes, uint32_t by) {
     NbgpuUseSlot *slot = nbgpu_device[device].slot;
     if (slot) {
-        slot->refused_bytes = bytes;
-        slot->refused_by = by;
+        STORE(slot->refused_bytes, bytes);
+        STORE(slot->refused_by, by);
         __atomic_fetch_add(&slot->refusals, 1, __ATOMIC_SEQ_CST);
     }
     __atomic_fetch_add(&nbgpu_use->events, 1, __ATOMIC_SEQ_CST);

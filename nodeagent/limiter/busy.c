@@ -24,8 +24,8 @@ static _Atomic uint32_t awake; /* the helper's futex: 1 while it has something t
 static _Atomic int helper_started, stopping;
 
 static void forget_parent(void) {
-    memset(nbgpu_busy, 0, sizeof nbgpu_busy);
-    memset(nbgpu_pass, 0, sizeof nbgpu_pass);
+    memset((void *)nbgpu_busy, 0, sizeof nbgpu_busy);
+    memset((void *)nbgpu_pass, 0, sizeof nbgpu_pass);
     for (int d = 0; d < (int)NBGPU_DEVICES; d++)
         pthread_mutex_init(&nbgpu_busy[d].lock, NULL);
     awake = 0;
@@ -70,8 +70,10 @@ static double graph_mean(const Busy *b, CUgraphExec exec) {
 }
 
 double nbgpu_busy_estimate(int device, CUgraphExec exec) {
-    const Busy *b = &nbgpu_busy[device];
+    Busy *b = &nbgpu_busy[device];
+    pthread_mutex_lock(&b->lock);
     const double mean = exec ? graph_mean(b, exec) : b->mean_ns;
+    pthread_mutex_unlock(&b->lock);
     return mean > 0 ? mean : UNKNOWN_NS;
 }
 
@@ -283,12 +285,12 @@ static uint64_t advance(int d, Busy *b) {
     }
     const double remaining = nbgpu_outstanding_ns(b, now, NULL);
     const bool over = nbgpu_turn_over(d, now);
-    if (over && remaining < (double)NEAR_NS && !slot->near) {
+    if (over && remaining < (double)NEAR_NS && !LOAD(slot->near)) {
         __atomic_store_n(&slot->near, 1, __ATOMIC_SEQ_CST);
         nbgpu_publish(d);
         nbgpu_ring();
     }
-    const bool close_watch = nbgpu_contended(d) || slot->want;
+    const bool close_watch = nbgpu_contended(d) || LOAD(slot->want);
     double next = close_watch ? remaining / 4 : remaining / 2;
     const double least = close_watch ? 0.05 * (double)MS : 0.1 * (double)MS, most = close_watch ? 0.25 * (double)MS : 1.0 * (double)MS;
     return (uint64_t)(next < least ? least : next > most ? most : next);
@@ -352,7 +354,7 @@ static void *helper(void *unused) {
         awake = 0;
         bool any = false;
         for (int d = 0; d < nbgpu_devices && !stopping; d++)
-            any |= __atomic_load_n(&nbgpu_busy[d].busy, __ATOMIC_SEQ_CST) && __atomic_load_n(&nbgpu_busy[d].context, __ATOMIC_SEQ_CST);
+            any |= nbgpu_busy[d].busy && nbgpu_busy[d].context;
         if (any)
             awake = 1;
         else
@@ -408,12 +410,13 @@ void nbgpu_busy_begin(Launch *launch) {
         MARK("busy-half");
     }
     b->drained_ns = 0;
-    if (slot->near)
+    if (LOAD(slot->near))
         __atomic_store_n(&slot->near, 0, __ATOMIC_SEQ_CST);
-    if (first || nbgpu_use->near[launch->device])
+    if (first || LOAD(nbgpu_use->near[launch->device]))
         nbgpu_publish(launch->device);
-    if (!b->context && HAVE(cuCtxGetCurrent))
-        REAL(cuCtxGetCurrent)(&b->context);
+    CUcontext current = NULL;
+    if (!b->context && HAVE(cuCtxGetCurrent) && REAL(cuCtxGetCurrent)(&current) == CUDA_SUCCESS)
+        b->context = current;
     if (first) {
         if (!b->start)
             b->start = event_get(b);
@@ -499,7 +502,7 @@ bool nbgpu_busy_wait_window(int device) {
 
 uint64_t nbgpu_busy_launches(int device) {
     Busy *b = &nbgpu_busy[device];
-    if (!__atomic_load_n(&b->busy, __ATOMIC_ACQUIRE))
+    if (!b->busy)
         return b->launches;
     pthread_mutex_lock(&b->lock);
     nbgpu_pass_fold(b, nbgpu_now());
@@ -532,8 +535,6 @@ void nbgpu_busy_synced(int device, bool all, CUstream stream, bool ptsz, uint64_
 void nbgpu_busy_stream_gone(CUstream stream) {
     for (int d = 0; d < nbgpu_devices; d++) {
         Busy *b = &nbgpu_busy[d];
-        if (!b->streams)
-            continue;
         pthread_mutex_lock(&b->lock);
         nbgpu_pass_stop_stream(b, stream, nbgpu_now());
         for (int i = 0; i < b->streams; i++) {

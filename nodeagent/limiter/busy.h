@@ -29,11 +29,11 @@ typedef struct {
 
 typedef struct {
     pthread_mutex_t lock;
-    CUcontext context;
-    bool busy;
+    _Atomic(CUcontext) context;
+    _Atomic bool busy;
     uint64_t began_ns, drained_ns; /* drained 0: work is outstanding */
     uint64_t front_ns;             /* since when the oldest fence's work runs, at the earliest */
-    uint64_t launches;
+    _Atomic uint64_t launches;
     Fence fence[FENCES]; /* outstanding, in the order of recording */
     int fences;
     Stream stream[STREAMS];

@@ -157,7 +157,7 @@ void nbgpu_publish(int device) {
         const uint32_t high = nbgpu_use->high_water < NBGPU_SLOTS ? nbgpu_use->high_water : NBGPU_SLOTS;
         for (uint32_t i = 0; i < high; i++) {
             const NbgpuUseSlot *slot = &nbgpu_use->slot[i];
-            if (slot->device != (uint32_t)device || !__atomic_load_n(&slot->owner, __ATOMIC_SEQ_CST))
+            if (LOAD(slot->device) != (uint32_t)device || !__atomic_load_n(&slot->owner, __ATOMIC_SEQ_CST))
                 continue;
             const bool busy = __atomic_load_n(&slot->busy_since, __ATOMIC_SEQ_CST) != 0,
                        wants = __atomic_load_n(&slot->want, __ATOMIC_SEQ_CST) != 0;
@@ -167,7 +167,7 @@ void nbgpu_publish(int device) {
             if (busy || wants)
                 idle = 0;
         }
-        if (pass && nbgpu_use->want[device] == want && nbgpu_use->near[device] == near && nbgpu_use->idle[device] == idle)
+        if (pass && LOAD(nbgpu_use->want[device]) == want && LOAD(nbgpu_use->near[device]) == near && LOAD(nbgpu_use->idle[device]) == idle)
             return;
         __atomic_store_n(&nbgpu_use->want[device], want, __ATOMIC_SEQ_CST);
         MARK("publish-half");
@@ -218,7 +218,7 @@ static void local_bucket(const Launch *launch) {
     uint32_t sharers = 0;
     for (uint32_t i = 0; i < nbgpu_use->high_water && i < NBGPU_SLOTS; i++) {
         const NbgpuUseSlot *slot = &nbgpu_use->slot[i];
-        sharers += slot->owner && slot->device == (uint32_t)d && (slot->busy_since || slot == nbgpu_device[d].slot);
+        sharers += LOAD(slot->owner) && LOAD(slot->device) == (uint32_t)d && (LOAD(slot->busy_since) || slot == nbgpu_device[d].slot);
     }
     const double rate = (double)nbgpu_ctl->device[d].compute_milli / 1000.0 / (sharers ? sharers : 1);
     pthread_mutex_lock(&lock);

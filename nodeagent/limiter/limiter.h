@@ -17,6 +17,9 @@
 #define unlikely(x) __builtin_expect(!!(x), 0)
 #define EXPORT __attribute__((visibility("default")))
 #define PER_THREAD static __thread __attribute__((tls_model("initial-exec")))
+/* Words that other threads change meanwhile: whole, in whatever order. */
+#define LOAD(word) __atomic_load_n(&(word), __ATOMIC_RELAXED)
+#define STORE(word, value) __atomic_store_n(&(word), value, __ATOMIC_RELAXED)
 #define MIB ((uint64_t)1 << 20)
 #define MS ((uint64_t)1000000)
 

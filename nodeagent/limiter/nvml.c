@@ -22,7 +22,7 @@ static int handle_of(int device, nvmlDevice_t *handle) {
     uuid[sizeof uuid - 1] = 0;
     const int result = REAL(nvmlDeviceGetHandleByUUID)(uuid, handle);
     if (result == NVML_SUCCESS)
-        handles[device] = *handle;
+        STORE(handles[device], *handle);
     return result;
 }
 
@@ -30,7 +30,7 @@ static int handle_of(int device, nvmlDevice_t *handle) {
 static int device_of(nvmlDevice_t handle) {
     nvmlDevice_t found;
     for (int d = 0; d < nbgpu_devices; d++)
-        if (handles[d] == handle && handle)
+        if (LOAD(handles[d]) == handle && handle)
             return d;
     for (int d = 0; d < nbgpu_devices; d++)
         if (handle_of(d, &found) == NVML_SUCCESS && found == handle)
@@ -128,8 +128,8 @@ static unsigned live_processes(int device, nvmlProcessDetail_v1_t *out, unsigned
     const uint32_t high = nbgpu_use->high_water < NBGPU_SLOTS ? nbgpu_use->high_water : NBGPU_SLOTS;
     for (uint32_t i = 0; i < high; i++) {
         const NbgpuUseSlot *slot = &nbgpu_use->slot[i];
-        const uint64_t owner = slot->owner, bytes = slot->used + slot->context;
-        if (!owner || slot->device != (uint32_t)device || !bytes)
+        const uint64_t owner = LOAD(slot->owner), bytes = LOAD(slot->used) + LOAD(slot->context);
+        if (!owner || LOAD(slot->device) != (uint32_t)device || !bytes)
             continue;
         if (count < room)
             out[count] =
@@ -199,7 +199,7 @@ int nvmlDeviceGetUtilizationRates(nvmlDevice_t device, nvmlUtilization_t *utiliz
 
 static bool ours(int device, unsigned pid) {
     for (uint32_t i = 0; i < nbgpu_use->high_water && i < NBGPU_SLOTS; i++)
-        if (nbgpu_use->slot[i].device == (uint32_t)device && (unsigned)(nbgpu_use->slot[i].owner >> 32) == pid)
+        if (LOAD(nbgpu_use->slot[i].device) == (uint32_t)device && (unsigned)(LOAD(nbgpu_use->slot[i].owner) >> 32) == pid)
             return true;
     return false;
 }

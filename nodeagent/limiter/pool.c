@@ -23,7 +23,7 @@ typedef struct {
 static pthread_mutex_t lock; /* recursive: a refused charge comes back here to look for memory */
 static pthread_once_t lock_once = PTHREAD_ONCE_INIT;
 static Pool pools[POOLS];
-static int pool_count;
+static _Atomic int pool_count; /* looked at without the lock; so is the next one */
 static uint64_t graph_counted[NBGPU_DEVICES];
 static _Atomic int dirty, graphs_with_memory;
 
@@ -72,7 +72,7 @@ static void settle_word(int device, uint64_t *counted, uint64_t real) {
         nbgpu_uncharge(device, CHARGE_USED, *counted - real);
     if (real > *counted)
         nbgpu_charge_forced(device, real - *counted);
-    *counted = real;
+    STORE(*counted, real);
 }
 
 static void settle(Pool *pool) { settle_word(pool->device, &pool->counted, attribute(pool->pool, CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)); }
@@ -85,7 +85,7 @@ static uint64_t graph_attribute(int device, int which) {
 }
 
 void nbgpu_graph_settle(int device) {
-    if (!graphs_with_memory && !graph_counted[device])
+    if (!graphs_with_memory && !LOAD(graph_counted[device]))
         return;
     enter();
     settle_word(device, &graph_counted[device], graph_attribute(device, CU_GRAPH_MEM_ATTR_RESERVED_MEM_CURRENT));
@@ -93,7 +93,7 @@ void nbgpu_graph_settle(int device) {
 }
 
 void nbgpu_pools_refresh(int device, bool trim) {
-    if (!pool_count && !graphs_with_memory && !graph_counted[device])
+    if (!pool_count && !graphs_with_memory && !LOAD(graph_counted[device]))
         return;
     enter();
     for (int i = 0; i < pool_count; i++) {
@@ -118,7 +118,7 @@ void nbgpu_pools_after_sync(void) {
 }
 
 void nbgpu_pools_forget(int device) {
-    if (!pool_count && !graph_counted[device])
+    if (!pool_count && !LOAD(graph_counted[device]))
         return;
     enter();
     for (int i = 0; i < pool_count;) {
@@ -370,7 +370,7 @@ CUresult nbgpu_graph_charge(CUgraphExec exec, int device) {
             result = CUDA_ERROR_OUT_OF_MEMORY;
     }
     if (result == CUDA_SUCCESS)
-        graph_counted[device] += have;
+        STORE(graph_counted[device], graph_counted[device] + have);
     else
         nbgpu_uncharge(device, CHARGE_USED, have);
     pthread_mutex_unlock(&lock);
