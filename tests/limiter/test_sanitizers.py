@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,7 +36,14 @@ def compiler_for(kind: str) -> list[str]:
     """clang, which brings the runtimes with it; zig compiles those of threads for minutes, and has none for addresses."""
     if shutil.which("clang") is None:
         pytest.skip("no clang on this machine (Debian: apt-get install clang)")
-    return ["clang", f"-fsanitize={kind}", "-fno-sanitize-recover=all"]
+    command = ["clang", f"-fsanitize={kind}", "-fno-sanitize-recover=all"]
+    with tempfile.TemporaryDirectory() as folder:
+        empty = subprocess.run(
+            [*command, "-x", "c", "-o", f"{folder}/empty", "-"], input="int main(void){return 0;}", text=True, capture_output=True
+        )
+    if empty.returncode != 0:
+        pytest.skip("clang has no sanitizer runtimes here (Debian: apt-get install libclang-rt-dev)")
+    return command
 
 
 def compile_program(kind: str, name: str, sources: list[Path]) -> Path:
