@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -14,14 +15,16 @@ FRONT_END = "/share/jupyter/labextensions/"
 LIBRARIES = ("nbgpu_agent/_lib/libnbgpu.so", "nbgpu_agent/_lib/sim/libcuda.so.1", "nbgpu_agent/_lib/sim/libnvidia-ml.so.1")
 
 
-def build(kind: str) -> Path:
-    """Build one kind of wheel; return its file."""
-    before = {path: path.stat().st_mtime_ns for path in DIST.glob("*.whl")}
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(DIST), str(ROOT)],
-        check=True, env={**os.environ, "NBGPU_WHEEL": kind},
+def build(kind: str, out: Path) -> Path:
+    """Build one kind of wheel into `out`; return its file."""
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.whl")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(out), str(ROOT)],
+        env={**os.environ, "NBGPU_WHEEL": kind},
     )  # fmt: skip
-    return next(path for path in DIST.glob("*.whl") if before.get(path) != path.stat().st_mtime_ns)
+    if done.returncode:
+        sys.exit(f"The {kind} wheel could not be built; the reason is above.")
+    return next(path for path in out.glob("*.whl") if before.get(path) != path.stat().st_mtime_ns)
 
 
 def missing(wheel: Path, kind: str) -> list[str]:
@@ -39,12 +42,17 @@ def missing(wheel: Path, kind: str) -> list[str]:
 
 def main() -> int:
     """Build and check; return 1 when a wheel lacks something."""
-    DIST.mkdir(exist_ok=True)
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--out", type=Path, default=DIST, help="folder for the wheels (default: dist/)")
+    out: Path = options.parse_args().out
+    out.mkdir(exist_ok=True)
     status = 0
     for kind in ("release", "pure"):
-        wheel = build(kind)
+        wheel = build(kind, out)
         lacks = missing(wheel, kind)
-        print(f"dist/{wheel.name}  {wheel.stat().st_size / 1e6:.1f} MB" + (f"  LACKS {', '.join(lacks)}" if lacks else ""), flush=True)
+        print(
+            f"{out.name}/{wheel.name}  {wheel.stat().st_size / 1e6:.1f} MB" + (f"  LACKS {', '.join(lacks)}" if lacks else ""), flush=True
+        )
         status |= bool(lacks)
     return status
 

@@ -107,7 +107,9 @@ def install_libraries(source: Path, runtime: Path) -> Path:
     """
     files = sorted(path for path in source.rglob("*") if path.is_file() and not path.name.startswith("."))
     if not any(path.name == "libnbgpu.so" for path in files):
-        raise StartError(f"The compiled libraries are missing in {source}: run `make setup` (or `python nodeagent/build.py`).")
+        raise StartError(
+            f"The compiled libraries are missing in {source}: install the platform wheel (py3-none-any has none); from a checkout: make setup."
+        )
     digest = hashlib.sha256()
     for path in files:
         digest.update(str(path.relative_to(source)).encode() + b"\0" + path.read_bytes() + b"\0")
