@@ -108,7 +108,7 @@ def install_libraries(source: Path, runtime: Path) -> Path:
     files = sorted(path for path in source.rglob("*") if path.is_file() and not path.name.startswith("."))
     if not any(path.name == "libnbgpu.so" for path in files):
         raise StartError(
-            f"The compiled libraries are missing in {source}: install the platform wheel (py3-none-any has none); from a checkout: make setup."
+            f"No compiled libraries in {source}: take the platform wheel (py3-none-any has none); from a checkout: make setup."
         )
     digest = hashlib.sha256()
     for path in files:
