@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from nbgpu.errors import NbgpuError
-from nbgpu.quantities import format_memory, format_share
+from nbgpu.quantities import format_memory, format_memory_of, format_share
 
 from .client import SliceClient
 
@@ -35,11 +35,9 @@ def describe(usage: dict[str, Any], kernel_id: str | None) -> list[str]:
     """Return one line per device of a ``Usage``, and one for the kernel that asks."""
     lines = []
     for device in usage["devices"]:
-        used, limit = format_memory(device["memory_used_bytes"]), format_memory(device["memory_limit_bytes"])
+        memory = format_memory_of(device["memory_used_bytes"], device["memory_limit_bytes"])
         share = format_share(device["compute_limit_milli"])
-        lines.append(
-            f"GPU {device['index']} ({device['model']}): {used} of {limit} used, compute {device['utilization_percent']} % of {share}"
-        )
+        lines.append(f"GPU {device['index']} ({device['model']}): {memory} used, compute {device['utilization_percent']} % of {share}")
     for kernel in usage["kernels"]:
         if kernel_id and kernel["kernel_id"] == kernel_id:
             own = sum(device["memory_used_bytes"] for device in kernel["devices"])

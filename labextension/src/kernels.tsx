@@ -3,7 +3,7 @@ import { closeIcon, editIcon } from '@jupyterlab/ui-components';
 import * as React from 'react';
 
 import type { IDeviceUsage, IKernelUsage, IWrittenLimit } from './api';
-import { formatMemory, formatMemoryOf, kernelTotals, percent } from './format';
+import { formatMemory, kernelTotals, percent } from './format';
 import { kernelName } from './words';
 
 interface IKernelsProps {
@@ -69,11 +69,6 @@ function Kernel(props: IKernelProps): JSX.Element {
     0
   );
   const name = kernelName(kernel, trans);
-  const limited = kernel.limit.memory_bytes;
-  const used =
-    limited !== null
-      ? formatMemoryOf(totals.usedBytes, limited)
-      : formatMemory(totals.usedBytes);
   return (
     <tbody data-kernel={kernel.kernel_id ?? 'other'}>
       <tr>
@@ -90,7 +85,7 @@ function Kernel(props: IKernelProps): JSX.Element {
       </tr>
       <tr>
         <td>
-          {totals.usedBytes > 0 ? used : '–'}
+          {totals.usedBytes > 0 ? formatMemory(totals.usedBytes) : '–'}
           {totals.peakBytes > totals.usedBytes && (
             <span className="nbgpu-quiet">
               {trans.__('peak %1', formatMemory(totals.peakBytes))}

@@ -78,6 +78,8 @@ def test_a_notebook_with_a_quarter(chromium: Browser, hub: Hub) -> None:
     assert "OUT_OF_MEMORY" in run_cell(ada, "print(gib(0.5))")
     own = ada.locator(".Toastify__toast").filter(has_text="Untitled.ipynb was refused")
     expect(own).to_contain_text("5 GiB", timeout=2 * SECOND)
+    expect(second).to_contain_text("4.7 GiB")
+    ada.wait_for_timeout(1200)  # a notice slides in; let the picture be still
     shot(ada, "4-second-notebook-at-its-limit")
     ada.locator(".lm-TabBar-tabLabel").filter(has_text="fractions.ipynb").click()
     assert "SUCCESS" in run_cell(ada, "print(driver.cuMemAlloc(10 * GIB)[0].name)")

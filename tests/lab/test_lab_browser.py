@@ -201,7 +201,8 @@ def test_the_slice_in_jupyterlab(lab: Lab, page: Any, theme: str, shot: str) -> 
     row.get_by_role("alert").get_by_text("it must be at most 20 GiB, this server's slice, or a fraction of it").wait_for()
     row.get_by_label("Memory").fill("1/2")
     page.keyboard.press("Enter")
-    row.get_by_text("4 of 10 GiB").wait_for()
+    row.get_by_text("10 GiB").wait_for()
+    assert row.get_by_text("4 GiB", exact=True).count() == 1
     assert lab.agent.limits[lab.kernels[1]] == {"memory_bytes": 10 * GIB, "compute_milli": None}
 
     # near the limit: words, not colour alone; seen within two seconds

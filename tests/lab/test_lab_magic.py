@@ -17,7 +17,7 @@ async def test_summary(agent: FakeAgent, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("NBGPU_KERNEL_ID", "me")
     text = await asyncio.to_thread(magic.summary)
     assert text.splitlines() == [
-        "GPU 0 (Simulated H100 80GB): 3 GiB of 20 GiB used, compute 40 % of a quarter",
+        "GPU 0 (Simulated H100 80GB): 3 of 20 GiB used, compute 40 % of a quarter",
         "This kernel: 2 GiB of its own limit of 5 GiB",
     ]
 
