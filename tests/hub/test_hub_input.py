@@ -134,11 +134,12 @@ def test_a_refused_value_is_shown_once_and_is_no_default(hub: Hub, ada: Browser,
     linked = ada.http.get("spawn?gpu_fraction=9")
     assert (linked.status_code, typed(linked.text)) == (400, ("custom", "9"))
     assert typed(ada.form()) == ("half", "")
-    assert hub.spawn("ada").status_code in (201, 202)
-    hub.ready("ada")
-    (request_id,) = calm_pool.held()
-    assert calm_pool.grants[request_id]["request"]["memory_milli"] == 500, "a start without options is the last one again"
-    hub.stop("ada")
+    if hub.version.split(".")[0] != "5":  # there an empty body says: the default profile
+        assert hub.spawn("ada").status_code in (201, 202)
+        hub.ready("ada")
+        (request_id,) = calm_pool.held()
+        assert calm_pool.grants[request_id]["request"]["memory_milli"] == 500, "a start without options is the last one again"
+        hub.stop("ada")
     assert ada.submit({"profile": "cpu"}).status_code == 302  # the tests after this one begin without a GPU
     hub.ready("ada")
     hub.stop("ada")
