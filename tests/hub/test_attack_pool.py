@@ -244,6 +244,11 @@ BOMBS: list[tuple[str, bytes, set[int]]] = [
     ("-Infinity", b'{"request_id":"aaaaaaaa","owner":{"hub":"hub-a","user":"u"},"memory_bytes":-Infinity}', {400}),
     ("a huge string", b'{"request_id":"' + b"a" * 1_000_000 + b'"}', {400}),
     ("a huge key", b'{"' + b"k" * 1_000_000 + b'":1}', {400}),
+    (
+        "a huge key more",
+        b'{"request_id":"aaaaaaaa","owner":{"hub":"hub-a","user":"u"},"compute_milli":1,"' + b"k" * 1_000_000 + b'":1}',
+        {400},
+    ),
     ("a huge user", b'{"request_id":"aaaaaaaa","owner":{"hub":"hub-a","user":"' + b"u" * 1_000_000 + b'"},"compute_milli":1}', {400}),
     ("100,000 groups", b'{"request_id":"aaaaaaaa","owner":{"hub":"hub-a","user":"u"},"groups":[' + b'"g",' * 100_000 + b'"g"]}', {400}),
     ("half a surrogate", b'{"request_id":"aaaaaaaa","owner":{"hub":"hub-a","user":"\\ud800"},"compute_milli":1}', {400}),
@@ -301,6 +306,17 @@ def test_bombs_are_refused_at_once(place: Place, neighbour: Neighbour, path: str
             assert took < 2, f"{name} took {took:.1f} s"
     assert place.rss_mb() < before + 64, "what was refused is forgotten"
     assert place.grants() == []
+
+
+def test_no_answer_waits_for_an_acknowledgement(place: Place) -> None:
+    """By TCP a second half that waits for the first one's receipt takes 40 ms more; half of the answers may be late for other reasons."""
+    times = []
+    with httpx.Client(base_url=f"http://127.0.0.1:{place.port}", headers={"Authorization": f"Bearer {TOKENS['read']}"}) as client:
+        for _ in range(40):
+            began = time.monotonic()
+            assert client.get("/v1/devices").status_code == 200
+            times.append(time.monotonic() - began)
+    assert sorted(times)[20] < 0.03
 
 
 def test_twice_the_same_key_is_one_word(place: Place) -> None:
