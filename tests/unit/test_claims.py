@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from nbgpu.claims import (
     DRIVER,
     BadObject,
+    as_body,
     claim_for,
     claim_name,
     concerns,
@@ -191,3 +192,9 @@ def test_whatever_a_claim_holds_it_is_read_or_named(places: list[str], value: An
         concerns(odd)
         with contextlib.suppress(BadObject):
             read_claim(odd, DEVICES, KEY)
+
+
+def test_a_body_is_what_the_api_server_itself_would_write() -> None:
+    thing = {"b": "Ada <&> \u00e4\u2028\u2029", "a": [1, None]}
+    assert as_body(thing) == '{"a":[1,null],"b":"Ada \\u003c\\u0026\\u003e \u00e4\\u2028\\u2029"}'.encode()
+    assert json.loads(as_body(thing)) == thing

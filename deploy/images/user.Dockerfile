@@ -1,0 +1,18 @@
+# An example of a user's image: JupyterLab with nbgpu's status bar, panel and widget. The limits need nothing of it: any image works.
+# Build from the checkout: docker build -f deploy/images/user.Dockerfile -t nbgpu-user .
+ARG BASE=docker.io/library/python:3.12-slim
+
+FROM ${BASE} AS wheel
+COPY . /src
+RUN NBGPU_WHEEL=pure pip wheel --no-cache-dir --no-deps --wheel-dir /wheels /src
+
+FROM ${BASE}
+RUN pip install --no-cache-dir "jupyterlab>=4.6,<5" "ipykernel>=6.29" "jupyterhub>=5.4"
+RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
+    pip install --no-cache-dir "$(ls /wheels/nbgpu-*.whl)[lab]"
+RUN useradd --create-home --uid 1000 jovyan
+USER 1000:1000
+WORKDIR /home/jovyan
+ENV HOME=/home/jovyan SHELL=/bin/bash PYTHONUNBUFFERED=1
+EXPOSE 8888
+CMD ["jupyterhub-singleuser"]

@@ -1,0 +1,147 @@
+"""The chart as helm renders it: sound for every kind of installation, and plain words for bad values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from chart_kit import CHART, KUBE_VERSION, helm, options, pick, render
+
+pytestmark = pytest.mark.kubernetes
+
+INSTALLATIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "simulated": {"agent.simulate.enabled": True, "pool.replicas": 1},
+    "own secrets": {
+        "seal.existingSecret": "my-seal",
+        "pool.readTokenSecret": "my-read",
+        "hubs": [{"name": "h", "existingSecret": "my-hub"}],
+    },
+    "foreign claims": {"agent.foreignClaims": True},
+    "GPU Operator": {"agent.driver.source": "runtimeClass", "agent.driver.runtimeClass": "nvidia"},
+    "driver of the host": {"agent.driver.source": "cdi", "agent.nodeSelector": {"gpu": "yes"}},
+    "two hubs": {
+        "hubs": [
+            {"name": "one", "namespace": "hub-one"},
+            {"name": "two", "namespace": "hub-two", "serverNamespaces": ["*"], "serviceAccount": "h", "podSelector": {"a": "b"}},
+        ]
+    },
+    "watched": {"pool.serviceMonitor": {"enabled": True, "namespaceSelector": {"name": "monitoring"}}},
+}
+
+
+@pytest.mark.parametrize("values", INSTALLATIONS.values(), ids=INSTALLATIONS)
+def test_lint_and_render(values: dict[str, Any]) -> None:
+    helm("lint", "--strict", str(CHART), "--kube-version", KUBE_VERSION, *options(values))
+    objects = render(values)
+    names = [(one["kind"], one["metadata"].get("namespace"), one["metadata"]["name"]) for one in objects]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"agent.forignClaims": True}, "forignClaims"),
+        ({"agent.driver.source": "magic"}, "runtimeClass"),
+        ({"agent.devices": "0; rm -rf /"}, "devices"),
+        ({"agent.simulate.devices": 0}, "devices"),
+        ({"pool.replicas": 0}, "replicas"),
+        ({"pool.config": {"tokens": []}}, "tokens"),
+        ({"hubs": []}, "hubs"),
+        ({"hubs": [{"namespace": "jhub"}]}, "'name'"),
+        ({"hubs": [{"name": "My Hub"}]}, "/hubs/0/name"),
+        ({"hubs": [{"name": "h", "podSelector": {"app": 1}}]}, "podSelector/app"),
+        ({"admission.exemptGroups": ["a' || true || 'b"]}, "exemptGroups"),
+    ],
+)
+def test_bad_values_are_refused_by_name(values: dict[str, Any], said: str) -> None:
+    done = helm("template", "nbgpu", str(CHART), "--kube-version", KUBE_VERSION, *options(values), check=False)
+    assert done.returncode != 0
+    assert said in done.stderr
+
+
+def test_an_older_cluster_is_refused_in_one_line() -> None:
+    done = helm("template", "nbgpu", str(CHART), "--kube-version", "1.35.4", check=False)
+    assert done.returncode != 0
+    assert "requires kubeVersion: >=1.36.0-0 which is incompatible with Kubernetes v1.35.4" in done.stderr
+
+
+def verbs(objects: list[dict[str, Any]], kind: str, name: str) -> dict[str, list[str]]:
+    """Return who may do what to which resource, by one role."""
+    return {resource: rule["verbs"] for rule in pick(objects, kind, name)["rules"] for resource in rule["resources"]}
+
+
+def test_each_part_may_do_what_it_does_and_no_more() -> None:
+    objects = render()
+    assert verbs(objects, "ClusterRole", "nbgpu-pool") == {
+        "resourceslices": ["get", "list", "watch"],
+        "resourceclaims": ["get", "list", "watch"],
+        "pods": ["get", "list", "watch"],
+        "nodes": ["get", "list", "watch"],
+        "events": ["create", "patch"],
+    }
+    assert verbs(objects, "ClusterRole", "nbgpu-pool-claims") == {"resourceclaims": ["create", "patch", "delete"]}
+    assert verbs(objects, "ClusterRole", "nbgpu-agent") == {
+        "resourceclaims": ["get", "list", "watch"],
+        "resourceslices": ["get", "list", "watch", "create", "update", "patch", "delete"],
+        "nodes": ["get"],
+        "events": ["create", "patch"],
+    }
+    bound = [one for one in objects if one.get("roleRef", {}).get("name") == "nbgpu-pool-claims"]
+    assert [(one["kind"], one["metadata"]["namespace"]) for one in bound] == [("RoleBinding", "gpu")]
+    assert not [one for one in objects if "*" in str(one.get("rules"))]
+
+
+def test_the_pool_needs_nothing_of_the_node_and_the_agent_names_what_it_needs() -> None:
+    objects = render({"agent.simulate.enabled": True})
+    pool = pick(objects, "Deployment", "nbgpu-pool")["spec"]["template"]["spec"]
+    assert pool["securityContext"]["runAsNonRoot"]
+    assert pool["containers"][0]["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert not [volume for volume in pool["volumes"] if "hostPath" in volume]
+    agent = pick(objects, "DaemonSet", "nbgpu-agent")["spec"]["template"]["spec"]
+    assert sorted(volume["hostPath"]["path"] for volume in agent["volumes"] if "hostPath" in volume) == [
+        "/run/nbgpu", "/var/lib/kubelet/plugins", "/var/lib/kubelet/plugins_registry", "/var/run/cdi",
+    ]  # fmt: skip
+    [shared] = [mount for mount in agent["containers"][0]["volumeMounts"] if "mountPropagation" in mount]
+    assert (shared["mountPath"], shared["mountPropagation"]) == ("/run/nbgpu", "Bidirectional")
+    assert "hostNetwork" not in agent
+
+
+def test_where_the_agent_gets_the_driver_from() -> None:
+    def agent(**values: Any) -> dict[str, Any]:
+        return pick(render(values), "DaemonSet", "nbgpu-agent")["spec"]["template"]
+
+    operator = agent()
+    assert operator["spec"]["runtimeClassName"] == "nvidia"
+    assert operator["spec"]["nodeSelector"] == {"nvidia.com/gpu.present": "true"}
+    assert "--no-simulate" in operator["spec"]["containers"][0]["args"]
+    assert "--foreign-claims" not in operator["spec"]["containers"][0]["args"]
+    own = agent(**{"agent.driver.source": "cdi"})
+    assert own["metadata"]["annotations"] == {"cdi.k8s.io/nbgpu-agent": "nvidia.com/gpu=all"}
+    assert "runtimeClassName" not in own["spec"]
+    simulated = agent(**{"agent.simulate.enabled": True})
+    assert not {"runtimeClassName", "nodeSelector"} & set(simulated["spec"])
+    assert "--simulate" in simulated["spec"]["containers"][0]["args"]
+
+
+def test_only_hub_pods_reach_the_pool() -> None:
+    policy = pick(render(INSTALLATIONS["two hubs"]), "NetworkPolicy", "nbgpu-pool")
+    [rule] = policy["spec"]["ingress"]
+    from_hubs = [(one["namespaceSelector"]["matchLabels"], one["podSelector"]["matchLabels"]) for one in rule["from"][1:]]
+    assert from_hubs == [
+        ({"kubernetes.io/metadata.name": "hub-one"}, {"app": "jupyterhub", "component": "hub"}),
+        ({"kubernetes.io/metadata.name": "hub-two"}, {"a": "b"}),
+    ]
+    assert policy["spec"]["policyTypes"] == ["Ingress"]
+
+
+def test_secrets_are_made_unless_given() -> None:
+    assert {one["metadata"]["name"] for one in render() if one["kind"] == "Secret"} == {
+        "nbgpu-seal", "nbgpu-read-token", "nbgpu-hub-jupyterhub",
+    }  # fmt: skip
+    given = render(INSTALLATIONS["own secrets"])
+    assert not [one for one in given if one["kind"] == "Secret"]
+    volumes = pick(given, "Deployment", "nbgpu-pool")["spec"]["template"]["spec"]["volumes"]
+    assert [one["secret"]["secretName"] for one in volumes if "secret" in one] == ["my-seal", "my-read", "my-hub"]
+    apart = [one["metadata"] for one in render(INSTALLATIONS["two hubs"]) if one["kind"] == "Secret"]
+    assert ("hub-one", "nbgpu-hub-one") in [(one.get("namespace"), one["name"]) for one in apart]
