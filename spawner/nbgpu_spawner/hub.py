@@ -14,6 +14,7 @@ from traitlets import import_item
 
 from nbgpu.paths import POOL_SOCKET, runtime_dir
 
+from . import z2jh
 from .handlers import HANDLERS
 from .local import LocalGPUMixin, LocalGPUSpawner, SimpleLocalGPUSpawner
 from .mixin import GPUSliceMixin
@@ -54,8 +55,12 @@ def setup(
     runtime : path, optional
         Directory of sockets and slices, where it is not the usual one.
     pool_url, pool_token : str
-        A pool that runs elsewhere.
+        A pool that runs elsewhere. A hub of zero-to-jupyterhub needs neither: `custom.nbgpu` has them (deploy/z2jh).
     """
+    if not pool_url and embedded is None and (found := z2jh.settings()):
+        pool_url, pool_token = found.pool_url, found.pool_token
+        c.GPUSliceMixin.gpu_hub_name = found.hub_name
+        c.KubeGPUMixin.gpu_image_has_lab = found.image_has_lab
     embedded = not pool_url if embedded is None else embedded
     directory = Path(runtime) if runtime else runtime_dir()
     c.JupyterHub.spawner_class = gpu_spawner_class(c.JupyterHub.get("spawner_class"))
