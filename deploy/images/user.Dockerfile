@@ -1,5 +1,6 @@
 # An example of a user's image: JupyterLab with nbgpu's status bar, panel and widget. The limits need nothing of it: any image works.
 # Build from the checkout: docker build -f deploy/images/user.Dockerfile -t nbgpu-user .
+# JupyterLab's extension is taken as `make setup` built it; where it did not, npm builds it in here, and must reach its registry.
 ARG BASE=docker.io/library/python:3.12-slim
 
 FROM ${BASE} AS wheel

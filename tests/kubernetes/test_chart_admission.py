@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from chart_kit import CHART, Api, Json, helm, namespace, options, until
+import yaml
+from chart_kit import CHART, ROOT, Api, Json, helm, namespace, options, until
 
 pytestmark = [pytest.mark.kubernetes, pytest.mark.slow]
 
@@ -289,6 +290,14 @@ class TestForeignClaims:
         status, message = open.make("editor", kind, thing)
         assert status == 403, message
         assert "nbgpu" in message
+
+    def test_the_example_that_is_shipped(self, open: Place) -> None:
+        for thing in yaml.safe_load_all((ROOT / "deploy" / "examples" / "pod-with-a-claim.yaml").read_text()):
+            if thing["kind"] == "Job":
+                path = f"/apis/batch/v1/namespaces/{open.name}/jobs?dryRun=All"
+                assert open.api.call("POST", path, thing, **open.people["editor"])[0] == 201
+            else:
+                assert open.make("editor", "template", thing) == (201, "")
 
     def test_admin_access_is_not_to_be_had(self, open: Place) -> None:
         found = copy.deepcopy(claim())
