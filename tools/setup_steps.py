@@ -32,8 +32,8 @@ OTHER_HUB = "5.5.0"
 
 LEVELS = {
     "run": ["hub", "pool", "agent", "lab", "demo"],
-    "test": ["hub", "pool", "agent", "lab", "demo", "test"],
-    "lint": ["hub", "pool", "agent", "lab", "demo", "test", "lint"],
+    "test": ["hub", "pool", "agent", "kubernetes", "lab", "demo", "test"],
+    "lint": ["hub", "pool", "agent", "kubernetes", "lab", "demo", "test", "lint"],
 }
 """Which extras of pyproject.toml each level of the set-up installs; each level holds the ones before it."""
 

@@ -76,11 +76,22 @@ class Api:
         done = rest.request(method, url, body=None if body is None else as_body(body), headers=headers, timeout=20)
         return done.status, json.loads(done.data)
 
+    def log(self, where: str, pod: str) -> str:
+        """Return what a pod has printed."""
+        rest = self._client.rest_client.pool_manager
+        path = f"/api/v1/namespaces/{where}/pods/{pod}/log"
+        return rest.request("GET", self._client.configuration.host + path, timeout=20).data.decode(errors="replace")
+
     def done(self, method: str, path: str, body: Any = None, **more: Any) -> Json:
         """As `call`, for what must succeed."""
         status, answer = self.call(method, path, body, **more)
         assert status < 300, answer.get("message", answer)
         return answer
+
+
+def image(part: str) -> str:
+    """Return the image of one part; ``NBGPU_IMAGES`` says how they are called on this cluster's nodes."""
+    return os.environ.get("NBGPU_IMAGES", "localhost/nbgpu-{}:test").format(part)
 
 
 def until(what: str, probe: Callable[[], Any], seconds: float = 60) -> Any:
