@@ -200,9 +200,9 @@ class LiveSlice:
                 if pid not in self._known and (process := procs.find(pid)) is not None:
                     self._known[pid] = process
 
-    def join_by_lock(self) -> bool:
-        """A process that nobody announced holds a slot: the prepared slice runs. Return whether that is so."""
-        if self.state == "prepared" and (self.tenant.holders() or self.tenant.locked_elsewhere()):
+    def join_unannounced(self) -> bool:
+        """A process that nobody announced is in the cgroup or holds a slot: the prepared slice runs. Return whether that is so."""
+        if self.state == "prepared" and (self.members() or self.tenant.locked_elsewhere()):
             self.save(state="running")
             return True
         return False

@@ -118,7 +118,7 @@ class Monitor:
 
     def _look_after(self, live: LiveSlice, wall: float) -> list[UseRow]:
         agent = self._agent
-        if live.join_by_lock():
+        if live.join_unannounced():
             agent.touch()
         if self._ticks % DESCENDANTS_TICKS == 0:
             live.learn_descendants()

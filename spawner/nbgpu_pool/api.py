@@ -43,6 +43,7 @@ class PrepareBody(Body):
     """Who may use the slice's files; null = the agent's own user."""
 
     uid: Annotated[int, Field(ge=0, lt=2**32 - 1)] | None = None
+    starter_pid: Annotated[int, Field(ge=1, le=2**22)] | None = None
 
 
 class BindBody(Body):
@@ -164,7 +165,7 @@ async def renew(request_id: RequestId, pool: Pool, speaker: Speaker) -> Grant:
 async def prepare(request_id: RequestId, body: PrepareBody, pool: Pool, speaker: Speaker) -> Launch:
     """Make the slice at the agent and say how to start a process in it."""
     _entry(pool, request_id, speaker)
-    return await pool.prepare(request_id, body.uid)
+    return await pool.prepare(request_id, body.uid, body.starter_pid)
 
 
 @router.post("/v1/requests/{request_id}/bind")
