@@ -152,9 +152,11 @@ class Agent:
         """Make a slice's cgroup before it has a process, for who starts that to put it there; None where that cannot be done."""
         if starter_pid is None:
             return None
-        asyncio.get_running_loop().run_in_executor(None, self.cgroups.get_ready)
         path = self.cgroups.create(slice_id, starter_pid)
-        return None if path is None else str(path)
+        if path is None:
+            return None
+        asyncio.get_running_loop().run_in_executor(None, self.cgroups.get_ready)  # last: nothing is made meanwhile
+        return str(path)
 
     def find(self, slice_id: str) -> LiveSlice:
         """Return a slice by id; NoSuchSlice when there is none."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import pwd
 import shutil
@@ -90,9 +89,8 @@ class LocalGPUMixin(GPUSliceMixin):
             with self._held_back() as let_go:
                 where = await maybe_future(super().start())
                 await self.gpu_started()
-                entering = asyncio.get_running_loop().run_in_executor(None, self._enter_slice)
                 self._save_address(where)
-                inside = await entering
+                inside = self._enter_slice()
                 if inside:
                     let_go()  # it is known and in its slice: the agent learns of it while it starts
                 await self.bind_slice(self.gpu_server_pid())
@@ -137,7 +135,7 @@ class LocalGPUMixin(GPUSliceMixin):
     def _enter_slice(self) -> bool:
         """Put the server's process, which does not run yet, into its slice's cgroup; False where the agent has to take it in.
 
-        The kernel may take some 10 ms for it: not for the hub's loop.
+        At once, in the hub's loop: the agent has got the kernel ready for it.
         """
         pid, cgroup = self.gpu_server_pid(), self._gpu_launch.cgroup if self._gpu_launch else None
         if pid is None or cgroup is None or self.gpu_starter_pid() is None:
