@@ -231,13 +231,22 @@ class LiveSlice:
         self._granted &= self.tenant.states.keys()
         return rows
 
-    def grant_overhead(self, slot: int, overhead_bytes: int) -> None:
-        """Count so many bytes beyond what is tracked for the process of a slot."""
+    def grant_overhead(self, slot: int, measured_bytes: int) -> bool:
+        """Count so many bytes beyond what is tracked for the process of a slot, as far as two samples in a row show them.
+
+        NVML and the slot are read one after the other: what the process frees in between looks like overhead, once, and would take
+        room from it. Return whether another sample could raise what is granted.
+        """
         state = self.tenant.states[slot]
+        if state.measured_bytes is None:  # an earlier agent may have seen it
+            state.measured_bytes = self.ctl.words.overhead[slot] if slot in self._granted else 0
+        overhead_bytes = min(measured_bytes, state.measured_bytes)
+        state.measured_bytes = measured_bytes
         if state.overhead_bytes != overhead_bytes or slot not in self._granted:
             state.overhead_bytes = overhead_bytes
             self.ctl.words.overhead[slot] = overhead_bytes
             self._granted.add(slot)
+        return measured_bytes > overhead_bytes
 
     # ---- limits
 
