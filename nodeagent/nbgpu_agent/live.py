@@ -238,9 +238,8 @@ class LiveSlice:
         room from it. Return whether another sample could raise what is granted.
         """
         state = self.tenant.states[slot]
-        if state.measured_bytes is None:  # an earlier agent may have seen it
-            state.measured_bytes = self.ctl.words.overhead[slot] if slot in self._granted else 0
-        overhead_bytes = min(measured_bytes, state.measured_bytes)
+        earlier_agents: int = self.ctl.words.overhead[slot] if slot in self._granted else 0
+        overhead_bytes = min(measured_bytes, earlier_agents if state.measured_bytes is None else state.measured_bytes)
         state.measured_bytes = measured_bytes
         if state.overhead_bytes != overhead_bytes or slot not in self._granted:
             state.overhead_bytes = overhead_bytes
