@@ -166,6 +166,17 @@ def credentials(kubeconfig: Path | None = None) -> Any:
     return found
 
 
+def seal_key(file: Path) -> bytes:
+    """Return the installation's key, which pool and agents share: the file's content, without white space around it."""
+    try:
+        key = file.read_bytes().strip()
+    except OSError as error:
+        raise NbgpuError(f"The key that seals claims cannot be read from {file}: {error.strerror}.", code="config") from None
+    if len(key) < 16:
+        raise NbgpuError(f"The key that seals claims in {file} is shorter than 16 characters.", code="config")
+    return key
+
+
 class _Token(httpx.Auth):
     """The bearer token as it is now: a service account's is replaced every hour."""
 
@@ -263,9 +274,9 @@ class Kube:
                 return
             params["continue"] = meta["continue"]
 
-    async def create(self, path: str, body: Json) -> Json:
-        """Create an object under the path of its kind; `Conflict` when its name is taken."""
-        return await self._call("POST", path, body)
+    async def create(self, path: str, body: Json, *, dry_run: bool = False) -> Json:
+        """Create an object under the path of its kind; `Conflict` when its name is taken. A dry run keeps nothing of it."""
+        return await self._call("POST", path, body, params={"dryRun": "All"} if dry_run else None)
 
     async def replace(self, path: str, body: Json) -> Json:
         """Replace an object; `Conflict` when it is no longer at the body's ``resourceVersion``."""

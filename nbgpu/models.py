@@ -142,8 +142,6 @@ class Launch(Model):
     """Set these; an empty value means unset."""
     slice_dir: str
     socket: str
-    cgroup: str | None = None
-    """Directory of the slice's cgroup, where it was made ahead: a process written into it before it runs is in the slice from then on."""
 
 
 class LaunchRequest(Model):
@@ -152,8 +150,6 @@ class LaunchRequest(Model):
     request: Request
     uid: Annotated[int, Field(ge=0, lt=2**32 - 1)] | None = None
     """Who may use the slice's files; None = the agent's own user."""
-    starter_pid: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
-    """Process whose child the server will be: the slice's cgroup is made ahead, below the one that it is in."""
 
 
 class LaunchGrant(Model):

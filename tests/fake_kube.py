@@ -135,11 +135,15 @@ class FakeKube:
         status = self.fault(http.method, http.url.path)
         if status is not None:
             return _status(status, "the test wants it so")
+        if http.url.path == "/version":
+            return JSONResponse({"major": "1", "minor": "36"})
         collection, namespace, name = _split(http.url.path)
         if http.method == "GET" and not name:
             if http.query_params.get("watch"):
                 return self._watch(http, collection, namespace)
             return self._list(http, collection, namespace)
+        if http.query_params.get("dryRun"):
+            return JSONResponse(json.loads(await http.body()))
         return self._one(http.method, collection, namespace, name, await http.body())
 
     def _list(self, http: Request, collection: str, namespace: str) -> Response:

@@ -46,8 +46,6 @@ class PutSlice(Model):
     slice: Slice
     uid: Uid | None = None
     """Who may use the slice's files; null = the agent's own user."""
-    starter_pid: Pid | None = None
-    """Who will start the slice's first process; null = the slice's cgroup is made when that process is adopted."""
 
 
 class Adopt(Model):
@@ -159,7 +157,7 @@ def _add_slices(app: FastAPI, agent: Agent) -> None:
         """Prepare a slice; the same again is answered the same."""
         if body.slice.slice_id != slice_id:
             raise InvalidValue("slice.slice_id", body.slice.slice_id, f"that of the path, {slice_id}")
-        return agent.put_slice(body.slice, body.uid, body.starter_pid)
+        return agent.put_slice(body.slice, body.uid)
 
     @app.get("/v1/slices/{slice_id}/launch", responses=NOT_FOUND)
     async def launch(slice_id: SlicePath) -> Launch:  # pyright: ignore[reportUnusedFunction]

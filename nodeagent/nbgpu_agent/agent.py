@@ -119,7 +119,7 @@ class Agent:
         backend = layout.BACKEND_DRIVER if self.settings.backend == "driver" else layout.BACKEND_LIMITER
         live.ctl.set_slice(live.slice, self.context_bytes, self.overhead_caps, backend)
 
-    def put_slice(self, wanted: Slice, uid: int | None, starter_pid: int | None = None) -> Launch:
+    def put_slice(self, wanted: Slice, uid: int | None) -> Launch:
         """Prepare a slice; the same slice again is answered the same. See ``PUT /v1/slices/{slice_id}``."""
         existing = self.slices.get(wanted.slice_id)
         if existing is not None:
@@ -139,24 +139,13 @@ class Agent:
             raise InvalidValue("slice_id", wanted.slice_id, "shorter: the path of its socket would be too long")
         slicedir.create(directory)
         os.close(slicedir.create_use(directory, uid))
-        cgroup = self._cgroup_ahead(wanted.slice_id, starter_pid)
-        record = Record(slice=wanted, uid=uid, state="prepared", created=time.time(), boot_id=procs.boot_id(), cgroup=cgroup)
+        record = Record(slice=wanted, uid=uid, state="prepared", created=time.time(), boot_id=procs.boot_id())
         live = self._start(directory, record)
         slicedir.write_record(directory, record)
         self.touch()
         parts = ", ".join(f"GPU {d.index}: {format_memory(d.memory_bytes)}, {d.compute_milli} milli-GPU" for d in wanted.devices)
         log.info("prepared slice=%s owner=%s: %s, %s", live.id, live.owner, parts, wanted.mode)
         return self.launch(live)
-
-    def _cgroup_ahead(self, slice_id: str, starter_pid: int | None) -> str | None:
-        """Make a slice's cgroup before it has a process, for who starts that to put it there; None where that cannot be done."""
-        if starter_pid is None:
-            return None
-        path = self.cgroups.create(slice_id, starter_pid)
-        if path is None:
-            return None
-        asyncio.get_running_loop().run_in_executor(None, self.cgroups.get_ready)  # last: nothing is made meanwhile
-        return str(path)
 
     def find(self, slice_id: str) -> LiveSlice:
         """Return a slice by id; NoSuchSlice when there is none."""
@@ -183,7 +172,7 @@ class Agent:
         live = self.slices.get(slice_id)
         if live is None:
             return True
-        if live.state == "prepared" and not live.join_unannounced():
+        if live.state == "prepared" and not live.join_by_lock():
             self._end(live, "it was released before anything ran in it")
             return True
         if live.state != "releasing":
@@ -270,7 +259,7 @@ class Agent:
             env["LD_LIBRARY_PATH"] = _in_front(sim, os.environ.get("LD_LIBRARY_PATH", ""))
             env["PATH"] = _in_front(sim, os.environ.get("PATH", "/usr/local/bin:/usr/bin:/bin"))
             env["NBGPU_SIM_STATE"] = str(self.settings.machine.state)
-        return Launch(env=env, slice_dir=str(live.directory), socket=socket, cgroup=live.record.cgroup)
+        return Launch(env=env, slice_dir=str(live.directory), socket=socket)
 
     def node(self) -> Node:
         """Return what this agent serves."""

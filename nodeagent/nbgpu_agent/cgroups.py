@@ -76,12 +76,6 @@ class Cgroups:
             return None
         return path if os.access(path / "cgroup.procs", os.W_OK) else None
 
-    def get_ready(self) -> None:
-        """Move this process to where it is: the kernel takes some 10 ms until it may move a process, the next ones follow at once."""
-        own = self.full_path(os.getpid())
-        if own is not None:
-            self.add(Path(own), os.getpid())
-
     @staticmethod
     def add(path: Path, pid: int) -> bool:
         """Move a process into a cgroup; False when it is gone or may not be moved."""

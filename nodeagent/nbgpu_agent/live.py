@@ -200,9 +200,9 @@ class LiveSlice:
                 if pid not in self._known and (process := procs.find(pid)) is not None:
                     self._known[pid] = process
 
-    def join_unannounced(self) -> bool:
-        """A process that nobody announced is in the cgroup or holds a slot: the prepared slice runs. Return whether that is so."""
-        if self.state == "prepared" and (self.members() or self.tenant.locked_elsewhere()):
+    def join_by_lock(self) -> bool:
+        """A process that nobody announced holds a slot: the prepared slice runs. Return whether that is so."""
+        if self.state == "prepared" and (self.tenant.holders() or self.tenant.locked_elsewhere()):
             self.save(state="running")
             return True
         return False
@@ -231,21 +231,13 @@ class LiveSlice:
         self._granted &= self.tenant.states.keys()
         return rows
 
-    def grant_overhead(self, slot: int, measured_bytes: int) -> bool:
-        """Count so many bytes beyond what is tracked for the process of a slot, as far as two samples in a row show them.
-
-        NVML and the slot are read one after the other: what the process frees in between looks like overhead, once, and would take
-        room from it. Return whether another sample could raise what is granted.
-        """
+    def grant_overhead(self, slot: int, overhead_bytes: int) -> None:
+        """Count so many bytes beyond what is tracked for the process of a slot."""
         state = self.tenant.states[slot]
-        earlier_agents: int = self.ctl.words.overhead[slot] if slot in self._granted else 0
-        overhead_bytes = min(measured_bytes, earlier_agents if state.measured_bytes is None else state.measured_bytes)
-        state.measured_bytes = measured_bytes
         if state.overhead_bytes != overhead_bytes or slot not in self._granted:
             state.overhead_bytes = overhead_bytes
             self.ctl.words.overhead[slot] = overhead_bytes
             self._granted.add(slot)
-        return measured_bytes > overhead_bytes
 
     # ---- limits
 

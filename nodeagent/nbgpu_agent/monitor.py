@@ -65,8 +65,6 @@ class Monitor:
         self._untold: set[str] = set()
         """Slices with refusals that no event has told of yet."""
         self._ticks = 0
-        self._unsure = False
-        """Whether a sample more could raise the overhead of a slot."""
         self.samples: dict[str, DeviceSample] = {}
 
     async def run(self) -> None:
@@ -101,11 +99,10 @@ class Monitor:
         rows_of: dict[str, list[UseRow]] = {}
         for live in list(agent.slices.values()):
             rows_of[live.id] = self._look_after(live, wall)
-        self._unsure = False
         findings = self._judge(rows_of)
         for finding in self._confirmed.pass_new(findings):
             self._report(finding)
-        if self._confirmed.waits() or self._unsure:
+        if self._confirmed.waits():
             await asyncio.sleep(CONFIRM_SECONDS)
             self.samples = await loop.run_in_executor(self._pool, self._sample)
             rows_of = {live.id: live.reap() for live in list(agent.slices.values())}
@@ -121,7 +118,7 @@ class Monitor:
 
     def _look_after(self, live: LiveSlice, wall: float) -> list[UseRow]:
         agent = self._agent
-        if live.join_unannounced():
+        if live.join_by_lock():
             agent.touch()
         if self._ticks % DESCENDANTS_TICKS == 0:
             live.learn_descendants()
@@ -191,7 +188,7 @@ class Monitor:
         slots = [self._seen(live, row) for row in rows]
         found = overheads(slots, memory, cap)
         for seen in slots:
-            self._unsure |= live.grant_overhead(seen.slot, found.get(seen.slot, (0, 0))[0])
+            live.grant_overhead(seen.slot, found.get(seen.slot, (0, 0))[0])
         now_ns = time.monotonic_ns()
         told = sum(live.tenant.compute_milli(row, now_ns) for row in rows)
         live.doubt(index, sum(compute.values()), told)

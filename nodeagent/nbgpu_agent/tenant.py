@@ -50,8 +50,6 @@ class SlotState:
     samples: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
     """(CLOCK_MONOTONIC ns, busy ns) of the last two ticks."""
     overhead_bytes: int = 0
-    measured_bytes: int | None = None
-    """Overhead that the last sample showed; None before the first one of this agent."""
     strikes: int = 0
     """Samples in a row with too much overhead."""
 

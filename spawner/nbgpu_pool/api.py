@@ -43,7 +43,6 @@ class PrepareBody(Body):
     """Who may use the slice's files; null = the agent's own user."""
 
     uid: Annotated[int, Field(ge=0, lt=2**32 - 1)] | None = None
-    starter_pid: Annotated[int, Field(ge=1, le=2**22)] | None = None
 
 
 class BindBody(Body):
@@ -103,6 +102,7 @@ def _entry(pool: Service, request_id: str, speaker: Principal) -> Entry:
 def _must_be_free_for(speaker: Principal, request: Request, pool: Service) -> None:
     """Raise unless the speaker may make this request; a request id of another hub is taken."""
     speaker.must_speak_for(request.owner.hub)
+    speaker.must_run_in(request.namespace)
     known = pool.core.entry(request.request_id)
     if known is not None and not speaker.sees(known.request.owner.hub):
         raise NbgpuError("This request_id is taken; use a new one.", code="conflict", status=409, field="request_id")
@@ -165,7 +165,7 @@ async def renew(request_id: RequestId, pool: Pool, speaker: Speaker) -> Grant:
 async def prepare(request_id: RequestId, body: PrepareBody, pool: Pool, speaker: Speaker) -> Launch:
     """Make the slice at the agent and say how to start a process in it."""
     _entry(pool, request_id, speaker)
-    return await pool.prepare(request_id, body.uid, body.starter_pid)
+    return await pool.prepare(request_id, body.uid)
 
 
 @router.post("/v1/requests/{request_id}/bind")

@@ -6,9 +6,10 @@ import hashlib
 import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Literal
 
-from nbgpu.errors import NbgpuError
+from nbgpu.errors import InvalidValue, NbgpuError
 
 Role = Literal["hub", "agent", "read"]
 
@@ -20,12 +21,24 @@ class Principal:
     role: Role
     hub: str | None = None
     """The only hub it may speak for; None with role ``hub``: any (the Unix socket)."""
+    namespaces: tuple[str, ...] | None = None
+    """Patterns of the Kubernetes namespaces where its servers may run; None on one machine, where there are none."""
 
     def must_speak_for(self, hub: str) -> None:
         """Raise 403 unless it may act for servers of `hub`."""
         self.must_be_hub()
         if self.hub is not None and not hmac.compare_digest(self.hub.encode(), hub.encode()):
             raise NbgpuError(f"This token speaks for another hub than {hub!r}.", code="forbidden", status=403, field="owner.hub")
+
+    def must_run_in(self, namespace: str | None) -> None:
+        """Raise unless servers may run in `namespace`: 400 where none is named, 403 where it is not theirs."""
+        if self.namespaces is None:
+            return
+        if namespace is None:
+            raise InvalidValue("namespace", None, "the Kubernetes namespace of the server's pod")
+        if not any(fnmatchcase(namespace, pattern) for pattern in self.namespaces):
+            told = f"This token is not for servers in namespace {namespace!r}; the admin's hubs.serverNamespaces says which."
+            raise NbgpuError(told, code="forbidden", status=403, field="namespace")
 
     def must_be_hub(self) -> None:
         """Raise 403 for roles that only read."""

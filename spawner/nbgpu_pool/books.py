@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from nbgpu.models import Device, GrantState, Owner, Request, Slice, SliceDevice
@@ -94,17 +94,32 @@ class Books:
     devices: dict[str, Device] = field(default_factory=dict[str, Device])
     rooms: dict[str, Room] = field(default_factory=dict[str, Room])
     entries: dict[str, Entry] = field(default_factory=dict[str, Entry])
+    extra_bytes: dict[str, int] = field(default_factory=dict[str, int])
     _costs: dict[Want, Part | None] = field(default_factory=dict[Want, "Part | None"])
 
     def ordered_rooms(self) -> list[Room]:
         """Return the rooms in the fixed order of placement."""
         return list(self.rooms.values())
 
-    def rebuild(self, devices: Iterable[Device]) -> None:
-        """Take over `devices` and count all slices anew."""
+    def differ(self, devices: Iterable[Device], extra_bytes: Mapping[str, int]) -> bool:
+        """Return whether the devices are others, or have other room, than those that are known."""
+        known = {uuid: (device.healthy, device.usable_bytes) for uuid, device in self.devices.items()}
+        return dict(extra_bytes) != self.extra_bytes or known != {device.uuid: (device.healthy, device.usable_bytes) for device in devices}
+
+    def rebuild(self, devices: Iterable[Device], extra_bytes: Mapping[str, int] | None = None) -> None:
+        """Take over `devices` and count all slices anew.
+
+        Parameters
+        ----------
+        extra_bytes : mapping, optional
+            As in `Snapshot`.
+        """
+        self.extra_bytes = dict(extra_bytes or {})
         self.devices = {device.uuid: device for device in sorted(devices, key=order)}
         self._costs.clear()
         self.rooms = {uuid: Room.empty(device) for uuid, device in self.devices.items()}
+        for uuid, more in self.extra_bytes.items():
+            self.rooms[uuid].free_bytes += more
         for entry in self.entries.values():
             if entry.holds:
                 self._book(entry, 1)
@@ -145,7 +160,7 @@ class Books:
 
     def replace(self, entry: Entry, found: Slice) -> None:
         """Take over the limits of a slice as the ledger has them."""
-        if entry.slice != found:
+        if entry.slice is not found and entry.slice != found:
             self._book(entry, -1)
             entry.slice = found
             self._book(entry, 1)
@@ -161,9 +176,14 @@ class Books:
         """Return the devices that hold more than they have."""
         return [uuid for uuid, room in self.rooms.items() if room.free_milli < 0 or room.free_bytes < 0]
 
-    def on_device(self, uuid: str) -> list[str]:
-        """Return the ids of the slices that hold a part of a device."""
-        return [entry.slice_id for entry in self.entries.values() if entry.holds and any(uuid == at for at, _ in entry.parts())]
+    def by_device(self) -> dict[str, list[str]]:
+        """Return the ids of the slices that hold a part of each device."""
+        found: dict[str, list[str]] = {uuid: [] for uuid in self.devices}
+        for entry in self.entries.values():
+            if entry.holds and entry.slice is not None:
+                for uuid in dict.fromkeys(device.uuid for device in entry.slice.devices):
+                    found.setdefault(uuid, []).append(entry.slice_id)
+        return found
 
     def waiting(self) -> list[Entry]:
         """Return the queue, first come first."""

@@ -15,6 +15,7 @@ Example
     tokens:                               # only for --listen; the Unix socket needs none
       - {role: hub, hub: jupyterhub, file: /etc/nbgpu/hub.token}
       - {role: read, env: NBGPU_READ_TOKEN}
+      - {role: hub, hub: jhub, namespaces: [jhub, "jhub-*"], file: /etc/nbgpu/jhub.token} # on Kubernetes each hub's names them
 """
 
 from __future__ import annotations
@@ -126,6 +127,8 @@ class TokenConfig(Closed):
 
     role: Literal["hub", "agent", "read"]
     hub: Annotated[str, Field(min_length=1, max_length=255)] | None = None
+    namespaces: list[Annotated[str, Field(min_length=1, max_length=255)]] | None = None
+    """Patterns of the Kubernetes namespaces where this hub's servers may run."""
     file: Path | None = None
     env: str | None = None
 
@@ -133,6 +136,8 @@ class TokenConfig(Closed):
     def _whole(self) -> TokenConfig:
         if (self.role == "hub") != (self.hub is not None):
             raise ValueError("role hub needs `hub` (the hub's id), and only that role does")
+        if self.namespaces is not None and self.role != "hub":
+            raise ValueError("only role hub has `namespaces`")
         if (self.file is None) == (self.env is None):
             raise ValueError("give the token in either `file` or `env`")
         return self
@@ -153,7 +158,7 @@ class TokenConfig(Closed):
         secret = secret.strip()
         if len(secret) < 16:
             raise ConfigError(f"The token of role {self.role} in {where} is missing or shorter than 16 characters.")
-        return Token(secret, Principal(self.role, self.hub))
+        return Token(secret, Principal(self.role, self.hub, None if self.namespaces is None else tuple(self.namespaces)))
 
 
 class Config(Closed):

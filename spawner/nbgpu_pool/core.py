@@ -7,8 +7,9 @@ the first one or while the ledger is away, and a slice that the ledger may have 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from nbgpu.errors import NbgpuError, Refused, Unavailable
 from nbgpu.models import Device, DeviceBooks, Grant, GrantState, Owner, Request, Shape, Slice
@@ -64,6 +65,13 @@ class Snapshot:
     """The core's mark when the ledger was asked."""
     devices: Sequence[Device]
     slices: Sequence[Seen]
+    extra_bytes: Mapping[str, int] = field(default_factory=dict[str, int])
+    """By device: how much more (less) memory than `Device.usable_bytes` may be given, where a slice has given some back (has grown)."""
+
+    @cached_property
+    def ids(self) -> frozenset[str]:
+        """Ids of the slices."""
+        return frozenset(seen.slice.slice_id for seen in self.slices)
 
 
 @dataclass
@@ -271,12 +279,12 @@ class Core:
 
     def snapshot(self, snapshot: Snapshot, now: float) -> None:
         """Take over what the ledger says."""
-        self._snapshot = snapshot
-        before = {uuid: (device.healthy, device.usable_bytes) for uuid, device in self.books.devices.items()}
-        rebuilt = before != {device.uuid: (device.healthy, device.usable_bytes) for device in snapshot.devices}
+        before, self._snapshot = self._snapshot, snapshot
+        rebuilt = before is None or before.devices is not snapshot.devices or before.extra_bytes is not snapshot.extra_bytes
+        rebuilt = rebuilt and self.books.differ(snapshot.devices, snapshot.extra_bytes)
         if rebuilt:
             self._possible.clear()
-            self.books.rebuild(snapshot.devices)
+            self.books.rebuild(snapshot.devices, snapshot.extra_bytes)
         if rebuilt or not self.ready or not self.connected:
             self._changed()
         self.ready = self.connected = True
@@ -360,12 +368,13 @@ class Core:
     def device_books(self) -> list[DeviceBooks]:
         """Return what each device has given."""
         self._need_ready()
+        slices = self.books.by_device()
         return [
             DeviceBooks(
                 device=room.device,
                 memory_granted_bytes=max(0, room.device.usable_bytes - room.free_bytes),
                 compute_granted_milli=min(1000, max(0, 1000 - room.free_milli)),
-                slices=self.books.on_device(uuid),
+                slices=slices[uuid],
             )
             for uuid, room in self.books.rooms.items()
         ]
@@ -520,8 +529,8 @@ class Core:
     def _absent(self) -> list[Entry]:
         if self._snapshot is None:
             return []
-        present = {seen.slice.slice_id for seen in self._snapshot.slices}
-        return [one for one in self.books.entries.values() if one.at_ledger and not one.busy and one.slice_id not in present]
+        present = self._snapshot.ids
+        return [one for slice_id, one in self.books.entries.items() if slice_id not in present and one.at_ledger and not one.busy]
 
 
 def _wrong_state(entry: Entry, verb: str) -> NbgpuError:

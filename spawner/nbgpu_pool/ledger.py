@@ -32,7 +32,7 @@ class LedgerRefused(NbgpuError):
 class Ledger(Protocol):
     """What the pool needs of the place where slices are real."""
 
-    async def prepare(self, wanted: Slice, uid: int | None, starter_pid: int | None = None) -> Launch:
+    async def prepare(self, wanted: Slice, uid: int | None) -> Launch:
         """Make a slice; idempotent.
 
         Raises
@@ -89,10 +89,9 @@ class AgentLedger:
         await self._calls.aclose()
         await self._polls.aclose()
 
-    async def prepare(self, wanted: Slice, uid: int | None, starter_pid: int | None = None) -> Launch:
+    async def prepare(self, wanted: Slice, uid: int | None) -> Launch:
         """`PUT /v1/slices/{slice_id}`."""
-        body = {"slice": wanted.model_dump(mode="json"), "uid": uid, "starter_pid": starter_pid}
-        answer = await self._ask("PUT", f"/v1/slices/{wanted.slice_id}", body)
+        answer = await self._ask("PUT", f"/v1/slices/{wanted.slice_id}", {"slice": wanted.model_dump(mode="json"), "uid": uid})
         if answer.status_code >= 400:
             raise LedgerRefused(_words(answer), status=409 if answer.status_code == 409 else 503)
         return Launch.model_validate_json(answer.content)

@@ -27,6 +27,7 @@ from nbgpu.paths import AGENT_SOCKET, POOL_SOCKET, runtime_dir
 from .api import create_app
 from .auth import Guard
 from .config import Config, ConfigError, load
+from .gate import Gate
 from .ledger import AgentLedger
 from .lock import InstanceLock
 from .service import Service
@@ -44,6 +45,10 @@ class Options:
     """Where the sockets are; None = `nbgpu.paths.runtime_dir()`."""
     listen: str | None = None
     """``ADDRESS:PORT`` to serve by TCP too; needs tokens in the configuration."""
+    kubernetes: bool = False
+    """Slices are ResourceClaims of the cluster, and replicas elect a leader; only by TCP."""
+    seal_key: Path | None = None
+    """On Kubernetes: file of the key that pool and agents share."""
     takeover: bool = False
     """End another pool that serves the same directory and take its place."""
     log_level: str = "info"
@@ -55,6 +60,8 @@ def run(options: Options) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what strangers send must not fill the log
     _raise_file_limit()
+    if options.kubernetes:
+        return _run_kubernetes(options)
     place = options.runtime_dir or runtime_dir()
     try:
         config = load(options.config)
@@ -78,6 +85,29 @@ def run(options: Options) -> int:
         return 1
     asyncio.run(_serve(config, guard, place, sockets))
     lock.close()
+    return 0
+
+
+def _run_kubernetes(options: Options) -> int:
+    """Serve as one replica of a cluster's pool."""
+    from . import kube_main  # needs nbgpu[kubernetes], which one machine does not
+
+    try:
+        config = load(options.config)
+        kube_main.check(config)
+        guard = Guard([token.load() for token in config.tokens])
+        if options.listen is None or options.seal_key is None:
+            raise ConfigError("--kubernetes needs --listen ADDRESS:PORT and --seal-key FILE.")
+        replica = kube_main.Replica.connect(config, guard, options.seal_key)
+        listening = _tcp_socket(*_address(options.listen))
+    except NbgpuError as error:
+        print(f"nbgpu pool: {error.message}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"nbgpu pool: cannot listen at {options.listen}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    log.info("serving %s", listening.getsockname())
+    asyncio.run(kube_main.serve(replica, _server(replica.gate), listening))
     return 0
 
 
@@ -113,7 +143,7 @@ async def _serve(config: Config, guard: Guard, place: Path, sockets: list[socket
     stop.cancel()
 
 
-def _server(app: FastAPI) -> uvicorn.Server:
+def _server(app: FastAPI | Gate) -> uvicorn.Server:
     config = uvicorn.Config(
         app, http=PatientProtocol, lifespan="off", access_log=False, log_config=None, proxy_headers=False,
         timeout_graceful_shutdown=2, timeout_keep_alive=60, ws="none",
@@ -172,6 +202,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, help="YAML or JSON file: quotas, queue, tokens")
     parser.add_argument("--runtime-dir", type=Path, help="where the agent's and the pool's sockets are")
     parser.add_argument("--listen", metavar="ADDRESS:PORT", help="serve by TCP too (needs tokens)")
+    parser.add_argument("--kubernetes", action="store_true", help="serve the cluster of KUBECONFIG or of this pod (needs --seal-key)")
+    parser.add_argument("--seal-key", type=Path, metavar="FILE", help="key that pool and agents share (with --kubernetes)")
     parser.add_argument("--takeover", action="store_true", help="end another pool that serves the same directory")
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     return run(Options(**vars(parser.parse_args(arguments))))

@@ -191,7 +191,7 @@ class Service:
         if grant.state not in (GrantState.reserved, GrantState.bound):
             return LaunchGrant(grant=grant)
         request_id = wanted.request.request_id
-        launch = await self.prepare(request_id, wanted.uid, wanted.starter_pid)
+        launch = await self.prepare(request_id, wanted.uid)
         return LaunchGrant(grant=self.core.grant(self.core.known(request_id), self.clock()), launch=launch)
 
     def cancel(self, request_id: str, hub: str | None) -> Grant | None:
@@ -215,18 +215,18 @@ class Service:
         self.settle()
         return self.core.grant(entry, self.clock())
 
-    async def prepare(self, request_id: str, uid: int | None, starter_pid: int | None = None) -> Launch:
+    async def prepare(self, request_id: str, uid: int | None) -> Launch:
         """Have the ledger make the slice."""
-        return await self._finish(self._prepare(request_id, uid, starter_pid))
+        return await self._finish(self._prepare(request_id, uid))
 
-    async def _prepare(self, request_id: str, uid: int | None, starter_pid: int | None) -> Launch:
+    async def _prepare(self, request_id: str, uid: int | None) -> Launch:
         entry = self.core.known(request_id)
         async with self._lock(request_id):
             wanted = self.core.begin_prepare(entry)
             refused: str | None = None
             done = False
             try:
-                launch = await self.ledger.prepare(wanted, uid, starter_pid)
+                launch = await self.ledger.prepare(wanted, uid)
                 done = True
             except LedgerRefused as error:
                 refused = error.message

@@ -73,22 +73,18 @@ class PoolClient:
         """Ask for a slice. Asking again with the same request id returns the same grant."""
         return _read(_GRANT, await self._call("POST", "/v1/requests", request.model_dump(mode="json")))
 
-    async def launch(self, request: Request, uid: int | None, starter_pid: int | None) -> LaunchGrant:
+    async def launch(self, request: Request, uid: int | None) -> LaunchGrant:
         """`acquire` and, when it is granted at once, `prepare`, in one call."""
-        wanted = LaunchRequest(request=request, uid=uid, starter_pid=starter_pid)
+        wanted = LaunchRequest(request=request, uid=uid)
         return _read(_LAUNCH_GRANT, await self._call("POST", "/v1/launches", wanted.model_dump(mode="json")))
 
     async def grant(self, request_id: str) -> Grant:
         """Return what became of a request."""
         return _read(_GRANT, await self._call("GET", f"/v1/requests/{request_id}"))
 
-    async def prepare(self, request_id: str, uid: int | None, starter_pid: int | None) -> Launch:
-        """Make the slice on this machine, its files usable by `uid` (None: by the agent's own user).
-
-        `starter_pid`: whose child the server will be, so that its cgroup is made ahead; None: who starts it is not known.
-        """
-        body = {"uid": uid, "starter_pid": starter_pid}
-        return _read(_LAUNCH, await self._call("POST", f"/v1/requests/{request_id}/prepare", body))
+    async def prepare(self, request_id: str, uid: int | None) -> Launch:
+        """Make the slice on this machine, its files usable by `uid` (None: by the agent's own user)."""
+        return _read(_LAUNCH, await self._call("POST", f"/v1/requests/{request_id}/prepare", {"uid": uid}))
 
     async def bind(self, request_id: str, pid: int | None) -> Grant:
         """Say that a server carries the grant."""

@@ -85,17 +85,13 @@ class LocalGPUMixin(GPUSliceMixin):
             return await maybe_future(super().start())
         try:
             if self._gpu_launch is None:  # it had to wait
-                self._gpu_launch = await self.pool.prepare(grant.request.request_id, self.gpu_uid(), self.gpu_starter_pid())
+                self._gpu_launch = await self.pool.prepare(grant.request.request_id, self.gpu_uid())
             with self._held_back() as let_go:
                 where = await maybe_future(super().start())
                 await self.gpu_started()
                 self._save_address(where)
-                inside = self._enter_slice()
-                if inside:
-                    let_go()  # it is known and in its slice: the agent learns of it while it starts
                 await self.bind_slice(self.gpu_server_pid())
-                if not inside:
-                    let_go()
+                let_go()
         except BaseException as error:
             # once the server lives, the hub stops it first: `run_post_stop_hook` releases then
             if self.gpu_server_pid() is None:
@@ -107,7 +103,7 @@ class LocalGPUMixin(GPUSliceMixin):
 
     async def ask_for_slice(self, request: Request) -> Grant:
         """Send the request; what is granted at once comes prepared."""
-        answer = await self.pool.launch(request, self.gpu_uid(), self.gpu_starter_pid())
+        answer = await self.pool.launch(request, self.gpu_uid())
         self._gpu_launch = answer.launch
         return answer.grant
 
@@ -132,21 +128,6 @@ class LocalGPUMixin(GPUSliceMixin):
             os.close(read_end)
             os.close(write_end)
 
-    def _enter_slice(self) -> bool:
-        """Put the server's process, which does not run yet, into its slice's cgroup; False where the agent has to take it in.
-
-        At once, in the hub's loop: the agent has got the kernel ready for it.
-        """
-        pid, cgroup = self.gpu_server_pid(), self._gpu_launch.cgroup if self._gpu_launch else None
-        if pid is None or cgroup is None or self.gpu_starter_pid() is None:
-            return False
-        try:
-            Path(cgroup, "cgroup.procs").write_text(str(pid))
-        except OSError as error:
-            self.log.debug("%s: the hub may not put process %i into %s (%s): the agent will", self._log_name, pid, cgroup, error)
-            return False
-        return True
-
     def _save_address(self, where: Any) -> None:
         """Let a hub that is killed from here on find the server again."""
         if self.server is not None and isinstance(where, tuple):
@@ -163,10 +144,6 @@ class LocalGPUMixin(GPUSliceMixin):
     def gpu_uid(self) -> int | None:
         """Return who may use the slice's files; None stands for the agent's own account."""
         return pwd.getpwnam(self.user.name).pw_uid
-
-    def gpu_starter_pid(self) -> int | None:
-        """Return whose child the server will be; None where something else than this hub starts it."""
-        return os.getpid() if isinstance(self, LocalProcessSpawner) else None
 
     def gpu_server_pid(self) -> int | None:
         """Return the pid of this server while it lives."""

@@ -116,9 +116,9 @@ class AgentProcess:
         owner = Owner(hub="hub-1", user=user)
         return Slice(slice_id=slice_id or uuid.uuid4().hex, owner=owner, node=node.node, mode=mode, devices=[part], simulated=True)
 
-    def put(self, wanted: Slice, uid: int | None = None, starter_pid: int | None = None) -> Launch:
+    def put(self, wanted: Slice, uid: int | None = None) -> Launch:
         """Prepare a slice."""
-        body = {"slice": wanted.model_dump(mode="json"), "uid": uid, "starter_pid": starter_pid}
+        body = {"slice": wanted.model_dump(mode="json"), "uid": uid}
         return Launch.model_validate(self.client.call("PUT", f"/v1/slices/{wanted.slice_id}", body))
 
     def slices(self) -> dict[str, Any]:

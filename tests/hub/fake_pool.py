@@ -33,10 +33,6 @@ class FakePool(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         What POST /v1/requests and /v1/launches answer.
     prepare_refused : str, optional
         The node's words when it refuses what the pool has granted.
-    bind_refused : str, optional
-        Its words when it does not take a server in.
-    cgroup : str, optional
-        The directory of the cgroup that was made ahead for every slice.
     stall_seconds : float
         Every answer takes so long.
     grants : dict
@@ -54,13 +50,11 @@ class FakePool(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         self.refuse: tuple[int, str] | None = None
         self.fail_next: dict[str, int] = {}
         self.prepare_refused: str | None = None
-        self.bind_refused: str | None = None
         self.stall_seconds = 0.0
         self.grants: dict[str, dict[str, Any]] = {}
         self.bound_pids: dict[str, int | None] = {}
         self.availability: list[dict[str, Any]] | None = None
         self.launch_env: dict[str, str] = {"NBGPU_SOCKET": "/nowhere/api.sock"}
-        self.cgroup: str | None = None
         self.calls: list[str] = []
         self.lock = threading.Lock()
         super().__init__(str(path), _Handler)
@@ -128,8 +122,6 @@ class FakePool(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             return 404, {"error": {"code": "unknown", "message": "No such request."}}
         if parts[2:] == ["prepare"]:
             return 200, self._prepared()
-        if parts[2:] == ["bind"] and self.bind_refused:
-            return 409, {"error": {"code": "bind-failed", "message": self.bind_refused}}
         if parts[2:] == ["bind"]:
             self.bound_pids[parts[1]] = body["pid"]
             grant["state"] = "bound"
@@ -157,7 +149,7 @@ class FakePool(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         return 200, {"grant": grant, "launch": self._prepared()}
 
     def _prepared(self) -> dict[str, Any]:
-        return {"env": self.launch_env, "slice_dir": "/nowhere", "socket": "/nowhere/api.sock", "cgroup": self.cgroup}
+        return {"env": self.launch_env, "slice_dir": "/nowhere", "socket": "/nowhere/api.sock"}
 
     def _available(self, shape: Any) -> dict[str, Any]:
         milli = shape.get("memory_milli") or shape.get("compute_milli") or 100

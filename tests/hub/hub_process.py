@@ -157,15 +157,6 @@ class Hub:
                         found.append(int(entry))
         return found
 
-    def servers_of(self, user: str) -> list[int]:
-        """Return the living processes that were started as servers of a user, whether the hub knows of them or not."""
-        found: list[int] = []
-        for pid in self.left():
-            with contextlib.suppress(OSError):
-                if f"JUPYTERHUB_USER={user}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes():
-                    found.append(pid)
-        return found
-
     def api(self, method: str, path: str, body: Any = None, token: str = TOKEN) -> httpx.Response:
         """Call the hub's REST API."""
         return httpx.request(method, self.url + "api/" + path, json=body, headers={"Authorization": f"token {token}"}, timeout=60)

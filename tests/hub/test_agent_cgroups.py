@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agent_harness import AgentProcess, missing_libraries, own_agent, sleeper, until
+from agent_harness import AgentProcess, missing_libraries, until
 
 from nbgpu_agent import procs
 
@@ -181,63 +181,6 @@ def test_an_agent_that_is_not_root_serves_and_starts_again() -> None:
         agent.kill()
         agent.start()
         assert agent.slices()[slice_id]["state"] == "running"
-
-
-@pytest.fixture
-def ahead() -> Iterator[tuple[AgentProcess, str, Path]]:
-    """An agent of this machine, and a slice whose cgroup was made before it has a process."""
-    with own_agent() as agent:
-        wanted = agent.slice(250)
-        cgroup = agent.put(wanted, starter_pid=os.getpid()).cgroup
-        if cgroup is None:
-            pytest.skip("no cgroup can be made here")
-        yield agent, wanted.slice_id, Path(cgroup)
-
-
-def enter(cgroup: Path, pid: int) -> None:
-    """Put a process into a cgroup, as the hub does."""
-    (cgroup / "cgroup.procs").write_text(str(pid))
-
-
-def test_who_is_put_into_the_cgroup_is_in_the_slice_with_no_word_to_the_agent(ahead: tuple[AgentProcess, str, Path]) -> None:
-    agent, slice_id, cgroup = ahead
-    with sleeper() as process:
-        enter(cgroup, process.pid)
-        assert not agent.delete(slice_id), "it was never adopted, and holds the slice all the same"
-        assert stays(agent, slice_id, 1.5)
-        assert agent.slices()[slice_id]["state"] == "releasing"
-    until(lambda: slice_id not in agent.slices(), 3, "the slice ends with it")
-    until(lambda: not cgroup.exists(), 3, "no cgroup is left")
-
-
-def test_control_with_nobody_in_the_cgroup_a_prepared_slice_ends_at_once(ahead: tuple[AgentProcess, str, Path]) -> None:
-    agent, slice_id, cgroup = ahead
-    assert stays(agent, slice_id, 1.5)
-    assert agent.slices()[slice_id]["state"] == "prepared"
-    assert agent.delete(slice_id)
-    until(lambda: not cgroup.exists(), 3, "no cgroup is left")
-
-
-@pytest.mark.parametrize("killed", [False, True])
-def test_a_slice_runs_once_its_cgroup_has_a_process_whoever_died(ahead: tuple[AgentProcess, str, Path], killed: bool) -> None:
-    agent, slice_id, cgroup = ahead
-    with sleeper() as process:
-        enter(cgroup, process.pid)
-        if killed:
-            agent.kill()
-            agent.start()
-        until(lambda: agent.slices()[slice_id]["state"] == "running", 4, "the agent has seen it")
-        agent.adopt(slice_id, process.pid)
-        assert count(agent, slice_id) == 1
-    until(lambda: slice_id not in agent.slices(), 3, "the slice ends with it")
-
-
-def test_the_same_slice_again_has_the_same_cgroup(ahead: tuple[AgentProcess, str, Path]) -> None:
-    agent, slice_id, cgroup = ahead
-    assert agent.put(agent.slice(250, slice_id=slice_id), starter_pid=os.getpid()).cgroup == str(cgroup)
-    ended = subprocess.Popen(["true"])
-    ended.wait(10)
-    assert agent.put(agent.slice(250), starter_pid=ended.pid).cgroup is None, "nobody knows where it would have started a server"
 
 
 def count(agent: AgentProcess, slice_id: str) -> Any:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,10 +11,8 @@ from nbgpu.models import Device, KernelLimit, Owner, Slice, SliceDevice
 from nbgpu.quantities import GIB, MIB
 from nbgpu_agent.books import Conflict, check_fits, check_kernel_limit, check_slice, resized
 from nbgpu_agent.history import LENGTH, History
-from nbgpu_agent.live import LiveSlice
 from nbgpu_agent.nvml import default_reserve_bytes, select
 from nbgpu_agent.runtime import StartError
-from nbgpu_agent.tenant import SlotState
 from nbgpu_agent.usage import SlotUse, compute_by_device, slice_usage
 from nbgpu_agent.watchdog import Confirmed, Finding, SlotSeen, judge_slice, overheads
 
@@ -157,20 +152,6 @@ def test_overhead_is_granted_up_to_the_cap_and_a_case_above_it() -> None:
     memory = {7: GIB + 300 * MIB + CAP + 2 * MIB}
     assert overheads(QUIET, memory, CAP) == {0: (CAP, CAP + 2 * MIB)}
     assert [(case.kind, case.pid) for case in judge(QUIET, memory)] == [("overhead", 7)]
-
-
-def test_overhead_counts_once_two_samples_show_it() -> None:
-    """What a process frees between the look at NVML and the one at its slot is no overhead, and refuses it nothing."""
-    state, overhead = SlotState(owner=1), [0]
-    tenant, ctl = SimpleNamespace(states={0: state}), SimpleNamespace(words=SimpleNamespace(overhead=overhead))
-    live: Any = SimpleNamespace(tenant=tenant, ctl=ctl, _granted=set())
-    samples = [(0, 0), (256, 0), (0, 0), (90, 0), (100, 90), (100, 100), (30, 30), (100, 30)]
-    for measured, granted in samples:
-        assert LiveSlice.grant_overhead(live, 0, measured) == (measured > granted), "another sample is worth it"
-        assert (overhead[0], state.overhead_bytes) == (granted, granted)
-    restarted: Any = SimpleNamespace(tenant=SimpleNamespace(states={0: SlotState(owner=1)}), ctl=ctl, _granted={0})
-    LiveSlice.grant_overhead(restarted, 0, 100)
-    assert overhead[0] == 30, "what an earlier agent granted stays"
 
 
 def test_two_slots_of_a_process_share_its_overhead() -> None:

@@ -1,0 +1,361 @@
+"""What the objects of a cluster mean for the pool: pure, fed object by object.
+
+Kept of each object is only what is needed; a claim that cannot be read is kept whole, to be read again when the devices change.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, cast
+
+from nbgpu.claims import DRIVER, SLICE_LABEL, BadObject, Claim, claim_name, concerns, device_name, devices_of, parse_quantity, read_claim
+from nbgpu.models import Device
+
+from .core import Seen
+
+Json = dict[str, Any]
+Key = tuple[str, str]
+"""Namespace and name."""
+
+
+@dataclass(frozen=True)
+class NodeInfo:
+    """As much of a Node as matters."""
+
+    ready: bool
+    """And not cordoned: new pods may come."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A ResourceSlice of an agent."""
+
+    node: str
+    devices: tuple[Device, ...]
+    free_bytes: tuple[int, ...]
+    """What may be allocated of each device's memory: less than usable after a slice has grown, more after one has given back."""
+    metadata: Json
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class PodInfo:
+    """A pod with our label."""
+
+    uid: str
+    name: str
+    namespace: str
+    request_id: str
+    claims: tuple[str, ...]
+    node: str
+    ended: bool
+    running: bool
+    deleting: bool
+    refusal: str
+    """Why kube-scheduler finds no node for it; empty when it has one or has not looked yet."""
+
+    @property
+    def claim_key(self) -> Key:
+        """The pool's claim that it should carry."""
+        return self.namespace, claim_name(self.request_id)
+
+    @property
+    def alive(self) -> bool:
+        """Whether its claim is in use, or will be."""
+        return not self.ended and claim_name(self.request_id) in self.claims
+
+
+@dataclass(frozen=True)
+class ClaimInfo:
+    """A ResourceClaim that concerns nbgpu."""
+
+    uid: str
+    version: str
+    claim: Claim | None
+    """None: it asks for devices and holds none yet, or cannot be read."""
+    owners: tuple[str, ...] = ()
+    """UIDs of the objects that it goes with."""
+    problem: str = ""
+    holds: tuple[Key, ...] = ()
+    """Of one that cannot be read: nodes and names of the devices that it seems to hold."""
+    raw: bytes = b""
+
+
+def keep_node(thing: Json) -> NodeInfo:
+    """Return what matters of a Node."""
+    conditions = _list(_part(thing, "status"), "conditions")
+    ready = any(one.get("type") == "Ready" and one.get("status") == "True" for one in conditions)
+    return NodeInfo(ready and not _part(thing, "spec").get("unschedulable", False))
+
+
+def keep_published(thing: Json) -> Published:
+    """Return what matters of a ResourceSlice; one that is malformed has a `problem` and no devices."""
+    metadata = _meta(thing, "name", "uid")
+    try:
+        devices = devices_of(thing)
+        spec = _part(thing, "spec")
+        node, pool = str(spec.get("nodeName", "")), _part(spec, "pool").get("name")
+        if pool != node:
+            raise BadObject(f"ResourceSlice {metadata['name']} of node {node} is of pool {pool!r}; its devices are left out.")
+        free = [_published_bytes(raw, device) for raw, device in zip(_list(spec, "devices"), devices, strict=True)]
+        return Published(node, tuple(devices), tuple(free), metadata)
+    except BadObject as error:
+        return Published(str(_part(thing, "spec").get("nodeName", "")), (), (), metadata, error.message)
+
+
+def _published_bytes(raw: Json, device: Device) -> int:
+    try:
+        return parse_quantity(raw["capacity"]["memory"]["value"])
+    except (KeyError, TypeError, ValueError):
+        raise BadObject(f"Device {device.uuid} of node {device.node} is published without its memory; it is left out.") from None
+
+
+def keep_pod(thing: Json) -> PodInfo:
+    """Return what matters of a pod."""
+    meta, spec, status = _part(thing, "metadata"), _part(thing, "spec"), _part(thing, "status")
+    phase = status.get("phase", "Pending")
+    refused = [one for one in _list(status, "conditions") if one.get("type") == "PodScheduled" and one.get("status") == "False"]
+    named = [one.get("resourceClaimName") for one in _list(spec, "resourceClaims")]
+    return PodInfo(
+        uid=meta.get("uid", ""),
+        name=meta["name"],
+        namespace=meta.get("namespace", ""),
+        request_id=_part(meta, "labels").get(SLICE_LABEL, ""),
+        claims=tuple(name for name in named if name),
+        node=spec.get("nodeName", ""),
+        ended=phase in ("Succeeded", "Failed"),
+        running=phase == "Running",
+        deleting="deletionTimestamp" in meta,
+        refusal=str(refused[0].get("message", "")) if refused and not spec.get("nodeName") else "",
+    )
+
+
+class View:
+    """All that the pool knows of a cluster, and what it makes of it.
+
+    Parameters
+    ----------
+    key : bytes
+        The installation's key: what it seals is the pool's.
+    now : callable
+        Unix time, seconds.
+    """
+
+    def __init__(self, key: bytes, now: Callable[[], float]):
+        self._key = key
+        self._now = now
+        self.nodes: dict[str, NodeInfo] = {}
+        self.published: dict[str, Published] = {}
+        self.claims: dict[Key, ClaimInfo] = {}
+        self.pods: dict[Key, PodInfo] = {}
+        self.by_name: dict[Key, Device] = {}
+        """Devices by node and name, those too that are no longer published but may be held."""
+        self.seen: dict[str, Seen] = {}
+        self.ids: dict[str, Key] = {}
+        """The claim of each slice."""
+        self._pods_of: dict[Key, set[Key]] = {}
+        self._unread: set[Key] = set()
+        self._devices: list[Device] | None = None
+        self._extra: dict[str, int] = {}
+        self._doubles: list[tuple[str, Json, str]] = []
+        self.carried: set[str] = set()
+        """Slices of the pool that a pod carries, or did."""
+        self.bare: set[str] = set()
+        """Slices of the pool that no pod carries now."""
+        self.unowned: set[Key] = set()
+        """Claims whose pod runs and is not their owner yet."""
+
+    # -- devices -----------------------------------------------------------------------------------------------------
+
+    def node_changed(self, name: str, new: NodeInfo | None) -> None:
+        """Take over a Node."""
+        if new is None:
+            self.nodes.pop(name, None)
+        else:
+            self.nodes[name] = new
+        self._devices = None
+
+    def published_changed(self, name: str, new: Published | None) -> None:
+        """Take over a ResourceSlice; claims that could not be read may be read now."""
+        if new is None:
+            self.published.pop(name, None)
+        else:
+            self.published[name] = new
+            for device in new.devices:
+                self.by_name[device.node, device_name(device.uuid)] = device
+        self._devices = None
+        for key in list(self._unread):
+            self.claim_changed(key, self.read(json.loads(self.claims[key].raw)))
+
+    def devices(self) -> list[Device]:
+        """Return the devices, unhealthy those that cannot take anybody now: their node is away, or it is unknown what is held on them.
+
+        The same list as long as nothing has changed.
+        """
+        if self._devices is None:
+            self._devices = self._gather()
+        return self._devices
+
+    def extra_bytes(self) -> dict[str, int]:
+        """Return by uuid how much more (less) memory may be allocated than `Device.usable_bytes`, where it is not that."""
+        self.devices()
+        return self._extra
+
+    def _gather(self) -> list[Device]:
+        barred = {held for key in self._unread for held in self.claims[key].holds}
+        found: dict[str, Device] = {}
+        self._extra, self._doubles = {}, []
+        for published in sorted(self.published.values(), key=lambda one: one.node):
+            node = self.nodes.get(published.node)
+            for device, free in zip(published.devices, published.free_bytes, strict=True):
+                if device.uuid in found:
+                    words = f"Its device {device.uuid} is left out: node {found[device.uuid].node} publishes the same UUID."
+                    self._doubles.append(("ResourceSlice", published.metadata, words))
+                    continue
+                good = device.healthy and node is not None and node.ready and (device.node, device_name(device.uuid)) not in barred
+                found[device.uuid] = device if good == device.healthy else device.model_copy(update={"healthy": good})
+                if free != device.usable_bytes:
+                    self._extra[device.uuid] = free - device.usable_bytes
+        return list(found.values())
+
+    # -- claims and pods -----------------------------------------------------------------------------------------------
+
+    def read(self, thing: Json) -> ClaimInfo:
+        """Return what matters of a ResourceClaim."""
+        uid, version = str(thing["metadata"].get("uid", "")), str(thing["metadata"].get("resourceVersion", ""))
+        owners = tuple(str(one.get("uid", "")) for one in _list(_part(thing, "metadata"), "ownerReferences"))
+        try:
+            return ClaimInfo(uid, version, read_claim(thing, self.by_name, self._key), owners)
+        except BadObject as error:
+            problem = error.message
+        told: Claim | None = None
+        with suppress(BadObject):  # where the allocation names what nobody publishes, what the pool itself wrote into it still counts
+            status = {name: value for name, value in _part(thing, "status").items() if name != "allocation"}
+            told = read_claim({**thing, "status": status}, self.by_name, self._key)
+        raw = {"metadata": _meta(thing, *_READ), "spec": thing.get("spec"), "status": thing.get("status")}
+        return ClaimInfo(uid, version, told, owners, problem, tuple(_peek(thing)), json.dumps(raw).encode())
+
+    def claim_changed(self, key: Key, new: ClaimInfo | None) -> None:
+        """Take over a ResourceClaim."""
+        old = self.claims.pop(key, None)
+        if old is not None and old.claim is not None and self.ids.get(old.claim.slice.slice_id) == key:
+            self._forget(old.claim.slice.slice_id)
+        self.unowned.discard(key)
+        unread = new is not None and bool(new.problem)
+        if unread or key in self._unread:
+            self._devices = None
+            (self._unread.add if unread else self._unread.discard)(key)
+        if new is not None:
+            self.claims[key] = new
+            self._look(key)
+
+    def pod_changed(self, key: Key, old: PodInfo | None, new: PodInfo | None) -> None:
+        """Take over a pod."""
+        if old is not None:
+            others = self._pods_of.get(old.claim_key, set()) - {key}
+            self._pods_of[old.claim_key] = others
+            if not others:
+                del self._pods_of[old.claim_key]
+        if new is None:
+            self.pods.pop(key, None)
+        else:
+            self.pods[key] = new
+            self._pods_of.setdefault(new.claim_key, set()).add(key)
+        for claim in {pod.claim_key for pod in (old, new) if pod is not None}:
+            self._look(claim)
+
+    def _look(self, key: Key) -> None:
+        """See anew what a claim's slice is."""
+        info = self.claims.get(key)
+        if info is None or info.claim is None:
+            return
+        slice_id = info.claim.slice.slice_id
+        state = self._state(key, info.claim)
+        self.ids[slice_id] = key
+        self.seen[slice_id] = Seen(info.claim.slice, state, max(0.0, self._now() - _unix(info.claim.created)))
+        if info.claim.sealed:
+            if state == "running":
+                self.carried.add(slice_id)
+            (self.bare.add if state == "prepared" else self.bare.discard)(slice_id)
+            (self.unowned.add if state == "running" and self.new_owner(key) else self.unowned.discard)(key)
+
+    def _forget(self, slice_id: str) -> None:
+        del self.ids[slice_id], self.seen[slice_id]
+        self.carried.discard(slice_id)
+        self.bare.discard(slice_id)
+
+    def new_owner(self, key: Key) -> PodInfo | None:
+        """Return the running pod that should become a claim's owner."""
+        info = self.claims[key]
+        used = info.claim.pods if info.claim is not None else ()
+        runs = (pod for pod in self.pods_of(key) if pod.running and not pod.deleting and pod.uid in used)
+        return next((pod for pod in runs if pod.uid not in info.owners), None)
+
+    def _state(self, key: Key, claim: Claim) -> str:
+        if claim.deleting:
+            return "releasing"
+        return "running" if not claim.sealed or self._carriers(key, claim) else "prepared"
+
+    def _carriers(self, key: Key, claim: Claim) -> set[str]:
+        """Return the UIDs of the pods that use a claim, or wait for a node with it."""
+        ours = {self.pods[one].uid: self.pods[one] for one in self._pods_of.get(key, ())}
+        reserved = {uid for uid in claim.pods if uid not in ours or not ours[uid].ended}
+        return reserved | {uid for uid, pod in ours.items() if pod.alive}
+
+    def pods_of(self, key: Key) -> list[PodInfo]:
+        """Return the pods with the label of a claim."""
+        return [self.pods[one] for one in self._pods_of.get(key, ())]
+
+    def problems(self) -> Iterable[tuple[str, Json, str]]:
+        """Yield kind, metadata and words of each object that cannot be used."""
+        yield from (("ResourceSlice", one.metadata, one.problem) for one in self.published.values() if one.problem)
+        yield from self._doubles
+        for key in self._unread:
+            info = self.claims[key]
+            yield "ResourceClaim", {"namespace": key[0], "name": key[1], "uid": info.uid, "resourceVersion": info.version}, info.problem
+
+
+_READ = ("name", "namespace", "uid", "resourceVersion", "creationTimestamp", "deletionTimestamp", "ownerReferences")
+
+
+def keep_claim(view: View) -> Callable[[Json], ClaimInfo | None]:
+    """Return what keeps a ResourceClaim: nothing of one that does not concern nbgpu."""
+
+    def keep(thing: Json) -> ClaimInfo | None:
+        return view.read(thing) if concerns(thing) or _peek(thing) else None
+
+    return keep
+
+
+def _peek(thing: Json) -> list[Key]:
+    """Return which of nbgpu's devices a claim seems to hold, however malformed it is."""
+    try:
+        results = cast("list[Any]", thing["status"]["allocation"]["devices"]["results"])
+    except (KeyError, TypeError):
+        return []
+    ours = [cast("Json", one) for one in results if isinstance(one, dict) and cast("Json", one).get("driver") == DRIVER]
+    return [(str(one.get("pool")), str(one.get("device"))) for one in ours]
+
+
+def _part(thing: Json, name: str) -> Json:
+    return cast("Json", thing.get(name) or {})
+
+
+def _list(thing: Json, name: str) -> list[Json]:
+    return cast("list[Json]", thing.get(name) or [])
+
+
+def _meta(thing: Json, *names: str) -> Json:
+    meta = _part(thing, "metadata")
+    return {name: meta[name] for name in names if meta.get(name) is not None}
+
+
+def _unix(stamp: str) -> float:
+    try:
+        return datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp()
+    except ValueError:
+        return float("inf")  # as good as just made

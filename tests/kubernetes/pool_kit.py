@@ -1,0 +1,493 @@
+"""What the tests of the pool on a cluster need: nodes and GPUs that exist only as objects, a stand-in for their kubelets, a way to the
+API server that fails on request, and the pool as a process.
+
+The scheduler, the controllers and the API server are the cluster's own. Everything has names of this run; nodes are tainted so that
+nobody else's pods come here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import httpx
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from nbgpu.claims import DRIVER, SLICE_LABEL, claim_name, device_name, read_claim, resource_slice
+from nbgpu.kube import Conflict, Json, Kube, NotFound, path
+from nbgpu.kube_reflector import Reflector
+from nbgpu.models import Device
+
+ROOT = Path(__file__).resolve().parents[2]
+RESOURCE = "resource.k8s.io/v1"
+GIB = 1024**3
+TOKEN = "the-token-of-the-test-hub"
+T = TypeVar("T")
+
+
+def until(condition: Callable[[], T], seconds: float = 20, why: str = "") -> T:
+    """Return what `condition` returns once that is true."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = condition()
+        if found:
+            return found
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain {why}"
+        time.sleep(0.03)
+
+
+class Background:
+    """An event loop of its own in a thread, so that tests read from top to bottom."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+
+    def run(self, work: Coroutine[Any, Any, T], seconds: float = 60) -> T:
+        """Return what `work` returns."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(seconds)
+
+
+class Place:
+    """Nodes, GPUs and a namespace of this run on the cluster of KUBECONFIG."""
+
+    def __init__(self, nodes: int = 2, devices: int = 2) -> None:
+        self.run_id = uuid.uuid4().hex[:6]
+        self.model = f"Test {self.run_id}"
+        self.namespace = f"poolkube-{self.run_id}"
+        self.back = Background()
+        self.kube = self.do(self._connect())
+        self.nodes = [f"poolkube-{self.run_id}-{number}" for number in range(nodes)]
+        self.devices = {
+            node: [
+                Device(
+                    uuid=f"GPU-{node}-{index}", index=index, model=self.model, node=node, memory_bytes=82 * GIB, reserve_bytes=2 * GIB,
+                    simulated=True,
+                )
+                for index in range(devices)
+            ]
+            for node in self.nodes
+        }  # fmt: skip
+        self.generation = 0
+        self.silent: set[str] = set()
+        """Nodes whose kubelet does not answer."""
+        self.kubelet: Reflector[Json] | None = None
+
+    async def _connect(self) -> Kube:
+        return Kube()
+
+    def do(self, work: Coroutine[Any, Any, T], seconds: float = 60) -> T:
+        """Run `work` to its end."""
+        return self.back.run(work, seconds)
+
+    # -- life --------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Make everything."""
+        with contextlib.suppress(Conflict):
+            selector = {"cel": {"expression": f'device.driver == "{DRIVER}"'}}
+            body: Json = {"metadata": {"name": DRIVER}, "spec": {"selectors": [selector]}}
+            self.do(self.kube.create(path(RESOURCE, "deviceclasses"), body))
+        self.make_namespace(self.namespace)
+        for node in self.nodes:
+            self.make_node(node)
+            self.publish(node)
+        self.do(self._start_kubelets())
+
+    def stop(self) -> None:
+        """Remove everything."""
+        assert self.kubelet is not None
+        with contextlib.suppress(NotFound):
+            self.do(self.kube.delete(path("v1", "namespaces", name=self.namespace)))
+        until(lambda: self.get("v1", "namespaces", None, self.namespace) is None, 60)
+        self.do(self.kubelet.stop())
+        for node in self.nodes:
+            for api, plural, namespace, name in (
+                ("v1", "nodes", None, node),
+                (RESOURCE, "resourceslices", None, f"{node}-{DRIVER}"),
+                ("coordination.k8s.io/v1", "leases", "kube-node-lease", node),
+            ):
+                with contextlib.suppress(NotFound):
+                    self.do(self.kube.delete(path(api, plural, namespace, name)))
+        self.do(self.kube.close())
+
+    def make_namespace(self, name: str) -> None:
+        self.do(self.kube.create(path("v1", "namespaces"), {"metadata": {"name": name}}))
+
+    def make_node(self, name: str, cpu: str = "8") -> None:
+        """Make a Ready node that only this run's pods tolerate."""
+        size = {"cpu": cpu, "memory": "64Gi", "pods": "100"}
+        ready = {"type": "Ready", "status": "True", "reason": "Test", "message": "ready"}
+        node = {
+            "metadata": {"name": name, "labels": {"poolkube": self.run_id, "kubernetes.io/hostname": name}},
+            "spec": {"taints": [{"key": "poolkube", "value": self.run_id, "effect": "NoSchedule"}]},
+            "status": {"allocatable": size, "capacity": size, "conditions": [ready]},
+        }
+        self.do(self.kube.create(path("v1", "nodes"), node))
+
+    def publish(self, node: str, published: dict[str, int] | None = None) -> None:
+        """Write a node's ResourceSlice, as its agent would."""
+        self.generation += 1
+        body = resource_slice(node, self.devices[node], published or {}, self.generation)
+        self.do(self.kube.patch(path(RESOURCE, "resourceslices", name=body["metadata"]["name"]), body, kind="apply", force=True))
+
+    # -- the kubelets' part ----------------------------------------------------------------------------------------------
+
+    async def _start_kubelets(self) -> None:
+        self.kubelet = Reflector(self.kube, path("v1", "pods"), lambda pod: pod, changed=self._pod_changed)
+        self.kubelet.start()
+        self._beat = asyncio.create_task(self._heartbeat())
+        self._moves: set[asyncio.Task[None]] = set()
+
+    def _pod_changed(self, key: tuple[str, str], old: Json | None, new: Json | None) -> None:
+        if new is not None and new["spec"].get("nodeName") in self.nodes and new["spec"]["nodeName"] not in self.silent:
+            task = asyncio.get_running_loop().create_task(self._tend(key, new))
+            self._moves.add(task)
+            task.add_done_callback(self._moves.discard)
+
+    async def _tend(self, key: tuple[str, str], pod: Json) -> None:
+        """Start a pod that came; finish one that shall go."""
+        with contextlib.suppress(NotFound, Conflict):
+            if "deletionTimestamp" in pod["metadata"]:
+                await self.kube.delete(path("v1", "pods", *key), uid=pod["metadata"]["uid"], grace_seconds=0)
+            elif pod.get("status", {}).get("phase") == "Pending":
+                await self.kube.patch(path("v1", "pods", *key, "status"), {"status": {"phase": "Running"}}, uid=pod["metadata"]["uid"])
+
+    async def _heartbeat(self) -> None:
+        while True:
+            for node in self.nodes:
+                if node not in self.silent:
+                    stamp = time.strftime("%Y-%m-%dT%H:%M:%S.000000Z", time.gmtime())
+                    body = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": node},
+                            "spec": {"holderIdentity": node, "leaseDurationSeconds": 40, "renewTime": stamp}}  # fmt: skip
+                    with contextlib.suppress(Exception):
+                        await self.kube.patch(
+                            path("coordination.k8s.io/v1", "leases", "kube-node-lease", node), body, kind="apply", force=True
+                        )
+            await asyncio.sleep(5)
+
+    def set_ready(self, node: str, ready: bool) -> None:
+        """Let a node say that it is (not) ready."""
+        condition = {"type": "Ready", "status": str(ready), "reason": "Test", "message": "of the test"}
+        self.do(self.kube.patch(path("v1", "nodes", None, node, "status"), {"status": {"conditions": [condition]}}))
+
+    # -- objects -----------------------------------------------------------------------------------------------------------
+
+    def get(self, api: str, plural: str, namespace: str | None, name: str) -> Json | None:
+        """Return an object; None when there is none."""
+        with contextlib.suppress(NotFound):
+            return self.do(self.kube.get(path(api, plural, namespace, name)))
+        return None
+
+    def claim(self, request_id: str, namespace: str | None = None) -> Json | None:
+        """Return the pool's claim of a request."""
+        return self.get(RESOURCE, "resourceclaims", namespace or self.namespace, claim_name(request_id))
+
+    def claims(self, namespace: str | None = None) -> list[Json]:
+        """Return all claims of the namespace."""
+        return self.do(self.kube.list(path(RESOURCE, "resourceclaims", namespace or self.namespace))).items
+
+    def pod(self, request_id: str, *, cpu: str = "10m", claim: str = "", labels: bool = True, namespace: str | None = None) -> Json:
+        """Make a pod that carries a request's slice, as the spawner does."""
+        return self.do(self.kube.create(path("v1", "pods", namespace or self.namespace), self._pod(request_id, cpu, claim, labels)))
+
+    def _pod(self, request_id: str, cpu: str, claim: str, labels: bool) -> Json:
+        container = {
+            "name": "notebook", "image": "localhost/none:1",
+            "resources": {"requests": {"cpu": cpu}, "claims": [{"name": "nbgpu"}]},
+        }  # fmt: skip
+        return {
+            "metadata": {"name": f"pod-{request_id}", "labels": {SLICE_LABEL: request_id} if labels else {}},
+            "spec": {
+                "tolerations": [{"key": "poolkube", "operator": "Exists"}],
+                "nodeSelector": {"poolkube": self.run_id},
+                "resourceClaims": [{"name": "nbgpu", "resourceClaimName": claim or claim_name(request_id)}],
+                "containers": [container],
+                "terminationGracePeriodSeconds": 1,
+            },
+        }
+
+    def delete_pod(self, request_id: str) -> None:
+        """Delete a pod and wait for its end."""
+        there = path("v1", "pods", self.namespace, f"pod-{request_id}")
+        with contextlib.suppress(NotFound):
+            self.do(self.kube.delete(there))
+        until(lambda: self.get("v1", "pods", self.namespace, f"pod-{request_id}") is None)
+
+    def phase(self, request_id: str) -> str:
+        """Return a pod's phase."""
+        pod = self.get("v1", "pods", self.namespace, f"pod-{request_id}")
+        return "gone" if pod is None else pod["status"].get("phase", "")
+
+    def allocated(self, request_id: str) -> bool:
+        """Return whether the scheduler has given a claim its devices."""
+        claim = self.claim(request_id)
+        return claim is not None and bool(claim.get("status", {}).get("allocation"))
+
+    def events(self, reason: str, namespace: str = "") -> list[str]:
+        """Return the messages of Events with a reason."""
+        found = self.do(self.kube.list(path("v1", "events", namespace or self.namespace), fields=f"reason={reason}"))
+        return [one["message"] for one in found.items]
+
+    def held(self) -> dict[str, tuple[int, int]]:
+        """Return bytes and milli-GPU that claims in the whole cluster hold of each of this run's devices."""
+        names = {(one.node, device_name(one.uuid)): one for devices in self.devices.values() for one in devices}
+        sums = {one.uuid: (0, 0) for one in names.values()}
+        for claim in self.do(self.kube.list(path(RESOURCE, "resourceclaims"))).items:
+            results = claim.get("status", {}).get("allocation", {}).get("devices", {}).get("results", [])
+            if any((one["pool"], one["device"]) in names for one in results):
+                found = read_claim(claim, names, None)
+                assert found is not None
+                for part in found.slice.devices:
+                    memory, milli = sums[part.uuid]
+                    sums[part.uuid] = memory + part.memory_bytes, milli + part.compute_milli
+        return sums
+
+
+class Gateway:
+    """A way to the API server that a pool takes and a test can cut: plain HTTP on loopback, forwarded with the test's own rights.
+
+    Attributes
+    ----------
+    before, after : callable
+        Asked with method and path before a call is passed on, and when its answer is there; `after` may hold it back. A returned status
+        is answered instead; ``"drop"`` cuts the connection.
+    """
+
+    def __init__(self, place: Place):
+        self._place = place
+        self.before: Callable[[str, str], int | str | None] = lambda method, path: None
+        self.after: Callable[[str, str], int | str | None] = lambda method, path: None
+        self.port = 0
+        self._server: uvicorn.Server | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._cut = asyncio.Event()
+        place.do(self._open())
+
+    def open(self) -> None:
+        """Let calls through again."""
+        self._place.do(self._open())
+
+    def close(self) -> None:
+        """Refuse connections, and cut those that there are."""
+        self._place.do(self._close())
+
+    async def _open(self) -> None:
+        listening = socket.create_server(("127.0.0.1", self.port))
+        self.port = listening.getsockname()[1]
+        self._cut = asyncio.Event()
+        app = Starlette(routes=[Route("/{path:path}", self._pass, methods=["GET", "POST", "PUT", "PATCH", "DELETE"])])
+        config = uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=0)
+        self._server = uvicorn.Server(config)
+        config.load()
+        self._server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
+        self._task = asyncio.create_task(self._server.serve([listening]))
+        while not self._server.started:
+            await asyncio.sleep(0.01)
+
+    async def _close(self) -> None:
+        assert self._server is not None
+        assert self._task is not None
+        self._cut.set()
+        self._server.should_exit = self._server.force_exit = True
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    async def _pass(self, http: Request) -> Response:
+        told = await asyncio.to_thread(self.before, http.method, http.url.path)
+        if told is not None:
+            return self._instead(told)
+        inner = self._place.kube._http  # the test's own client, with its rights
+        headers = {name: value for name, value in http.headers.items() if name in ("content-type", "accept", "accept-encoding")}
+        url = http.url.path + (f"?{http.url.query}" if http.url.query else "")
+        timeout = httpx.Timeout(30, read=120)
+        request = inner.build_request(http.method, url, content=await http.body(), headers=headers, timeout=timeout)
+        answer = await inner.send(request, stream=True)
+        if http.query_params.get("watch"):
+            return StreamingResponse(self._stream(answer), answer.status_code, media_type="application/json")
+        content = await answer.aread()
+        await answer.aclose()
+        told = await asyncio.to_thread(self.after, http.method, http.url.path)
+        return self._instead(told) if told is not None else Response(content, answer.status_code, media_type="application/json")
+
+    def _instead(self, told: int | str) -> Response:
+        if isinstance(told, str):
+            return StreamingResponse(self._broken(), 200)
+        return Response(json.dumps({"kind": "Status", "code": told, "message": "the test wants it so"}), told)
+
+    async def _broken(self) -> AsyncIterator[bytes]:
+        yield b"{"
+        raise ConnectionError("cut")
+
+    async def _stream(self, answer: httpx.Response) -> AsyncIterator[bytes]:
+        cut, chunks = asyncio.ensure_future(self._cut.wait()), answer.aiter_raw()
+        try:
+            while True:
+                chunk = asyncio.ensure_future(anext(chunks, b""))
+                await asyncio.wait([cut, chunk], return_when=asyncio.FIRST_COMPLETED)
+                if not chunk.done() or not chunk.result():
+                    chunk.cancel()
+                    return
+                yield chunk.result()
+        finally:
+            cut.cancel()
+            await answer.aclose()
+
+
+class Pool:
+    """One replica of `python -m nbgpu_pool --kubernetes`."""
+
+    started: ClassVar[list[Pool]] = []
+
+    def __init__(self, place: Place, folder: Path, *, gateway: Gateway | None = None, **config: Any):
+        self.place = place
+        self.port = _free_port()
+        self.folder = folder / uuid.uuid4().hex[:8]
+        self.folder.mkdir()
+        tokens = [{"role": "hub", "hub": "hub", "namespaces": [f"{place.namespace}*"], "env": "TEST_TOKEN"}]
+        (self.folder / "pool.yaml").write_text(json.dumps({"tokens": tokens, **config}))
+        key = folder / "seal.key"
+        if not key.exists():
+            key.write_text(uuid.uuid4().hex)
+        self.key = key.read_bytes()
+        kubeconfig = os.environ["KUBECONFIG"]
+        if gateway is not None:
+            kubeconfig = str(self.folder / "kubeconfig")
+            cluster = {"name": "c", "cluster": {"server": f"http://127.0.0.1:{gateway.port}"}}
+            context = {"name": "x", "context": {"cluster": "c", "user": "u"}}
+            told: Json = {"current-context": "x", "clusters": [cluster], "users": [{"name": "u", "user": {}}], "contexts": [context]}
+            Path(kubeconfig).write_text(json.dumps({"apiVersion": "v1", "kind": "Config", **told}))
+        self.env = {
+            **os.environ, "KUBECONFIG": kubeconfig, "TEST_TOKEN": TOKEN, "NBGPU_NAMESPACE": place.namespace,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "spawner")]),
+        }  # fmt: skip
+        self.http = httpx.Client(
+            base_url=f"http://127.0.0.1:{self.port}", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=30, trust_env=False
+        )
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, *, ready: bool = True) -> Pool:
+        """Start the process, and wait until it leads with its books rebuilt."""
+        command = [
+            sys.executable, "-m", "nbgpu_pool", "--kubernetes", "--listen", f"127.0.0.1:{self.port}",
+            "--config", str(self.folder / "pool.yaml"), "--seal-key", str(self.folder.parent / "seal.key"),
+        ]  # fmt: skip
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(command, env=self.env, stderr=log, stdout=log)
+        self.started.append(self)
+        if ready:
+            until(self.ready, 40, self.log())
+        return self
+
+    @classmethod
+    def stop_all(cls) -> None:
+        """End all that were started, as Kubernetes ends a pod."""
+        for pool in cls.started:
+            pool.kill(signal.SIGTERM)
+        cls.started.clear()
+
+    def log(self) -> str:
+        """Return what it has logged."""
+        return (self.folder / "log").read_text()
+
+    def ready(self) -> bool:
+        """Return what /readyz says."""
+        assert self.process is not None
+        assert self.process.poll() is None, self.log()
+        with contextlib.suppress(httpx.HTTPError):
+            return self.http.get("/readyz").status_code == 200
+        return False
+
+    def answers(self) -> bool:
+        """Return whether it serves at all."""
+        with contextlib.suppress(httpx.HTTPError):
+            return self.http.get("/healthz").status_code == 200
+        return False
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """End the process."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(number)
+            self.process.wait(20)
+
+    def ask(self, request_id: str, user: str = "ada", **wish: Any) -> httpx.Response:
+        """Ask for a slice and have its claim made."""
+        return self.http.post("/v1/launches", json={"request": self.request(request_id, user, **wish)})
+
+    def request(self, request_id: str, user: str = "ada", **wish: Any) -> Json:
+        """Return a request of this run."""
+        wish = {"compute_milli": 250, "model": self.place.model, "namespace": self.place.namespace, **wish}
+        return {"request_id": request_id, "owner": {"hub": "hub", "user": user}, **wish}
+
+    def granted(self, request_id: str, user: str = "ada", **wish: Any) -> Json:
+        """Ask and return the grant, which must come at once."""
+        answer = self.ask(request_id, user, **wish)
+        assert answer.status_code == 200, answer.text
+        grant = answer.json()["grant"]
+        assert grant["state"] == "reserved", answer.text
+        return grant
+
+    def state(self, request_id: str) -> str:
+        """Return a request's state; "unknown" for one that nobody knows."""
+        answer = self.http.get(f"/v1/requests/{request_id}")
+        return "unknown" if answer.status_code == 404 else answer.json()["state"]
+
+    def reason(self, request_id: str) -> str:
+        """Return a request's reason."""
+        return self.http.get(f"/v1/requests/{request_id}").json()["reason"] or ""
+
+    def bind(self, request_id: str) -> httpx.Response:
+        """Say that a pod carries the slice."""
+        return self.http.post(f"/v1/requests/{request_id}/bind", json={})
+
+    def give_back(self, request_id: str) -> None:
+        """Ask a slice back."""
+        assert self.http.delete(f"/v1/requests/{request_id}").status_code in (200, 204)
+
+    def books(self) -> dict[str, tuple[int, int]]:
+        """Return what the pool has given of this run's devices."""
+        found = self.http.get("/v1/devices").json()
+        return {
+            one["device"]["uuid"]: (one["memory_granted_bytes"], one["compute_granted_milli"])
+            for one in found
+            if one["device"]["model"] == self.place.model
+        }
+
+
+def check(place: Place, pool: Pool, carried: Iterable[str]) -> None:
+    """Assert what must hold whenever things have settled.
+
+    Parameters
+    ----------
+    carried : iterable of str
+        Requests whose pods live: exactly these have claims of the pool.
+    """
+    until(lambda: pool.books() == place.held(), why=f"books {pool.books()}, cluster {place.held()}\n{pool.log()}")
+    for uuid_, (memory, milli) in place.held().items():
+        assert memory <= 80 * GIB, uuid_
+        assert milli <= 1000, uuid_
+    ours = {one["metadata"]["labels"][SLICE_LABEL] for one in place.claims() if SLICE_LABEL in one["metadata"].get("labels", {})}
+    assert ours == set(carried)
+    assert {one for one in ours if place.phase(one) == "Running"} == set(carried)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
