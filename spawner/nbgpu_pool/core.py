@@ -16,7 +16,7 @@ from nbgpu.models import Device, DeviceBooks, Grant, GrantState, Owner, Request,
 
 from . import quotas as quota_rules
 from .books import Books, Entry, adopted
-from .estimate import Sessions, queue_forecast
+from .estimate import GUESS_SECONDS, Sessions, queue_forecast
 from .placement import DEFAULT_POLICY, Policy
 from .queue import Fairness, Pass, hopeless
 from .quotas import Quotas
@@ -41,6 +41,7 @@ class Settings:
     fairness: Fairness = field(default_factory=Fairness)
     reservation_ttl_seconds: float = 120.0
     queue_ttl_seconds: float = 300.0
+    session_guess_seconds: float = GUESS_SECONDS
     """A queued request that nobody has asked for so long is dropped."""
     queue_total: int = 1000
     queue_per_user: int = 10
@@ -90,7 +91,7 @@ class Core:
     def __init__(self, settings: Settings | None = None):
         self.settings = settings or Settings()
         self.books = Books()
-        self.sessions = Sessions()
+        self.sessions = Sessions(self.settings.session_guess_seconds)
         self.ended: OrderedDict[str, Entry] = OrderedDict()
         self.cancelled_early: OrderedDict[str, tuple[str | None, float]] = OrderedDict()
         self.ready = False
@@ -331,12 +332,14 @@ class Core:
         """Return a request as the API shows it."""
         queued = entry.state == GrantState.queued
         position = self._position(entry) if queued else None
+        wait_seconds = self.forecast(now).get(entry.slice_id) if queued else None
         return Grant(
             request=entry.request,
             state=entry.state,
             slice=None if queued else entry.slice,
             position=position,
-            wait_seconds=self.forecast(now).get(entry.slice_id) if queued else None,
+            wait_seconds=wait_seconds,
+            wait_guessed=wait_seconds is not None and self.sessions.guessing,
             expires_seconds=max(0.0, entry.expires - now) if entry.state == GrantState.reserved and entry.expires is not None else None,
             reason=self._why(entry) if queued else entry.reason,
         )
