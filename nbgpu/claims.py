@@ -35,6 +35,8 @@ DEVICES_PER_SLICE_OBJECT = 64
 FOREIGN_HUB = "kubernetes"
 """Hub of the owner of a claim that the pool did not make: the user is its namespace, the server its name."""
 
+MIB = 1024**2
+
 Json = dict[str, Any]
 _NO_LABEL = re.compile(r"[^A-Za-z0-9_.-]+")
 _QUANTITY = re.compile(r"^([0-9.]+(?:[eE][+-]?[0-9]+)?)(m|[kMGTPE]|[KMGTPE]i)?$", re.ASCII)
@@ -214,15 +216,19 @@ def _too_large(value: object) -> int:
 
 
 def resource_slice(
-    node: str, devices: Sequence[Device], published: Mapping[str, int], generation: int, node_uid: str | None = None
+    node: str,
+    devices: Sequence[Device],
+    published: Mapping[str, tuple[int, int]],
+    generation: int,
+    node_uid: str | None = None,
 ) -> Json:
     """Return the ResourceSlice of a node.
 
     Parameters
     ----------
     published : mapping
-        Memory in bytes that may be allocated, by device uuid, where it is not `Device.usable_bytes`: less after a slice has grown,
-        more after one has given back.
+        Memory in bytes and compute in milli-GPU that may be allocated, by device uuid (`claim_limits.published`), where it is not all that
+        the device has: less after a slice has grown, more after one has given back.
     generation : int
         Of the node's pool of devices; rises at every change.
     node_uid : str, optional
@@ -239,12 +245,12 @@ def resource_slice(
             "driver": DRIVER,
             "nodeName": node,
             "pool": {"name": node, "generation": generation, "resourceSliceCount": 1},
-            "devices": [_device(device, published.get(device.uuid, device.usable_bytes)) for device in devices],
+            "devices": [_device(device, *published.get(device.uuid, (device.usable_bytes, 1000))) for device in devices],
         },
     }
 
 
-def _device(device: Device, memory: int) -> Json:
+def _device(device: Device, memory: int, milli: int) -> Json:
     found: Json = {
         "name": device_name(device.uuid),
         "allowMultipleAllocations": True,
@@ -257,8 +263,8 @@ def _device(device: Device, memory: int) -> Json:
             "simulated": {"bool": device.simulated},
         },
         "capacity": {
-            "memory": _capacity(memory, "1Mi"),
-            "compute": _capacity(1000, "1"),
+            "memory": _capacity(memory, device.usable_bytes, MIB),
+            "compute": _capacity(milli, 1000, 1),
         },
     }
     if not device.healthy:
@@ -266,9 +272,14 @@ def _device(device: Device, memory: int) -> Json:
     return found
 
 
-def _capacity(value: int, step: str) -> Json:
+def _capacity(value: int, whole: int, step: int) -> Json:
+    """Return a capacity as the API server takes it: at least a step, and all that it names a whole number of steps."""
+    most = max(step, min(value, whole) // step * step)  # one claim never gets more than the device has, whatever others gave back
+    allowed = {"min": str(step), "max": str(most)}
+    if value >= 2 * step:
+        allowed["step"] = str(step)
     # a claim that does not say how much gets the whole device
-    return {"value": str(value), "requestPolicy": {"default": str(value), "validRange": {"min": step, "max": str(value), "step": step}}}
+    return {"value": str(max(step, value)), "requestPolicy": {"default": str(most), "validRange": allowed}}
 
 
 def devices_of(resource_slice: Json) -> list[Device]:
@@ -283,7 +294,7 @@ def devices_of(resource_slice: Json) -> list[Device]:
         spec = _Published.model_validate(resource_slice).spec
         return [one.device(spec.nodeName) for one in spec.devices]
     except ValueError as error:  # pydantic's too
-        told = f"ResourceSlice {_name(resource_slice)} is not as an agent of nbgpu writes it ({_first(error)})"
+        told = f"ResourceSlice {object_name(resource_slice)} is not as an agent of nbgpu writes it ({_first(error)})"
         raise BadObject(f"{told}; its devices are left out.") from None
 
 
@@ -402,7 +413,7 @@ def read_claim(claim: Json, devices: Mapping[tuple[str, str], Device], key: byte
         deleting = meta.deletionTimestamp is not None
         return Claim(meta.uid, meta.namespace, meta.name, slice_, bool(results), pods, deleting, stated is not None, meta.creationTimestamp)
     except ValueError as error:  # pydantic's too
-        raise BadObject(f"ResourceClaim {_name(claim)} cannot be read ({_first(error)}); it is not served.") from None
+        raise BadObject(f"ResourceClaim {object_name(claim)} cannot be read ({_first(error)}); it is not served.") from None
 
 
 def _taken(result: _Result, devices: Mapping[tuple[str, str], Device]) -> Device:
@@ -442,7 +453,7 @@ def _foreign(claim: _Object, node: str) -> Slice:
     return Slice(slice_id=f"claim-{meta.uid}", owner=owner, node=node, mode=mode, devices=[placeholder])
 
 
-def _name(thing: Json) -> str:
+def object_name(thing: Json) -> str:
     """Return an object's name for a message, whatever the object is."""
     try:
         meta = _Object.model_validate({"metadata": thing.get("metadata")}).metadata
