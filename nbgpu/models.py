@@ -143,7 +143,8 @@ class Grant(Model):
     reason: str | None = None
     """Why it waits, or how it ended, in plain words."""
     note: str | None = None
-    """What its user should know while it is held: why its pod finds no node, that a node has to be started first, what became of a resize."""
+    """What its user should know while it is held: that its pod finds no node and why, that a node has to be started first, that it could
+    not be resized."""
     resizing: list[SliceDevice] | None = None
     """Limits that were asked for and are not in force yet; `slice` says what is."""
 

@@ -36,9 +36,9 @@ from nbgpu.quantities import WHOLE_MILLI, parse_memory
 
 from .auth import Principal, Token
 from .coming import Coming
-from .state import Settings
 from .queue import Fairness
 from .quotas import Limits, Quotas
+from .state import Settings
 
 _GPUS = "a number of GPUs from 0 to 100000, such as 0.5, 1/4, 25% or 2"
 

@@ -488,7 +488,9 @@ class Core(Held):
         begun = self._snapshot.begun if self._snapshot is not None else 0
         held = self.books.entries
         late = (held[one] for one in self._resizing if one in held)
-        return any(entry.confirmed is not None for entry in self._absent()) or any(one.wanted_acked and one.wanted_mark > begun for one in late)
+        return any(entry.confirmed is not None for entry in self._absent()) or any(
+            one.wanted_acked and one.wanted_mark > begun for one in late
+        )
 
     def _absent(self) -> list[Entry]:
         if self._snapshot is None:

@@ -205,7 +205,9 @@ class KubeLedger:
             written = limits_annotation(info.uid, wanted.namespace or "", claim_name(wanted.slice_id), limits, self._key)
             try:
                 # at that version only: a call that was given up and arrives late must not undo a later one
-                changed = await self.kube.patch(there, {"metadata": {"annotations": {LIMITS_ANNOTATION: written}}}, uid=info.uid, version=version)
+                changed = await self.kube.patch(
+                    there, {"metadata": {"annotations": {LIMITS_ANNOTATION: written}}}, uid=info.uid, version=version
+                )
             except Conflict:
                 found = await self._get(there)
                 if found is None or found["metadata"]["uid"] != info.uid or "deletionTimestamp" in found["metadata"]:
@@ -258,7 +260,9 @@ class KubeLedger:
         try:
             made = await self.kube.create(claims, note)
         except Conflict:
-            made = await self.kube.patch(f"{claims}/{note['metadata']['name']}", {"metadata": {"annotations": note["metadata"]["annotations"]}})
+            made = await self.kube.patch(
+                f"{claims}/{note['metadata']['name']}", {"metadata": {"annotations": note["metadata"]["annotations"]}}
+            )
         except (NotFound, NotAllowed, Rejected) as error:
             raise LedgerRefused(error.message) from error
         self._claims.note(made)

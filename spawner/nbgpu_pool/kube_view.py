@@ -23,7 +23,6 @@ from nbgpu.claims import (
     concerns,
     device_name,
     devices_of,
-    is_coming,
     parse_quantity,
     read_claim,
     read_move,

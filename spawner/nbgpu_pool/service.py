@@ -11,7 +11,19 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from nbgpu.errors import NbgpuError, Unavailable
-from nbgpu.models import Availability, AvailabilityQuery, Grant, GrantState, Launch, LaunchGrant, LaunchRequest, Owner, Request, Resize, Slice
+from nbgpu.models import (
+    Availability,
+    AvailabilityQuery,
+    Grant,
+    GrantState,
+    Launch,
+    LaunchGrant,
+    LaunchRequest,
+    Owner,
+    Request,
+    Resize,
+    Slice,
+)
 
 from .availability import answer
 from .books import Entry
