@@ -14,7 +14,7 @@ from nbgpu.models import DeviceBooks, Grant, GrantState, Owner, Request, Shape, 
 from . import quotas as quota_rules
 from .books import Books, Entry, adopted
 from .estimate import Sessions, queue_forecast
-from .held import AWAY, Held
+from .held import Held
 from .queue import hopeless
 from .shapes import Want, want_of
 from .state import Effects, Seen, Settings, Snapshot
@@ -41,6 +41,8 @@ class Core(Held):
         self.cancelled_early: OrderedDict[str, tuple[str | None, float]] = OrderedDict()
         self.ready = False
         self.connected = False
+        self.away_since = 0.0
+        self.away_words = STARTING
         self.mark = 0
         self.generation = 1
         self._number = 0
@@ -241,10 +243,12 @@ class Core(Held):
         self._revoke_overbooked(now)
         self._reconcile(now)
 
-    def away(self, now: float) -> None:
+    def away(self, now: float, who: str = "The GPU node") -> None:
         """The ledger does not answer: nothing is granted or freed until it does."""
         if self.connected:
             self.connected = False
+            self.away_since = now
+            self.away_words = f"{who} does not answer at the moment; requests keep their place in the queue."
             self._changed()
 
     def tick(self, now: float) -> None:
@@ -302,7 +306,7 @@ class Core(Held):
 
     def _why(self, entry: Entry) -> str:
         if not self.connected:
-            return AWAY
+            return self.away_words
         if entry.holder:
             return f"waits for {entry.holder}: what is held now must be given back first"
         return "all GPUs that could hold it are in use"
