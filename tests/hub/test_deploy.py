@@ -118,7 +118,9 @@ def check(hub: Hub, place: Path, user: str, account: str) -> None:
     grant = pool.grants()[0]
     assert grant.state == "bound"
     hub.stop(user)
-    until(lambda: not agent.slices().slices and not any(one.state == "bound" for one in pool.grants()), 20, "the slice went with the server")
+    until(
+        lambda: not agent.slices().slices and not any(one.state == "bound" for one in pool.grants()), 20, "the slice went with the server"
+    )
     hub.end()  # before its files go: its agent and pool would be started again and again without them
 
 
