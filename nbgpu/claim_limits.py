@@ -43,9 +43,7 @@ class Limit(BaseModel):
 
     def larger(self, other: Limit) -> Limit:
         """Return the larger of both, number by number."""
-        return Limit(
-            memory_bytes=max(self.memory_bytes, other.memory_bytes), compute_milli=max(self.compute_milli, other.compute_milli)
-        )
+        return Limit(memory_bytes=max(self.memory_bytes, other.memory_bytes), compute_milli=max(self.compute_milli, other.compute_milli))
 
 
 class Limits(BaseModel):
