@@ -6,8 +6,8 @@
         place.wait_running(pod)
         assert "MiB" in place.exec(pod, "nvidia-smi")
 
-A `Node` is the agent as a process of this machine, as root, with simulated GPUs, for the cluster's one real node. It holds an exclusive lock
-on ``/tmp/nbgpu-node.lock`` from `start` to `close`: whoever else wants the node waits. The kubelet is the cluster's own.
+A `Node` is the agent as a process of this machine, as root, with simulated GPUs, for the cluster's one real node. It holds an exclusive
+lock on ``/tmp/nbgpu-node.lock`` from `start` to `close`: whoever else wants the node waits. The kubelet is the cluster's own.
 """
 
 from __future__ import annotations
@@ -209,7 +209,10 @@ class Node:
             mine = note.exists() and self.log().count("registered with the kubelet") > self._registered
             return bool(mine and self.resource_slice() and self.admin_up())
 
-        until("the agent to serve", ready, seconds)
+        try:
+            until("the agent to serve", ready, seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {self.log()[-3000:]}") from None
         self._registered = self.log().count("registered with the kubelet")
 
     _registered = 0
@@ -446,7 +449,7 @@ class Place:
         spec: Json = {
             "nodeName": None,
             "nodeSelector": {"kubernetes.io/hostname": self.node.name},
-            "terminationGracePeriodSeconds": 0,
+            "terminationGracePeriodSeconds": 1,
             "automountServiceAccountToken": False,
             "containers": [container, *changes.get("containers", [])],
             **({"resourceClaims": [{"name": "gpu", "resourceClaimName": claim}]} if claim else {}),
