@@ -98,7 +98,10 @@ class Api:
             text += running.read_stderr() if running.peek_stderr() else ""
             assert time.monotonic() < deadline, f"{command} in {pod} took more than {seconds} s: {text[-2000:]}"
         text += (running.read_stdout() or "") + (running.read_stderr() or "")
-        code = running.returncode
+        try:
+            code = running.returncode
+        except ValueError as error:  # it could not even be started: that is how this client says so
+            code, text = 127, f"{text}{error}"
         running.close()
         return code if code is not None else -1, text
 
