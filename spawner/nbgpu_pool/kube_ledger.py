@@ -313,7 +313,7 @@ class KubeLedger:
         try:
             self._published.start()
             self._nodes.start()
-            told_away = False
+            told_away, whole = False, True
             while True:
                 self._changed.clear()
                 problem = self._problem()
@@ -321,7 +321,9 @@ class KubeLedger:
                     told_away = False
                     begun = time.monotonic()
                     view = self.view
-                    yield Snapshot(mark(), view.devices(), list(view.seen.values()), view.less(), view.coming())
+                    begin, ids = mark(), frozenset(view.seen)
+                    yield Snapshot(begin, view.devices(), view.touched(), view.less(), view.coming(), ids, whole)
+                    whole = False
                     if not fresh():
                         await asyncio.sleep(max(GATHER_SECONDS, BUSY_SHARE * (time.monotonic() - begun)))
                         await self._changed.wait()

@@ -203,6 +203,7 @@ class View:
         self.notes: dict[str, Key] = {}
         """By slice: the note that its claim is being moved."""
         self._doubles: list[tuple[str, Json, str]] = []
+        self._touched: set[str] = set()
         self.carried: set[str] = set()
         """Slices of the pool that a pod carries, or did."""
         self.bare: set[str] = set()
@@ -365,6 +366,7 @@ class View:
         to = self.claims[self.notes[slice_id]].moves_to
         assert to is not None
         pods = [pod for pod in self.pods_of((to.namespace or "", claim_name(slice_id))) if pod.alive]
+        self._touched.add(slice_id)
         self.seen[slice_id] = Seen(to, "running" if pods else "prepared", placed=False, refusal=_refusal(pods))
 
     def _forget_note(self, slice_id: str) -> None:
@@ -399,6 +401,7 @@ class View:
         placed = info.claim.allocated or not info.claim.sealed
         refusal = "" if placed else _refusal(self.pods_of(key))
         age = max(0.0, self._now() - _unix(info.claim.created))
+        self._touched.add(slice_id)
         self.seen[slice_id] = Seen(info.slice or info.claim.slice, state, age, info.wanted, info.refused, placed, refusal)
         if info.claim.sealed:
             if state == "running":
@@ -428,6 +431,12 @@ class View:
         ours = {self.pods[one].uid: self.pods[one] for one in self._pods_of.get(key, ())}
         reserved = {uid for uid in claim.pods if uid not in ours or not ours[uid].ended}
         return reserved | {uid for uid, pod in ours.items() if pod.alive}
+
+    def touched(self) -> list[Seen]:
+        """Return the slices that may be others than when this was asked last."""
+        found = [self.seen[one] for one in self._touched if one in self.seen]
+        self._touched.clear()
+        return found
 
     def pods_of(self, key: Key) -> list[PodInfo]:
         """Return the pods with the label of a claim."""
