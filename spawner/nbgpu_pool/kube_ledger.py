@@ -31,6 +31,8 @@ TRIES = 5
 STRANGERS_SECONDS = 10.0
 LOST_SECONDS = 5.0
 """How long a pod may be without its claim before that is told: one watch may be ahead of the other."""
+FRESH_SECONDS = 0.5
+"""How often it is looked whether another snapshot is wanted though nothing has changed."""
 GATHER_SECONDS = 0.02
 """What changes within so long becomes one snapshot."""
 BUSY_SHARE = 4.0
@@ -326,7 +328,9 @@ class KubeLedger:
                     whole = False
                     if not fresh():
                         await asyncio.sleep(max(GATHER_SECONDS, BUSY_SHARE * (time.monotonic() - begun)))
-                        await self._changed.wait()
+                    while not self._changed.is_set() and not fresh():
+                        with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+                            await asyncio.wait_for(self._changed.wait(), FRESH_SECONDS)
                     await asyncio.sleep(0)
                     continue
                 if not told_away and any(one.away is not None for one in self._all):

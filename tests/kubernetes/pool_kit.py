@@ -30,7 +30,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from nbgpu.claim_limits import in_force, shares
-from nbgpu.claims import DRIVER, MOVE_LABEL, SLICE_LABEL, claim_name, device_name, resource_slice
+from nbgpu.claims import DRIVER, MOVE_LABEL, SLICE_LABEL, claim_name, device_name, parse_quantity, resource_slice
 from nbgpu.kube import Conflict, Json, Kube, NotFound, path
 from nbgpu.kube_reflector import Reflector
 from nbgpu.models import Device
@@ -280,11 +280,12 @@ class Place:
         until(lambda: not self.claims(), 30, "for the claims to go")
         until(lambda: not self.do(self.kube.list(path("v1", "pods", self.namespace))).items, 30, "for the pods to go")
 
-    def consumed(self, request_id: str) -> dict[str, Any]:
+    def consumed(self, request_id: str) -> tuple[int, int]:
         """Return what kube-scheduler counts of a claim's first device."""
         claim = self.claim(request_id)
         assert claim is not None
-        return claim["status"]["allocation"]["devices"]["results"][0]["consumedCapacity"]
+        found = claim["status"]["allocation"]["devices"]["results"][0]["consumedCapacity"]
+        return parse_quantity(found["memory"]), parse_quantity(found["compute"])
 
     def fill(self, node: str, cpu: str) -> str:
         """Take a node's CPU away with a pod without a GPU; return its name."""

@@ -98,7 +98,7 @@ def test_a_claim_reserved_for_a_pod_that_is_gone(place: Place, tmp_path: Path) -
     used = (place.claim(request) or {})["status"]["reservedFor"]
     place.do(place.kube.patch(f"{there}/status", {"status": {"reservedFor": [*used, ghost]}}))
     place.delete_pod(request)
-    until(lambda: place.claim(request) is None, 40, pool.log)
+    until(lambda: place.claim(request) is None, 40, lambda: f"{place.claim(request)}\n{pool.log()}")
     until(lambda: pool.state(request) == "gone")
     check(place, pool, [])
 
@@ -148,7 +148,8 @@ def test_availability_while_the_api_server_is_away(place: Place, tmp_path: Path,
     until(lambda: looked()[0] == "wait", 10)
     assert looked()[1].startswith("free now, as of ")
     assert "The Kubernetes API server does not answer at the moment" in looked()[1]
-    waiting = pool.http.post("/v1/requests", json=pool.request(new_id(), "bob"))
+    bob = new_id()
+    waiting = pool.http.post("/v1/requests", json=pool.request(bob, "bob"))
     assert waiting.status_code in (200, 503)
     assert "does not answer" in waiting.text
     until(lambda: not pool.ready(), 20)  # its lease has run out
@@ -159,4 +160,6 @@ def test_availability_while_the_api_server_is_away(place: Place, tmp_path: Path,
     assert "API server does not answer" in refused.json()["error"]["message"]
     gateway.open()
     until(lambda: pool.ready() and looked() == ("free", "free now"), 40, pool.log)
+    until(lambda: pool.state(bob) == "reserved")
+    pool.give_back(bob)
     check(place, pool, [request])
