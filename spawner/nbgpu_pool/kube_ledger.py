@@ -196,6 +196,7 @@ class KubeLedger:
         limits = Limits(
             devices={one.uuid: Limit(memory_bytes=one.memory_bytes, compute_milli=one.compute_milli) for one in wanted.devices},
             mode=wanted.mode,
+            number=time.time_ns() // 1_000_000,
         )
         there = _claim_path(wanted.namespace or "", wanted.slice_id)
         version: str | None = None

@@ -337,6 +337,7 @@ class View:
     def claim_changed(self, key: Key, new: ClaimInfo | None) -> None:
         """Take over a ResourceClaim."""
         old = self.claims.pop(key, None)
+        carried = old is not None and new is not None and old.uid == new.uid and _id_of(old) in self.carried
         if old is not None and old.claim is not None and self.ids.get(old.claim.slice.slice_id) == key:
             self._forget(old.claim.slice.slice_id)
         self.unowned.discard(key)
@@ -353,6 +354,8 @@ class View:
             (self._unread.add if unread else self._unread.discard)(key)
         if new is not None:
             self.claims[key] = new
+            if carried:
+                self.carried.add(_id_of(new))
             if new.moves_to is not None:
                 self.notes[new.moves_to.slice_id] = key
             self._look(key)
@@ -479,6 +482,10 @@ def _peek(thing: Json) -> list[Key]:
         return []
     ours = [cast("Json", one) for one in results if isinstance(one, dict) and cast("Json", one).get("driver") == DRIVER]
     return [(str(one.get("pool")), str(one.get("device"))) for one in ours]
+
+
+def _id_of(info: ClaimInfo) -> str:
+    return info.claim.slice.slice_id if info.claim is not None else ""
 
 
 def _has_limits(thing: Json) -> bool:
