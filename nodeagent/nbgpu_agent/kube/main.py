@@ -59,6 +59,10 @@ class Kubernetes:
         (runtime / "slices").chmod(0o700)
         self._plugin = Plugin(options.kubelet_dir, runtime, os.environ.get("POD_UID") or uuid.uuid4().hex[:12])
 
+    def ready(self) -> bool:
+        """Return whether the kubelet knows this agent: the one before it may end."""
+        return self._plugin.registered.is_set()
+
     async def wait_for_lock(self, lock: RuntimeLock, ended: asyncio.Event) -> bool:
         """Wait until the runtime directory is this agent's; False when it is to end before.
 
