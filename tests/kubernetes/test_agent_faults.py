@@ -60,7 +60,7 @@ def test_killed_anywhere_in_prepare_and_unprepare(node: Node, place: Place) -> N
 
     def next_agent(point: str) -> None:
         node.launch(env={"NBGPU_MARK": f"{point}:1"} if point else {})
-        node.wait_ready()
+        node.wait_ready(or_killed=True)  # the kubelet may be quicker
 
     def killed_at(point: str) -> None:
         assert node.process is not None
@@ -74,6 +74,8 @@ def test_killed_anywhere_in_prepare_and_unprepare(node: Node, place: Place) -> N
     for point, following in zip(PREPARE, (*PREPARE[1:], UNPREPARE[0]), strict=True):
         killed_at(point)
         next_agent(following)
+        if node.process.poll() is not None:
+            continue
         there = len(node.slices()), len(node.cdi_specs())
         # halves are gone or whole once an agent is there again
         assert there == ((1, 1) if point in ("prepare-sliced", "prepare-done") else (0, 0)), point

@@ -40,7 +40,7 @@ def device(index: int = 0, **more: Any) -> Device:
         f"/kubelet/kubepods/pod{UID}/c",
         f"/kubepods.slice/kubepods-pod{UID.replace('-', '_')}.slice/cri-containerd-0123.scope",
         f"/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-burstable.slice/kubelet-kubepods-burstable-pod{UID.replace('-', '_')}.slice/x",
-        f"/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{UID.replace('-', '_')}.slice/crio-01.scope/pod{OTHER}",
+        f"/kubepods.slice/kubepods-besteffort-pod{UID.replace('-', '_')}.slice/crio-01.scope/pod{OTHER}",
     ],
 )
 def test_the_pod_of_a_cgroup(path: str) -> None:
