@@ -224,7 +224,7 @@ def in_force(held: Iterable[Share]) -> dict[str, Limit]:
 
 
 def wanted_of(held: Iterable[Share], wanted: Wanted | None) -> dict[str, Limit]:
-    """Return the limits that the pool wants by device uuid: as allocated where it has not said otherwise, or of a device that is not held."""
+    """Return the limits that the pool wants by device uuid: as allocated where it has not said otherwise."""
     asked = wanted.limits.devices if wanted is not None else {}
     return {uuid: asked.get(uuid, limit) for uuid, limit in _by_device((one.uuid, one.consumed) for one in held).items()}
 
@@ -242,7 +242,7 @@ def is_refused(held: Iterable[Share], wanted: Wanted | None) -> bool:
 
 
 def counted(held: Iterable[Share], booked: Wanted | None = None) -> dict[str, Limit]:
-    """Return what a claim counts by device uuid: what is in force and, where a growth is being booked, the larger of that and what is wanted.
+    """Return what a claim counts by device: what is in force or, where a growth is being booked, the larger of that and what is wanted.
 
     The pool's books always count with `booked`, the capacity that the agent publishes only from when it begins with the growth.
     """
@@ -269,7 +269,7 @@ class Capacity:
 
 
 def published(usable_bytes: int, held: Iterable[tuple[Limit, Limit]]) -> Capacity:
-    """Return the capacity to publish of a device: what it has, plus what its claims hold less than was allocated, minus what they hold more.
+    """Return the capacity to publish of a device: what it has, plus what its claims hold less than allocated, minus what they hold more.
 
     Parameters
     ----------

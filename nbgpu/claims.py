@@ -28,8 +28,12 @@ SLICE_LABEL = "nbgpu.io/slice"
 """On a claim and its pod: the request id, which is the slice id."""
 HUB_LABEL = "nbgpu.io/hub"
 """On a claim: the hub's name as far as a label can hold it."""
+MOVE_LABEL = "nbgpu.io/move"
+"""On a note that a claim is being moved: the request id; as an annotation: where to."""
 OWNER_ANNOTATION = "nbgpu.io/owner"
 MANAGED_BY = {"app.kubernetes.io/managed-by": "nbgpu"}
+COMING = "coming:"
+"""How the names of nodes begin that have to be started first, and the UUIDs of their devices; no real one has a colon there."""
 DEVICES_PER_SLICE_OBJECT = 64
 """Devices in one ResourceSlice; a node has no more."""
 FOREIGN_HUB = "kubernetes"
@@ -145,6 +149,11 @@ class _Object(_Loose):
         return [one for one in found if one.get("kind") == PARAMETERS["kind"]]
 
 
+class _Move(_Loose):
+    slice: Slice
+    seal: str
+
+
 class _PublishedDevice(_Loose):
     attributes: dict[str, dict[str, Any]]
     taints: tuple[Json, ...] = ()
@@ -192,6 +201,11 @@ def claim_name(request_id: str) -> str:
 def device_name(uuid: str) -> str:
     """Return the name of a device in ResourceSlices: its UUID as a DNS label."""
     return re.sub(r"[^a-z0-9-]+", "-", uuid.lower()).strip("-")[:63]
+
+
+def is_coming(name: str) -> bool:
+    """Return whether a node, or a device, of that name has to be started first."""
+    return name.startswith(COMING)
 
 
 def parse_quantity(value: object) -> int:
@@ -331,22 +345,71 @@ def claim_for(wanted: Slice, key: bytes) -> Json:
             "devices": {
                 "requests": [_request(number, part) for number, part in enumerate(wanted.devices)],
                 "config": [{"opaque": {"driver": DRIVER, "parameters": parameters}}],
+                **(_distinct() if len(wanted.devices) > 1 and is_coming(wanted.node) else {}),
             }
         },
     }
 
 
+def _distinct() -> Json:
+    return {"constraints": [{"distinctAttribute": f"{DRIVER}/uuid"}]}
+
+
 def _request(number: int, part: SliceDevice) -> Json:
+    # of a node that has to be started first nobody knows the devices: an autoscaler compares what one like it would have
+    name, value = ("model", part.model[:64]) if is_coming(part.uuid) else ("uuid", part.uuid)
     return {
         "name": f"gpu-{number}",
         "exactly": {
             "deviceClassName": DRIVER,
             "allocationMode": "ExactCount",
             "count": 1,
-            "selectors": [{"cel": {"expression": f'device.attributes["{DRIVER}"].uuid == "{part.uuid}"'}}],
+            "selectors": [{"cel": {"expression": f'device.attributes["{DRIVER}"].{name} == {json.dumps(value)}'}}],
             "capacity": {"requests": {"memory": str(part.memory_bytes), "compute": str(part.compute_milli)}},
         },
     }
+
+
+def move_name(request_id: str) -> str:
+    """Return the name of the note that a claim is being moved."""
+    return f"{claim_name(request_id)}-move"
+
+
+def move_note(to: Slice, key: bytes) -> Json:
+    """Return the note that the claim of a slice is being deleted and made again at another place: a claim that asks for nothing.
+
+    Whoever finds it and no claim makes that of `to`.
+    """
+    name = move_name(to.slice_id)
+    told = {"slice": to.model_dump(mode="json"), "seal": seal(to.namespace or "", name, to, key)}
+    return {
+        "apiVersion": API_VERSION,
+        "kind": "ResourceClaim",
+        "metadata": {
+            "name": name,
+            "namespace": to.namespace,
+            "labels": {**MANAGED_BY, MOVE_LABEL: to.slice_id},
+            "annotations": {MOVE_LABEL: json.dumps(told, sort_keys=True)},
+        },
+        "spec": {"devices": {}},
+    }
+
+
+def read_move(claim: Json, key: bytes | None) -> Slice | None:
+    """Return where a note says that a slice goes; None where it is no note of the pool's."""
+    meta = claim.get("metadata")
+    annotations = cast("Json", meta).get("annotations") if isinstance(meta, dict) else None
+    text = cast("Json", annotations).get(MOVE_LABEL) if isinstance(annotations, dict) else None
+    if key is None or not isinstance(text, str):
+        return None
+    try:
+        told = _Move.model_validate_json(text)
+    except ValidationError:
+        return None
+    where = _Meta.model_validate({name: str(cast("Json", meta).get(name, "")) for name in ("name", "namespace")})
+    fits = told.slice.namespace == where.namespace and move_name(told.slice.slice_id) == where.name
+    good = hmac.compare_digest(seal(where.namespace, where.name, told.slice, key).encode(), told.seal.encode("utf-8", "replace"))
+    return told.slice if fits and good else None
 
 
 def as_body(thing: Json) -> bytes:
