@@ -19,6 +19,7 @@ from nbgpu_agent.kube.publisher import _covers
 from nbgpu_agent.simulated import Machine
 
 UID = "12345678-1234-abcd-9876-0123456789ab"
+UNDER = UID.replace("-", "_")
 OTHER = "aaaaaaaa-1234-abcd-9876-0123456789ab"
 GIB = 1024**3
 
@@ -38,9 +39,9 @@ def device(index: int = 0, **more: Any) -> Device:
         f"/kubepods/besteffort/pod{UID}/0123abcd",
         f"/kubepods/burstable/pod{UID}",
         f"/kubelet/kubepods/pod{UID}/c",
-        f"/kubepods.slice/kubepods-pod{UID.replace('-', '_')}.slice/cri-containerd-0123.scope",
-        f"/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-burstable.slice/kubelet-kubepods-burstable-pod{UID.replace('-', '_')}.slice/x",
-        f"/kubepods.slice/kubepods-besteffort-pod{UID.replace('-', '_')}.slice/crio-01.scope/pod{OTHER}",
+        f"/kubepods.slice/kubepods-pod{UNDER}.slice/cri-containerd-0123.scope",
+        f"/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-burstable.slice/kubelet-kubepods-burstable-pod{UNDER}.slice/x",
+        f"/kubepods.slice/kubepods-besteffort-pod{UNDER}.slice/crio-01.scope/pod{OTHER}",
     ],
 )
 def test_the_pod_of_a_cgroup(path: str) -> None:

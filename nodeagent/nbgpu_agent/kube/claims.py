@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -88,6 +88,8 @@ class NodeClaims:
         self.key = key
         self._foreign = foreign
         self.lock = asyncio.Lock()
+        self.prepared: Callable[[str], None] = lambda _: None
+        """Told the uid of each claim that has just been prepared: other limits may be wanted of it by now."""
 
     def devices(self) -> Mapping[tuple[str, str], Device]:
         """Return this node's devices as allocations name them."""
@@ -132,7 +134,9 @@ class NodeClaims:
                 claim = await self._get(namespace, name, uid)
                 mark("prepare-begin")
                 async with self.lock:
-                    return await self._prepare(claim)
+                    parts = await self._prepare(claim)
+                self.prepared(uid)
+                return parts
             except NbgpuError as error:
                 entry = self.checkpoint.claims.get(uid)
                 if isinstance(error, Unavailable) and entry is not None and self.live(uid) is not None:

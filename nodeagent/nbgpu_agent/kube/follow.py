@@ -53,6 +53,7 @@ class Follower:
         self._due: dict[str, Json] = {}
         self._gone_since: dict[str, float] = {}
         self._wake = asyncio.Event()
+        claims.prepared = self._again
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
