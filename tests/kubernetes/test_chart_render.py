@@ -83,7 +83,9 @@ def test_each_part_may_do_what_it_does_and_no_more() -> None:
     assert verbs(objects, "ClusterRole", "nbgpu-pool-claims") == {"resourceclaims": ["create", "patch", "delete"]}
     assert verbs(objects, "ClusterRole", "nbgpu-agent") == {
         "resourceclaims": ["get", "list", "watch"],
-        "resourceslices": ["get", "list", "watch", "create", "update", "patch", "delete"],
+        "resourceclaims/status": ["patch"],
+        "resourceclaims/driver": ["associated-node:patch"],
+        "resourceslices": ["get", "list", "watch", "create", "update"],
         "nodes": ["get"],
         "events": ["create", "patch"],
     }
@@ -100,11 +102,24 @@ def test_the_pool_needs_nothing_of_the_node_and_the_agent_names_what_it_needs() 
     assert not [volume for volume in pool["volumes"] if "hostPath" in volume]
     agent = pick(objects, "DaemonSet", "nbgpu-agent")["spec"]["template"]["spec"]
     assert sorted(volume["hostPath"]["path"] for volume in agent["volumes"] if "hostPath" in volume) == [
-        "/run/nbgpu", "/var/lib/kubelet/plugins", "/var/lib/kubelet/plugins_registry", "/var/run/cdi",
+        "/etc/cdi", "/run/nbgpu", "/var/lib/kubelet/plugins", "/var/lib/kubelet/plugins_registry", "/var/run/cdi",
     ]  # fmt: skip
     [shared] = [mount for mount in agent["containers"][0]["volumeMounts"] if "mountPropagation" in mount]
     assert (shared["mountPath"], shared["mountPropagation"]) == ("/run/nbgpu", "Bidirectional")
     assert "hostNetwork" not in agent
+    [cdi] = [mount for mount in agent["containers"][0]["volumeMounts"] if mount["mountPath"] == "/etc/cdi"]
+    assert cdi["readOnly"]
+
+
+def test_agents_are_updated_side_by_side_and_scraped_on_request() -> None:
+    objects = render()
+    assert pick(objects, "DaemonSet", "nbgpu-agent")["spec"]["updateStrategy"]["rollingUpdate"] == {"maxSurge": "10%", "maxUnavailable": 0}
+    assert not [one for one in objects if one["kind"] == "PodMonitor"]
+    assert "ingress" not in pick(objects, "NetworkPolicy", "nbgpu-agent")["spec"]
+    watched = render({"agent.podMonitor": {"enabled": True, "namespaceSelector": {"team": "sre"}}})
+    assert pick(watched, "PodMonitor", "nbgpu-agent")["spec"]["podMetricsEndpoints"][0]["port"] == "metrics"
+    [rule] = pick(watched, "NetworkPolicy", "nbgpu-agent")["spec"]["ingress"]
+    assert rule["from"] == [{"namespaceSelector": {"matchLabels": {"team": "sre"}}}]
 
 
 def test_where_the_agent_gets_the_driver_from() -> None:
