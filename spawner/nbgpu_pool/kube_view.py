@@ -295,6 +295,11 @@ class View:
         runs = (pod for pod in self.pods_of(key) if pod.running and not pod.deleting and pod.uid in used)
         return next((pod for pod in runs if pod.uid not in info.owners), None)
 
+    def age_seconds(self, key: Key) -> float:
+        """Return how old a claim is."""
+        info = self.claims[key]
+        return max(0.0, self._now() - _unix(info.claim.created)) if info.claim is not None else 0.0
+
     def _state(self, key: Key, claim: Claim) -> str:
         if claim.deleting:
             return "releasing"
