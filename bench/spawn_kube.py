@@ -2,8 +2,9 @@
 
 ``python bench/spawn_kube.py [--quick] [--json] [--spawns 60] [--nodes 50] [--devices 4] [--pods stand-in]``
 
-* Two real JupyterHubs, alike but for the spawner: KubeSpawner and KubeGPUSpawner with a real pool. `added_p50_ms`, `added_p95_ms`: single
-  starts of both in turn, each from the POST until the hub has had the server's answer; differences of the medians and of the 95th percentiles.
+* Two real JupyterHubs, alike but for the spawner: KubeSpawner and KubeGPUSpawner with a real pool. `added_p50_ms`, `added_p95_ms`:
+  single starts of both in turn, each from the POST until the hub has had the server's answer; differences of the medians and of the
+  95th percentiles.
   Hubs look for a pod and its server with random back-offs of up to 5 s; here both look every 20 ms, so that chance does not decide.
 * `pool_p50_ms`: what of a start its hub waited for the pool: all its calls together (the pool in turn waits for the API server).
 * With an agent on the cluster's node the pods are real (`pods: real`): a container with a light server, the slice prepared by the agent.
@@ -46,10 +47,13 @@ import functools
 import jupyterhub.utils
 jupyterhub.utils.exponential_backoff = functools.partial(jupyterhub.utils.exponential_backoff, start_wait=0.02, scale_factor=1)
 """
-EXTRA = LOOK + """
+EXTRA = (
+    LOOK
+    + """
 c.JupyterHub.log_level = "WARN"
 c.JupyterHub.tornado_settings = {"slow_spawn_timeout": 120}
 """
+)
 TIMED = """
 import time
 import nbgpu_spawner.client as pool_client
@@ -175,8 +179,9 @@ def on_real_node(stack: ExitStack, options: argparse.Namespace, place: HubPlace)
 
 def spawner(number: int, place: HubPlace, pool: Pool) -> Any:
     """Return one user's spawner, with as much of a hub around it as it needs."""
-    from nbgpu_spawner.kube import KubeGPUSpawner
     from traitlets.config import Config
+
+    from nbgpu_spawner.kube import KubeGPUSpawner
 
     config = Config({
         "KubeGPUSpawner": {
@@ -285,7 +290,9 @@ def main() -> int:
     parser.add_argument("--spawns", type=int, help="single starts of each spawner (60; quick: 15)")
     parser.add_argument("--nodes", type=int, default=50, help="nodes of the burst (50)")
     parser.add_argument("--devices", type=int, default=4, help="devices of each (4)")
-    parser.add_argument("--pods", choices=["auto", "stand-in", "real"], default="auto", help="of the single starts (auto: real where an agent can run)")
+    parser.add_argument(
+        "--pods", choices=["auto", "stand-in", "real"], default="auto", help="of the single starts (auto: real where an agent can run)"
+    )
     options = parser.parse_args()
     options.spawns = options.spawns or (15 if options.quick else 60)
     if not os.environ.get("KUBECONFIG") or proxy_command() is None:

@@ -95,9 +95,7 @@ class HubPlace(Place):
         elif user not in self.pending:
             with contextlib.suppress(NotFound, Conflict):
                 address = self.silence if user in self.deaf else self.address
-                await self.kube.patch(
-                    path("v1", "pods", *key, "status"), {"status": running(pod, address)}, uid=pod["metadata"]["uid"]
-                )
+                await self.kube.patch(path("v1", "pods", *key, "status"), {"status": running(pod, address)}, uid=pod["metadata"]["uid"])
 
     # -- a user's pod
 
@@ -207,7 +205,11 @@ def profiles() -> list[Json]:
         {"slug": "quarter", "display_name": "A quarter of a GPU", "kubespawner_override": quarter},
         {"slug": "half", "display_name": "Half a GPU", "kubespawner_override": {"gpu_fraction": 0.5}},
         {"slug": "whole", "display_name": "A whole GPU", "kubespawner_override": {"gpu_fraction": 1}},
-        {"slug": "hasty", "display_name": "Little patience", "kubespawner_override": {**quarter, "start_timeout": 5, "gpu_wait_timeout": 1}},
+        {
+            "slug": "hasty",
+            "display_name": "Little patience",
+            "kubespawner_override": {**quarter, "start_timeout": 5, "gpu_wait_timeout": 1},
+        },
         {"slug": "curt", "display_name": "Little patience with servers", "kubespawner_override": {**quarter, "http_timeout": 2}},
         {"slug": "big", "display_name": "Much CPU", "kubespawner_override": {**quarter, "cpu_guarantee": 100}},
         {
@@ -297,7 +299,7 @@ def consistent(place: HubPlace, pool: Pool, hub: Hub | None = None, seconds: flo
     deadline = time.monotonic() + seconds
     while True:
         for uuid, (memory, milli) in place.held().items():
-            assert memory <= 80 * GIB and milli <= 1000, f"{uuid}: {memory} bytes, {milli} milli-GPU"
+            assert max(memory / (80 * GIB), milli / 1000) <= 1, f"{uuid}: {memory} bytes, {milli} milli-GPU"
         found = differences(place, pool, hub)
         if not found:
             return place.claimed()

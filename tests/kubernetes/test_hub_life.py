@@ -10,7 +10,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hub_kit import Fault, HubPlace, KubeHub, clean, consistent, gateway_of_hub, until
@@ -266,7 +265,9 @@ def test_a_container_that_ends(hub: KubeHub, place: HubPlace, pool: Pool) -> Non
     pod = place.pod_of("ada")
     assert pod is not None
     ended = {"terminated": {"exitCode": 0, "reason": "Completed"}}
-    place.set_status(pod, {"phase": "Succeeded", "containerStatuses": [{**pod["status"]["containerStatuses"][0], "ready": False, "state": ended}]})
+    place.set_status(
+        pod, {"phase": "Succeeded", "containerStatuses": [{**pod["status"]["containerStatuses"][0], "ready": False, "state": ended}]}
+    )
     hub.gone("ada", 20)
     until(lambda: place.pods() == [], 10, "the hub deletes it")
     assert consistent(place, pool, hub) == set()
@@ -307,7 +308,11 @@ def test_a_pod_that_shows_up_while_it_is_made(hub: KubeHub, place: HubPlace, poo
 
     def other() -> None:
         pod = {
-            "metadata": {"name": "jupyter-ada", "labels": {"component": "singleuser-server"}, "annotations": {"hub.jupyter.org/username": "x"}},
+            "metadata": {
+                "name": "jupyter-ada",
+                "labels": {"component": "singleuser-server"},
+                "annotations": {"hub.jupyter.org/username": "x"},
+            },
             "spec": {"containers": [{"name": "notebook", "image": "localhost/none:1"}], "nodeSelector": {"nobody": "has"}},
         }
         place.do(place.kube.create(path("v1", "pods", place.namespace), pod))

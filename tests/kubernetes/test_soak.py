@@ -163,8 +163,9 @@ class Soak:
         begun = time.monotonic()
         done = 0
         try:
-            for done in range(1, steps + 1):
+            while done < steps:
                 self.step()
+                done += 1
         finally:
             failed = {name: one.failed for name, one in self.weather.items()}
             print(f"{done} steps in {time.monotonic() - begun:.0f} s; calls that were made to fail: {failed}")

@@ -17,9 +17,9 @@ from kubespawner import KubeSpawner
 from kubespawner.objects import make_pod
 from traitlets.config import Config
 
+from nbgpu.claims import claim_name
 from nbgpu.errors import Unavailable
 from nbgpu.models import Grant, GrantState, Launch, LaunchGrant, Owner, Request, Slice, SliceDevice
-from nbgpu.claims import claim_name
 from nbgpu_spawner.kube import KubeGPUSpawner
 from nbgpu_spawner.pod import carried_by, lives, name_slice, why_unscheduled, with_slice
 
