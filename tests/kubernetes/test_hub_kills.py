@@ -54,6 +54,7 @@ def hub(place: HubPlace, pool: Pool, gateway: Gateway, tmp_path_factory: pytest.
     hub.add("ada", "grace")
     yield hub
     hub.end()
+    print(pool.log()[-5000:], hub.story(), sep="\n")  # shown when the last test has failed
     clean(place)
 
 

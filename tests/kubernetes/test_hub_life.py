@@ -57,6 +57,7 @@ def hub(
     hub.add(*USERS)
     yield hub
     hub.end()
+    print(pool.log()[-5000:], hub.story(), sep="\n")  # shown when the last test has failed
     clean(place)
 
 
