@@ -68,6 +68,16 @@ class HubPlace(Place):
             self._web.shutdown()
             self._web.server_close()
 
+    def wait_for_rules(self, seconds: float = 240) -> None:
+        """Wait while an installation of the chart's tests on this cluster has its admission rules in force: they let its own hub alone."""
+        there = path("admissionregistration.k8s.io/v1", "validatingadmissionpolicies")
+
+        def ruled() -> bool:
+            found = self.do(self.kube.list(there)).items
+            return any(one["metadata"]["name"].startswith("nbgpu") and one["metadata"]["name"].endswith("-pods") for one in found)
+
+        until(lambda: not ruled(), seconds, "for another installation's admission rules to go")
+
     async def _make_account(self) -> None:
         create, where = self.kube.create, self.namespace
         await create(path("v1", "serviceaccounts", where), {"metadata": {"name": "hub"}})

@@ -61,6 +61,7 @@ def hub(place: HubPlace, pool: Pool, gateway: Gateway, tmp_path_factory: pytest.
 @pytest.fixture(autouse=True)
 def agreed(place: HubPlace, pool: Pool, hub: KubeHub) -> Iterator[None]:
     """Everything agrees after each test, a start goes well, and nothing is left of it."""
+    place.wait_for_rules()
     yield
     place.pending.clear()
     consistent(place, pool, hub)

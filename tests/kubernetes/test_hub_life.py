@@ -64,6 +64,7 @@ def hub(
 @pytest.fixture(autouse=True)
 def agreed(place: HubPlace, pool: Pool, hub: KubeHub) -> Iterator[None]:
     """Everything agrees after each test, and again when all servers are stopped."""
+    place.wait_for_rules()
     yield
     place.pending.clear()
     place.deaf.clear()
