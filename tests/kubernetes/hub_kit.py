@@ -40,6 +40,8 @@ Z2JH_RULES: list[Json] = [
 ]
 USER_ANNOTATION = "hub.jupyter.org/username"
 PORT = 8888
+COMPILED = {"PYTHONDONTWRITEBYTECODE": ""}
+"""Of a process that is started often: Kubernetes' models are 1,500 modules, which take 5 s of CPU each time that nobody keeps them."""
 
 
 class HubPlace(Place):
@@ -260,7 +262,7 @@ class KubeHub(Hub):
         kubeconfig = folder / "kubeconfig"
         kubeconfig.write_text(json.dumps(kubeconfig_for(f"http://127.0.0.1:{gateway.port}")))
         more = CONFIG.format(told=json.dumps(told), spawner_class="kubespawner.KubeSpawner", extra=extra)
-        super().__init__(folder, more, python, environment={"KUBECONFIG": str(kubeconfig)})
+        super().__init__(folder, more, python, environment={"KUBECONFIG": str(kubeconfig), **COMPILED})
 
     def story(self) -> str:
         """Return the end of its log, without the questions of the test."""

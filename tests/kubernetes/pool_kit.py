@@ -377,6 +377,7 @@ class Pool:
             Path(kubeconfig).write_text(json.dumps({"apiVersion": "v1", "kind": "Config", **told}))
         self.env = {
             **os.environ, "KUBECONFIG": kubeconfig, "TEST_TOKEN": TOKEN, "NBGPU_NAMESPACE": place.namespace,
+            "PYTHONDONTWRITEBYTECODE": "",
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "spawner")]),
         }  # fmt: skip
         self.http = httpx.Client(
