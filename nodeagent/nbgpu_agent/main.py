@@ -91,6 +91,7 @@ def run(options: Options) -> int:
     logs.set_up(options.log_level, "%(asctime)s %(levelname)s agent: %(message)s")
     # What tenants send must not fill the log.
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     os.umask(0o022)
     try:
         asyncio.run(_serve(options))
