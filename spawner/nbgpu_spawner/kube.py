@@ -119,7 +119,7 @@ class KubeGPUMixin(_Mixed):
 
     def gpu_patience_seconds(self) -> float:
         """Return how long a start waits for a pool that is away: in a cluster it may be on its way to another node."""
-        return min(PATIENCE_SECONDS, max(10.0, self.start_timeout / 3))
+        return min(PATIENCE_SECONDS, max(10.0, self.start_timeout / 2))
 
     def gpu_got(self, wish: Wish, grant: Grant) -> str:
         """Return what a user reads once there is a slice."""

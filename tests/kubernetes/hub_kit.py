@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 from pool_kit import GIB, RESOURCE, TOKEN, Gateway, Place, Pool, until
 
 from nbgpu.claims import SLICE_LABEL
@@ -264,6 +265,15 @@ class KubeHub(Hub):
         more = CONFIG.format(told=json.dumps(told), spawner_class="kubespawner.KubeSpawner", extra=extra)
         super().__init__(folder, more, python, environment={"KUBECONFIG": str(kubeconfig), **COMPILED})
 
+    def stop_aside(self, user: str) -> None:
+        """Stop a user's server without waiting for the answer."""
+
+        def ask() -> None:
+            with contextlib.suppress(httpx.HTTPError):
+                self.api("DELETE", f"users/{user}/server")
+
+        threading.Thread(target=ask, daemon=True).start()
+
     def story(self) -> str:
         """Return the end of its log, without the questions of the test."""
         return "\n".join([line for line in self.log.read_text().splitlines() if "200 GET /hub/api/users" not in line][-150:])
@@ -319,7 +329,12 @@ def consistent(place: HubPlace, pool: Pool, hub: Hub | None = None, seconds: flo
         found = differences(place, pool, hub)
         if not found:
             return place.claimed()
-        assert time.monotonic() < deadline, "; ".join(found) + "\n" + pool.log()[-3000:] + (hub.story() if isinstance(hub, KubeHub) else "")
+        claims = [
+            {"name": one["metadata"]["name"], **one["metadata"], "managedFields": 0, "status": one.get("status")} for one in place.claims()
+        ]
+        assert time.monotonic() < deadline, (
+            "; ".join(found) + f"\n{claims}\n" + "\n" + pool.log()[-3000:] + (hub.story() if isinstance(hub, KubeHub) else "")
+        )
         time.sleep(0.1)
 
 
