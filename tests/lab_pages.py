@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import re
+from typing import Protocol
 
-from conftest import Hub
 from playwright.sync_api import Browser, Locator, Page, expect
 
 SECOND = 1000
+
+
+class Site(Protocol):
+    """A hub that people log in to, all with one password."""
+
+    @property
+    def url(self) -> str: ...
+    @property
+    def password(self) -> str: ...
+
+
 expect.set_options(timeout=30 * SECOND)
 
 
-def log_in(chromium: Browser, hub: Hub, user: str) -> Page:
+def log_in(chromium: Browser, hub: Site, user: str) -> Page:
     """Return a page of `user` at the start page."""
     page = chromium.new_context(viewport={"width": 1400, "height": 900}).new_page()
     page.set_default_timeout(60 * SECOND)
@@ -38,7 +49,7 @@ def in_lab(page: Page) -> None:
     expect(page.locator("#jp-main-statusbar")).to_contain_text("| Idle", timeout=120 * SECOND)
 
 
-def stop(page: Page, hub: Hub) -> None:
+def stop(page: Page, hub: Site) -> None:
     """Stop the server from the hub's home page, as its user does."""
     page.goto(hub.url + "/hub/home")
     page.click("#stop")
