@@ -26,7 +26,10 @@ INSTALLATIONS: dict[str, dict[str, Any]] = {
             {"name": "two", "namespace": "hub-two", "serverNamespaces": ["*"], "serviceAccount": "h", "podSelector": {"a": "b"}},
         ]
     },
-    "watched": {"pool.serviceMonitor": {"enabled": True, "namespaceSelector": {"name": "monitoring"}}},
+    "watched": {
+        "pool.serviceMonitor": {"enabled": True, "namespaceSelector": {"name": "monitoring"}},
+        "agent.metrics": {"enabled": True, "podMonitor": True, "namespaceSelector": {"name": "monitoring"}},
+    },
 }
 
 
@@ -51,6 +54,8 @@ def test_lint_and_render(values: dict[str, Any]) -> None:
         ({"hubs": [{"namespace": "jhub"}]}, "'name'"),
         ({"hubs": [{"name": "My Hub"}]}, "/hubs/0/name"),
         ({"hubs": [{"name": "h", "podSelector": {"app": 1}}]}, "podSelector/app"),
+        ({"agent.metrics": {"podMonitor": True}}, "metrics"),
+        ({"agent.maxSurge": "0%"}, "maxSurge"),
         ({"admission.exemptGroups": ["a' || true || 'b"]}, "exemptGroups"),
     ],
 )
@@ -83,6 +88,8 @@ def test_each_part_may_do_what_it_does_and_no_more() -> None:
     assert verbs(objects, "ClusterRole", "nbgpu-pool-claims") == {"resourceclaims": ["create", "patch", "delete"]}
     assert verbs(objects, "ClusterRole", "nbgpu-agent") == {
         "resourceclaims": ["get", "list", "watch"],
+        "resourceclaims/status": ["patch"],
+        "resourceclaims/driver": ["associated-node:patch"],
         "resourceslices": ["get", "list", "watch", "create", "update", "patch", "delete"],
         "nodes": ["get"],
         "events": ["create", "patch"],
@@ -133,6 +140,35 @@ def test_only_hub_pods_reach_the_pool() -> None:
         ({"kubernetes.io/metadata.name": "hub-two"}, {"a": "b"}),
     ]
     assert policy["spec"]["policyTypes"] == ["Ingress"]
+
+
+def test_metrics_of_agents_are_off_and_then_for_the_monitoring_alone() -> None:
+    def agent(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        objects = render(values)
+        container = pick(objects, "DaemonSet", "nbgpu-agent")["spec"]["template"]["spec"]["containers"][0]
+        return container, pick(objects, "NetworkPolicy", "nbgpu-agent")["spec"]
+
+    container, policy = agent({})
+    assert "ports" not in container
+    assert not [one for one in container["args"] if "metrics" in one]
+    assert policy == {"podSelector": policy["podSelector"], "policyTypes": ["Ingress"]}
+    container, policy = agent(INSTALLATIONS["watched"])
+    assert "--metrics-listen=0.0.0.0:8201" in container["args"]
+    [rule] = policy["ingress"]
+    assert rule == {
+        "ports": [{"port": 8201, "protocol": "TCP"}],
+        "from": [{"namespaceSelector": {"matchLabels": {"name": "monitoring"}}}],
+    }
+    monitor = pick(render(INSTALLATIONS["watched"]), "PodMonitor", "nbgpu-agent")["spec"]
+    assert monitor["podMetricsEndpoints"][0]["port"] == container["ports"][0]["name"]
+
+
+def test_an_upgrade_leaves_no_node_without_an_agent() -> None:
+    daemons = pick(render(), "DaemonSet", "nbgpu-agent")["spec"]
+    assert daemons["updateStrategy"] == {"rollingUpdate": {"maxSurge": "10%", "maxUnavailable": 0}}
+    budget = pick(render(), "PodDisruptionBudget", "nbgpu-pool")["spec"]
+    assert budget["maxUnavailable"] == 1
+    assert "PodDisruptionBudget" not in {one["kind"] for one in render({"pool.replicas": 1})}
 
 
 def test_secrets_are_made_unless_given() -> None:

@@ -1,0 +1,196 @@
+"""The whole line on a cluster, as an administrator installs it and as its users see it: chart, hub, servers and plain pods, all as pods.
+
+One node's GPU is simulated; the kubelet, the scheduler, JupyterHub, JupyterLab and Chromium are real. The chapters share what runs and go
+on from each other, in this order; each step leaves a screenshot in ``shots/``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import browser_kit
+import pytest
+import yaml
+from chart_kit import CHART, ROOT, Api, Json, image, kill, namespace, until
+from lab_pages import CELLS, SECOND, log_in, menu, new_notebook, run_cell, start, without_notices
+from playwright.sync_api import Browser, Page, expect
+from stack_kit import CLAIMS, DEVICE_BYTES, GIB, Stack, stack
+from z2jh_kit import Hub, without_nbgpu
+
+pytestmark = [pytest.mark.kubernetes, pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(600)]
+
+SHOTS = Path(__file__).parent / "shots"
+QUARTER_BYTES = DEVICE_BYTES // 4
+OUT_OF_MEMORY = 2
+EXAMPLE = ROOT / "deploy" / "examples" / "pod-with-a-claim.yaml"
+# nothing but what every Python has: no library of CUDA is in the image
+ASK = """
+import ctypes, json, os, subprocess
+cuda, nvml = ctypes.CDLL("libcuda.so.1"), ctypes.CDLL("libnvidia-ml.so.1")
+context, device, free, total = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
+assert cuda.cuInit(0) == 0 and cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) == 0 and cuda.cuCtxSetCurrent(context) == 0
+def gib(n):
+    return cuda.cuMemAlloc_v2(ctypes.byref(ctypes.c_uint64()), ctypes.c_size_t(int(n * 2**30)))
+def seen():
+    memory, count = (ctypes.c_ulonglong * 3)(), ctypes.c_uint()
+    assert cuda.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)) == 0
+    assert nvml.nvmlInit_v2() == 0 and nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) == 0
+    assert nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device)) == 0 and nvml.nvmlDeviceGetMemoryInfo(device, memory) == 0
+    smi = subprocess.run(["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"], capture_output=True, text=True)
+    return {"driver": total.value, "nvml": memory[0], "smi": int(smi.stdout) << 20, "used": memory[2], "count": count.value}
+"""
+
+
+@pytest.fixture(scope="module")
+def api() -> Api:
+    return Api()
+
+
+@pytest.fixture(scope="module")
+def running(api: Api) -> Iterator[tuple[Stack, Hub]]:
+    with stack(api, pool={"config": {"quotas": {"default": {"limit": 2}}}}) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def nbgpu(running: tuple[Stack, Hub]) -> Stack:
+    return running[0]
+
+
+@pytest.fixture(scope="module")
+def hub(running: tuple[Stack, Hub]) -> Hub:
+    return running[1]
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with browser_kit.chromium(SHOTS) as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def pages() -> dict[str, Page]:
+    """Who has which page open."""
+    return {}
+
+
+def shot(page: Page, name: str) -> None:
+    browser_kit.shot(page, SHOTS, name)
+
+
+def kubectl(*arguments: str) -> str:
+    """Run kubectl as people do; skip where there is none."""
+    program = shutil.which("kubectl")
+    if program is None:
+        pytest.skip("no kubectl on this machine")
+    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+def limit_holds(page: Page) -> None:
+    """Assert that a running notebook may still not pass its limit, and may use what is free below it."""
+    said = run_cell(page, "print(json.dumps([gib(40), gib(0.5), seen()['driver']]))")
+    refused, allowed, total = json.loads(said)
+    assert (refused, allowed, total) == (OUT_OF_MEMORY, 0, QUARTER_BYTES), said
+
+
+def test_a_server_with_a_quarter(chromium: Browser, nbgpu: Stack, hub: Hub, pages: dict[str, Page]) -> None:
+    """Start page, JupyterLab, every way of asking, the limit; the pod is a plain, restricted one."""
+    ada = pages["ada"] = log_in(chromium, hub, "ada")
+    quarter = ada.locator(".nbgpu-row[data-slug=quarter]")
+    expect(quarter).to_contain_text("Free now")
+    expect(quarter).to_contain_text("19.5 GiB, at least a quarter of the GPU's time")
+    shot(ada, "1-start-page")
+    start(ada, "quarter")
+    new_notebook(ada)
+    seen = json.loads(run_cell(ada, ASK + "print(json.dumps(seen()))"))
+    assert (seen["driver"], seen["nvml"], seen["smi"], seen["count"]) == (QUARTER_BYTES,) * 3 + (1,), seen
+
+    expect(ada.locator(".nbgpu-Status")).to_contain_text("of 19.5 GiB")
+    ada.locator(".nbgpu-Status").click()
+    ada.wait_for_selector("#nbgpu-panel:visible")
+    assert run_cell(ada, "print(gib(10), gib(10))") == f"0 {OUT_OF_MEMORY}"
+    notice = ada.locator(".Toastify__toast").filter(has_text="Untitled.ipynb was refused 10 GiB: this server's slice of 19.5 GiB")
+    expect(notice).to_be_visible(timeout=5 * SECOND)
+    expect(ada.locator("#nbgpu-panel tbody").filter(has_text="Untitled.ipynb")).to_contain_text("1 refusal")
+    ada.wait_for_timeout(1200)  # a notice slides in; let the picture be still
+    shot(ada, "2-lab-refused")
+    assert run_cell(ada, "%gpu").count("19.5 GiB")
+
+    nbgpu.check(claims=1)
+    [claim] = nbgpu.claims()
+    pod = hub.server("ada")
+    assert claim["metadata"]["annotations"]["nbgpu.io/owner"] == json.dumps({"hub": nbgpu.hub_name, "server": "", "user": "ada"}, sort_keys=True)
+    assert [one["name"] for one in claim["status"]["reservedFor"]] == [pod["metadata"]["name"]]
+    [container] = pod["spec"]["containers"]
+    assert "hostPath" not in json.dumps(pod["spec"]["volumes"])
+    assert "initContainers" not in pod["spec"]
+    assert {"name": "NVIDIA_VISIBLE_DEVICES", "value": "void"} in container["env"]
+    told = kubectl("get", "resourceclaims", "-A", "-l", "nbgpu.io/slice", "-L", "nbgpu.io/hub")
+    assert re.search(rf"{hub.namespace} +nbgpu-[0-9a-f]{{32}} +allocated,reserved +\S+ +{nbgpu.hub_name}", told), told
+    print(told)
+
+
+def test_a_second_user_and_the_queue(chromium: Browser, nbgpu: Stack, hub: Hub, pages: dict[str, Page]) -> None:
+    """Grace beside Ada on the same GPU sees nothing of her; Lin waits for a whole one, sees where she stands, and leaves."""
+    grace = pages["grace"] = log_in(chromium, hub, "grace")
+    start(grace, "half")
+    lin = log_in(chromium, hub, "lin")
+    whole = lin.locator(".nbgpu-row[data-slug=whole]")
+    expect(whole).not_to_contain_text("Free now", timeout=6 * SECOND)
+    start(lin, "whole")
+    progress = lin.locator("#progress-message")
+    expect(progress).to_contain_text(re.compile("1st|next", re.IGNORECASE))
+    expect(progress).to_contain_text("GPU")
+    shot(lin, "3-in-the-queue")
+    lin.locator("form.nbgpu-leave button:visible").first.click()
+    lin.wait_for_selector("#nbgpu")
+    shot(lin, "4-left-the-queue")
+
+    new_notebook(grace)
+    seen = json.loads(run_cell(grace, ASK + "gib(1)\nprint(json.dumps(seen()))"))
+    assert (seen["driver"], seen["used"]) == (2 * QUARTER_BYTES, GIB + 300 * 2**20)
+    nbgpu.check(claims=2)
+    limit_holds(pages["ada"])
+    lin.context.close()
+
+
+def test_stopping_frees_the_claim(nbgpu: Stack, hub: Hub, pages: dict[str, Page]) -> None:
+    """Grace's half is free when her pod is gone."""
+    grace = pages.pop("grace")
+    grace.goto(hub.url + "/hub/home")
+    grace.click("#stop")
+    grace.wait_for_selector("#stop", state="hidden", timeout=60 * SECOND)
+    nbgpu.check(claims=1)
+    grace.goto(hub.url + "/hub/spawn")
+    expect(grace.locator(".nbgpu-row[data-slug=half]")).to_contain_text("Free now", timeout=10 * SECOND)
+    grace.context.close()
+
+
+@pytest.mark.parametrize("part", ["pool", "agent", "hub"])
+def test_a_part_is_killed_while_a_notebook_runs(nbgpu: Stack, hub: Hub, pages: dict[str, Page], part: str) -> None:
+    """SIGKILL: the notebook goes on inside its limit, what comes back knows everything."""
+    ada = pages["ada"]
+    run_cell(ada, "ticks = 0", waits=True)
+    pod = {"pool": nbgpu.leader, "agent": lambda: nbgpu.pods("agent")[0], "hub": hub.pod}[part]()
+    before = hub.server("ada")["metadata"]["uid"]
+    kill(pod)
+    run_cell(ada, "cuda.cuMemFree_v2(0)\nprint(gib(0.5))")
+    limit_holds(ada)
+    until(f"the {part} to be back", lambda: nbgpu.restarted(pod), 90, nbgpu.log)
+    if part == "hub":
+        hub.rolled_out()
+    nbgpu.settled()
+    limit_holds(ada)
+    assert hub.server("ada")["metadata"]["uid"] == before
+    nbgpu.check(claims=1)
+    if part != "pool":
+        return
+    assert nbgpu.leader()["metadata"]["name"] != pod["metadata"]["name"], "the other replica leads"
