@@ -22,15 +22,15 @@ class Site(Protocol):
 expect.set_options(timeout=30 * SECOND)
 
 
-def log_in(chromium: Browser, hub: Site, user: str) -> Page:
-    """Return a page of `user` at the start page."""
+def log_in(chromium: Browser, hub: Site, user: str, *, lands_on: str = "#nbgpu") -> Page:
+    """Return a page of `user` at the start page, which shows what `lands_on` selects."""
     page = chromium.new_context(viewport={"width": 1400, "height": 900}).new_page()
     page.set_default_timeout(60 * SECOND)
     page.goto(hub.url + "/hub/spawn")
     page.fill("#username_input", user)
     page.fill("#password_input", hub.password)
     page.click("#login_submit")
-    page.wait_for_selector("#nbgpu")
+    page.wait_for_selector(lands_on)
     return page
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import fcntl
 import json
+import subprocess
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -38,12 +39,13 @@ class Stack:
 
     def __init__(self, api: Api):
         self.api = api
-        run = uuid.uuid4().hex[:6]
+        self.run = run = uuid.uuid4().hex[:6]
         self.release = f"nbgpu-{run}"
         self.namespace = f"gpu-{run}"
         self.hub_namespace = f"jhub-{run}"
-        self.marks = {"nbgpu-test/run": run}
         self.hub_name = f"hub-{run}"
+        self.marks = {"nbgpu-test/run": run}
+        """Labels of the run's namespaces: the chart's rules hold there alone."""
         address = node_address(api)
         [self.node] = [
             one["metadata"]["name"]
@@ -100,6 +102,18 @@ class Stack:
             and agents.get("updatedNumberScheduled") == agents.get("numberReady") == agents.get("desiredNumberScheduled") == 1
         )
 
+    def has_image(self, name: str) -> bool:
+        """Return whether the node has an image of this name."""
+        found = self.api.done("GET", f"/api/v1/nodes/{self.node}")["status"].get("images", [])
+        return any(name in one["names"] for one in found)
+
+    def run_in(self, pod: Json, *command: str) -> str:
+        """Return what a command prints in a pod."""
+        where = ["-n", pod["metadata"]["namespace"], pod["metadata"]["name"]]
+        done = subprocess.run(["kubectl", "exec", *where, "--", *command], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
     def resource_slices(self) -> list[Json]:
         """Return what the node's agent has published."""
         found = self.api.done("GET", "/apis/resource.k8s.io/v1/resourceslices")["items"]
@@ -126,7 +140,9 @@ class Stack:
 
     def log(self) -> str:
         """Return the ends of all parts' logs."""
-        ends = [(one, self.api.log(self.namespace, one["metadata"]["name"])[-1500:]) for part in ("pool", "agent") for one in self.pods(part)]
+        ends = [
+            (one, self.api.log(self.namespace, one["metadata"]["name"])[-1500:]) for part in ("pool", "agent") for one in self.pods(part)
+        ]
         return "".join(f"\n--- {one['metadata']['name']} {_state(one)}\n{end}" for one, end in ends)
 
     def pool(self, path: str) -> httpx.Response:
