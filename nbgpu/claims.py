@@ -28,12 +28,18 @@ SLICE_LABEL = "nbgpu.io/slice"
 """On a claim and its pod: the request id, which is the slice id."""
 HUB_LABEL = "nbgpu.io/hub"
 """On a claim: the hub's name as far as a label can hold it."""
+MOVE_LABEL = "nbgpu.io/move"
+"""On a note that a claim is being moved: the request id; as an annotation: where to."""
 OWNER_ANNOTATION = "nbgpu.io/owner"
 MANAGED_BY = {"app.kubernetes.io/managed-by": "nbgpu"}
+COMING = "coming:"
+"""How the names of nodes begin that have to be started first, and the UUIDs of their devices; no real one has a colon there."""
 DEVICES_PER_SLICE_OBJECT = 64
 """Devices in one ResourceSlice; a node has no more."""
 FOREIGN_HUB = "kubernetes"
 """Hub of the owner of a claim that the pool did not make: the user is its namespace, the server its name."""
+
+MIB = 1024**2
 
 Json = dict[str, Any]
 _NO_LABEL = re.compile(r"[^A-Za-z0-9_.-]+")
@@ -143,6 +149,11 @@ class _Object(_Loose):
         return [one for one in found if one.get("kind") == PARAMETERS["kind"]]
 
 
+class _Move(_Loose):
+    slice: Slice
+    seal: str
+
+
 class _PublishedDevice(_Loose):
     attributes: dict[str, dict[str, Any]]
     taints: tuple[Json, ...] = ()
@@ -192,6 +203,11 @@ def device_name(uuid: str) -> str:
     return re.sub(r"[^a-z0-9-]+", "-", uuid.lower()).strip("-")[:63]
 
 
+def is_coming(name: str) -> bool:
+    """Return whether a node, or a device, of that name has to be started first."""
+    return name.startswith(COMING)
+
+
 def parse_quantity(value: object) -> int:
     """Return a quantity of Kubernetes (``"20Gi"``, ``"250"``) as a whole number, rounded up; ValueError when it is none."""
     if isinstance(value, int) and not isinstance(value, bool):
@@ -214,15 +230,19 @@ def _too_large(value: object) -> int:
 
 
 def resource_slice(
-    node: str, devices: Sequence[Device], published: Mapping[str, int], generation: int, node_uid: str | None = None
+    node: str,
+    devices: Sequence[Device],
+    published: Mapping[str, tuple[int, int]],
+    generation: int,
+    node_uid: str | None = None,
 ) -> Json:
     """Return the ResourceSlice of a node.
 
     Parameters
     ----------
     published : mapping
-        Memory in bytes that may be allocated, by device uuid, where it is not `Device.usable_bytes`: less after a slice has grown,
-        more after one has given back.
+        Memory in bytes and compute in milli-GPU that may be allocated, by device uuid (`claim_limits.published`), where it is not all that
+        the device has: less after a slice has grown, more after one has given back.
     generation : int
         Of the node's pool of devices; rises at every change.
     node_uid : str, optional
@@ -239,12 +259,12 @@ def resource_slice(
             "driver": DRIVER,
             "nodeName": node,
             "pool": {"name": node, "generation": generation, "resourceSliceCount": 1},
-            "devices": [_device(device, published.get(device.uuid, device.usable_bytes)) for device in devices],
+            "devices": [_device(device, *published.get(device.uuid, (device.usable_bytes, 1000))) for device in devices],
         },
     }
 
 
-def _device(device: Device, memory: int) -> Json:
+def _device(device: Device, memory: int, milli: int) -> Json:
     found: Json = {
         "name": device_name(device.uuid),
         "allowMultipleAllocations": True,
@@ -257,8 +277,8 @@ def _device(device: Device, memory: int) -> Json:
             "simulated": {"bool": device.simulated},
         },
         "capacity": {
-            "memory": _capacity(memory, "1Mi"),
-            "compute": _capacity(1000, "1"),
+            "memory": _capacity(memory, device.usable_bytes, MIB),
+            "compute": _capacity(milli, 1000, 1),
         },
     }
     if not device.healthy:
@@ -266,9 +286,14 @@ def _device(device: Device, memory: int) -> Json:
     return found
 
 
-def _capacity(value: int, step: str) -> Json:
+def _capacity(value: int, whole: int, step: int) -> Json:
+    """Return a capacity as the API server takes it: at least a step, and all that it names a whole number of steps."""
+    most = max(step, min(value, whole) // step * step)  # one claim never gets more than the device has, whatever others gave back
+    allowed = {"min": str(step), "max": str(most)}
+    if value >= 2 * step:
+        allowed["step"] = str(step)
     # a claim that does not say how much gets the whole device
-    return {"value": str(value), "requestPolicy": {"default": str(value), "validRange": {"min": step, "max": str(value), "step": step}}}
+    return {"value": str(max(step, value)), "requestPolicy": {"default": str(most), "validRange": allowed}}
 
 
 def devices_of(resource_slice: Json) -> list[Device]:
@@ -283,7 +308,7 @@ def devices_of(resource_slice: Json) -> list[Device]:
         spec = _Published.model_validate(resource_slice).spec
         return [one.device(spec.nodeName) for one in spec.devices]
     except ValueError as error:  # pydantic's too
-        told = f"ResourceSlice {_name(resource_slice)} is not as an agent of nbgpu writes it ({_first(error)})"
+        told = f"ResourceSlice {object_name(resource_slice)} is not as an agent of nbgpu writes it ({_first(error)})"
         raise BadObject(f"{told}; its devices are left out.") from None
 
 
@@ -320,22 +345,71 @@ def claim_for(wanted: Slice, key: bytes) -> Json:
             "devices": {
                 "requests": [_request(number, part) for number, part in enumerate(wanted.devices)],
                 "config": [{"opaque": {"driver": DRIVER, "parameters": parameters}}],
+                **(_distinct() if len(wanted.devices) > 1 and is_coming(wanted.node) else {}),
             }
         },
     }
 
 
+def _distinct() -> Json:
+    return {"constraints": [{"distinctAttribute": f"{DRIVER}/uuid"}]}
+
+
 def _request(number: int, part: SliceDevice) -> Json:
+    # of a node that has to be started first nobody knows the devices: an autoscaler compares what one like it would have
+    name, value = ("model", part.model[:64]) if is_coming(part.uuid) else ("uuid", part.uuid)
     return {
         "name": f"gpu-{number}",
         "exactly": {
             "deviceClassName": DRIVER,
             "allocationMode": "ExactCount",
             "count": 1,
-            "selectors": [{"cel": {"expression": f'device.attributes["{DRIVER}"].uuid == "{part.uuid}"'}}],
+            "selectors": [{"cel": {"expression": f'device.attributes["{DRIVER}"].{name} == {json.dumps(value)}'}}],
             "capacity": {"requests": {"memory": str(part.memory_bytes), "compute": str(part.compute_milli)}},
         },
     }
+
+
+def move_name(request_id: str) -> str:
+    """Return the name of the note that a claim is being moved."""
+    return f"{claim_name(request_id)}-move"
+
+
+def move_note(to: Slice, key: bytes) -> Json:
+    """Return the note that the claim of a slice is being deleted and made again at another place: a claim that asks for nothing.
+
+    Whoever finds it and no claim makes that of `to`.
+    """
+    name = move_name(to.slice_id)
+    told = {"slice": to.model_dump(mode="json"), "seal": seal(to.namespace or "", name, to, key)}
+    return {
+        "apiVersion": API_VERSION,
+        "kind": "ResourceClaim",
+        "metadata": {
+            "name": name,
+            "namespace": to.namespace,
+            "labels": {**MANAGED_BY, MOVE_LABEL: to.slice_id},
+            "annotations": {MOVE_LABEL: json.dumps(told, sort_keys=True)},
+        },
+        "spec": {"devices": {}},
+    }
+
+
+def read_move(claim: Json, key: bytes | None) -> Slice | None:
+    """Return where a note says that a slice goes; None where it is no note of the pool's."""
+    meta = claim.get("metadata")
+    annotations = cast("Json", meta).get("annotations") if isinstance(meta, dict) else None
+    text = cast("Json", annotations).get(MOVE_LABEL) if isinstance(annotations, dict) else None
+    if key is None or not isinstance(text, str):
+        return None
+    try:
+        told = _Move.model_validate_json(text)
+    except ValidationError:
+        return None
+    where = _Meta.model_validate({name: str(cast("Json", meta).get(name, "")) for name in ("name", "namespace")})
+    fits = told.slice.namespace == where.namespace and move_name(told.slice.slice_id) == where.name
+    good = hmac.compare_digest(seal(where.namespace, where.name, told.slice, key).encode(), told.seal.encode("utf-8", "replace"))
+    return told.slice if fits and good else None
 
 
 def as_body(thing: Json) -> bytes:
@@ -402,7 +476,7 @@ def read_claim(claim: Json, devices: Mapping[tuple[str, str], Device], key: byte
         deleting = meta.deletionTimestamp is not None
         return Claim(meta.uid, meta.namespace, meta.name, slice_, bool(results), pods, deleting, stated is not None, meta.creationTimestamp)
     except ValueError as error:  # pydantic's too
-        raise BadObject(f"ResourceClaim {_name(claim)} cannot be read ({_first(error)}); it is not served.") from None
+        raise BadObject(f"ResourceClaim {object_name(claim)} cannot be read ({_first(error)}); it is not served.") from None
 
 
 def _taken(result: _Result, devices: Mapping[tuple[str, str], Device]) -> Device:
@@ -442,7 +516,7 @@ def _foreign(claim: _Object, node: str) -> Slice:
     return Slice(slice_id=f"claim-{meta.uid}", owner=owner, node=node, mode=mode, devices=[placeholder])
 
 
-def _name(thing: Json) -> str:
+def object_name(thing: Json) -> str:
     """Return an object's name for a message, whatever the object is."""
     try:
         meta = _Object.model_validate({"metadata": thing.get("metadata")}).metadata

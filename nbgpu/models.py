@@ -105,6 +105,15 @@ class Slice(Model):
     """Kubernetes namespace of the server's pod; None on one machine."""
 
 
+class Resize(Model):
+    """New limits of a running slice, on each of its devices; what is left out stays as it is."""
+
+    memory_bytes: Annotated[int, Field(ge=1024**2, le=2**60)] | None = None
+    memory_milli: Milli | None = None
+    compute_milli: Milli | None = None
+    mode: Mode | None = None
+
+
 class GrantState(str, Enum):
     """Where a request is: ``queued -> reserved -> bound -> releasing -> gone``."""
 
@@ -133,6 +142,11 @@ class Grant(Model):
     """Time left of a reservation."""
     reason: str | None = None
     """Why it waits, or how it ended, in plain words."""
+    note: str | None = None
+    """What its user should know while it is held: that its pod finds no node and why, that a node has to be started first, that it could
+    not be resized."""
+    resizing: list[SliceDevice] | None = None
+    """Limits that were asked for and are not in force yet; `slice` says what is."""
 
 
 class Launch(Model):

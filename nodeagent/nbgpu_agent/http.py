@@ -60,7 +60,7 @@ class Bucket:
 class Door:
     """One listening socket: its connections, its rate, the app behind it."""
 
-    def __init__(self, path: Path, app: App, state: dict[str, Any], bounds: Bounds, uid: int | None = None):
+    def __init__(self, path: Path, app: App, state: dict[str, Any], bounds: Bounds, uid: int | None = None, anyone: bool = False):
         self.path = path
         self._app = app
         self._bounds = bounds
@@ -80,7 +80,7 @@ class Door:
         self._paused: list[Any] = []
         self._shut: asyncio.TimerHandle | None = None
         self._connecting: set[asyncio.Task[Any]] = set()
-        self._socket = _listen(path, uid)
+        self._socket = _listen(path, uid, anyone)
         self._loop.add_reader(self._socket.fileno(), self._accept)
 
     def _accept(self) -> None:
@@ -164,14 +164,14 @@ class Door:
         return set(self._server_state.tasks)
 
 
-def _listen(path: Path, uid: int | None) -> socket.socket:
-    """Return a listening socket that only its owner (`uid`, None = the agent's user) may open; what was in its place goes."""
+def _listen(path: Path, uid: int | None, anyone: bool) -> socket.socket:
+    """Return a listening socket that only its owner (`uid`, None = the agent's user), or anyone, may open; what was in its place goes."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-    before = os.umask(0o177)
+    before = os.umask(0o111 if anyone else 0o177)
     try:
         listener.bind(str(path))
     finally:

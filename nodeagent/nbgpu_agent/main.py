@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -52,6 +53,12 @@ class Options:
     devices: str = "all"
     takeover: bool = False
     log_level: str = "info"
+    metrics_listen: str | None = None
+    kubernetes: bool = False
+    seal_key: Path | None = None
+    cdi_dir: Path = Path("/var/run/cdi")
+    kubelet_dir: Path = Path("/var/lib/kubelet")
+    foreign_claims: bool = False
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
@@ -69,6 +76,13 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--devices", default="all", help="GPUs that may be sliced: indexes or UUIDs with commas between (default: all)")
     parser.add_argument("--takeover", action="store_true", help="end another agent of this runtime directory and take its place")
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    parser.add_argument("--metrics-listen", metavar="ADDRESS:PORT", help="serve /metrics and /healthz there by TCP too")
+    kube = parser.add_argument_group("Kubernetes")
+    kube.add_argument("--kubernetes", action="store_true", help="be the DRA driver gpu.nbgpu.io of the Node that --node names")
+    kube.add_argument("--seal-key", type=Path, metavar="FILE", help="the key with which the pool seals its claims")
+    kube.add_argument("--foreign-claims", action="store_true", help="prepare claims too that the pool did not make")
+    kube.add_argument("--cdi-dir", type=Path, default=Options.cdi_dir, help="where the container runtime reads CDI specifications")
+    kube.add_argument("--kubelet-dir", type=Path, default=Options.kubelet_dir, help="the kubelet's directory, with plugins_registry in it")
     return Options(**vars(parser.parse_args(arguments)))
 
 
@@ -108,13 +122,31 @@ def _raise_file_limit() -> None:
 async def _serve(options: Options) -> None:
     runtime = prepare(options.runtime_dir or runtime_dir())
     lock = RuntimeLock(runtime)
-    await asyncio.to_thread(lock.acquire, options.takeover)
     _raise_file_limit()
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    if options.kubernetes:
+        from .kube.main import Kubernetes
+
+        kubernetes = Kubernetes(options, runtime)
+        if await kubernetes.wait_for_lock(lock, ended):
+            agent, nvml = await _make(options, runtime)
+            await _work(agent, nvml, ended, kubernetes.serving(agent, nvml), options.metrics_listen)
+    else:
+        await asyncio.to_thread(lock.acquire, options.takeover)
+        agent, nvml = await _make(options, runtime)
+        await _work(agent, nvml, ended, contextlib.nullcontext(), options.metrics_listen)
+    lock.release()
+
+
+async def _make(options: Options, runtime: Path) -> tuple[Agent, Nvml]:
+    """Return the agent of a runtime directory whose lock is held."""
     simulate = not driver_present() if options.simulate is None else options.simulate
     libraries = install_libraries(built_libraries(), runtime)
     if options.sim_devices is not None:
         os.environ["NBGPU_SIM_DEVICES"] = str(options.sim_devices)
-    machine = find_machine(runtime, libraries) if simulate else None
+    machine = find_machine(runtime, libraries, options.node if options.kubernetes else None) if simulate else None
     if machine is not None:
         os.environ["NBGPU_SIM_STATE"] = str(machine.state)
     nvml = Nvml(machine.libraries / "libnvidia-ml.so.1" if machine else None)
@@ -127,22 +159,21 @@ async def _serve(options: Options) -> None:
     cuda = str(machine.libraries / "libcuda.so.1") if machine else "libcuda.so.1"
     contexts = await context_bytes(nvml, devices, runtime, cuda)
     settings = Settings(runtime, node, simulate, nvml.driver_version, libraries, machine)
-    agent = Agent(settings, devices, Native(libraries / "libnbgpu_agent.so"), contexts)
-    await _work(agent, nvml)
-    lock.release()
+    return Agent(settings, devices, Native(libraries / "libnbgpu_agent.so"), contexts), nvml
 
 
-async def _work(agent: Agent, nvml: Nvml) -> None:
-    loop = asyncio.get_running_loop()
-    ended = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ended.set)
+async def _work(
+    agent: Agent, nvml: Nvml, ended: asyncio.Event, beside: contextlib.AbstractAsyncContextManager[None], metrics_listen: str | None
+) -> None:
+    """Serve until `ended`; `beside` is entered once the slices are loaded."""
     monitor = Monitor(agent, nvml)
     doors: dict[str, Door] = {}
     slice_app: App = slice_api.make_app(agent)  # pyright: ignore[reportAssignmentType]
 
     def added(live: LiveSlice) -> None:
-        doors[live.id] = Door(live.directory / "api.sock", slice_app, {"slice": live}, SLICE_BOUNDS, live.record.uid)
+        doors[live.id] = Door(
+            live.directory / "api.sock", slice_app, {"slice": live}, SLICE_BOUNDS, live.record.uid, live.record.claim is not None
+        )
 
     def removed(live: LiveSlice) -> None:
         doors.pop(live.id).close()
@@ -161,7 +192,8 @@ async def _work(agent: Agent, nvml: Nvml) -> None:
     gc.collect()
     gc.freeze()
     try:
-        await ended.wait()
+        async with beside:
+            await ended.wait()
     finally:
         log.info("ending; %d slices keep their limits", len(agent.slices))
         await stop(watch)

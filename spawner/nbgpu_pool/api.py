@@ -22,6 +22,7 @@ from nbgpu.models import (
     LaunchRequest,
     Owner,
     Request,
+    Resize,
     SliceId,
 )
 
@@ -173,6 +174,13 @@ async def bind(request_id: RequestId, body: BindBody, pool: Pool, speaker: Speak
     """Say that a server's process carries the slice: from now on only its end frees it."""
     _entry(pool, request_id, speaker)
     return await pool.bind(request_id, body.pid)
+
+
+@router.post("/v1/requests/{request_id}/resize")
+async def resize(request_id: RequestId, body: Resize, pool: Pool, speaker: Speaker) -> Grant:
+    """Give a running slice other limits: what grows is booked at once, what shrinks is free when its node says so."""
+    _entry(pool, request_id, speaker)
+    return await pool.resize(request_id, body)
 
 
 @router.post("/v1/release")

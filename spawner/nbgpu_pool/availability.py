@@ -9,8 +9,8 @@ from nbgpu.models import Availability, AvailabilityQuery, GrantState, Shape
 
 from . import quotas as quota_rules
 from .books import Entry
-from .core import AWAY, Core
-from .queue import Pass
+from .core import Core
+from .held import AWAY
 from .quotas import Holding
 from .shapes import by_model, want_of
 
@@ -35,7 +35,7 @@ class _Looker:
         quotas = core.settings.quotas
         self.holdings: list[Holding] = core.books.holdings(frozenset(quotas.groups), of=query.owner)
         self.waiting = len(core.books.waiting())
-        self.walk = Pass(core.books, quotas, core.settings.fairness, core.settings.policy)
+        self.walk = core.walk(now)
         for entry in core.books.waiting():
             self.walk.barred.update(entry.earmark)
 
@@ -58,7 +58,13 @@ class _Looker:
         if not core.connected:
             return Availability(state="wait", reason=AWAY, memory=memory, compute_milli=compute)
         ghost = Entry(core.ghost(self.query.owner, self.query.groups, shape), want, 0, self.now, state=GrantState.queued)
-        if self.walk.find(ghost) is not None:
+        found = self.walk.find(ghost)
+        if found is not None and found[0][0].coming:
+            starts = core.settings.start_seconds.get(found[0][0].device.node.split(":")[1])
+            words = "a node has to be started first"
+            words = words if starts is None else f"{words}: usually within {rough_time(starts)}"
+            return Availability(state="wait", reason=words, wait_seconds=starts, memory=memory, compute_milli=compute)
+        if found is not None:
             return Availability(state="free", reason="free now", memory=memory, compute_milli=compute)
         seconds = None if ghost.holder else core.forecast_of(want, self.now)
         return Availability(

@@ -20,6 +20,14 @@ MOST_COSTS = 4096
 
 
 @dataclass
+class Unplaced:
+    """What kube-scheduler says of a pod that finds no node."""
+
+    words: str
+    since: float
+
+
+@dataclass
 class Entry:
     """A request and what became of it. Times are seconds of the caller's clock."""
 
@@ -54,6 +62,22 @@ class Entry:
     """Devices that nobody else is placed on until this one fits."""
     holder: str = ""
     """Whose quota it waits for, in words; empty when it waits for room."""
+    note: str | None = None
+    """What its user should know while it is held."""
+    wanted: Slice | None = None
+    """The slice as a resize wants it, until the ledger says that it is so (`resize`)."""
+    wanted_acked: bool = True
+    """The ledger has taken note of `wanted`."""
+    wanted_mark: int = 0
+    """A snapshot begun at this mark or later tells what became of `wanted`."""
+    wanted_until: float = 0.0
+    """When a growth that is not in force by then is taken back."""
+    moving: Slice | None = None
+    """Where it is being moved to; counted in addition to `slice` until it is known which of them holds (`moves`)."""
+    unplaced: Unplaced | None = None
+    """It waits for a node: Kubernetes has found none for its pod."""
+    tried: dict[str, float] = field(default_factory=dict[str, float])
+    """Nodes that had no room for its pod, and when that was found."""
 
     @property
     def slice_id(self) -> str:
@@ -65,10 +89,21 @@ class Entry:
         """Whether its slice counts on its devices."""
         return self.state in HOLDING
 
+    def own_parts(self) -> list[tuple[str, Part]]:
+        """Return what it holds, by device: the larger of what is in force and what a resize wants."""
+        parts = _parts(self.slice)
+        if self.wanted is None:
+            return parts
+        asked = dict(_parts(self.wanted))
+        return [(uuid, part.larger(asked.get(uuid, part))) for uuid, part in parts]
+
     def parts(self) -> list[tuple[str, Part]]:
-        """Return what it holds, by device."""
-        devices = self.slice.devices if self.slice else []
-        return [(device.uuid, Part(device.memory_bytes, device.compute_milli)) for device in devices]
+        """Return what counts on each device: what it holds, and where it is being moved to."""
+        return self.own_parts() if self.moving is None else [*self.own_parts(), *_parts(self.moving)]
+
+
+def _parts(of: Slice | None) -> list[tuple[str, Part]]:
+    return [(device.uuid, Part(device.memory_bytes, device.compute_milli)) for device in of.devices] if of is not None else []
 
 
 def adopted(found: Slice, number: int, now: float) -> Entry:
@@ -87,6 +122,29 @@ def adopted(found: Slice, number: int, now: float) -> Entry:
     return Entry(request, want_of(request), number, now, slice=found, adopted=True, at_ledger=True)
 
 
+def slice_at(entry: Entry, place: Place, groups: list[str]) -> Slice:
+    """Return the slice that `entry` has at `place`."""
+    return Slice(
+        slice_id=entry.slice_id,
+        owner=entry.request.owner,
+        node=place[0][0].device.node,
+        mode=entry.request.mode,
+        devices=[
+            SliceDevice(
+                uuid=room.device.uuid,
+                index=room.device.index,
+                model=room.device.model,
+                memory_bytes=part.memory_bytes,
+                compute_milli=part.compute_milli,
+            )
+            for room, part in place
+        ],
+        simulated=any(room.device.simulated for room, _ in place),
+        groups=groups,
+        namespace=entry.request.namespace,
+    )
+
+
 @dataclass
 class Books:
     """Devices with their room, and the requests by id."""
@@ -94,65 +152,61 @@ class Books:
     devices: dict[str, Device] = field(default_factory=dict[str, Device])
     rooms: dict[str, Room] = field(default_factory=dict[str, Room])
     entries: dict[str, Entry] = field(default_factory=dict[str, Entry])
-    extra_bytes: dict[str, int] = field(default_factory=dict[str, int])
+    less: dict[str, Part] = field(default_factory=dict[str, Part])
+    """By device, as in `Snapshot`."""
     _costs: dict[Want, Part | None] = field(default_factory=dict[Want, "Part | None"])
 
     def ordered_rooms(self) -> list[Room]:
         """Return the rooms in the fixed order of placement."""
-        return list(self.rooms.values())
+        return [room for room in self.rooms.values() if not room.coming]
 
-    def differ(self, devices: Iterable[Device], extra_bytes: Mapping[str, int]) -> bool:
+    def coming_rooms(self) -> list[Room]:
+        """Return the rooms of nodes that have to be started first."""
+        return [room for room in self.rooms.values() if room.coming]
+
+    def differ(self, devices: Iterable[Device], less: Mapping[str, Part]) -> bool:
         """Return whether the devices are others, or have other room, than those that are known."""
         known = {uuid: (device.healthy, device.usable_bytes) for uuid, device in self.devices.items()}
-        return dict(extra_bytes) != self.extra_bytes or known != {device.uuid: (device.healthy, device.usable_bytes) for device in devices}
+        return dict(less) != self.less or known != {device.uuid: (device.healthy, device.usable_bytes) for device in devices}
 
-    def rebuild(self, devices: Iterable[Device], extra_bytes: Mapping[str, int] | None = None) -> None:
+    def rebuild(self, devices: Iterable[Device], less: Mapping[str, Part] | None = None) -> None:
         """Take over `devices` and count all slices anew.
 
         Parameters
         ----------
-        extra_bytes : mapping, optional
+        less : mapping, optional
             As in `Snapshot`.
         """
-        self.extra_bytes = dict(extra_bytes or {})
+        self.less = dict(less or {})
         self.devices = {device.uuid: device for device in sorted(devices, key=order)}
         self._costs.clear()
         self.rooms = {uuid: Room.empty(device) for uuid, device in self.devices.items()}
-        for uuid, more in self.extra_bytes.items():
-            self.rooms[uuid].free_bytes += more
+        for uuid, part in self.less.items():
+            self.rooms[uuid].free_bytes -= part.memory_bytes
+            self.rooms[uuid].free_milli -= part.compute_milli
         for entry in self.entries.values():
             if entry.holds:
                 self._book(entry, 1)
 
     def give(self, entry: Entry, place: Place, groups: list[str]) -> None:
         """Book `place` for `entry` and name its slice."""
-        entry.slice = Slice(
-            slice_id=entry.slice_id,
-            owner=entry.request.owner,
-            node=place[0][0].device.node,
-            mode=entry.request.mode,
-            devices=[
-                SliceDevice(
-                    uuid=room.device.uuid,
-                    index=room.device.index,
-                    model=room.device.model,
-                    memory_bytes=part.memory_bytes,
-                    compute_milli=part.compute_milli,
-                )
-                for room, part in place
-            ],
-            simulated=any(room.device.simulated for room, _ in place),
-            groups=groups,
-            namespace=entry.request.namespace,
-        )
+        entry.slice = slice_at(entry, place, groups)
         entry.state = GrantState.reserved
         self._book(entry, 1)
+
+    def change(self, entry: Entry, *, wanted: Slice | None, moving: Slice | None) -> None:
+        """Count a resize that is under way, or a move; None: no longer."""
+        if entry.holds:
+            self._book(entry, -1)
+        entry.wanted, entry.moving = wanted, moving
+        if entry.holds:
+            self._book(entry, 1)
 
     def take_back(self, entry: Entry, state: GrantState) -> None:
         """End a holding entry's hold: `state` is ``gone`` or, for a revoked reservation, ``queued``."""
         if entry.holds:
             self._book(entry, -1)
-        entry.state = state
+        entry.state, entry.wanted, entry.moving = state, None, None
 
     def take_in(self, entry: Entry) -> None:
         """Count an adopted entry's slice."""
@@ -217,7 +271,7 @@ class Books:
             if of is not None and (owner.hub, owner.user) != (of.hub, of.user):
                 continue
             if entry.holds:
-                parts = [part for _, part in entry.parts()]
+                parts = [part for _, part in entry.own_parts()]
                 amount = Part(sum(part.memory_bytes for part in parts), sum(part.compute_milli for part in parts))
             else:
                 amount = self.cost(entry.want) or Part(0, 0)

@@ -12,6 +12,8 @@ Example
       groups:
         students: {limit: 4, guarantee: 1, per_user: 1/4}
     queue: {total: 1000, per_user: 5, overtake_count: 50, overtake_seconds: 900}
+    coming:                               # Kubernetes: nodes that an autoscaler starts when a pod asks for one
+      - {name: a100, model: NVIDIA A100-SXM4-80GB, devices: 8, memory: 80 GiB, reserve: 2 GiB, nodes: 4, labels: {pool: a100}}
     tokens:                               # only for --listen; the Unix socket needs none
       - {role: hub, hub: jupyterhub, file: /etc/nbgpu/hub.token}
       - {role: read, env: NBGPU_READ_TOKEN}
@@ -33,9 +35,10 @@ from nbgpu.errors import InvalidValue, NbgpuError
 from nbgpu.quantities import WHOLE_MILLI, parse_memory
 
 from .auth import Principal, Token
-from .core import Settings
+from .coming import Coming
 from .queue import Fairness
 from .quotas import Limits, Quotas
+from .state import Settings
 
 _GPUS = "a number of GPUs from 0 to 100000, such as 0.5, 1/4, 25% or 2"
 
@@ -122,6 +125,29 @@ class QueueConfig(Closed):
     """And for how long."""
 
 
+class ComingConfig(Closed):
+    """A group of alike nodes that an autoscaler starts when a pod asks for one."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+    model: Annotated[str, Field(min_length=1, max_length=255)]
+    """Of their GPUs, as the agent will publish it."""
+    devices: Annotated[int, Field(ge=1, le=64)]
+    """GPUs of each node."""
+    memory: Memory
+    """Of each GPU."""
+    reserve: Memory = 0
+    nodes: Annotated[int, Field(ge=1, le=1000)]
+    """Most nodes that the group may have."""
+    labels: dict[str, str] = {}
+    """By which its nodes are known; without any: by the GPUs' model."""
+    start_seconds: Seconds = 300.0
+
+    def group(self) -> Coming:
+        """Return what the pool needs of it."""
+        labels, memory, reserve = frozenset(self.labels.items()), self.memory or 0, self.reserve or 0
+        return Coming(self.name, self.model, self.devices, memory, reserve, self.nodes, labels, self.start_seconds)
+
+
 class TokenConfig(Closed):
     """A bearer token, read from a file or an environment variable."""
 
@@ -169,7 +195,16 @@ class Config(Closed):
     """A queued request that nobody has asked for so long is dropped."""
     quotas: QuotaConfig = QuotaConfig()
     queue: QueueConfig = QueueConfig()
+    coming: list[ComingConfig] = []
+    """On Kubernetes: nodes that would be started where they are asked for."""
     tokens: list[TokenConfig] = []
+
+    @model_validator(mode="after")
+    def _named_once(self) -> Config:
+        names = [group.name for group in self.coming]
+        if len(set(names)) < len(names):
+            raise ValueError("each group of `coming` needs a name of its own")
+        return self
 
     def settings(self) -> Settings:
         """Return what the core needs of it."""
@@ -184,6 +219,7 @@ class Config(Closed):
             queue_ttl_seconds=self.queue_ttl_seconds,
             queue_total=self.queue.total,
             queue_per_user=self.queue.per_user,
+            start_seconds={group.name: group.start_seconds for group in self.coming},
         )
 
 

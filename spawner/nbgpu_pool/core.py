@@ -7,23 +7,19 @@ the first one or while the ledger is away, and a slice that the ledger may have 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 
 from nbgpu.errors import NbgpuError, Refused, Unavailable
-from nbgpu.models import Device, DeviceBooks, Grant, GrantState, Owner, Request, Shape, Slice
+from nbgpu.models import DeviceBooks, Grant, GrantState, Owner, Request, Shape, Slice
 
 from . import quotas as quota_rules
 from .books import Books, Entry, adopted
 from .estimate import Sessions, queue_forecast
-from .placement import DEFAULT_POLICY, Policy
-from .queue import Fairness, Pass, hopeless
-from .quotas import Quotas
+from .held import AWAY, Held
+from .queue import hopeless
 from .shapes import Want, want_of
+from .state import Effects, Seen, Settings, Snapshot
 
 STARTING = "The pool is starting: rebuilding the books from what runs. Try again in a few seconds."
-AWAY = "The GPU node does not answer at the moment; requests keep their place in the queue."
 ENDED_KEPT = 10_000
 """Ended requests and early cancels that are remembered."""
 ENDED_SECONDS = 3600.0
@@ -33,61 +29,11 @@ LONG_QUEUE = 50
 """From this length on estimates are renewed every few seconds only, not at each change."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What an admin can set, in the core's units."""
-
-    quotas: Quotas = field(default_factory=Quotas)
-    fairness: Fairness = field(default_factory=Fairness)
-    reservation_ttl_seconds: float = 120.0
-    queue_ttl_seconds: float = 300.0
-    """A queued request that nobody has asked for so long is dropped."""
-    queue_total: int = 1000
-    queue_per_user: int = 10
-    policy: Policy = DEFAULT_POLICY
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A slice in a ledger's snapshot."""
-
-    slice: Slice
-    state: str
-    """``prepared``, ``running`` or ``releasing``."""
-    age_seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """All that a ledger has, at one moment."""
-
-    begun: int
-    """The core's mark when the ledger was asked."""
-    devices: Sequence[Device]
-    slices: Sequence[Seen]
-    extra_bytes: Mapping[str, int] = field(default_factory=dict[str, int])
-    """By device: how much more (less) memory than `Device.usable_bytes` may be given, where a slice has given some back (has grown)."""
-
-    @cached_property
-    def ids(self) -> frozenset[str]:
-        """Ids of the slices."""
-        return frozenset(seen.slice.slice_id for seen in self.slices)
-
-
-@dataclass
-class Effects:
-    """What the shell has to do after a command."""
-
-    releases: list[str] = field(default_factory=list[str])
-    """Slices to ask back from the ledger, again and again until it has answered."""
-    granted: list[str] = field(default_factory=list[str])
-    ended: list[str] = field(default_factory=list[str])
-
-
-class Core:
+class Core(Held):
     """Requests, grants, devices. Every method that changes something may be followed by `drain` for the effects."""
 
     def __init__(self, settings: Settings | None = None):
+        super().__init__()
         self.settings = settings or Settings()
         self.books = Books()
         self.sessions = Sessions()
@@ -280,16 +226,18 @@ class Core:
     def snapshot(self, snapshot: Snapshot, now: float) -> None:
         """Take over what the ledger says."""
         before, self._snapshot = self._snapshot, snapshot
-        rebuilt = before is None or before.devices is not snapshot.devices or before.extra_bytes is not snapshot.extra_bytes
-        rebuilt = rebuilt and self.books.differ(snapshot.devices, snapshot.extra_bytes)
+        same = before is not None and before.devices is snapshot.devices and before.less is snapshot.less
+        devices = [*snapshot.devices, *snapshot.coming]
+        rebuilt = not (same and before is not None and before.coming is snapshot.coming) and self.books.differ(devices, snapshot.less)
         if rebuilt:
             self._possible.clear()
-            self.books.rebuild(snapshot.devices, snapshot.extra_bytes)
+            self.books.rebuild(devices, snapshot.less)
         if rebuilt or not self.ready or not self.connected:
             self._changed()
         self.ready = self.connected = True
         for seen in snapshot.slices:
             self._see(seen, now)
+        self._move_loose(now)
         self._revoke_overbooked(now)
         self._reconcile(now)
 
@@ -308,6 +256,8 @@ class Core:
                 self._withdraw(entry, "left the queue: nobody has asked for it any more", now)
             elif entry.state == GrantState.reserved and (self.connected or not entry.at_ledger):
                 self._withdraw(entry, "the reservation expired before a server carried it", now)
+        self._give_up_growing(now)
+        self._move_loose(now)
         self._forget(now)
         served, at = self._served
         if served != self.generation or now - at >= RESERVE_SECONDS:
@@ -339,6 +289,8 @@ class Core:
             wait_seconds=self.forecast(now).get(entry.slice_id) if queued else None,
             expires_seconds=max(0.0, entry.expires - now) if entry.state == GrantState.reserved and entry.expires is not None else None,
             reason=self._why(entry) if queued else entry.reason,
+            note=entry.note,
+            resizing=entry.wanted.devices if entry.wanted is not None and entry.wanted is not entry.slice else None,
         )
 
     def _position(self, entry: Entry) -> int | None:
@@ -377,6 +329,7 @@ class Core:
                 slices=slices[uuid],
             )
             for uuid, room in self.books.rooms.items()
+            if not room.coming
         ]
 
     def forecast(self, now: float) -> dict[str, float]:
@@ -410,6 +363,9 @@ class Core:
             for entry in self.books.entries.values()
             if entry.state == GrantState.releasing and not entry.release_acked and not entry.busy
         ]
+        held = self.books.entries
+        effects.resizes = [one for one in self._resizing if one in held and not held[one].wanted_acked and not held[one].busy]
+        effects.moves = [one for one in self._loose if one in held and held[one].moving is not None and not held[one].busy]
         return effects
 
     # -- inside ------------------------------------------------------------------------------------------------------
@@ -424,7 +380,7 @@ class Core:
     def _serve(self, now: float) -> None:
         if not self.connected or not any(one.state == GrantState.queued for one in self.books.entries.values()):
             return
-        for entry in Pass(self.books, self.settings.quotas, self.settings.fairness, self.settings.policy).serve(now):
+        for entry in self.walk(now).serve(now):
             entry.expires = now + self.settings.reservation_ttl_seconds
             self._effects.granted.append(entry.slice_id)
             self._changed()
@@ -471,7 +427,8 @@ class Core:
         if entry is None or not entry.holds:
             entry = self._adopt(seen, now)
         else:
-            self.books.replace(entry, seen.slice)
+            if not entry.busy or entry.moving is None:
+                self.books.replace(entry, seen.slice)
         assert self._snapshot is not None
         entry.at_ledger = True
         entry.confirmed = max(entry.confirmed or 0, self._snapshot.begun)
@@ -481,6 +438,10 @@ class Core:
             entry.state, entry.expires, entry.release_acked, entry.withdrawn = GrantState.releasing, None, True, True
             entry.reason = "given back"
             self._changed()
+        if seen.wanted is not None or entry.wanted is not None:
+            self._see_limits(entry, seen, now)
+        if not seen.placed or entry.slice_id in self._loose:
+            self._see_place(entry, seen, now)
 
     def _adopt(self, seen: Seen, now: float) -> Entry:
         slice_id = seen.slice.slice_id
@@ -524,7 +485,12 @@ class Core:
 
     def wants_fresh(self) -> bool:
         """Whether the last snapshot lacks a slice but was begun too early to tell: the ledger should be asked at once."""
-        return any(entry.confirmed is not None for entry in self._absent())
+        begun = self._snapshot.begun if self._snapshot is not None else 0
+        held = self.books.entries
+        late = (held[one] for one in self._resizing if one in held)
+        return any(entry.confirmed is not None for entry in self._absent()) or any(
+            one.wanted_acked and one.wanted_mark > begun for one in late
+        )
 
     def _absent(self) -> list[Entry]:
         if self._snapshot is None:

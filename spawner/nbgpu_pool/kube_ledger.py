@@ -9,22 +9,26 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from nbgpu.claims import DRIVER, SLICE_LABEL, BadObject, claim_for, claim_name, read_claim
+from nbgpu.claim_limits import LIMITS_ANNOTATION, Limit, Limits, limits_annotation
+from nbgpu.claims import DRIVER, SLICE_LABEL, BadObject, claim_for, claim_name, move_note, read_claim
 from nbgpu.errors import NbgpuError, Unavailable
-from nbgpu.kube import ApiServerAway, Conflict, Json, Kube, KubeError, NotFound, path
+from nbgpu.kube import ApiServerAway, Conflict, Json, Kube, KubeError, NotAllowed, NotFound, Rejected, path
 from nbgpu.kube_events import Reporter, reference
 from nbgpu.kube_reflector import Key, Reflector
 from nbgpu.models import Launch, Slice
 
-from .core import Snapshot
-from .kube_view import ClaimInfo, NodeInfo, PodInfo, Published, View, keep_claim, keep_node, keep_pod, keep_published
+from .coming import Coming
+from .kube_view import ClaimInfo, NodeInfo, PodInfo, Published, View, about, keep_claim, keep_node, keep_pod, keep_published
 from .ledger import LedgerRefused
+from .state import Snapshot
 
 RESOURCE = "resource.k8s.io/v1"
 KEEPER_SECONDS = 1.0
+TRIES = 5
+STRANGERS_SECONDS = 10.0
 LOST_SECONDS = 5.0
 """How long a pod may be without its claim before that is told: one watch may be ahead of the other."""
 GATHER_SECONDS = 0.02
@@ -48,10 +52,24 @@ class KubeLedger:
         A claim that was carried and has had no pod for so long is deleted.
     may_act : callable
         False where another replica may be the leader: then nothing is written.
+    coming : sequence of Coming
+        Groups of nodes that would be started where they are asked for.
+    hubs : set of str, optional
+        Those that the pool serves; claims of others are told of. None: any.
     """
 
-    def __init__(self, kube: Kube, key: bytes, *, ttl_seconds: float, may_act: Callable[[], bool] = lambda: True):
+    def __init__(
+        self,
+        kube: Kube,
+        key: bytes,
+        *,
+        ttl_seconds: float,
+        may_act: Callable[[], bool] = lambda: True,
+        coming: Sequence[Coming] = (),
+        hubs: frozenset[str] | None = None,
+    ):
         self.kube = kube
+        self._coming, self._hubs = coming, hubs
         self._key = key
         self._ttl = ttl_seconds
         self._may_act = may_act
@@ -61,11 +79,13 @@ class KubeLedger:
         """Namespace of each claim that this process made, while it may exist."""
         self._bare: dict[str, float] = {}
         """Claims that a pod carried or was to carry: since when there has been none."""
+        self._strangers_at = 0.0
+        self._moving = asyncio.Lock()
         self._lost: dict[Key, float] = {}
         self._reset()
 
     def _reset(self) -> None:
-        self.view = View(self._key, time.time)
+        self.view = View(self._key, time.time, self._coming)
         view, hear = self.view, self._changed.set
         kube = self.kube
 
@@ -101,6 +121,8 @@ class KubeLedger:
         """Create the claim of a slice; one that is there already must be the very same."""
         self._must_lead()
         assert wanted.namespace is not None
+        if wanted.slice_id in self.view.notes:
+            raise ApiServerAway("The slice is being moved to another node; try again.")
         claim = claim_for(wanted, self._key)
         self._where[wanted.slice_id] = wanted.namespace
         try:
@@ -148,6 +170,9 @@ class KubeLedger:
     async def release(self, slice_id: str) -> bool:
         """Delete the claim: Kubernetes keeps it while a pod uses it."""
         self._must_lead()
+        note = self.view.notes.get(slice_id)
+        if note is not None:
+            await self._delete(note, self.view.claims[note].uid)
         key = self.view.ids.get(slice_id)
         info = self.view.claims.get(key) if key is not None else None
         if key is not None and info is not None and info.claim is not None:
@@ -161,6 +186,104 @@ class KubeLedger:
             del self._where[slice_id]
             return True
         return self._ours(found) is None or await self._delete((namespace, claim_name(slice_id)), found["metadata"]["uid"])
+
+    async def resize(self, wanted: Slice) -> None:
+        """Write what limits are wanted into the claim's annotation."""
+        self._must_lead()
+        limits = Limits(
+            devices={one.uuid: Limit(memory_bytes=one.memory_bytes, compute_milli=one.compute_milli) for one in wanted.devices},
+            mode=wanted.mode,
+        )
+        there = _claim_path(wanted.namespace or "", wanted.slice_id)
+        version: str | None = None
+        key = self.view.ids.get(wanted.slice_id)
+        info = self.view.claims.get(key) if key is not None else None
+        if info is None or info.claim is None or not info.claim.allocated or info.claim.deleting:
+            raise LedgerRefused("its claim holds no GPU (any more)", status=409)
+        version = info.version
+        for _ in range(TRIES):
+            written = limits_annotation(info.uid, wanted.namespace or "", claim_name(wanted.slice_id), limits, self._key)
+            try:
+                # at that version only: a call that was given up and arrives late must not undo a later one
+                changed = await self.kube.patch(
+                    there, {"metadata": {"annotations": {LIMITS_ANNOTATION: written}}}, uid=info.uid, version=version
+                )
+            except Conflict:
+                found = await self._get(there)
+                if found is None or found["metadata"]["uid"] != info.uid or "deletionTimestamp" in found["metadata"]:
+                    raise LedgerRefused("its claim is being given back", status=409) from None
+                version = found["metadata"]["resourceVersion"]
+                continue
+            except NotFound:
+                raise LedgerRefused("its claim is gone", status=409) from None
+            self._claims.note(changed)
+            return
+        raise ApiServerAway("The claim of the slice changes all the time; try again.")
+
+    async def move(self, old: Slice, new: Slice) -> None:
+        """Delete a claim that has no devices, and make it again for others, under the same name: the pod that waits for it looks again.
+
+        A note says where to as long as there may be no claim, so that a pool that starts then finishes it.
+        """
+        self._must_lead()
+        async with self._moving:
+            await self._move(old, new)
+
+    async def _move(self, old: Slice, new: Slice) -> None:
+        namespace, name = old.namespace or "", claim_name(old.slice_id)
+        claims = path(RESOURCE, "resourceclaims", namespace)
+        found = await self._get(f"{claims}/{name}")
+        there = self._ours(found) if found is not None else None
+        if found is not None and there is not None and there.slice == new:
+            await self._drop_note(new)
+            return
+        if found is not None and (there is None or there.slice != old or _is_bound(found)):
+            await self._drop_note(new)
+            raise LedgerRefused("it has its devices now" if _is_bound(found) else "its claim is another's")
+        await self._write_note(claims, new)
+        if found is not None:
+            meta = found["metadata"]
+            try:
+                left = await self.kube.delete(f"{claims}/{name}", uid=meta["uid"], version=meta["resourceVersion"])
+            except Conflict as error:
+                raise ApiServerAway("The claim has changed; looking again.") from error
+            except NotFound:
+                left = {}
+            if "deletionTimestamp" in left.get("metadata", {}):
+                self._claims.note(left)
+                raise ApiServerAway("The old claim is still there.")
+            self._claims.note_gone((namespace, name), meta["uid"])
+        await self._make_moved(claims, new)
+
+    async def _write_note(self, claims: str, new: Slice) -> None:
+        note = move_note(new, self._key)
+        try:
+            made = await self.kube.create(claims, note)
+        except Conflict:
+            made = await self.kube.patch(
+                f"{claims}/{note['metadata']['name']}", {"metadata": {"annotations": note["metadata"]["annotations"]}}
+            )
+        except (NotFound, NotAllowed, Rejected) as error:
+            raise LedgerRefused(error.message) from error
+        self._claims.note(made)
+
+    async def _make_moved(self, claims: str, new: Slice) -> None:
+        try:
+            made = await self.kube.create(claims, claim_for(new, self._key))
+        except Conflict as error:
+            raise ApiServerAway("There is a claim already; looking again.") from error
+        self._claims.note(made)
+        await self._drop_note(new)
+
+    async def _drop_note(self, new: Slice) -> None:
+        key = self.view.notes.get(new.slice_id)
+        if key is not None:
+            await self._delete(key, self.view.claims[key].uid)
+
+    async def _get(self, where: str) -> Json | None:
+        with contextlib.suppress(NotFound):
+            return await self.kube.get(where)
+        return None
 
     async def _delete(self, key: Key, uid: str) -> bool:
         """Delete a claim; True when there is none (any more)."""
@@ -196,7 +319,8 @@ class KubeLedger:
                 if problem is None:
                     told_away = False
                     begun = time.monotonic()
-                    yield Snapshot(mark(), self.view.devices(), list(self.view.seen.values()), self.view.extra_bytes())
+                    view = self.view
+                    yield Snapshot(mark(), view.devices(), list(view.seen.values()), view.less(), view.coming())
                     if not fresh():
                         await asyncio.sleep(max(GATHER_SECONDS, BUSY_SHARE * (time.monotonic() - begun)))
                         await self._changed.wait()
@@ -233,7 +357,9 @@ class KubeLedger:
                     self._tell_problems()
                     self._tell_lost(time.monotonic())
                     await self._own()
+                    await self._finish_moves()
                     await self._delete_bare(time.monotonic())
+                    self._tell_strangers(time.monotonic())
             except NbgpuError as error:
                 log.info("keeping house waits: %s", error.message)
             except Exception:
@@ -248,7 +374,7 @@ class KubeLedger:
         lost = {
             key: pod
             for key, pod in self.view.pods.items()
-            if pod.alive and not pod.running and not pod.deleting and pod.claim_key not in self._claims.items
+            if pod.alive and not (pod.running or pod.deleting or pod.claim_key in self._claims.items or pod.request_id in self.view.notes)
         }
         self._lost = {key: self._lost.get(key, now) for key in lost}
         for key, since in self._lost.items():
@@ -258,11 +384,40 @@ class KubeLedger:
                 words = f"Its slice of a GPU ({pod.request_id}) was given back before it started, so it cannot start; delete it."
                 self._reporter.say(about, "SliceGone", words)
 
+    def _tell_strangers(self, now: float) -> None:
+        """Say of claims of hubs that are no longer configured that nobody will give them back but their pod's end."""
+        if self._hubs is None or now - self._strangers_at < STRANGERS_SECONDS:
+            return
+        self._strangers_at = now
+        for key, info in self.view.claims.items():
+            if info.claim is not None and info.claim.sealed and info.claim.slice.owner.hub not in self._hubs:
+                words = f"The pool has no hub {info.claim.slice.owner.hub} any more: this slice counts until its pod ends."
+                self._reporter.say(reference(RESOURCE, "ResourceClaim", about(key, info)), "HubUnknown", words)
+
+    async def _finish_moves(self) -> None:
+        """Finish what a pool before this one began: the core counts where the note says, and knows of no move."""
+        for slice_id in list(self.view.notes):
+            async with self._moving:
+                key = self.view.notes.get(slice_id)
+                if key is not None:
+                    await self._finish_move(slice_id, key, self.view.claims[key])
+
+    async def _finish_move(self, slice_id: str, key: Key, note: ClaimInfo) -> None:
+        if slice_id in self.view.ids:
+            await self._delete(key, note.uid)
+        elif note.moves_to is not None and self.view.seen[slice_id].state == "running":
+            log.info("finishing the move of %s to node=%s", slice_id, note.moves_to.node)
+            await self._make_moved(path(RESOURCE, "resourceclaims", key[0]), note.moves_to)
+
     async def _own(self) -> None:
-        """Make running pods the owners of their claims, so that these go with them."""
+        """Make running pods the owners of their claims, so that these go with them.
+
+        Not before a reservation's time is over: a hub whose creation of a pod was answered late deletes that pod and makes it once more,
+        with the same claim. A claim that loses its pod so early is deleted as one without any.
+        """
         for key in list(self.view.unowned):
             pod = self.view.new_owner(key) if key in self.view.claims else None
-            if pod is not None:
+            if pod is not None and self.view.age_seconds(key) >= self._ttl:
                 await self._make_owner(key, self.view.claims[key], pod)
 
     async def _make_owner(self, key: Key, info: ClaimInfo, pod: PodInfo) -> None:
@@ -284,6 +439,12 @@ class KubeLedger:
             if key is not None and slice_id in bare and now - since >= self._ttl:
                 log.info("orphan %s in namespace %s: it has had no pod for %.0f s, deleted", slice_id, key[0], now - since)
                 await self._delete(key, self.view.claims[key].uid)
+
+
+def _is_bound(claim: Json) -> bool:
+    """Return whether a claim has its devices, or is used."""
+    status: Json = claim.get("status") or {}
+    return bool(status.get("allocation") or status.get("reservedFor"))
 
 
 def _claim_path(namespace: str, slice_id: str) -> str:

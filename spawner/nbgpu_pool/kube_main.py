@@ -79,8 +79,16 @@ class Replica:
     async def _begin(self) -> None:
         """A term begins: with books that are rebuilt from what is there now."""
         await self._end()
-        ledger = KubeLedger(self._kube, self._key, ttl_seconds=self._config.reservation_ttl_seconds, may_act=self.leader.leads)
-        service = Service(ledger, self._config.settings())
+        config = self._config
+        ledger = KubeLedger(
+            self._kube,
+            self._key,
+            ttl_seconds=config.reservation_ttl_seconds,
+            may_act=self.leader.leads,
+            coming=[group.group() for group in config.coming],
+            hubs=frozenset(token.hub for token in config.tokens if token.hub is not None),
+        )
+        service = Service(ledger, config.settings())
         service.start()
         self._service = service
         self.gate.core, self.gate.app = service.core, cast("App", create_app(service, self._guard))

@@ -6,17 +6,35 @@ Kept of each object is only what is needed; a claim that cannot be read is kept 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, cast
 
-from nbgpu.claims import DRIVER, SLICE_LABEL, BadObject, Claim, claim_name, concerns, device_name, devices_of, parse_quantity, read_claim
-from nbgpu.models import Device
+from nbgpu.claim_limits import LIMITS_ANNOTATION, counted, in_force, is_refused, is_settled, read_limits, shares, wanted_of, with_limits
+from nbgpu.claims import (
+    DRIVER,
+    MOVE_LABEL,
+    SLICE_LABEL,
+    BadObject,
+    Claim,
+    claim_name,
+    concerns,
+    device_name,
+    devices_of,
+    parse_quantity,
+    read_claim,
+    read_move,
+)
+from nbgpu.models import Device, Slice
+from nbgpu.quantities import WHOLE_MILLI
 
-from .core import Seen
+from .coming import Coming, devices_to_come
+from .shapes import Part
+from .state import Seen
 
+_PREFIX = claim_name("")
 Json = dict[str, Any]
 Key = tuple[str, str]
 """Namespace and name."""
@@ -28,6 +46,7 @@ class NodeInfo:
 
     ready: bool
     """And not cordoned: new pods may come."""
+    labels: frozenset[tuple[str, str]] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -36,8 +55,8 @@ class Published:
 
     node: str
     devices: tuple[Device, ...]
-    free_bytes: tuple[int, ...]
-    """What may be allocated of each device's memory: less than usable after a slice has grown, more after one has given back."""
+    offered: tuple[Part, ...]
+    """What may be allocated of each device: less than all after a slice has grown, more after one has given back."""
     metadata: Json
     problem: str = ""
 
@@ -83,13 +102,25 @@ class ClaimInfo:
     holds: tuple[Key, ...] = ()
     """Of one that cannot be read: nodes and names of the devices that it seems to hold."""
     raw: bytes = b""
+    slice: Slice | None = None
+    """With the limits in force."""
+    wanted: Slice | None = None
+    """With the limits that its annotation wants, where these are not in force."""
+    refused: bool = False
+    less: tuple[tuple[str, Part], ...] = ()
+    """By device: how much more than it holds kube-scheduler counts (negative: less)."""
+    warning: str = ""
+    """What is wrong with it, though it counts."""
+    moves_to: Slice | None = None
+    """Of a note that a claim is being moved (`nbgpu.claims.move_note`)."""
 
 
 def keep_node(thing: Json) -> NodeInfo:
     """Return what matters of a Node."""
     conditions = _list(_part(thing, "status"), "conditions")
     ready = any(one.get("type") == "Ready" and one.get("status") == "True" for one in conditions)
-    return NodeInfo(ready and not _part(thing, "spec").get("unschedulable", False))
+    labels = frozenset((str(name), str(value)) for name, value in (_part(_part(thing, "metadata"), "labels")).items())
+    return NodeInfo(ready and not _part(thing, "spec").get("unschedulable", False), labels)
 
 
 def keep_published(thing: Json) -> Published:
@@ -101,17 +132,18 @@ def keep_published(thing: Json) -> Published:
         node, pool = str(spec.get("nodeName", "")), _part(spec, "pool").get("name")
         if pool != node:
             raise BadObject(f"ResourceSlice {metadata['name']} of node {node} is of pool {pool!r}; its devices are left out.")
-        free = [_published_bytes(raw, device) for raw, device in zip(_list(spec, "devices"), devices, strict=True)]
-        return Published(node, tuple(devices), tuple(free), metadata)
+        offered = [_offered(raw, device) for raw, device in zip(_list(spec, "devices"), devices, strict=True)]
+        return Published(node, tuple(devices), tuple(offered), metadata)
     except BadObject as error:
         return Published(str(_part(thing, "spec").get("nodeName", "")), (), (), metadata, error.message)
 
 
-def _published_bytes(raw: Json, device: Device) -> int:
+def _offered(raw: Json, device: Device) -> Part:
     try:
-        return parse_quantity(raw["capacity"]["memory"]["value"])
+        capacity = raw["capacity"]
+        return Part(*(parse_quantity(capacity[name]["value"]) for name in ("memory", "compute")))
     except (KeyError, TypeError, ValueError):
-        raise BadObject(f"Device {device.uuid} of node {device.node} is published without its memory; it is left out.") from None
+        raise BadObject(f"Device {device.uuid} of node {device.node} is published without its capacities; it is left out.") from None
 
 
 def keep_pod(thing: Json) -> PodInfo:
@@ -143,11 +175,15 @@ class View:
         The installation's key: what it seals is the pool's.
     now : callable
         Unix time, seconds.
+    coming : sequence of Coming
+        Nodes that would be started where they are asked for.
     """
 
-    def __init__(self, key: bytes, now: Callable[[], float]):
+    def __init__(self, key: bytes, now: Callable[[], float], coming: Sequence[Coming] = ()):
         self._key = key
         self._now = now
+        self._groups = coming
+        self._coming: list[Device] = []
         self.nodes: dict[str, NodeInfo] = {}
         self.published: dict[str, Published] = {}
         self.claims: dict[Key, ClaimInfo] = {}
@@ -160,7 +196,12 @@ class View:
         self._pods_of: dict[Key, set[Key]] = {}
         self._unread: set[Key] = set()
         self._devices: list[Device] | None = None
-        self._extra: dict[str, int] = {}
+        self._less: dict[str, Part] = {}
+        self._resized: set[Key] = set()
+        """Claims that hold more or less than kube-scheduler counts."""
+        self._warned: set[Key] = set()
+        self.notes: dict[str, Key] = {}
+        """By slice: the note that its claim is being moved."""
         self._doubles: list[tuple[str, Json, str]] = []
         self.carried: set[str] = set()
         """Slices of the pool that a pod carries, or did."""
@@ -200,27 +241,48 @@ class View:
             self._devices = self._gather()
         return self._devices
 
-    def extra_bytes(self) -> dict[str, int]:
-        """Return by uuid how much more (less) memory may be allocated than `Device.usable_bytes`, where it is not that."""
+    def less(self) -> dict[str, Part]:
+        """Return by device how much less is offered than the limits in force leave, as in `Snapshot`."""
         self.devices()
-        return self._extra
+        return self._less
+
+    def coming(self) -> list[Device]:
+        """Return the devices of nodes that would be started where they are asked for."""
+        self.devices()
+        return self._coming
 
     def _gather(self) -> list[Device]:
         barred = {held for key in self._unread for held in self.claims[key].holds}
         found: dict[str, Device] = {}
-        self._extra, self._doubles = {}, []
+        self._less, self._doubles = {}, []
+        held: dict[str, Part] = {}
+        for key in self._resized:
+            for uuid, part in self.claims[key].less:
+                known = held.get(uuid, Part(0, 0))
+                held[uuid] = Part(known.memory_bytes + part.memory_bytes, known.compute_milli + part.compute_milli)
         for published in sorted(self.published.values(), key=lambda one: one.node):
             node = self.nodes.get(published.node)
-            for device, free in zip(published.devices, published.free_bytes, strict=True):
+            for device, offered in zip(published.devices, published.offered, strict=True):
                 if device.uuid in found:
                     words = f"Its device {device.uuid} is left out: node {found[device.uuid].node} publishes the same UUID."
                     self._doubles.append(("ResourceSlice", published.metadata, words))
                     continue
                 good = device.healthy and node is not None and node.ready and (device.node, device_name(device.uuid)) not in barred
                 found[device.uuid] = device if good == device.healthy else device.model_copy(update={"healthy": good})
-                if free != device.usable_bytes:
-                    self._extra[device.uuid] = free - device.usable_bytes
+                more = held.get(device.uuid, Part(0, 0))
+                memory = device.usable_bytes + more.memory_bytes - offered.memory_bytes
+                milli = WHOLE_MILLI + more.compute_milli - offered.compute_milli
+                if memory > 0 or milli > 0:
+                    self._less[device.uuid] = Part(max(0, memory), max(0, milli))
+        self._coming = devices_to_come(self._groups, self._members(found.values())) if self._groups else []
         return list(found.values())
+
+    def _members(self, devices: Iterable[Device]) -> list[tuple[frozenset[tuple[str, str]], frozenset[str]]]:
+        """Return of each node its labels and its GPUs' models."""
+        models: dict[str, set[str]] = {}
+        for device in devices:
+            models.setdefault(device.node, set()).add(device.model)
+        return [(node.labels, frozenset(models.get(name, ()))) for name, node in self.nodes.items()]
 
     # -- claims and pods -----------------------------------------------------------------------------------------------
 
@@ -228,8 +290,13 @@ class View:
         """Return what matters of a ResourceClaim."""
         uid, version = str(thing["metadata"].get("uid", "")), str(thing["metadata"].get("resourceVersion", ""))
         owners = tuple(str(one.get("uid", "")) for one in _list(_part(thing, "metadata"), "ownerReferences"))
+        moves_to = read_move(thing, self._key)
+        if moves_to is not None:
+            return ClaimInfo(uid, version, None, owners, moves_to=moves_to)
         try:
-            return ClaimInfo(uid, version, read_claim(thing, self.by_name, self._key), owners)
+            claim = read_claim(thing, self.by_name, self._key)
+            info = ClaimInfo(uid, version, claim, owners, slice=claim.slice if claim is not None else None)
+            return self._limits(info, claim, thing) if claim is not None and _has_limits(thing) else info
         except BadObject as error:
             problem = error.message
         told: Claim | None = None
@@ -237,7 +304,34 @@ class View:
             status = {name: value for name, value in _part(thing, "status").items() if name != "allocation"}
             told = read_claim({**thing, "status": status}, self.by_name, self._key)
         raw = {"metadata": _meta(thing, *_READ), "spec": thing.get("spec"), "status": thing.get("status")}
-        return ClaimInfo(uid, version, told, owners, problem, tuple(_peek(thing)), json.dumps(raw).encode())
+        slice_ = told.slice if told is not None else None
+        return ClaimInfo(uid, version, told, owners, problem, tuple(_peek(thing)), json.dumps(raw).encode(), slice_)
+
+    def _limits(self, info: ClaimInfo, claim: Claim, thing: Json) -> ClaimInfo:
+        """Add the limits that are in force and those that are wanted, of a claim that has words about them."""
+        held = shares(thing, self.by_name)
+        if len({one.uuid for one in held}) < len(held):  # nobody resizes such a one
+            return info
+        warning, asked = "", None
+        if claim.sealed:
+            try:
+                asked = read_limits(thing, self._key)
+            except BadObject as error:
+                warning = error.message
+        limits = in_force(held)
+        found = with_limits(claim.slice, limits, asked)
+        counts = counted(held, asked)
+        consumed = wanted_of(held, None)
+        less = [
+            (uuid, Part(one.memory_bytes - counts[uuid].memory_bytes, one.compute_milli - counts[uuid].compute_milli))
+            for uuid, one in consumed.items()
+            if one != counts[uuid]
+        ]
+        settled = not claim.sealed or bool(warning) or is_settled(held, asked)
+        wanted = None if settled else with_limits(claim.slice, wanted_of(held, asked), asked)
+        return replace(
+            info, slice=found, wanted=wanted, refused=wanted is not None and is_refused(held, asked), less=tuple(less), warning=warning
+        )
 
     def claim_changed(self, key: Key, new: ClaimInfo | None) -> None:
         """Take over a ResourceClaim."""
@@ -245,13 +339,37 @@ class View:
         if old is not None and old.claim is not None and self.ids.get(old.claim.slice.slice_id) == key:
             self._forget(old.claim.slice.slice_id)
         self.unowned.discard(key)
+        if old is not None and old.moves_to is not None and self.notes.get(old.moves_to.slice_id) == key:
+            del self.notes[old.moves_to.slice_id]
+            self._forget_note(old.moves_to.slice_id)
+        (self._warned.add if new is not None and new.warning else self._warned.discard)(key)
+        if (old.less if old is not None else ()) != (new.less if new is not None else ()):
+            self._devices = None
+            (self._resized.add if new is not None and new.less else self._resized.discard)(key)
         unread = new is not None and bool(new.problem)
         if unread or key in self._unread:
             self._devices = None
             (self._unread.add if unread else self._unread.discard)(key)
         if new is not None:
             self.claims[key] = new
+            if new.moves_to is not None:
+                self.notes[new.moves_to.slice_id] = key
             self._look(key)
+        lost = new if new is not None and new.moves_to is not None else old
+        slice_ = None if lost is None else lost.moves_to or lost.slice
+        if slice_ is not None and slice_.slice_id in self.notes and slice_.slice_id not in self.ids:
+            self._look_at_note(slice_.slice_id)
+
+    def _look_at_note(self, slice_id: str) -> None:
+        """A slice is between two claims: it holds what the note says."""
+        to = self.claims[self.notes[slice_id]].moves_to
+        assert to is not None
+        pods = [pod for pod in self.pods_of((to.namespace or "", claim_name(slice_id))) if pod.alive]
+        self.seen[slice_id] = Seen(to, "running" if pods else "prepared", placed=False, refusal=_refusal(pods))
+
+    def _forget_note(self, slice_id: str) -> None:
+        if slice_id not in self.ids:
+            self.seen.pop(slice_id, None)
 
     def pod_changed(self, key: Key, old: PodInfo | None, new: PodInfo | None) -> None:
         """Take over a pod."""
@@ -272,11 +390,16 @@ class View:
         """See anew what a claim's slice is."""
         info = self.claims.get(key)
         if info is None or info.claim is None:
+            if info is None and key[1].startswith(_PREFIX) and (slice_id := key[1][len(_PREFIX) :]) in self.notes:
+                self._look_at_note(slice_id)
             return
         slice_id = info.claim.slice.slice_id
         state = self._state(key, info.claim)
         self.ids[slice_id] = key
-        self.seen[slice_id] = Seen(info.claim.slice, state, max(0.0, self._now() - _unix(info.claim.created)))
+        placed = info.claim.allocated or not info.claim.sealed
+        refusal = "" if placed else _refusal(self.pods_of(key))
+        age = max(0.0, self._now() - _unix(info.claim.created))
+        self.seen[slice_id] = Seen(info.slice or info.claim.slice, state, age, info.wanted, info.refused, placed, refusal)
         if info.claim.sealed:
             if state == "running":
                 self.carried.add(slice_id)
@@ -294,6 +417,11 @@ class View:
         used = info.claim.pods if info.claim is not None else ()
         runs = (pod for pod in self.pods_of(key) if pod.running and not pod.deleting and pod.uid in used)
         return next((pod for pod in runs if pod.uid not in info.owners), None)
+
+    def age_seconds(self, key: Key) -> float:
+        """Return how old a claim is."""
+        info = self.claims[key]
+        return max(0.0, self._now() - _unix(info.claim.created)) if info.claim is not None else 0.0
 
     def _state(self, key: Key, claim: Claim) -> str:
         if claim.deleting:
@@ -316,7 +444,15 @@ class View:
         yield from self._doubles
         for key in self._unread:
             info = self.claims[key]
-            yield "ResourceClaim", {"namespace": key[0], "name": key[1], "uid": info.uid, "resourceVersion": info.version}, info.problem
+            yield "ResourceClaim", about(key, info), info.problem
+        for key in self._warned:
+            info = self.claims[key]
+            yield "ResourceClaim", about(key, info), info.warning
+
+
+def about(key: Key, info: ClaimInfo) -> Json:
+    """Return what an Event about a claim needs of it."""
+    return {"namespace": key[0], "name": key[1], "uid": info.uid, "resourceVersion": info.version}
 
 
 _READ = ("name", "namespace", "uid", "resourceVersion", "creationTimestamp", "deletionTimestamp", "ownerReferences")
@@ -326,7 +462,7 @@ def keep_claim(view: View) -> Callable[[Json], ClaimInfo | None]:
     """Return what keeps a ResourceClaim: nothing of one that does not concern nbgpu."""
 
     def keep(thing: Json) -> ClaimInfo | None:
-        return view.read(thing) if concerns(thing) or _peek(thing) else None
+        return view.read(thing) if concerns(thing) or _peek(thing) or MOVE_LABEL in _part(_part(thing, "metadata"), "labels") else None
 
     return keep
 
@@ -339,6 +475,14 @@ def _peek(thing: Json) -> list[Key]:
         return []
     ours = [cast("Json", one) for one in results if isinstance(one, dict) and cast("Json", one).get("driver") == DRIVER]
     return [(str(one.get("pool")), str(one.get("device"))) for one in ours]
+
+
+def _has_limits(thing: Json) -> bool:
+    return bool(_part(thing, "status").get("devices")) or LIMITS_ANNOTATION in _part(_part(thing, "metadata"), "annotations")
+
+
+def _refusal(pods: Iterable[PodInfo]) -> str:
+    return next((pod.refusal for pod in pods if pod.alive and pod.refusal), "")
 
 
 def _part(thing: Json, name: str) -> Json:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from nbgpu.errors import InvalidValue, NbgpuError, Unavailable
 from nbgpu.models import AgentSlices, Launch, Slice
 
-from .core import Seen, Snapshot
+from .state import Seen, Snapshot
 
 CALL_SECONDS = 10.0
 POLL_SECONDS = 10
@@ -50,6 +50,30 @@ class Ledger(Protocol):
 
     async def release(self, slice_id: str) -> bool:
         """Ask a slice back; True when there is none of that id (any more)."""
+        ...
+
+    async def resize(self, wanted: Slice) -> None:
+        """Have a running slice's limits changed to those of `wanted`; idempotent. A snapshot tells when they are in force.
+
+        Raises
+        ------
+        LedgerRefused
+            They stay as they are.
+        Unavailable
+            Nobody knows.
+        """
+        ...
+
+    async def move(self, old: Slice, new: Slice) -> None:
+        """Put `new` in the place of `old`, which has no devices yet; idempotent.
+
+        Raises
+        ------
+        LedgerRefused
+            It stays where it is.
+        Unavailable
+            Nobody knows; ask again.
+        """
         ...
 
     def watch(self, mark: Callable[[], int], fresh: Callable[[], bool]) -> AsyncIterator[Snapshot | Unavailable]:
@@ -110,6 +134,20 @@ class AgentLedger:
         if answer.status_code >= 400:
             raise Unavailable(_words(answer))
         return bool(answer.json()["gone"])
+
+    async def resize(self, wanted: Slice) -> None:
+        """`PATCH /v1/slices/{slice_id}`."""
+        first = wanted.devices[0]
+        if any((one.memory_bytes, one.compute_milli) != (first.memory_bytes, first.compute_milli) for one in wanted.devices):
+            raise LedgerRefused("The agent takes the same limits on each of a slice's GPUs, and these GPUs differ.", status=409)
+        limits = {"memory_bytes": first.memory_bytes, "compute_milli": first.compute_milli, "mode": wanted.mode}
+        answer = await self._ask("PATCH", f"/v1/slices/{wanted.slice_id}", limits)
+        if answer.status_code >= 400:
+            raise LedgerRefused(_words(answer), status=409 if answer.status_code in (404, 409) else 503)
+
+    async def move(self, old: Slice, new: Slice) -> None:
+        """Nothing moves here: there is no other node."""
+        raise LedgerRefused("There is one node only.", status=409)
 
     async def watch(self, mark: Callable[[], int], fresh: Callable[[], bool]) -> AsyncIterator[Snapshot | Unavailable]:
         """Long-poll `GET /v1/slices`."""

@@ -68,6 +68,8 @@ class _State(Collector):
         memory = GaugeMetricFamily("nbgpu_pool_device_memory_granted_bytes", "Memory granted", labels=labels)
         usable = GaugeMetricFamily("nbgpu_pool_device_memory_usable_bytes", "Memory that slices may hold together", labels=labels)
         for uuid, room in core.books.rooms.items():
+            if room.coming:
+                continue
             names = [room.device.node, uuid, room.device.model]
             compute.add_metric(names, 1000 - room.free_milli)
             memory.add_metric(names, room.device.usable_bytes - room.free_bytes)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import groupby
 
+from nbgpu.claims import is_coming
 from nbgpu.models import Device
 from nbgpu.quantities import WHOLE_MILLI
 
@@ -35,11 +36,13 @@ class Room:
     binary_count: int = 0
     thirds_count: int = 0
     part_count: int = 0
+    coming: bool = False
+    """Of a node that has to be started first."""
 
     @classmethod
     def empty(cls, device: Device) -> Room:
         """Return the room of a device that holds nothing."""
-        return cls(device, device.usable_bytes, WHOLE_MILLI)
+        return cls(device, device.usable_bytes, WHOLE_MILLI, coming=is_coming(device.node))
 
     def take(self, part: Part) -> None:
         """Book `part`."""

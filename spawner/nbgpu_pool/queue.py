@@ -7,6 +7,7 @@ Sessions on them end, nothing new begins, so it gets in; the rest of the pool go
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 from nbgpu.quantities import WHOLE_MILLI
@@ -38,14 +39,24 @@ class Pass:
         What is free; `grant` books into it.
     quotas : Quotas
         Limits and guarantees.
+    avoid : set of (node, want)
+        Nodes that had no room for a pod of that shape: the last choice for it.
     """
 
-    def __init__(self, books: Books, quotas: Quotas, fairness: Fairness, policy: Policy = DEFAULT_POLICY):
+    def __init__(
+        self,
+        books: Books,
+        quotas: Quotas,
+        fairness: Fairness,
+        policy: Policy = DEFAULT_POLICY,
+        avoid: Set[tuple[str, Want]] = frozenset(),
+    ):
         self.books = books
         self.quotas = quotas
         self.fairness = fairness
         self.policy = policy
-        self.rooms = books.ordered_rooms()
+        self.avoid = avoid
+        self.rooms, self.coming = books.ordered_rooms(), books.coming_rooms()
         self.barred: set[str] = set()
         self.kept_milli = 0
         self.waiting: list[Entry] = []
@@ -64,6 +75,8 @@ class Pass:
             groups = self.quotas.counted(entry.request.groups)
             self.books.give(entry, found, groups)
             self.tally.take(entry.request.owner, groups, _sum(found))
+            if found[0][0].coming:  # took nothing of what is here
+                self.tally.free_milli += _sum(found).compute_milli
             entry.earmark, entry.holder, entry.reason = (), "", None
             for passed in self.waiting:
                 passed.overtaken += not passed.holder
@@ -84,16 +97,35 @@ class Pass:
         key = entry.want, cap, len(barred)
         if not entry.earmark and key in self._misfits:
             return None
-        found = place(self.rooms, entry.want, barred=barred, cap=cap, policy=self.policy)
+        found = self._place(entry.want, barred, cap)
         if found is None:
             if not entry.earmark:
                 self._misfits.add(key)
             return None
+        if found[0][0].coming:
+            return found
         milli = _sum(found).compute_milli
         kept = self.tally.kept_milli(owner, groups, milli)
         if self.tally.free_milli - milli < kept + self.kept_milli:
             return None
         return found
+
+    def _place(self, want: Want, barred: Set[str], cap: Part | None) -> Place | None:
+        """Return a place; of nodes that had no room for such a pod only where there is no other, of nodes to be started as the last."""
+        found = None
+        bad = {node for node, shape in self.avoid if shape == want}
+        if bad:
+            shy = barred | {room.device.uuid for room in self.rooms if room.device.node in bad}
+            found = place(self.rooms, want, barred=shy, cap=cap, policy=self.policy)
+        found = found or place(self.rooms, want, barred=barred, cap=cap, policy=self.policy)
+        return found or (place(self.coming, want, cap=cap, policy=self.policy) if self.coming else None)
+
+    def elsewhere(self, want: Want, but: Set[str], *, coming: bool) -> Place | None:
+        """Return a place on none of the nodes `but`; with `coming` also on one that has to be started."""
+        barred = {uuid for one in self.books.waiting() for uuid in one.earmark}
+        barred |= {room.device.uuid for room in self.rooms if room.device.node in but}
+        found = place(self.rooms, want, barred=barred, policy=self.policy)
+        return found or (place(self.coming, want, policy=self.policy) if coming and self.coming else None)
 
     def _over(self, want: Want, cap: Part) -> bool:
         cost = self.books.cost(want._replace(device_count=1))

@@ -6,20 +6,34 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
 from nbgpu.errors import NbgpuError, Unavailable
-from nbgpu.models import Availability, AvailabilityQuery, Grant, GrantState, Launch, LaunchGrant, LaunchRequest, Owner, Request
+from nbgpu.models import (
+    Availability,
+    AvailabilityQuery,
+    Grant,
+    GrantState,
+    Launch,
+    LaunchGrant,
+    LaunchRequest,
+    Owner,
+    Request,
+    Resize,
+    Slice,
+)
 
 from .availability import answer
-from .core import Core, Settings
+from .books import Entry
+from .core import Core
 from .ledger import Ledger, LedgerRefused
 from .metrics import Metrics
+from .state import Settings
 
 TICK_SECONDS = 0.5
-RELEASE_RETRY_SECONDS = 0.5
+RETRY_SECONDS = 0.5
 
 log = logging.getLogger("nbgpu.pool")
 
@@ -112,26 +126,68 @@ class Service:
             entry = self.core.ended.get(request_id)
             if entry is not None:
                 log.info("gone %s %s: %s", request_id, _who(entry.request.owner), entry.reason)
-        for slice_id in effects.releases:
-            if slice_id not in self._asking:
-                self._asking.add(slice_id)
-                self._spawn(self._release(slice_id))
+        for what, slice_ids in ((self._release, effects.releases), (self._resize_again, effects.resizes), (self._move, effects.moves)):
+            for slice_id in slice_ids:
+                if slice_id not in self._asking:
+                    self._asking.add(slice_id)
+                    self._spawn(self._ask(what, slice_id))
         self._announce()
 
-    async def _release(self, slice_id: str) -> None:
+    async def _ask(self, what: Callable[[str], Awaitable[None]], slice_id: str) -> None:
+        """Ask the ledger for something that is asked again until it is answered."""
+        name = what.__name__.strip("_").replace("_", " ")
         try:
             async with self._lock(slice_id):
-                gone = await self.ledger.release(slice_id)
-                self.core.release_answered(slice_id, gone, self.clock())
+                await what(slice_id)
         except NbgpuError as error:
-            log.warning("release %s not answered, will ask again: %s", slice_id, error.message)
-            await asyncio.sleep(RELEASE_RETRY_SECONDS)
+            log.warning("%s %s not answered, will ask again: %s", name, slice_id, error.message)
+            await asyncio.sleep(RETRY_SECONDS)
         except Exception:
-            log.exception("release %s failed, will ask again", slice_id)
-            await asyncio.sleep(RELEASE_RETRY_SECONDS)
+            log.exception("%s %s failed, will ask again", name, slice_id)
+            await asyncio.sleep(RETRY_SECONDS)
         finally:
             self._asking.discard(slice_id)
         self.settle()
+
+    async def _release(self, slice_id: str) -> None:
+        gone = await self.ledger.release(slice_id)
+        self.core.release_answered(slice_id, gone, self.clock())
+
+    async def _resize_again(self, slice_id: str) -> None:
+        entry = self.core.books.entries.get(slice_id)
+        wanted = self.core.resize_again(entry) if entry is not None else None
+        if entry is not None and wanted is not None:
+            with contextlib.suppress(LedgerRefused):  # the grant's note tells
+                await self._tell_limits(entry, wanted)
+
+    async def _tell_limits(self, entry: Entry, wanted: Slice) -> None:
+        refused: str | None = None
+        done = False
+        try:
+            await self.ledger.resize(wanted)
+            done = True
+        except LedgerRefused as error:
+            refused = error.message
+            raise
+        finally:
+            self.core.end_resize(entry, refused, done, self.clock())
+            self.settle()
+
+    async def _move(self, slice_id: str) -> None:
+        entry = self.core.books.entries.get(slice_id)
+        way = self.core.begin_move(entry) if entry is not None else None
+        if entry is None or way is None:
+            return
+        moved: bool | None = None
+        try:
+            log.info("moving %s from node=%s to node=%s: %s", slice_id, way[0].node, way[1].node, entry.note)
+            await self.ledger.move(*way)
+            moved = True
+        except LedgerRefused as error:
+            log.info("not moved %s: %s", slice_id, error.message)
+            moved = False
+        finally:
+            self.core.end_move(entry, moved, self.clock())
 
     @asynccontextmanager
     async def _lock(self, slice_id: str) -> AsyncGenerator[None, None]:
@@ -236,6 +292,20 @@ class Service:
                 self.settle()
         log.info("prepared %s %s", request_id, _who(entry.request.owner))
         return launch
+
+    async def resize(self, request_id: str, asked: Resize) -> Grant:
+        """Give a running slice other limits."""
+        return await self._finish(self._resize(request_id, asked))
+
+    async def _resize(self, request_id: str, asked: Resize) -> Grant:
+        entry = self.core.known(request_id)
+        async with self._lock(request_id):
+            wanted = self.core.begin_resize(entry, asked, self.clock())
+            if wanted is not None:
+                await self._tell_limits(entry, wanted)
+        parts = ",".join(f"{one.index}:{one.compute_milli}:{one.memory_bytes}" for one in wanted.devices) if wanted else "as it is"
+        log.info("resize %s %s -> %s", request_id, _who(entry.request.owner), parts)
+        return self.core.grant(entry, self.clock())
 
     async def bind(self, request_id: str, pid: int | None) -> Grant:
         """Tell the ledger which process carries the slice."""

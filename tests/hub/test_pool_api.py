@@ -18,11 +18,11 @@ from pool_fake_agent import AgentTruth, FakeAgent, device
 from nbgpu.quantities import GIB, MIB
 from nbgpu_pool.api import create_app
 from nbgpu_pool.auth import Guard, Principal, Token
-from nbgpu_pool.core import Settings
 from nbgpu_pool.ledger import AgentLedger
 from nbgpu_pool.queue import Fairness
 from nbgpu_pool.quotas import Limits, Quotas
 from nbgpu_pool.service import Service
+from nbgpu_pool.state import Settings
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(60)]
 

@@ -141,7 +141,7 @@ class Place:
         }
         self.do(self.kube.create(path("v1", "nodes"), node))
 
-    def publish(self, node: str, published: dict[str, int] | None = None) -> None:
+    def publish(self, node: str, published: dict[str, tuple[int, int]] | None = None) -> None:
         """Write a node's ResourceSlice, as its agent would."""
         self.generation += 1
         body = resource_slice(node, self.devices[node], published or {}, self.generation)

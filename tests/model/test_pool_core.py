@@ -19,9 +19,10 @@ from nbgpu.errors import NbgpuError
 from nbgpu.models import Device, GrantState, Owner, Request, Slice
 from nbgpu.quantities import GIB
 from nbgpu_pool.books import Entry
-from nbgpu_pool.core import Core, Seen, Settings, Snapshot
+from nbgpu_pool.core import Core
 from nbgpu_pool.queue import Fairness
 from nbgpu_pool.quotas import Limits, Quotas
+from nbgpu_pool.state import Seen, Settings, Snapshot
 
 DEVICES = [
     Device(uuid=f"GPU-{node}-{index}", index=index, model=model, node=node, memory_bytes=gib * GIB, reserve_bytes=GIB)

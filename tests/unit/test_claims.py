@@ -102,8 +102,9 @@ def test_a_claim_needs_a_namespace() -> None:
 
 def test_a_nodes_devices_come_back() -> None:
     tired = DEVICE.model_copy(update={"healthy": False})
-    found = resource_slice("node-1", [tired], {DEVICE.uuid: 70 * GIB}, 7)
+    found = resource_slice("node-1", [tired], {DEVICE.uuid: (70 * GIB, 900)}, 7)
     assert found["spec"]["devices"][0]["capacity"]["memory"]["value"] == str(70 * GIB)
+    assert found["spec"]["devices"][0]["capacity"]["compute"]["value"] == "900"
     assert found["spec"]["pool"] == {"name": "node-1", "generation": 7, "resourceSliceCount": 1}
     assert devices_of(found) == [tired]
 

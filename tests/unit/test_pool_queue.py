@@ -7,10 +7,11 @@ import pytest
 from nbgpu.errors import NbgpuError
 from nbgpu.models import AvailabilityQuery, Device, Grant, GrantState, Owner, Request, Shape
 from nbgpu.quantities import GIB
-from nbgpu_pool.core import Core, Seen, Settings, Snapshot
+from nbgpu_pool.core import Core
 from nbgpu_pool.estimate import Sessions
 from nbgpu_pool.queue import Fairness
 from nbgpu_pool.quotas import Limits, Quotas, format_gpus
+from nbgpu_pool.state import Seen, Settings, Snapshot
 
 from nbgpu_pool import availability  # isort: skip
 

@@ -1,0 +1,226 @@
+"""What happens to slices while they are held: they are resized, and those whose pod finds no node are moved. Part of the core: pure."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from nbgpu.claims import is_coming
+from nbgpu.errors import NbgpuError, Unavailable
+from nbgpu.models import GrantState, Resize, Slice
+
+from .books import Books, Entry, Unplaced, slice_at
+from .queue import Pass
+from .resize import RESIZE_SECONDS, above_quota, grows, must_fit, same_limits, target_of
+from .shapes import Part, Want
+from .state import Effects, Seen, Settings, Snapshot
+
+AWAY = "The GPU node does not answer at the moment; requests keep their place in the queue."
+COMING_NOTE = "A node with a GPU has to be started first; that takes some minutes."
+REFUSED_SECONDS = 3.0
+"""How long a pod may be without a node before its slice is moved: one that has just come waits for its turn, or for its claim."""
+MOVED_SECONDS = 12.0
+"""And how long after a move: kube-scheduler looks again within 10 seconds."""
+AVOID_SECONDS = 300.0
+"""For so long a node that had no room for a pod is the last choice for others of that shape, and no choice for this one."""
+TAKEN = frozenset({GrantState.reserved, GrantState.bound})
+
+
+class Held(ABC):
+    """The part of the core that is about held slices."""
+
+    settings: Settings
+    books: Books
+    connected: bool
+    mark: int
+    _effects: Effects
+    _snapshot: Snapshot | None
+
+    def __init__(self) -> None:
+        self.avoid: dict[tuple[str, Want], float] = {}
+        """Nodes that had no room for a pod of that shape, and until when they are the last choice."""
+        self._loose: set[str] = set()
+        """Slices that wait for a node."""
+        self._resizing: set[str] = set()
+
+    @abstractmethod
+    def _need_ready(self) -> None: ...
+
+    @abstractmethod
+    def _changed(self) -> None: ...
+
+    # -- new limits --------------------------------------------------------------------------------------------------
+
+    def begin_resize(self, entry: Entry, asked: Resize, now: float) -> Slice | None:
+        """Book what a resize wants: what grows counts at once, what shrinks until the ledger says that it has.
+
+        Returns what the ledger is to be told, None where there is nothing to tell; end with `end_resize`.
+
+        Raises
+        ------
+        InvalidValue, Refused, Unavailable, NbgpuError
+            400 makes no sense; 403 quota; 409 it is not running, or there is no room; 503 the ledger is away.
+        """
+        self._need_ready()
+        if entry.state != GrantState.bound or entry.slice is None or entry.moving is not None or entry.slice_id in self._loose:
+            raise NbgpuError(f"Request {entry.slice_id} is not running and cannot be resized.", code="state", status=409)
+        if not self.connected:
+            raise Unavailable("The limits cannot be changed while the GPU node does not answer; try again.")
+        target = target_of(entry, asked, self.books)
+        if same_limits(target, entry.wanted or entry.slice) and (entry.wanted is None or entry.wanted_acked):
+            return None
+        must_fit(entry, target, self.books, self.settings.quotas)
+        return self._tell(entry, target, now, note=None)
+
+    def resize_again(self, entry: Entry) -> Slice | None:
+        """Return what the ledger has to be told once more; None when it need not. End with `end_resize`."""
+        if entry.wanted is None or entry.wanted_acked or entry.state not in TAKEN or entry.busy:
+            return None
+        entry.busy += 1
+        return entry.wanted
+
+    def end_resize(self, entry: Entry, refused: str | None, done: bool, now: float) -> None:
+        """After the ledger was told: `done`, or `refused` with its words, or neither, when nobody knows."""
+        entry.busy -= 1
+        if entry.wanted is None:
+            return
+        if done:
+            self.mark += 1
+            entry.wanted_acked, entry.wanted_mark = True, self.mark
+        elif refused is not None:
+            self._settle_limits(entry, f"The limits stay as they are: {refused}")
+
+    def _tell(self, entry: Entry, target: Slice, now: float, note: str | None) -> Slice:
+        self.books.change(entry, wanted=target, moving=entry.moving)
+        entry.wanted_acked, entry.wanted_until, entry.note = False, now + RESIZE_SECONDS, note
+        entry.busy += 1
+        self._resizing.add(entry.slice_id)
+        self._changed()
+        return target
+
+    def _settle_limits(self, entry: Entry, note: str | None) -> None:
+        self.books.change(entry, wanted=None, moving=entry.moving)
+        entry.wanted_acked, entry.note = True, note
+        self._resizing.discard(entry.slice_id)
+        self._changed()
+
+    def _take_growth_back(self, entry: Entry, why: str, now: float) -> None:
+        """Want the limits that are in force: the ledger is told by an effect."""
+        assert entry.slice is not None
+        mode = entry.wanted.mode if entry.wanted is not None else entry.slice.mode
+        self._tell(entry, entry.slice.model_copy(update={"mode": mode}), now, note=f"The slice could not grow: {why}.")
+        entry.busy -= 1
+
+    def _see_limits(self, entry: Entry, seen: Seen, now: float) -> None:
+        """Take over what the ledger says of the limits: after `Books.replace`."""
+        assert self._snapshot is not None
+        if entry.busy or (entry.wanted is not None and not (entry.wanted_acked and entry.wanted_mark <= self._snapshot.begun)):
+            return
+        if seen.wanted is None:
+            if entry.wanted is not None:
+                self._settle_limits(entry, entry.note)
+        elif entry.wanted is None or not same_limits(entry.wanted, seen.wanted):  # a pool before this one told the ledger
+            self.books.change(entry, wanted=seen.wanted, moving=entry.moving)
+            entry.wanted_acked, entry.wanted_until = True, now + RESIZE_SECONDS
+            self._resizing.add(entry.slice_id)
+            self._changed()
+        if seen.refused and entry.wanted is not None:
+            self._take_growth_back(entry, "its node found no room for that", now)
+
+    def _give_up_growing(self, now: float) -> None:
+        for slice_id in list(self._resizing):
+            entry = self.books.entries.get(slice_id)
+            if entry is None or entry.wanted is None or entry.slice is None:
+                self._resizing.discard(slice_id)
+            elif now >= entry.wanted_until and not entry.busy and grows(entry.slice, entry.wanted):
+                self._take_growth_back(entry, "its node did not answer in time", now)
+
+    # -- pods that find no node ----------------------------------------------------------------------------------------
+
+    def _see_place(self, entry: Entry, seen: Seen, now: float) -> None:
+        """Take over whether a slice has its devices."""
+        if entry.moving is not None and not entry.busy and seen.slice.devices == entry.moving.devices:
+            self.books.change(entry, wanted=entry.wanted, moving=None)
+        if seen.placed or entry.state not in TAKEN:
+            if entry.slice_id in self._loose:
+                self._loose.discard(entry.slice_id)
+                entry.unplaced, entry.note = None, None
+                entry.tried.clear()
+                self._changed()
+            return
+        waits = is_coming(seen.slice.node)
+        if not seen.refusal and not waits:
+            return
+        self._loose.add(entry.slice_id)
+        if waits and entry.note is None:
+            entry.note = COMING_NOTE
+            self._changed()
+        if seen.refusal and (entry.unplaced is None or entry.unplaced.words != seen.refusal):
+            entry.unplaced = Unplaced(seen.refusal, entry.unplaced.since if entry.unplaced is not None else now)
+            if not waits:
+                entry.note = f"Kubernetes finds no node for the server yet: {seen.refusal}"
+            self._changed()
+
+    def _move_loose(self, now: float) -> None:
+        """Find other places for slices whose pods find no node."""
+        for slice_id in list(self._loose):
+            entry = self.books.entries.get(slice_id)
+            if entry is None or entry.slice is None:
+                self._loose.discard(slice_id)
+            elif entry.state in TAKEN and not entry.busy and entry.moving is None and self.connected:
+                self._move(entry, entry.slice, now)
+
+    def _move(self, entry: Entry, at: Slice, now: float) -> None:
+        coming = is_coming(at.node)
+        if not coming:
+            if entry.unplaced is None or now - entry.unplaced.since < REFUSED_SECONDS:
+                return
+            entry.tried[at.node] = now
+            self.avoid[at.node, entry.want] = now + AVOID_SECONDS
+        entry.tried = {node: when for node, when in entry.tried.items() if now - when < AVOID_SECONDS}
+        walk = self.walk(now)
+        want = entry.want._replace(model=at.devices[0].model) if entry.adopted else entry.want  # its own words are lost: the same model
+        found = walk.elsewhere(want, entry.tried.keys() | {at.node}, coming=not coming)
+        if found is None:
+            return
+        target = slice_at(entry, found, at.groups)
+        total = Part(sum(one.memory_bytes for one in target.devices), sum(one.compute_milli for one in target.devices))
+        if above_quota(entry, total, self.books, self.settings.quotas) is not None:
+            return
+        self.books.change(entry, wanted=None, moving=target)
+        if is_coming(target.node):
+            entry.note = COMING_NOTE
+        elif coming:
+            entry.note = None
+        else:
+            words = entry.unplaced.words if entry.unplaced is not None else ""
+            entry.note = f"Node {at.node} has no room for the server, {target.node} is tried. Kubernetes said: {words}"
+        self._changed()
+
+    def walk(self, now: float) -> Pass:
+        """Return a walk over the queue that knows whose room is kept."""
+        for key in [key for key, until in self.avoid.items() if until <= now]:
+            del self.avoid[key]
+        settings = self.settings
+        return Pass(self.books, settings.quotas, settings.fairness, settings.policy, frozenset(self.avoid))
+
+    def begin_move(self, entry: Entry) -> tuple[Slice, Slice] | None:
+        """Return from where and to where the ledger is to move a slice; None when it need not. End with `end_move`."""
+        if entry.moving is None or entry.slice is None or entry.state not in TAKEN or entry.busy:
+            return None
+        entry.busy += 1
+        return entry.slice, entry.moving
+
+    def end_move(self, entry: Entry, moved: bool | None, now: float) -> None:
+        """After the ledger was asked: `moved`, or not, or None when nobody knows."""
+        entry.busy -= 1
+        if entry.moving is None or moved is None:
+            return
+        target = entry.moving
+        self.books.change(entry, wanted=None, moving=None)
+        if moved:
+            self.mark += 1
+            entry.confirmed = self.mark
+            self.books.replace(entry, target)
+        if entry.unplaced is not None:
+            entry.unplaced.since = now + MOVED_SECONDS - REFUSED_SECONDS
+        self._changed()

@@ -1,0 +1,139 @@
+"""New limits of a running slice: what they would be, and whether they may. Pure."""
+
+from __future__ import annotations
+
+from nbgpu.errors import InvalidValue, NbgpuError, Refused
+from nbgpu.models import Resize, Slice, SliceDevice
+from nbgpu.quantities import MIB, format_memory, memory_share_bytes
+
+from . import quotas as quota_rules
+from .books import Books, Entry
+from .quotas import Quotas, Tally, format_gpus
+from .shapes import Part
+
+RESIZE_SECONDS = 60.0
+"""A growth that the node has not brought in force by then is taken back, so that its room is not kept for nothing."""
+
+
+def target_of(entry: Entry, asked: Resize, books: Books) -> Slice:
+    """Return the slice as `asked` wants it.
+
+    Raises
+    ------
+    InvalidValue
+        Nothing is asked, memory is given twice, or it is less than a MiB.
+    """
+    if asked.memory_bytes is not None and asked.memory_milli is not None:
+        raise InvalidValue("memory_bytes", asked.memory_bytes, "left out when memory_milli is given: they say the same thing")
+    if asked == Resize():
+        raise InvalidValue("compute_milli", None, "given, unless memory_bytes, memory_milli or mode is")
+    assert entry.slice is not None
+    base = entry.wanted or entry.slice
+    parts = [_part(part, asked, books) for part in base.devices]
+    return base.model_copy(update={"devices": parts, "mode": asked.mode or base.mode})
+
+
+def _part(part: SliceDevice, asked: Resize, books: Books) -> SliceDevice:
+    memory = part.memory_bytes
+    if asked.memory_bytes is not None:
+        memory = asked.memory_bytes // MIB * MIB
+    elif asked.memory_milli is not None:
+        device = books.devices.get(part.uuid)
+        if device is None:
+            raise NbgpuError(f"GPU {part.uuid} is not there at the moment; say how many bytes.", code="no-room", status=409)
+        memory = memory_share_bytes(device.usable_bytes, asked.memory_milli)
+    if memory < MIB:
+        raise InvalidValue("memory_milli", asked.memory_milli, "at least 1 MiB of memory")
+    return part.model_copy(update={"memory_bytes": memory, "compute_milli": asked.compute_milli or part.compute_milli})
+
+
+def must_fit(entry: Entry, target: Slice, books: Books, quotas: Quotas) -> None:
+    """Raise unless quotas and devices have room for `target`, beside all that is booked and kept for others.
+
+    Raises
+    ------
+    Refused
+        Above a quota (code ``quota``).
+    NbgpuError
+        No room (409, ``no-room``).
+    """
+    assert entry.slice is not None
+    held = dict(entry.own_parts())
+    counts = {one.uuid: Part(one.memory_bytes, one.compute_milli) for one in target.devices}
+    grows = {uuid: _minus(part.larger(held[uuid]), held[uuid]) for uuid, part in counts.items()}
+    if all(part == Part(0, 0) for part in grows.values()):
+        return
+    barred = {uuid for one in books.waiting() for uuid in one.earmark}
+    for uuid, more in grows.items():
+        room = books.rooms.get(uuid)
+        if more == Part(0, 0):
+            continue
+        if room is None or not room.device.healthy:
+            raise _no_room(f"GPU {uuid} is not healthy, or its node is away: nothing grows there now.")
+        if uuid in barred:
+            raise _no_room(f"What comes free on GPU {room.device.index} is kept for someone who has waited long.")
+        if more.memory_bytes > room.free_bytes:
+            free = format_memory(max(0, room.free_bytes))
+            raise _no_room(f"GPU {room.device.index} has {free} of memory free, and {format_memory(more.memory_bytes)} more are asked for.")
+        if more.compute_milli > room.free_milli:
+            free = format_gpus(max(0, room.free_milli))
+            raise _no_room(f"GPU {room.device.index} has {free} of its time free, and {format_gpus(more.compute_milli)} more is asked for.")
+    asked = Part(sum(one.memory_bytes for one in target.devices), sum(one.compute_milli for one in target.devices))
+    why = above_quota(entry, asked, books, quotas)
+    if why is not None:
+        raise Refused(why, code="quota")
+    more_milli = sum(part.compute_milli for part in grows.values())
+    if quotas.any() and _free_milli(books) - more_milli < _tally(entry, books, quotas).kept_milli(
+        entry.request.owner, entry.slice.groups, more_milli
+    ):
+        raise _no_room("What is free is kept for users and groups with a guarantee.")
+
+
+def above_quota(entry: Entry, asked: Part, books: Books, quotas: Quotas) -> str | None:
+    """Return why `entry` may not hold `asked` in all beside what its owner and their groups hold, or None."""
+    if not quotas.any():
+        return None
+    owner, groups = entry.request.owner, entry.slice.groups if entry.slice is not None else []
+    why = quota_rules.refusal(quotas, _others(entry, books).holdings(frozenset(quotas.groups), of=owner), owner, groups, asked)
+    if why is not None:
+        return why
+    left, words = _tally(entry, books, quotas).left(owner, groups)
+    if left is not None and (asked.memory_bytes > left.memory_bytes or asked.compute_milli > left.compute_milli):
+        return f"{words[:1].upper()}{words[1:]} is used up: what others hold must be given back first."
+    return None
+
+
+def _others(entry: Entry, books: Books) -> Books:
+    return Books(devices=books.devices, entries={key: one for key, one in books.entries.items() if one is not entry})
+
+
+def _tally(entry: Entry, books: Books, quotas: Quotas) -> Tally:
+    held = _others(entry, books).holdings(frozenset(quotas.groups), granted_only=True)
+    return Tally.of(quotas, held, _free_milli(books))
+
+
+def _free_milli(books: Books) -> int:
+    return sum(max(0, room.free_milli) for room in books.rooms.values() if room.device.healthy and not room.coming)
+
+
+def grows(now: Slice, target: Slice) -> bool:
+    """Return whether any limit of `target` is above what is in force."""
+    held = {one.uuid: one for one in now.devices}
+    return any(
+        one.memory_bytes > held[one.uuid].memory_bytes or one.compute_milli > held[one.uuid].compute_milli
+        for one in target.devices
+        if one.uuid in held
+    )
+
+
+def same_limits(one: Slice, other: Slice) -> bool:
+    """Return whether two slices are alike in what a resize changes."""
+    return one.mode == other.mode and one.devices == other.devices
+
+
+def _minus(one: Part, other: Part) -> Part:
+    return Part(one.memory_bytes - other.memory_bytes, one.compute_milli - other.compute_milli)
+
+
+def _no_room(words: str) -> NbgpuError:
+    return NbgpuError(words, code="no-room", status=409)

@@ -1,0 +1,82 @@
+"""What goes in and out of the pool's core beside requests: its settings, what a ledger has, what the shell is to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from nbgpu.models import Device, Slice
+
+from .placement import DEFAULT_POLICY, Policy
+from .queue import Fairness
+from .quotas import Quotas
+from .shapes import Part
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an admin can set, in the core's units."""
+
+    quotas: Quotas = field(default_factory=Quotas)
+    fairness: Fairness = field(default_factory=Fairness)
+    reservation_ttl_seconds: float = 120.0
+    queue_ttl_seconds: float = 300.0
+    """A queued request that nobody has asked for so long is dropped."""
+    queue_total: int = 1000
+    queue_per_user: int = 10
+    policy: Policy = DEFAULT_POLICY
+    start_seconds: Mapping[str, float] = field(default_factory=dict[str, float])
+    """How long a node takes to start, by the name of its group (`coming`)."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A slice in a ledger's snapshot."""
+
+    slice: Slice
+    """With the limits that are in force."""
+    state: str
+    """``prepared``, ``running`` or ``releasing``."""
+    age_seconds: float = 0.0
+    wanted: Slice | None = None
+    """With the limits that the ledger was told and has not brought in force."""
+    refused: bool = False
+    """The node has looked at `wanted` and said no."""
+    placed: bool = True
+    """It has its devices; False where that is still Kubernetes' to decide."""
+    refusal: str = ""
+    """Why no node is found for its pod, in the scheduler's words."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a ledger has, at one moment."""
+
+    begun: int
+    """The core's mark when the ledger was asked."""
+    devices: Sequence[Device]
+    slices: Sequence[Seen]
+    less: Mapping[str, Part] = field(default_factory=dict[str, Part])
+    """By device: how much less is free than the limits in force say, as the node does not offer it (yet)."""
+    coming: Sequence[Device] = ()
+    """Devices of nodes that would be started where they are asked for (`nbgpu.claims.is_coming`)."""
+
+    @cached_property
+    def ids(self) -> frozenset[str]:
+        """Ids of the slices."""
+        return frozenset(seen.slice.slice_id for seen in self.slices)
+
+
+@dataclass
+class Effects:
+    """What the shell has to do after a command."""
+
+    releases: list[str] = field(default_factory=list[str])
+    """Slices to ask back from the ledger, again and again until it has answered."""
+    resizes: list[str] = field(default_factory=list[str])
+    """Slices whose wanted limits the ledger has to be told, again and again until it has answered."""
+    moves: list[str] = field(default_factory=list[str])
+    """Slices to move to another node, again and again until the ledger has answered."""
+    granted: list[str] = field(default_factory=list[str])
+    ended: list[str] = field(default_factory=list[str])
