@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import fcntl
 import json
+import shutil
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator
@@ -53,17 +54,20 @@ class Stack:
             if {"type": "InternalIP", "address": address} in one.get("status", {}).get("addresses", [])
         ]
         self.values: Json = {}
+        self.runtime = Path(f"/run/nbgpu-{run}")
 
     # -- helm
 
     def install(self, devices: int = 1, **more: Any) -> None:
         """Install the chart, and wait until the pool leads and the node's GPUs are published."""
+        agent: Json = {"simulate": {"enabled": True, "devices": devices}, "nodeSelector": {"kubernetes.io/hostname": self.node}}
+        agent["runtimeDir"] = str(self.runtime)
         images = {part: dict(zip(("name", "tag"), image(part).rsplit(":", 1), strict=True)) for part in ("pool", "agent")}
         self.values = {
             "images": images,
             "hubs": [{"name": self.hub_name, "namespace": self.hub_namespace}],
             "createDeviceClass": self.api.call("GET", CLASS)[0] == 404,
-            "agent": {"simulate": {"enabled": True, "devices": devices}, "nodeSelector": {"kubernetes.io/hostname": self.node}},
+            "agent": agent,
             "admission": {"namespaceSelector": self.marks},
             **more,
         }
@@ -197,11 +201,27 @@ def _state(pod: Json) -> str:
 
 
 @contextmanager
+def shared_directory(path: Path) -> Iterator[None]:
+    """Make a directory of this machine whose mounts containers share, also where its root file system is private."""
+    path.mkdir()
+    try:
+        for options_ in (["--bind", str(path)], ["--make-rshared"]):
+            subprocess.run(["mount", *options_, str(path)], check=True)
+        yield
+    finally:
+        inside = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+        for mounted in sorted((one for one in inside if Path(one).is_relative_to(path)), key=len, reverse=True):
+            subprocess.run(["umount", "-l", mounted], check=False)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
 def stack(api: Api, **values: Any) -> Iterator[tuple[Stack, Hub]]:
     """Run pool, agent and a zero-to-jupyterhub hub with its proxy; nothing of them is left at the end."""
     with ExitStack() as at_end:
         at_end.enter_context(node_lock())
         made = Stack(api)
+        at_end.enter_context(shared_directory(made.runtime))
         at_end.enter_context(namespace(api, made.namespace, {**made.marks, "pod-security.kubernetes.io/enforce": "privileged"}))
         at_end.callback(made.uninstall)
         at_end.enter_context(namespace(api, made.hub_namespace, {**made.marks, "pod-security.kubernetes.io/enforce": "restricted"}))
