@@ -15,13 +15,15 @@ from typing import Any
 
 import httpx
 from chart_kit import CHART, Api, Json, helm, image, namespace, options, until
-from z2jh_kit import Hub, hub, node_address
+from z2jh_kit import Hub, hub, node_address, values_of_a_hub
 
 from nbgpu.claims import DRIVER, parse_quantity
 
 LOCK = Path("/tmp/nbgpu-node.lock")
 CLASS = f"/apis/resource.k8s.io/v1/deviceclasses/{DRIVER}"
 CLAIMS = "/apis/resource.k8s.io/v1/resourceclaims"
+SLICES = "/apis/resource.k8s.io/v1/resourceslices"
+MODEL = "Simulated H100 80GB"
 GIB = 1024**3
 DEVICE_BYTES = 78 * GIB
 """Of a simulated GPU, what can be given: 80 GiB less its reserve of 2."""
@@ -120,7 +122,7 @@ class Stack:
 
     def resource_slices(self) -> list[Json]:
         """Return what the node's agent has published."""
-        found = self.api.done("GET", "/apis/resource.k8s.io/v1/resourceslices")["items"]
+        found = self.api.done("GET", SLICES)["items"]
         return [one for one in found if one["spec"]["driver"] == DRIVER and one["spec"].get("nodeName") == self.node]
 
     # -- its parts
@@ -227,4 +229,8 @@ def stack(api: Api, **values: Any) -> Iterator[tuple[Stack, Hub]]:
         at_end.enter_context(namespace(api, made.hub_namespace, {**made.marks, "pod-security.kubernetes.io/enforce": "restricted"}))
         made.install(**values)
         url = f"http://{made.release}-pool.{made.namespace}:8200"
-        yield made, at_end.enter_context(hub(api, made.hub_namespace, url, made.hub_name, f"{made.release}-hub-{made.hub_name}"))
+        others = [one for one in api.done("GET", SLICES)["items"] if one["spec"].get("nodeName") != made.node]
+        told = values_of_a_hub(url, made.hub_name, f"{made.release}-hub-{made.hub_name}")
+        if others:  # of tests that run beside this one
+            told["hub"]["config"]["GPUSliceMixin"] = {"gpu_model": MODEL}
+        yield made, at_end.enter_context(hub(api, made.hub_namespace, told))

@@ -44,11 +44,11 @@ def merged(base: Any, over: Any) -> Any:
     return {**base, **{name: merged(base.get(name), value) for name, value in over.items()}}
 
 
-def values(password: str, pool_url: str, hub_name: str, secret: str) -> Json:
+def values_of_a_hub(pool_url: str, hub_name: str, secret: str) -> Json:
     """Return the hub's values: what deploy/z2jh/values.yaml ships, on what an installation of its own says."""
     own = {
         "hub": {"config": {"JupyterHub": {"authenticator_class": "dummy"},
-                           "Authenticator": {"allow_all": True}, "DummyAuthenticator": {"password": password}}},
+                           "Authenticator": {"allow_all": True}, "DummyAuthenticator": {"password": secrets.token_hex(8)}}},
         "singleuser": {
             "cmd": "jupyterhub-singleuser", "defaultUrl": "/lab", "uid": 1000, "fsGid": 100, "events": True,
             "memory": {"guarantee": "64M"}, "cpu": {"guarantee": 0.01},
@@ -180,7 +180,6 @@ class Hub:
     api: Api
     namespace: str
     values: Json
-    password: str
     address: str
     folder: Path
     ports: dict[str, int] = field(default_factory=dict)
@@ -190,6 +189,11 @@ class Hub:
     def url(self) -> str:
         """Where people find it."""
         return f"http://{self.address}:{self.ports['public']}"
+
+    @property
+    def password(self) -> str:
+        """Everybody's."""
+        return self.values["hub"]["config"]["DummyAuthenticator"]["password"]
 
     # -- objects
 
@@ -305,12 +309,11 @@ def node_address(api: Api) -> str:
 
 
 @contextmanager
-def hub(api: Api, namespace: str, pool_url: str, hub_name: str, secret: str) -> Iterator[Hub]:
-    """Run a hub in a namespace that is there."""
+def hub(api: Api, namespace: str, told: Json) -> Iterator[Hub]:
+    """Run a hub with these values in a namespace that is there."""
     folder = Path(tempfile.mkdtemp(prefix="nbgpu-hub-db-"))
     folder.chmod(0o777)
-    password = secrets.token_hex(8)
-    made = Hub(api, namespace, values(password, pool_url, hub_name, secret), password, node_address(api), folder)
+    made = Hub(api, namespace, told, node_address(api), folder)
     try:
         made.install()
         yield made
