@@ -71,7 +71,7 @@ def without_nbgpu(told: Json) -> Json:
     """Return the values after step 1 of an uninstall, as docs/kubernetes.md has it."""
     plain = copy.deepcopy(told)
     del plain["hub"]["extraConfig"]["nbgpu"], plain["hub"]["extraEnv"], plain["custom"]
-    plain["singleuser"]["profileList"] = [one for one in plain["singleuser"]["profileList"] if "kubespawner_override" not in one]
+    plain["singleuser"]["profileList"] = [one for one in plain["singleuser"]["profileList"] if one["slug"] == "cpu"]
     return plain
 
 
