@@ -89,7 +89,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 def run(options: Options) -> int:
     """Run the agent until SIGTERM or SIGINT; return the exit status."""
     logs.set_up(options.log_level, "%(asctime)s %(levelname)s agent: %(message)s")
-    # What tenants send must not fill the log.
+    # Neither its own calls nor what tenants send must fill the log.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     os.umask(0o022)
     try:

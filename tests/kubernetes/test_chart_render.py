@@ -94,6 +94,14 @@ def test_each_part_may_do_what_it_does_and_no_more() -> None:
         "nodes": ["get"],
         "events": ["create", "patch"],
     }
+    in_its_own = pick(objects, "Role", "nbgpu-pool-lease")["rules"]
+    assert [(rule["resources"], rule.get("resourceNames"), rule["verbs"]) for rule in in_its_own] == [
+        (["leases"], None, ["create"]),
+        (["leases"], ["nbgpu-pool"], ["get", "update", "patch"]),
+        (["endpointslices"], None, ["create"]),
+        (["endpointslices"], ["nbgpu-pool"], ["get", "patch"]),
+        (["services"], ["nbgpu-pool"], ["get"]),
+    ]
     bound = [one for one in objects if one.get("roleRef", {}).get("name") == "nbgpu-pool-claims"]
     assert [(one["kind"], one["metadata"]["namespace"]) for one in bound] == [("RoleBinding", "gpu")]
     assert not [one for one in objects if "*" in str(one.get("rules"))]
