@@ -1,6 +1,6 @@
 """The way to the replica that leads: behind the pool's Service stands one address, and who leads writes it.
 
-The Service has no selector. Were it the pods' readiness that tells leader from standby, no Deployment of two replicas would ever be complete.
+The Service has no selector. Were it readiness that tells leader from standby, no Deployment of two replicas would ever be complete.
 """
 
 from __future__ import annotations
