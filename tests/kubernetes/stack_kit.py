@@ -111,7 +111,7 @@ class Stack:
     def has_image(self, name: str) -> bool:
         """Return whether the node has an image of this name."""
         found = self.api.done("GET", f"/api/v1/nodes/{self.node}")["status"].get("images", [])
-        return any(name in one["names"] for one in found)
+        return any(name in (one["names"] or ()) for one in found)
 
     def run_in(self, pod: Json, *command: str) -> str:
         """Return what a command prints in a pod."""

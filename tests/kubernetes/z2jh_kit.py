@@ -271,10 +271,13 @@ class Hub:
         """Return the end of what the hub has logged."""
         return "\n".join(self.api.log(self.namespace, one["metadata"]["name"]) for one in self.api.pods(self.namespace, HUB_LABELS))[-4000:]
 
+    def servers(self, user: str) -> list[Json]:
+        """Return the pods of somebody's servers that nobody has asked to end."""
+        return self.api.pods(self.namespace, {"app": "jupyterhub", "component": "singleuser-server", "hub.jupyter.org/username": user})
+
     def server(self, user: str) -> Json:
-        """Return the pod of somebody's server."""
-        labels = {"app": "jupyterhub", "component": "singleuser-server", "hub.jupyter.org/username": user}
-        [found] = self.api.pods(self.namespace, labels)
+        """Return the pod of somebody's one server."""
+        [found] = self.servers(user)
         return found
 
     # -- the proxy
