@@ -39,8 +39,20 @@ def status(
     as_json: Annotated[bool, AS_JSON] = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it anew every second, until Ctrl-C.")] = False,
     node: Annotated[bool, typer.Option("--node", help="Inside a slice: show the whole machine, not only this slice.")] = False,
+    cluster: Annotated[bool, typer.Option("--cluster", "-k", help="As admin: the Kubernetes cluster of KUBECONFIG.")] = False,
+    pool: Annotated[
+        str | None, typer.Option("--pool", metavar="URL", help="As admin: what the pool there says; its token in NBGPU_POOL_TOKEN.")
+    ] = None,
 ) -> None:
     """Show devices, slices, their owners and what they use; inside a notebook server, its own slice."""
+    if cluster or pool:
+        from .cli_cluster import show_cluster, show_pool
+
+        if pool:
+            show_pool(pool, as_json=as_json)
+        else:
+            show_cluster(as_json=as_json)
+        return
     from .cli_status import show
 
     show(as_json=as_json, watch=watch, whole_node=node)
@@ -90,11 +102,12 @@ def limit(
 def doctor(
     as_json: Annotated[bool, AS_JSON] = False,
     probe: Annotated[bool, typer.Option(help="Also start a tiny program in a slice and look at it from inside.")] = True,
+    cluster: Annotated[bool, typer.Option("--cluster", "-k", help="As admin: check the Kubernetes cluster of KUBECONFIG instead.")] = False,
 ) -> None:
     """Check this installation and say what is wrong and what to do. Exit status 1 when there is an error."""
     from .cli_doctor import examine
 
-    raise typer.Exit(examine(as_json=as_json, probe=probe))
+    raise typer.Exit(examine(as_json=as_json, probe=probe, cluster=cluster))
 
 
 @app.command()

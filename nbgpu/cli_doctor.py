@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from .cli_common import console, own_slice, print_json
+from .errors import NbgpuError
 from .logs import one_line
 from .models import AgentSlice, Grant, Node
 
@@ -39,15 +40,25 @@ class Facts:
 Look = Callable[[Facts], list[Check]]
 
 
-def examine(*, as_json: bool, probe: bool) -> int:
-    """Run all checks that make sense here, print them, return 1 when one is an error."""
-    checks = run_checks(looks(probe=probe))
+def examine(*, as_json: bool, probe: bool, cluster: bool = False) -> int:
+    """Run all checks that make sense here, or those of the cluster at hand; print them, return 1 when one is an error."""
+    checks = run_checks([_cluster] if cluster else looks(probe=probe))
     worst = "error" if any(check.level == "error" for check in checks) else "ok"
     if as_json:
         print_json({"ok": worst == "ok", "not_running": not_running(checks), "checks": [asdict(check) for check in checks]})
     else:
         show(checks)
     return int(worst == "error")
+
+
+def _cluster(facts: Facts) -> list[Check]:
+    from . import cli_doctor_cluster, cluster_look
+
+    try:
+        cluster_look.need_cluster()
+        return cli_doctor_cluster.checks(cluster_look.look())
+    except NbgpuError as error:
+        return [Check("cluster", "error", error.message, "KUBECONFIG must name a kubeconfig of an administrator of the cluster.")]
 
 
 def looks(*, probe: bool) -> list[Look]:

@@ -104,7 +104,7 @@ def devices_table(machine: Machine) -> RenderableType:
     """Return one row a device: what it has, what is granted, what is used."""
     from rich.text import Text
 
-    table = _table("GPU", "model", "memory", "granted", "used", "time granted", "time used", "slices")
+    table = make_table("GPU", "model", "memory", "granted", "used", "time granted", "time used", "slices")
     books = {book.device.uuid: book for book in machine.books}
     for device in machine.node.devices:
         uses = [use for usage in machine.usage.values() for use in usage.devices if use.uuid == device.uuid]
@@ -123,7 +123,7 @@ def devices_table(machine: Machine) -> RenderableType:
 
 def slices_table(machine: Machine) -> RenderableType:
     """Return one row a slice and device."""
-    table = _table("slice", "owner", "GPU", "memory", "share", "time used", "mode", "state", "processes")
+    table = make_table("slice", "owner", "GPU", "memory", "share", "time used", "mode", "state", "processes")
     for known in sorted(machine.slices, key=lambda one: one.created):
         usage = machine.usage.get(known.slice.slice_id)
         uses = {use.uuid: use for use in usage.devices} if usage else {}
@@ -143,9 +143,9 @@ def queue_table(queue: list[Grant]) -> RenderableType:
     """Return who waits, for what, and how long still."""
     from .cli_run import in_words, request_in_words
 
-    table = _table("queue", "user", "waits for", "about", "why")
+    table = make_table("queue", "user", "waits for", "about", "why")
     for grant in queue:
-        wait = in_words(grant.wait_seconds) if grant.wait_seconds is not None else "unknown"
+        wait = in_words(grant.wait_seconds) + ("?" if grant.wait_guessed else "") if grant.wait_seconds is not None else "unknown"
         table.add_row(str(grant.position or ""), grant.request.owner.user, request_in_words(grant.request), wait, grant.reason or "")
     return table
 
@@ -154,7 +154,7 @@ def slice_picture(usage: Usage) -> RenderableType:
     """Return the tables of one slice, seen from inside."""
     from rich.console import Group
 
-    devices = _table("GPU", "model", "memory", "share", "time used", "of the share")
+    devices = make_table("GPU", "model", "memory", "share", "time used", "of the share")
     for use in usage.devices:
         devices.add_row(
             str(use.index), use.model, format_memory_of(use.memory_used_bytes, use.memory_limit_bytes), percent(use.compute_limit_milli),
@@ -169,7 +169,8 @@ def slice_picture(usage: Usage) -> RenderableType:
     return Group(*parts)
 
 
-def _table(*columns: str) -> Table:
+def make_table(*columns: str) -> Table:
+    """Return an empty table; columns of numbers stand to the right."""
     from rich import box
     from rich.table import Table
 

@@ -181,7 +181,7 @@ class LiveSlice:
     def _candidates(self) -> set[int]:
         """Return the pids of all processes of the slice, zombies among them."""
         if self.record.claim is not None:
-            return self._cgroups.pod_members(self.record.claim.pods) | self.tenant.holders()
+            return self.container_processes() | self.tenant.holders()
         pids = {root.pid for root in self.record.roots if Process(root.pid, root.start_time).alive()} | self.tenant.holders()
         if self.record.cgroup:
             return pids | self._cgroups.members(Path(self.record.cgroup))

@@ -92,6 +92,7 @@ def run(options: Options) -> int:
     # Neither its own calls nor what tenants send must fill the log.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     os.umask(0o022)
     try:
         asyncio.run(_serve(options))

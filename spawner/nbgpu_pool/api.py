@@ -140,10 +140,10 @@ async def get_request(request_id: RequestId, pool: Pool, speaker: Speaker) -> Gr
 
 
 @router.get("/v1/requests/{request_id}/events", response_class=StreamingResponse)
-async def follow_request(request_id: RequestId, pool: Pool, speaker: Speaker) -> StreamingResponse:
-    """Server-sent events `grant`, at each change, until the request is no longer queued."""
+async def follow_request(request_id: RequestId, pool: Pool, speaker: Speaker, held: Annotated[bool, Query()] = False) -> StreamingResponse:
+    """Server-sent events `grant`, at each change, until the request is no longer queued; with `held`, until it has ended."""
     entry = _entry(pool, request_id, speaker)
-    return events.stream(events.of_request(pool, entry, touch=speaker.role == "hub"))
+    return events.stream(events.of_request(pool, entry, touch=speaker.role == "hub", held=held))
 
 
 @router.delete("/v1/requests/{request_id}", response_model=Grant, responses={204: {"description": "Unknown; remembered."}})

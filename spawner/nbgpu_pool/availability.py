@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from nbgpu.errors import NbgpuError, Unavailable
 from nbgpu.models import Availability, AvailabilityQuery, GrantState, Shape
@@ -10,7 +11,6 @@ from nbgpu.models import Availability, AvailabilityQuery, GrantState, Shape
 from . import quotas as quota_rules
 from .books import Entry
 from .core import Core
-from .held import AWAY
 from .quotas import Holding
 from .shapes import by_model, want_of
 
@@ -26,7 +26,16 @@ def answer(core: Core, query: AvailabilityQuery, now: float) -> list[Availabilit
     if not core.ready:
         raise Unavailable("The pool is starting: rebuilding the books from what runs. Try again in a few seconds.", code="starting")
     looker = _Looker(core, query, now)
-    return [looker.look(shape) for shape in query.shapes]
+    found = [looker.look(shape) for shape in query.shapes]
+    return found if core.connected else [_stale(one, core, now) for one in found]
+
+
+def _stale(found: Availability, core: Core, now: float) -> Availability:
+    """Say that an answer is from the cache: nothing is granted before the ledger answers again."""
+    if found.state not in ("free", "wait"):
+        return found
+    ago = rough_time(now - core.away_since, "seconds")
+    return found.model_copy(update={"state": "wait", "wait_seconds": None, "reason": f"{found.reason}, as of {ago} ago. {core.away_words}"})
 
 
 class _Looker:
@@ -55,8 +64,6 @@ class _Looker:
         why = quota_rules.refusal(core.settings.quotas, self.holdings, self.query.owner, self.query.groups, cost)
         if why is not None:
             return Availability(state="forbidden", reason=why, memory=memory, compute_milli=compute)
-        if not core.connected:
-            return Availability(state="wait", reason=AWAY, memory=memory, compute_milli=compute)
         ghost = Entry(core.ghost(self.query.owner, self.query.groups, shape), want, 0, self.now, state=GrantState.queued)
         found = self.walk.find(ghost)
         if found is not None and found[0][0].coming:
@@ -76,15 +83,17 @@ class _Looker:
             return f"in use by your group: {holder} is used up until someone stops"
         words = ["in use"]
         if seconds is not None:
-            words.append(f"usually free within {rough_time(seconds)}")
+            words.append(f"{'perhaps' if self.core.sessions.guessing else 'usually'} free within {rough_time(seconds)}")
         if self.waiting:
             words.append(f"{self.waiting} {'waits' if self.waiting == 1 else 'wait'} before you")
         head, *rest = words
         return f"{head}: {', '.join(rest)}" if rest else head
 
 
-def rough_time(seconds: float) -> str:
-    """Return a duration for people, rounded up: ``a minute``, ``10 minutes``, ``2 hours``."""
+def rough_time(seconds: float, least: Literal["minutes", "seconds"] = "minutes") -> str:
+    """Return a duration for people, rounded up: ``a minute``, ``10 minutes``, ``2 hours``; with `least` also ``40 seconds``."""
+    if least == "seconds" and seconds < 60:
+        return f"{max(1, math.ceil(seconds))} seconds" if seconds > 1 else "a second"
     minutes = max(1, math.ceil(seconds / 60))
     if minutes == 1:
         return "a minute"

@@ -14,7 +14,7 @@ from nbgpu.models import DeviceBooks, Grant, GrantState, Owner, Request, Shape, 
 from . import quotas as quota_rules
 from .books import Books, Entry, adopted
 from .estimate import Sessions, queue_forecast
-from .held import AWAY, Held
+from .held import Held
 from .queue import hopeless
 from .shapes import Want, want_of
 from .state import Effects, Seen, Settings, Snapshot
@@ -36,11 +36,13 @@ class Core(Held):
         super().__init__()
         self.settings = settings or Settings()
         self.books = Books()
-        self.sessions = Sessions()
+        self.sessions = Sessions(self.settings.session_guess_seconds)
         self.ended: OrderedDict[str, Entry] = OrderedDict()
         self.cancelled_early: OrderedDict[str, tuple[str | None, float]] = OrderedDict()
         self.ready = False
         self.connected = False
+        self.away_since = 0.0
+        self.away_words = STARTING
         self.mark = 0
         self.generation = 1
         self._number = 0
@@ -241,10 +243,12 @@ class Core(Held):
         self._revoke_overbooked(now)
         self._reconcile(now)
 
-    def away(self, now: float) -> None:
+    def away(self, now: float, who: str = "The GPU node") -> None:
         """The ledger does not answer: nothing is granted or freed until it does."""
         if self.connected:
             self.connected = False
+            self.away_since = now
+            self.away_words = f"{who} does not answer at the moment; requests keep their place in the queue."
             self._changed()
 
     def tick(self, now: float) -> None:
@@ -281,12 +285,14 @@ class Core(Held):
         """Return a request as the API shows it."""
         queued = entry.state == GrantState.queued
         position = self._position(entry) if queued else None
+        wait_seconds = self.forecast(now).get(entry.slice_id) if queued else None
         return Grant(
             request=entry.request,
             state=entry.state,
             slice=None if queued else entry.slice,
             position=position,
-            wait_seconds=self.forecast(now).get(entry.slice_id) if queued else None,
+            wait_seconds=wait_seconds,
+            wait_guessed=wait_seconds is not None and self.sessions.guessing,
             expires_seconds=max(0.0, entry.expires - now) if entry.state == GrantState.reserved and entry.expires is not None else None,
             reason=self._why(entry) if queued else entry.reason,
             note=entry.note,
@@ -302,7 +308,7 @@ class Core(Held):
 
     def _why(self, entry: Entry) -> str:
         if not self.connected:
-            return AWAY
+            return self.away_words
         if entry.holder:
             return f"waits for {entry.holder}: what is held now must be given back first"
         return "all GPUs that could hold it are in use"

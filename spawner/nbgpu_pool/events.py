@@ -21,8 +21,8 @@ def stream(source: AsyncIterator[str]) -> StreamingResponse:
     return StreamingResponse(source, media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
 
-async def of_request(service: Service, entry: Entry, *, touch: bool) -> AsyncIterator[str]:
-    """Yield `grant` events until the request is no longer queued; `touch`: following it is asking for it."""
+async def of_request(service: Service, entry: Entry, *, touch: bool, held: bool = False) -> AsyncIterator[str]:
+    """Yield `grant` events until the request is no longer queued, with `held` until it has ended; `touch`: who follows it asks for it."""
     last: tuple[object, ...] | None = None
     while not service.closing:
         now = service.clock()
@@ -31,11 +31,11 @@ async def of_request(service: Service, entry: Entry, *, touch: bool) -> AsyncIte
         current = service.core.entry(entry.slice_id) or entry
         generation = service.core.generation
         grant = service.core.grant(current, now)
-        shown = grant.state, grant.position, _rough(grant), grant.reason
+        shown = grant.state, grant.position, _rough(grant), grant.reason, grant.note, grant.slice, grant.resizing
         if shown != last:
             last = shown
             yield f"event: grant\ndata: {grant.model_dump_json()}\n\n"
-            if grant.state != GrantState.queued:
+            if grant.state == GrantState.gone or (grant.state != GrantState.queued and not held):
                 return
         elif not await service.changed(generation, REFRESH_SECONDS):
             yield ": still waiting\n\n"

@@ -9,6 +9,7 @@ from nbgpu.errors import NbgpuError, Unavailable
 from nbgpu.http import App, Receive, Scope, Send, answer_error
 
 from .core import Core
+from .front import READS
 
 
 class Gate:
@@ -39,7 +40,8 @@ class Gate:
             await self._state(send, 200)
         elif scope["path"] == "/readyz":
             await self._state(send, 200 if self._ready() else 503)
-        elif self.app is None or not self._leads():
+        elif self.app is None or not (self._leads() or (scope["method"], scope["path"]) in READS or scope["method"] == "GET"):
+            # what only reads is answered from the cache, which says so, until it is known that another leads
             refusal = self._refusal()
             await answer_error(send, refusal.status, refusal.as_json(), {"retry-after": "2"})
         else:

@@ -14,7 +14,6 @@ from .resize import RESIZE_SECONDS, above_quota, grows, must_fit, same_limits, t
 from .shapes import Part, Want
 from .state import Effects, Seen, Settings, Snapshot
 
-AWAY = "The GPU node does not answer at the moment; requests keep their place in the queue."
 COMING_NOTE = "A node with a GPU has to be started first; that takes some minutes."
 REFUSED_SECONDS = 3.0
 """How long a pod may be without a node before its slice is moved: one that has just come waits for its turn, or for its claim."""

@@ -69,6 +69,7 @@ class KubeLedger:
         hubs: frozenset[str] | None = None,
     ):
         self.kube = kube
+        self.who = "The Kubernetes API server"
         self._coming, self._hubs = coming, hubs
         self._key = key
         self._ttl = ttl_seconds

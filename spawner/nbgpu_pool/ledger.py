@@ -32,6 +32,9 @@ class LedgerRefused(NbgpuError):
 class Ledger(Protocol):
     """What the pool needs of the place where slices are real."""
 
+    who: str
+    """Who does not answer while it is away, at the beginning of a sentence."""
+
     async def prepare(self, wanted: Slice, uid: int | None) -> Launch:
         """Make a slice; idempotent.
 
@@ -99,6 +102,7 @@ class AgentLedger:
     """
 
     def __init__(self, socket: Path):
+        self.who = "The GPU node"
         self._socket = socket
         self._calls = self._client(CALL_SECONDS)
         self._polls = self._client(POLL_SECONDS + CALL_SECONDS)

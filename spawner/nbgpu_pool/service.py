@@ -84,7 +84,7 @@ class Service:
                         if not was_away:
                             log.warning("ledger away: %s", found.message)
                         was_away = True
-                        self.core.away(self.clock())
+                        self.core.away(self.clock(), self.ledger.who)
                     else:
                         if was_away or not self.core.ready:
                             log.info("ledger here: devices=%d slices=%d", len(found.devices), len(found.slices))
@@ -95,7 +95,7 @@ class Service:
                     self.settle()
             except Exception:
                 log.exception("watching the ledger failed; starting over")
-            self.core.away(self.clock())
+            self.core.away(self.clock(), self.ledger.who)
             await asyncio.sleep(1.0)
 
     async def _ticker(self) -> None:

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 from jupyterhub.utils import maybe_future, url_path_join
 from tornado.httputil import url_concat
 from traitlets import Any as AnyTrait
-from traitlets import Bool, Enum, Float, Integer, Unicode, default
+from traitlets import Bool, Dict, Enum, Float, Integer, Unicode, default
 from traitlets.config import Configurable
 
 from nbgpu.errors import InvalidValue, NbgpuError, Unavailable
@@ -42,6 +42,21 @@ _clean: set[Owner] = set()
 """Owners of whom this process knows that they hold nothing: what an earlier hub left behind was asked back once."""
 
 
+class NotAnObject(dict[str, Any]):
+    """What came as ``user_options`` and is no JSON object: empty as options, until they are checked and refused."""
+
+    def __init__(self, value: object):
+        super().__init__()
+        self.value = value
+
+
+class _UserOptions(Dict):
+    """Takes what JupyterHub 5 passes on unseen. A plain `Dict` raises while the hub sets a start up: a 500, and a server that never was."""
+
+    def validate(self, obj: Any, value: Any) -> Any:
+        return super().validate(obj, value if isinstance(value, dict) else NotAnObject(value))
+
+
 class GPUSliceMixin(_Spawner):
     """Gives a spawner's servers a slice of a GPU. Put it before the spawner class: ``class Mine(GPUSliceMixin, SomeSpawner)``.
 
@@ -49,6 +64,7 @@ class GPUSliceMixin(_Spawner):
     (release, refusal, options, progress) happens here.
     """
 
+    user_options = _UserOptions(help="What the user asked for: by the form, or as JSON through the REST API.")
     gpu_fraction = AnyTrait(
         None,
         allow_none=True,
@@ -141,8 +157,8 @@ class GPUSliceMixin(_Spawner):
         InvalidValue
             The same for the form and for the REST API.
         """
-        if not isinstance(options, dict):
-            raise InvalidValue("user_options", options, "an object of option names and values")
+        if isinstance(options, NotAnObject) or not isinstance(options, dict):
+            raise InvalidValue("user_options", getattr(options, "value", options), "an object of option names and values")
         profile = selected(await self.gpu_profiles(), options)
         check_keys(profile, options, others_allowed=self._others_read_options())
         wish = wish_of(profile, options, self._gpu_configured)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from html import escape
 from typing import Any
 
 from tornado import web
+from tornado.log import app_log
 
 from nbgpu.errors import NbgpuError
 
@@ -45,6 +47,15 @@ class GPURefusal(_Base):  # pyright: ignore[reportGeneralTypeIssues]
 
     def __str__(self) -> str:
         return f"{self.status_code} {self.reason}: {self.jupyterhub_message}"
+
+
+def _no_second_word(record: logging.LogRecord) -> bool:
+    """Drop tornado's stack trace of a refusal that came after the hub had answered "pending": the hub has said it on a line of its own."""
+    return not (record.exc_info and isinstance(record.exc_info[1], GPURefusal))
+
+
+if HUB_COUNTS_REFUSALS:
+    app_log.addFilter(_no_second_word)
 
 
 def refusal(error: NbgpuError) -> GPURefusal:

@@ -92,6 +92,20 @@ def test_junk_by_rest(hub: Hub, calm_pool: FakePool, options: Any, words: str) -
     assert calm_pool.held() == []
 
 
+@pytest.mark.parametrize("body", ["half", 5, True, ["half"]], ids=repr)
+def test_a_body_that_is_no_object(hub: Hub, calm_pool: FakePool, body: Any) -> None:
+    """JupyterHub 5 hands it on to the spawner as it is; the next start must know nothing of it."""
+    answer = hub.spawn("ada", body)
+    assert answer.status_code == 400
+    assert "an object" in answer.json()["message"] or "must be a" in answer.json()["message"], answer.text
+    assert hub.server("ada") is None
+    assert hub.spawn("ada").status_code in (201, 202)
+    hub.ready("ada")
+    hub.stop("ada")
+    assert calm_pool.held() == []
+    assert "Traceback" not in hub.log.read_text()
+
+
 def test_unknown_profile_by_both(hub: Hub, ada: Browser, calm_pool: FakePool) -> None:
     words = "Profile is 'gone'; it must be one of cpu, eighth, quarter, half, whole, custom."
     answer = hub.spawn("ada", {"profile": "gone"})

@@ -6,8 +6,8 @@
         place.wait_running(pod)
         assert "MiB" in place.exec(pod, "nvidia-smi")
 
-A `Node` is the agent as a process of this machine, as root, with simulated GPUs, for the cluster's one real node. It holds an exclusive lock
-on ``/tmp/nbgpu-node.lock`` from `start` to `close`: whoever else wants the node waits. The kubelet is the cluster's own.
+A `Node` is the agent as a process of this machine, as root, with simulated GPUs, for the cluster's one real node. It holds an exclusive
+lock on ``/tmp/nbgpu-node.lock`` from `start` to `close`: whoever else wants the node waits. The kubelet is the cluster's own.
 """
 
 from __future__ import annotations
@@ -98,7 +98,10 @@ class Api:
             text += running.read_stderr() if running.peek_stderr() else ""
             assert time.monotonic() < deadline, f"{command} in {pod} took more than {seconds} s: {text[-2000:]}"
         text += (running.read_stdout() or "") + (running.read_stderr() or "")
-        code = running.returncode
+        try:
+            code = running.returncode
+        except ValueError as error:  # it could not even be started: that is how this client says so
+            code, text = 127, f"{text}{error}"
         running.close()
         return code if code is not None else -1, text
 
@@ -209,7 +212,10 @@ class Node:
             mine = note.exists() and self.log().count("registered with the kubelet") > self._registered
             return bool(mine and self.resource_slice() and self.admin_up())
 
-        until("the agent to serve", ready, seconds)
+        try:
+            until("the agent to serve", ready, seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {self.log()[-3000:]}") from None
         self._registered = self.log().count("registered with the kubelet")
 
     _registered = 0
@@ -446,7 +452,7 @@ class Place:
         spec: Json = {
             "nodeName": None,
             "nodeSelector": {"kubernetes.io/hostname": self.node.name},
-            "terminationGracePeriodSeconds": 0,
+            "terminationGracePeriodSeconds": 1,
             "automountServiceAccountToken": False,
             "containers": [container, *changes.get("containers", [])],
             **({"resourceClaims": [{"name": "gpu", "resourceClaimName": claim}]} if claim else {}),

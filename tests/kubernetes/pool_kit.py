@@ -29,7 +29,8 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from nbgpu.claims import DRIVER, SLICE_LABEL, claim_name, device_name, read_claim, resource_slice
+from nbgpu.claim_limits import in_force, shares
+from nbgpu.claims import DRIVER, MOVE_LABEL, SLICE_LABEL, claim_name, device_name, resource_slice
 from nbgpu.kube import Conflict, Json, Kube, NotFound, path
 from nbgpu.kube_reflector import Reflector
 from nbgpu.models import Device
@@ -118,24 +119,18 @@ class Place:
         until(lambda: self.get("v1", "namespaces", None, self.namespace) is None, 60)
         self.do(self.kubelet.stop())
         for node in self.nodes:
-            for api, plural, namespace, name in (
-                ("v1", "nodes", None, node),
-                (RESOURCE, "resourceslices", None, f"{node}-{DRIVER}"),
-                ("coordination.k8s.io/v1", "leases", "kube-node-lease", node),
-            ):
-                with contextlib.suppress(NotFound):
-                    self.do(self.kube.delete(path(api, plural, namespace, name)))
+            self._delete_node(node)
         self.do(self.kube.close())
 
     def make_namespace(self, name: str) -> None:
         self.do(self.kube.create(path("v1", "namespaces"), {"metadata": {"name": name}}))
 
-    def make_node(self, name: str, cpu: str = "8") -> None:
+    def make_node(self, name: str, cpu: str = "8", labels: dict[str, str] | None = None) -> None:
         """Make a Ready node that only this run's pods tolerate."""
         size = {"cpu": cpu, "memory": "64Gi", "pods": "100"}
         ready = {"type": "Ready", "status": "True", "reason": "Test", "message": "ready"}
         node = {
-            "metadata": {"name": name, "labels": {"poolkube": self.run_id, "kubernetes.io/hostname": name}},
+            "metadata": {"name": name, "labels": {"poolkube": self.run_id, "kubernetes.io/hostname": name, **(labels or {})}},
             "spec": {"taints": [{"key": "poolkube", "value": self.run_id, "effect": "NoSchedule"}]},
             "status": {"allocatable": size, "capacity": size, "conditions": [ready]},
         }
@@ -143,9 +138,13 @@ class Place:
 
     def publish(self, node: str, published: dict[str, tuple[int, int]] | None = None) -> None:
         """Write a node's ResourceSlice, as its agent would."""
+        self.do(self.publish_soon(node, published))
+
+    async def publish_soon(self, node: str, published: dict[str, tuple[int, int]] | None = None) -> None:
+        """Write a node's ResourceSlice, on the loop of `back`."""
         self.generation += 1
         body = resource_slice(node, self.devices[node], published or {}, self.generation)
-        self.do(self.kube.patch(path(RESOURCE, "resourceslices", name=body["metadata"]["name"]), body, kind="apply", force=True))
+        await self.kube.patch(path(RESOURCE, "resourceslices", name=body["metadata"]["name"]), body, kind="apply", force=True)
 
     # -- the kubelets' part ----------------------------------------------------------------------------------------------
 
@@ -246,18 +245,66 @@ class Place:
         return [one["message"] for one in found.items]
 
     def held(self) -> dict[str, tuple[int, int]]:
-        """Return bytes and milli-GPU that claims in the whole cluster hold of each of this run's devices."""
+        """Return bytes and milli-GPU that claims in the whole cluster hold of each of this run's devices: the limits in force."""
         names = {(one.node, device_name(one.uuid)): one for devices in self.devices.values() for one in devices}
         sums = {one.uuid: (0, 0) for one in names.values()}
         for claim in self.do(self.kube.list(path(RESOURCE, "resourceclaims"))).items:
             results = claim.get("status", {}).get("allocation", {}).get("devices", {}).get("results", [])
             if any((one["pool"], one["device"]) in names for one in results):
-                found = read_claim(claim, names, None)
-                assert found is not None
-                for part in found.slice.devices:
-                    memory, milli = sums[part.uuid]
-                    sums[part.uuid] = memory + part.memory_bytes, milli + part.compute_milli
+                for uuid_, limit in in_force(shares(claim, names)).items():
+                    memory, milli = sums[uuid_]
+                    sums[uuid_] = memory + limit.memory_bytes, milli + limit.compute_milli
         return sums
+
+    def clean(self) -> None:
+        """Remove what a test left; all of it must be removable."""
+        for api, plural in (("v1", "pods"), (RESOURCE, "resourceclaims")):
+            for one in self.do(self.kube.list(path(api, plural, self.namespace))).items:
+                with contextlib.suppress(NotFound):
+                    self.do(self.kube.delete(path(api, plural, self.namespace, one["metadata"]["name"])))
+        until(lambda: not self.claims(), 30, "for the claims to go")
+        until(lambda: not self.do(self.kube.list(path("v1", "pods", self.namespace))).items, 30, "for the pods to go")
+
+    def consumed(self, request_id: str) -> dict[str, Any]:
+        """Return what kube-scheduler counts of a claim's first device."""
+        claim = self.claim(request_id)
+        assert claim is not None
+        return claim["status"]["allocation"]["devices"]["results"][0]["consumedCapacity"]
+
+    def fill(self, node: str, cpu: str) -> str:
+        """Take a node's CPU away with a pod without a GPU; return its name."""
+        name = f"filler-{node}"
+        pod = self._pod(name, cpu, "", labels=False)
+        del pod["spec"]["resourceClaims"], pod["spec"]["containers"][0]["resources"]["claims"]
+        pod["spec"]["nodeSelector"] = {"kubernetes.io/hostname": node}
+        self.do(self.kube.create(path("v1", "pods", self.namespace), pod))
+        until(lambda: self.phase(name) == "Running", why="for the filler")
+        return name
+
+    def add_node(self, name: str, model: str, devices: int, labels: dict[str, str] | None = None) -> None:
+        """Have a node come late."""
+        self.nodes.append(name)
+        self.devices[name] = [
+            Device(uuid=f"GPU-{name}-{n}", index=n, model=model, node=name, memory_bytes=82 * GIB, reserve_bytes=2 * GIB, simulated=True)
+            for n in range(devices)
+        ]
+        self.make_node(name, labels=labels)
+        self.publish(name)
+
+    def remove_node(self, name: str) -> None:
+        """Have a node go, with all that is its."""
+        self.nodes.remove(name)
+        del self.devices[name]
+        self._delete_node(name)
+
+    def _delete_node(self, node: str) -> None:
+        for api, plural, namespace, name in (
+            ("v1", "nodes", None, node),
+            (RESOURCE, "resourceslices", None, f"{node}-{DRIVER}"),
+            ("coordination.k8s.io/v1", "leases", "kube-node-lease", node),
+        ):
+            with contextlib.suppress(NotFound):
+                self.do(self.kube.delete(path(api, plural, namespace, name)))
 
 
 class Gateway:
@@ -355,13 +402,14 @@ class Pool:
 
     started: ClassVar[list[Pool]] = []
 
-    def __init__(self, place: Place, folder: Path, *, gateway: Gateway | None = None, **config: Any):
+    def __init__(self, place: Place, folder: Path, *, gateway: Gateway | None = None, tokens: Json | None = None, **config: Any):
         self.place = place
         self.port = _free_port()
         self.folder = folder / uuid.uuid4().hex[:8]
         self.folder.mkdir()
-        tokens = [{"role": "hub", "hub": "hub", "namespaces": [f"{place.namespace}*"], "env": "TEST_TOKEN"}]
-        (self.folder / "pool.yaml").write_text(json.dumps({"tokens": tokens, **config}))
+        hubs = enumerate(self._hubs(tokens))
+        known = [{"role": "hub", "hub": hub, "namespaces": spaces, "env": f"TOKEN_{n}"} for n, (hub, spaces) in hubs]
+        (self.folder / "pool.yaml").write_text(json.dumps({"tokens": known, **config}))
         key = folder / "seal.key"
         if not key.exists():
             key.write_text(uuid.uuid4().hex)
@@ -374,13 +422,23 @@ class Pool:
             told: Json = {"current-context": "x", "clusters": [cluster], "users": [{"name": "u", "user": {}}], "contexts": [context]}
             Path(kubeconfig).write_text(json.dumps({"apiVersion": "v1", "kind": "Config", **told}))
         self.env = {
-            **os.environ, "KUBECONFIG": kubeconfig, "TEST_TOKEN": TOKEN, "NBGPU_NAMESPACE": place.namespace,
+            **os.environ, "KUBECONFIG": kubeconfig, "NBGPU_NAMESPACE": place.namespace,
+            **{f"TOKEN_{n}": TOKEN if n == 0 else f"{TOKEN}-{hub}" for n, (hub, _) in enumerate(self._hubs(tokens))},
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "spawner")]),
         }  # fmt: skip
         self.http = httpx.Client(
             base_url=f"http://127.0.0.1:{self.port}", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=30, trust_env=False
         )
         self.process: subprocess.Popen[bytes] | None = None
+
+    def _hubs(self, tokens: Json | None) -> list[tuple[str, list[str]]]:
+        return list((tokens or {"hub": [f"{self.place.namespace}*"]}).items())
+
+    def speaks(self, hub: str) -> httpx.Client:
+        """Return a client with the token of another hub than the first."""
+        return httpx.Client(
+            base_url=f"http://127.0.0.1:{self.port}", headers={"Authorization": f"Bearer {TOKEN}-{hub}"}, timeout=30, trust_env=False
+        )
 
     def start(self, *, ready: bool = True) -> Pool:
         """Start the process, and wait until it leads with its books rebuilt."""
@@ -452,6 +510,14 @@ class Pool:
         """Return a request's reason."""
         return self.http.get(f"/v1/requests/{request_id}").json()["reason"] or ""
 
+    def grant(self, request_id: str) -> Json:
+        """Return a grant as it is now."""
+        return self.http.get(f"/v1/requests/{request_id}").json()
+
+    def resize(self, request_id: str, **asked: Any) -> httpx.Response:
+        """Ask for other limits."""
+        return self.http.post(f"/v1/requests/{request_id}/resize", json=asked)
+
     def bind(self, request_id: str) -> httpx.Response:
         """Say that a pod carries the slice."""
         return self.http.post(f"/v1/requests/{request_id}/bind", json={})
@@ -470,6 +536,21 @@ class Pool:
         }
 
 
+def new_id() -> str:
+    """Return a request id."""
+    return uuid.uuid4().hex
+
+
+def served(place: Place, pool: Pool, user: str = "ada", **wish: object) -> str:
+    """Return the request of a pod that runs."""
+    request = new_id()
+    pool.granted(request, user, **wish)
+    assert pool.bind(request).status_code == 200
+    place.pod(request)
+    until(lambda: place.phase(request) == "Running", why="for the pod")
+    return request
+
+
 def check(place: Place, pool: Pool, carried: Iterable[str]) -> None:
     """Assert what must hold whenever things have settled.
 
@@ -482,6 +563,7 @@ def check(place: Place, pool: Pool, carried: Iterable[str]) -> None:
     for uuid_, (memory, milli) in place.held().items():
         assert memory <= 80 * GIB, uuid_
         assert milli <= 1000, uuid_
+    assert not [one for one in place.claims() if MOVE_LABEL in one["metadata"].get("labels", {})], "a note about a move was left"
     ours = {one["metadata"]["labels"][SLICE_LABEL] for one in place.claims() if SLICE_LABEL in one["metadata"].get("labels", {})}
     assert ours == set(carried)
     assert {one for one in ours if place.phase(one) == "Running"} == set(carried)

@@ -6,7 +6,6 @@ books say what the cluster's claims hold, and those are the claims of the pods t
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import time
 import uuid
@@ -14,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pool_kit import GIB, RESOURCE, Gateway, Place, Pool, check, until
+from pool_kit import GIB, RESOURCE, Gateway, Place, Pool, check, new_id, served, until
 
 from nbgpu.claims import DRIVER, claim_for, device_name
-from nbgpu.kube import NotFound, path
+from nbgpu.kube import path
 from nbgpu.models import Owner, Slice, SliceDevice
 
 pytestmark = [pytest.mark.kubernetes, pytest.mark.slow]
@@ -41,38 +40,7 @@ def nothing_left(place: Place) -> Iterator[None]:
     """What a test leaves is removed, and must be removable."""
     yield
     Pool.stop_all()
-    clean(place)
-
-
-@pytest.fixture
-def gateway(place: Place) -> Iterator[Gateway]:
-    gateway = Gateway(place)
-    yield gateway
-    Pool.stop_all()  # before its way to the lease is closed
-    gateway.close()
-
-
-def clean(place: Place) -> None:
-    for plural in ("pods", "resourceclaims"):
-        api = "v1" if plural == "pods" else RESOURCE
-        for one in place.do(place.kube.list(path(api, plural, place.namespace))).items:
-            with contextlib.suppress(NotFound):
-                place.do(place.kube.delete(path(api, plural, place.namespace, one["metadata"]["name"])))
-    until(lambda: not place.claims(), 30, "for the claims to go")
-
-
-def new_id() -> str:
-    return uuid.uuid4().hex
-
-
-def served(place: Place, pool: Pool, user: str = "ada", **wish: object) -> str:
-    """Return the request of a pod that runs."""
-    request = new_id()
-    pool.granted(request, user, **wish)
-    assert pool.bind(request).status_code == 200
-    place.pod(request)
-    until(lambda: place.phase(request) == "Running", why="for the pod")
-    return request
+    place.clean()
 
 
 def foreign(place: Place, name: str, memory: int, milli: int, uuid_: str) -> None:

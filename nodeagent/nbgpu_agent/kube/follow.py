@@ -1,4 +1,4 @@
-"""Claims of this node as the API server tells of them: limits that the pool wants, pods, claims that are gone without a word of the kubelet."""
+"""Claims of this node as the API server tells of them: limits, pods, and claims that are gone without a word of the kubelet."""
 
 from __future__ import annotations
 
@@ -71,8 +71,9 @@ class Follower:
 
     def _keep(self, claim: Json) -> Json | None:
         """Keep the claims that hold a part of this node's devices."""
-        status = claim.get("status") or {}
-        results = cast("list[Json]", ((status.get("allocation") or {}).get("devices") or {}).get("results") or [])
+        status = cast("Json", claim.get("status") or {})
+        allocation = cast("Json", status.get("allocation") or {})
+        results = cast("list[Json]", cast("Json", allocation.get("devices") or {}).get("results") or [])
         mine = any(one.get("driver") == DRIVER and one.get("pool") == self._agent.settings.node for one in results)
         return claim if mine else None
 

@@ -49,6 +49,10 @@ class Claims(Protocol):
         ...
 
 
+def _bytes(message: Any) -> bytes:
+    return message.SerializeToString()
+
+
 def registry(kubelet_dir: Path) -> Path:
     """Return where the kubelet looks for sockets of plugins."""
     return kubelet_dir / "plugins_registry"
@@ -222,7 +226,9 @@ class Plugin:
             if other != str(self.endpoint) and os.path.exists(other):
                 async with _grpc.aio.insecure_channel(f"unix:{other}") as channel:
                     call = channel.unary_unary(
-                        f"/{SERVICE}/{method}", request_serializer=type(request).SerializeToString, response_deserializer=answer.FromString
+                        f"/{SERVICE}/{method}",
+                        request_serializer=_bytes,
+                        response_deserializer=answer.FromString,
                     )
                     try:
                         return await call(request, timeout=STANDBY_SECONDS)

@@ -53,6 +53,7 @@ class Publisher:
             lambda thing: thing,
             fields=f"spec.nodeName={agent.settings.node}",
             changed=self._changed,
+            told=self.wake,
         )
         self._wake = asyncio.Event()
         self._lock = asyncio.Lock()

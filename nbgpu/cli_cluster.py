@@ -1,0 +1,141 @@
+"""``nbgpu status --cluster`` and ``--pool``: devices and who holds what, by a cluster's objects or by a pool's word."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from .cli_common import SHORT_ID, console, owner_name, percent, print_json
+from .errors import NbgpuError, Unavailable
+from .models import DeviceBooks, Grant, GrantState
+from .quantities import format_memory
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from .cluster_look import Cluster
+
+TOKEN_VARIABLE = "NBGPU_POOL_TOKEN"
+ASK_SECONDS = 10.0
+
+
+def show_cluster(*, as_json: bool) -> None:
+    """Print the GPUs of the cluster of KUBECONFIG and who holds them."""
+    from .cluster_look import look, need_cluster
+
+    need_cluster()
+    found = look()
+    if as_json:
+        print_json(cluster_json(found))
+        return
+    for part in cluster_tables(found):
+        console().print(part)
+
+
+def cluster_json(found: Cluster) -> dict[str, Any]:
+    """Return it for programs."""
+    from .cluster_look import granted
+
+    sums = granted(found)
+    devices = [
+        {**device.model_dump(mode="json"), "ready": found.ready.get(device.node, False),
+         **dict(zip(("memory_granted_bytes", "compute_granted_milli", "slices"), sums[device.uuid], strict=True))}
+        for device in found.devices
+    ]  # fmt: skip
+    claims = [asdict(one) | {"slice": one.slice.model_dump(mode="json") if one.slice else None} for one in found.holdings]
+    return {"version": found.version, "problem": found.problem, "devices": devices, "claims": claims, "unread": found.unread}
+
+
+def cluster_tables(found: Cluster) -> list[RenderableType]:
+    """Return what to print."""
+    from .cli_status import make_table
+    from .cluster_look import granted
+
+    head = f"Kubernetes {found.version}: {len(found.devices)} GPUs on {len({one.node for one in found.devices})} nodes"
+    parts: list[RenderableType] = [found.problem or head]
+    devices = make_table("node", "GPU", "model", "memory", "granted", "time granted", "slices")
+    sums = granted(found)
+    for device in found.devices:
+        memory, milli, count = sums[device.uuid]
+        good = device.healthy and found.ready.get(device.node, False)
+        model = device.model if good else f"{device.model} (not healthy)" if not device.healthy else f"{device.model} (node away)"
+        devices.add_row(
+            device.node, str(device.index), model, format_memory(device.usable_bytes), format_memory(memory), percent(milli), str(count)
+        )
+    parts.append(devices if found.devices else "No agent publishes a GPU.")
+    if not found.holdings:
+        return [*parts, "No slices."]
+    claims = make_table("claim", "owner", "namespace", "pod", "node", "GPU", "memory", "share", "mode", "state")
+    for one in found.holdings:
+        held = one.slice.devices if one.slice is not None else []
+        name = one.name.removeprefix("nbgpu-")[:SHORT_ID] if one.name.startswith("nbgpu-") else one.name
+        gpus, memory = ",".join(str(part.index) for part in held), sum(part.memory_bytes for part in held)
+        claims.add_row(
+            name, one.owner, one.namespace, ",".join(one.pods), one.slice.node if one.slice else "", gpus,
+            format_memory(memory) if held else "", percent(sum(part.compute_milli for part in held)) if held else "",
+            one.slice.mode if one.slice else "", one.problem or one.state,
+        )  # fmt: skip
+    return [*parts, claims]
+
+
+def show_pool(url: str, *, as_json: bool) -> None:
+    """Print what the pool at a URL says, asked with the token in the environment."""
+    devices = _ask(url, "/v1/devices", list[DeviceBooks])
+    grants = _ask(url, "/v1/requests", list[Grant])
+    if as_json:
+        print_json({
+            "devices": [one.model_dump(mode="json") for one in devices], "requests": [one.model_dump(mode="json") for one in grants]
+        })  # fmt: skip
+        return
+    from .cli_status import make_table, queue_table
+
+    rows = make_table("node", "GPU", "model", "memory", "granted", "time granted", "slices")
+    for one in devices:
+        model = one.device.model if one.device.healthy else f"{one.device.model} (not healthy)"
+        rows.add_row(
+            one.device.node, str(one.device.index), model, format_memory(one.device.usable_bytes), format_memory(one.memory_granted_bytes),
+            percent(one.compute_granted_milli), str(len(one.slices)),
+        )  # fmt: skip
+    console().print(rows)
+    held = make_table("slice", "owner", "hub", "node", "GPU", "memory", "share", "state", "note")
+    for grant in grants:
+        if grant.slice is not None and grant.state is not GrantState.queued:
+            parts = grant.slice.devices
+            held.add_row(
+                grant.slice.slice_id[:SHORT_ID], owner_name(grant.slice), grant.slice.owner.hub, grant.slice.node,
+                ",".join(str(part.index) for part in parts), format_memory(sum(part.memory_bytes for part in parts)),
+                percent(sum(part.compute_milli for part in parts)), grant.state.value, grant.note or "",
+            )  # fmt: skip
+    console().print(held if held.row_count else "No slices.")
+    queue = sorted((grant for grant in grants if grant.state is GrantState.queued), key=lambda grant: grant.position or 0)
+    if queue:
+        console().print(queue_table(queue))
+
+
+def _ask(url: str, route: str, kind: Any) -> Any:
+    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+        raise NbgpuError(f"--pool takes the pool's address, such as http://nbgpu-pool.nbgpu:8200; not {url!r}.", code="pool")
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    request = urllib.request.Request(url.rstrip("/") + route, headers={"Authorization": f"Bearer {token}"})
+    try:
+        with urllib.request.urlopen(request, timeout=ASK_SECONDS) as answer:
+            return TypeAdapter(kind).validate_json(answer.read())
+    except urllib.error.HTTPError as error:
+        hint = f" Put a token of role `read` into {TOKEN_VARIABLE}." if error.code in (401, 403) else ""
+        raise NbgpuError(f"The pool at {url} says: {_words(error)}{hint}", code="pool") from None
+    except (OSError, ValidationError, ValueError) as error:
+        raise Unavailable(f"The pool at {url} does not answer as a pool does: {error}") from None
+
+
+def _words(error: urllib.error.HTTPError) -> str:
+    try:
+        return str(json.loads(error.read())["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"status {error.code}."
