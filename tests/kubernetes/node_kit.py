@@ -218,6 +218,11 @@ class Node:
             raise AssertionError(f"{error}: {self.log()[-3000:]}") from None
         self._registered = self.log().count("registered with the kubelet")
 
+    def wait_registered(self) -> None:
+        """Note the registrations so far, for `wait_ready` of the next agent."""
+        until("the admin API", self.admin_up)
+        self._registered = self.log().count("registered with the kubelet")
+
     _registered = 0
 
     def kill(self) -> None:
@@ -339,6 +344,14 @@ class Place:
         account = f"/api/v1/namespaces/{self.namespace}/serviceaccounts/default"
         until("the default service account", lambda: self.api.call("GET", account)[0] == 200)
         return self
+
+    def empty(self) -> None:
+        """Remove all pods and claims, and wait until the node has let go of them."""
+        for pod in self.api.done("GET", self._path("pods"))["items"]:
+            self.delete(pod["metadata"]["name"], wait=False)
+        for claim in self.api.done("GET", self._path("resourceclaims"))["items"]:
+            self.delete_claim(claim["metadata"]["name"])
+        until("the node to be empty", lambda: not self.node.slices() and not self.node.cdi_specs(), 100)
 
     def close(self) -> None:
         """Remove the namespace with all in it."""

@@ -36,12 +36,7 @@ def node(both: tuple[Node, Place]) -> Node:
 @pytest.fixture
 def place(both: tuple[Node, Place]) -> Iterator[Place]:
     yield both[1]
-    place = both[1]
-    for pod in place.api.done("GET", place._path("pods"))["items"]:
-        place.delete(pod["metadata"]["name"], wait=False)
-    for claim in place.api.done("GET", place._path("resourceclaims"))["items"]:
-        place.delete_claim(claim["metadata"]["name"])
-    until("the node to be empty", lambda: not both[0].slices() and not both[0].cdi_specs(), 60)
+    both[1].empty()
 
 
 def look(place: Place, pod: str, **more: Any) -> dict[str, int]:
@@ -182,7 +177,7 @@ def says(what):
         return error.strerror
 for name in ("ctl", "slice.json", "api.sock"):
     path = f"/run/nbgpu/slice/{name}"
-    print(name, "open", says(lambda: open(path, "r+b")), "remove", says(lambda: os.unlink(path)), "mode", says(lambda: os.chmod(path, 0o666)))
+    print(name, says(lambda: open(path, "r+b")), says(lambda: os.unlink(path)), says(lambda: os.chmod(path, 0o666)))
 for path in ("/run/nbgpu/slice/x", "/run/nbgpu/x2"):
     print(path, says(lambda: open(path, "x")))
 for path in ("/etc/ld.so.preload", "/run/nbgpu/lib/libnbgpu.so", "/usr/bin/nvidia-smi", "/usr/lib/x86_64-linux-gnu/libcuda.so.1"):
@@ -203,7 +198,7 @@ def test_a_user_in_the_pod_cannot_raise_the_slice(node: Node, place: Place, user
         assert "DONE" not in line, line
     assert lines[-1] == "use DONE"  # the control: what a slice must be able to write, it can
     # its environment names another slice, and a larger one
-    fake = "mkdir -p /tmp/own; cp /run/nbgpu/slice/* /tmp/own/ 2>/dev/null; NBGPU_SLICE_DIR=/tmp/own LD_PRELOAD= python3 -c \"$PROGRAM\""
+    fake = 'mkdir -p /tmp/own; cp /run/nbgpu/slice/* /tmp/own/ 2>/dev/null; NBGPU_SLICE_DIR=/tmp/own LD_PRELOAD= python3 -c "$PROGRAM"'
     if user == "root":  # somewhere to write
         told = place.exec(pod, "env", f"PROGRAM={LOOK}", "sh", "-c", fake)
         assert json.loads(told.strip().splitlines()[-1])["total"] == QUARTER
@@ -221,7 +216,7 @@ def test_who_hides_the_limiter_in_a_user_namespace_is_detected(node: Node, place
     pod = place.pod(claim, container={"securityContext": {"runAsUser": 1000}})
     place.wait_running(pod)
     program = f"{CUDA}context(0)\nprint(json.dumps([info()[1], take({QUARTER * 2})]), flush=True)\ntime.sleep(20)"
-    evade = "touch /tmp/empty; mount --bind /tmp/empty /etc/ld.so.preload && python3 -c \"$PROGRAM\" > /tmp/out 2>&1"
+    evade = 'touch /tmp/empty; mount --bind /tmp/empty /etc/ld.so.preload && python3 -c "$PROGRAM" > /tmp/out 2>&1'
     began = time.monotonic()
     place.exec(pod, "env", f"PROGRAM={program}", "sh", "-c", f"unshare -rm sh -c '{evade}' > /tmp/err 2>&1 &")
     out = until("the evader", lambda: place.exec(pod, "sh", "-c", "cat /tmp/out /tmp/err", check=False).strip(), 15)
@@ -291,5 +286,3 @@ def test_metrics_and_usage_tell_of_the_slice(node: Node, place: Place) -> None:
         text = client.get("/metrics").text
     mine = [line for line in text.splitlines() if sid in line]
     assert any('user="grace"' in line and "nbgpu_slice_memory_limit_bytes" in line for line in mine)
-
-

@@ -90,7 +90,7 @@ def test_each_part_may_do_what_it_does_and_no_more() -> None:
         "resourceclaims": ["get", "list", "watch"],
         "resourceclaims/status": ["patch"],
         "resourceclaims/driver": ["associated-node:patch"],
-        "resourceslices": ["get", "list", "watch", "create", "update", "patch", "delete"],
+        "resourceslices": ["get", "list", "watch", "create", "update"],
         "nodes": ["get"],
         "events": ["create", "patch"],
     }
@@ -115,11 +115,13 @@ def test_the_pool_needs_nothing_of_the_node_and_the_agent_names_what_it_needs() 
     assert not [volume for volume in pool["volumes"] if "hostPath" in volume]
     agent = pick(objects, "DaemonSet", "nbgpu-agent")["spec"]["template"]["spec"]
     assert sorted(volume["hostPath"]["path"] for volume in agent["volumes"] if "hostPath" in volume) == [
-        "/run/nbgpu", "/var/lib/kubelet/plugins", "/var/lib/kubelet/plugins_registry", "/var/run/cdi",
+        "/etc/cdi", "/run/nbgpu", "/var/lib/kubelet/plugins", "/var/lib/kubelet/plugins_registry", "/var/run/cdi",
     ]  # fmt: skip
     [shared] = [mount for mount in agent["containers"][0]["volumeMounts"] if "mountPropagation" in mount]
     assert (shared["mountPath"], shared["mountPropagation"]) == ("/run/nbgpu", "Bidirectional")
     assert "hostNetwork" not in agent
+    [cdi] = [mount for mount in agent["containers"][0]["volumeMounts"] if mount["mountPath"] == "/etc/cdi"]
+    assert cdi["readOnly"]
 
 
 def test_where_the_agent_gets_the_driver_from() -> None:
@@ -157,11 +159,10 @@ def test_metrics_of_agents_are_off_and_then_for_the_monitoring_alone() -> None:
         return container, pick(objects, "NetworkPolicy", "nbgpu-agent")["spec"]
 
     container, policy = agent({})
-    assert "ports" not in container
-    assert not [one for one in container["args"] if "metrics" in one]
+    assert "--health-only" in container["args"]
     assert policy == {"podSelector": policy["podSelector"], "policyTypes": ["Ingress"]}
     container, policy = agent(INSTALLATIONS["watched"])
-    assert "--metrics-listen=0.0.0.0:8201" in container["args"]
+    assert "--health-only" not in container["args"]
     [rule] = policy["ingress"]
     assert rule == {
         "ports": [{"port": 8201, "protocol": "TCP"}],
