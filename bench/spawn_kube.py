@@ -36,6 +36,9 @@ ROOT = Path(__file__).resolve().parent.parent
 KIT = ROOT / "tests" / "kubernetes"
 sys.path[:0] = [str(ROOT), str(ROOT / "spawner"), str(ROOT / "nodeagent"), str(KIT), str(ROOT / "tests" / "hub")]
 
+import node_kit  # noqa: E402
+import pytest  # noqa: E402
+import real_kit  # noqa: E402
 from hub_kit import HubPlace, KubeHub, clean, gateway_of_hub  # noqa: E402
 from hub_process import Hub, proxy_command  # noqa: E402
 from pool_kit import TOKEN, Pool  # noqa: E402
@@ -116,16 +119,15 @@ class Calls:
 
 def singles(stack: ExitStack, options: argparse.Namespace) -> dict[str, Any]:
     """Start servers of both hubs in turn."""
-    place = HubPlace(nodes=1, devices=2)
+    node = real_node(stack, options)
+    place = HubPlace(nodes=0 if node else 1, devices=2)
     stack.callback(place.stop)
     place.start()
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nbgpu-bench-", dir="/tmp")))
-    pool = Pool(place, folder).start()
+    pool = real_kit.pool_for(node, place, folder) if node else Pool(place, folder).start()
     stack.callback(Pool.stop_all)
     stack.callback(clean, place)
-    told, real = on_real_node(stack, options, place)
-    if real:
-        pool = real
+    told = real_kit.told_for(node) if node else {}
     calls = Calls(folder / "calls")
     hubs: list[KubeHub] = []
     for name, extra in (("stock", EXTRA + STOCK), ("gpu", f"POOL_CALLS = {str(folder / 'calls')!r}\n" + EXTRA + TIMED)):
@@ -154,7 +156,7 @@ def singles(stack: ExitStack, options: argparse.Namespace) -> dict[str, Any]:
     p95 = {name: percentile(found, 0.95) for name, found in times.items()}
     pairs = [b - a for a, b in zip(times["stock"], times["gpu"], strict=True)]
     return {
-        "pods": "real" if real else "stand-in",
+        "pods": "real" if node else "stand-in",
         "spawns_each": options.spawns,
         "stock_p50_ms": round(p50["stock"]),
         "stock_p95_ms": round(p95["stock"]),
@@ -169,9 +171,19 @@ def singles(stack: ExitStack, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def on_real_node(stack: ExitStack, options: argparse.Namespace, place: HubPlace) -> tuple[dict[str, Any], Pool | None]:
-    """Return what the hubs are told to have real pods, and the pool; nothing where there are stand-ins only."""
-    return {}, None
+def real_node(stack: ExitStack, options: argparse.Namespace) -> node_kit.Node | None:
+    """Return the cluster's real node with an agent on it; None where it has none, or pods shall be stand-ins."""
+    if options.pods == "stand-in":
+        return None
+    try:
+        node = node_kit.Node()
+    except pytest.skip.Exception as why:
+        if options.pods == "real":
+            raise RuntimeError(str(why)) from None
+        return None
+    stack.callback(node.close)
+    node.start()
+    return node
 
 
 # -- the burst

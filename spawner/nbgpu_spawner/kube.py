@@ -20,7 +20,7 @@ from nbgpu.models import Grant, GrantState, Request
 
 from .mixin import GPUSliceMixin, in_background
 from .options import Wish
-from .pod import carried_by, lives, name_slice, why_unscheduled, with_slice
+from .pod import carried_by, lives, name_slice, plain_part, why_unscheduled, with_slice
 from .profiles import Profile, custom_fields
 
 LATE_SECONDS = 90.0
@@ -123,8 +123,9 @@ class KubeGPUMixin(_Mixed):
 
     def gpu_got(self, wish: Wish, grant: Grant) -> str:
         """Return what a user reads once there is a slice."""
-        where = grant.slice.node if grant.slice is not None else "the machine"
-        return f"Got {wish}. Waiting for {where} to start your server."
+        if grant.note or grant.slice is None:
+            return f"Got {wish}. {plain_part(grant.note or '')}".rstrip()
+        return f"Got {wish}. Waiting for {grant.slice.node} to start your server."
 
     async def make_way(self) -> None:
         """Remove a pod of this server that a killed hub or a failed stop has left.
@@ -263,9 +264,7 @@ class KubeGPUMixin(_Mixed):
         if self._gpu_request_id is not None:
             with suppress(NbgpuError):
                 grant = await self.pool.grant(self._gpu_request_id)
-        if grant is None or not grant.reason or grant.state not in (GrantState.reserved, GrantState.bound):
-            return ""
-        return f"{grant.reason[:1].upper()}{grant.reason[1:].rstrip('.')}."
+        return plain_part(grant.note) if grant is not None and grant.note else ""
 
 
 def _short_words(error: BaseException) -> str:

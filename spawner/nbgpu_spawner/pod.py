@@ -97,6 +97,12 @@ def why_unscheduled(event: Mapping[str, Any] | None) -> str | None:
     return "No machine with a GPU takes your server now; it waits for one. If that lasts, ask your admin: the event above says why."
 
 
+def plain_part(note: str) -> str:
+    """Return what the pool says of a pod that finds no node, without kube-scheduler's own words, which are none for users."""
+    words = note.partition("Kubernetes said:")[0].strip().rstrip(".")
+    return "" if not words or words.startswith("Kubernetes finds no node") else f"{words[:1].upper()}{words[1:]}."
+
+
 def _set_env(container: Any, name: str, value: str) -> None:
     """Set a variable of a container; what an admin wrote in plain dicts KubeSpawner leaves as dicts, in part or whole."""
     plain = isinstance(container, dict)

@@ -54,12 +54,14 @@ def hub(place: HubPlace, pool: Pool, gateway: Gateway, tmp_path_factory: pytest.
     hub.add("ada", "grace")
     yield hub
     hub.end()
+    print(pool.log()[-5000:], hub.story(), sep="\n")  # shown when the last test has failed
     clean(place)
 
 
 @pytest.fixture(autouse=True)
 def agreed(place: HubPlace, pool: Pool, hub: KubeHub) -> Iterator[None]:
     """Everything agrees after each test, a start goes well, and nothing is left of it."""
+    place.wait_for_rules()
     yield
     place.pending.clear()
     consistent(place, pool, hub)

@@ -57,12 +57,14 @@ def hub(
     hub.add(*USERS)
     yield hub
     hub.end()
+    print(pool.log()[-5000:], hub.story(), sep="\n")  # shown when the last test has failed
     clean(place)
 
 
 @pytest.fixture(autouse=True)
 def agreed(place: HubPlace, pool: Pool, hub: KubeHub) -> Iterator[None]:
     """Everything agrees after each test, and again when all servers are stopped."""
+    place.wait_for_rules()
     yield
     place.pending.clear()
     place.deaf.clear()
@@ -143,8 +145,8 @@ def test_restart_of_the_hub_and_of_a_server(hub: KubeHub, place: HubPlace, pool:
 
 
 def test_the_pool_refuses(hub: KubeHub, place: HubPlace, pool: Pool) -> None:
-    """Case 2: quota and too big, the same words from REST and form; four in a row do not stop a hub whose limit is two failures."""
-    for _ in range(4):
+    """Case 2: quota and too big, the same words from REST and form; six in a row do not stop a hub whose limit is four failures."""
+    for _ in range(6):
         answer = hub.spawn("edsger", {"profile": "half"})
         assert answer.status_code == 403, answer.text
         assert "limit" in answer.json()["message"] or "quota" in answer.json()["message"]

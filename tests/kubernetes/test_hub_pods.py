@@ -6,7 +6,6 @@ Other users of the node wait meanwhile (`node_kit`).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx

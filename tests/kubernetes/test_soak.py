@@ -77,6 +77,7 @@ class Soak:
 
     def step(self) -> None:
         """One start or stop, most times with a fault in it; then compare everything."""
+        self.place.wait_for_rules()
         servers = self.servers()
         user = self.rng.choice(USERS)
         stop = user in servers

@@ -21,7 +21,7 @@ from nbgpu.claims import claim_name
 from nbgpu.errors import Unavailable
 from nbgpu.models import Grant, GrantState, Launch, LaunchGrant, Owner, Request, Slice, SliceDevice
 from nbgpu_spawner.kube import KubeGPUSpawner
-from nbgpu_spawner.pod import carried_by, lives, name_slice, why_unscheduled, with_slice
+from nbgpu_spawner.pod import carried_by, lives, name_slice, plain_part, why_unscheduled, with_slice
 
 REQUEST_ID = "0123456789abcdef0123456789abcdef"
 OWNER = Owner(hub="h", user="Ada L.", server="two")
@@ -147,6 +147,9 @@ def test_what_the_scheduler_says_in_plain_words() -> None:
     assert full is not None
     assert "not enough CPU and memory left" in full
     assert "made ready" in (why_unscheduled(event("waiting for resourceclaim to be deleted")) or "")
+    assert plain_part("Kubernetes finds no node for the server yet: 0/3 nodes are available") == ""
+    moved = "node a has no room for the server, b is tried. Kubernetes said: 0/3 nodes are available"
+    assert plain_part(moved) == "Node a has no room for the server, b is tried."
     assert "ask your admin" in (why_unscheduled(event("0/3 nodes are available: 3 node(s) had untolerated taint")) or "")
 
 
