@@ -2,6 +2,7 @@
 
 import pathlib
 import sys
+
 import tomllib
 
 project = tomllib.loads((pathlib.Path(__file__).parent / "pyproject.toml").read_text())["project"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from chart_kit import CHART, KUBE_VERSION, helm, options, pick, render
+
+from nbgpu_pool.config import Config
 
 pytestmark = pytest.mark.kubernetes
 
@@ -63,6 +66,11 @@ def test_bad_values_are_refused_by_name(values: dict[str, Any], said: str) -> No
     done = helm("template", "nbgpu", str(CHART), "--kube-version", KUBE_VERSION, *options(values), check=False)
     assert done.returncode != 0
     assert said in done.stderr
+
+
+def test_all_of_the_pools_configuration_can_be_given() -> None:
+    known = json.loads((CHART / "values.schema.json").read_text())["properties"]["pool"]["properties"]["config"]["properties"]
+    assert set(known) == set(Config.model_fields) - {"tokens"}
 
 
 def test_an_older_cluster_is_refused_in_one_line() -> None:
