@@ -1,7 +1,7 @@
 /* One timed loop over the driver, run by bench/limiter.py with and without the limiter; prints nanoseconds per operation.
  *
  * limiter_calls WHAT COUNT LIVE: WHAT is launch, alloc, meminfo; LIVE blocks are held meanwhile. The functions are those that
- * cuGetProcAddress hands out. The median of 21 batches is printed, and how many operations were made in all.
+ * cuGetProcAddress hands out. The median of 201 batches is printed, and how many operations were made in all.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -13,7 +13,7 @@
 
 #include "cuda_abi.h"
 
-#define BATCHES 21
+#define BATCHES 201 /* each well below a scheduler's time slice: on a busy machine most run undisturbed */
 
 static int cpu_time; /* count the time on a core only: BENCH_CPU_TIME */
 
