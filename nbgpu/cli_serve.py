@@ -160,7 +160,7 @@ def pool_on_demand() -> PoolClient:
 
 
 def start_in_background(runtime: Path, log: Path) -> int:
-    """Start `nbgpu serve` so that it is nobody's child: else it would belong to the slice that its starter is about to enter. Return its pid."""
+    """Start `nbgpu serve` as nobody's child (else it would belong to the slice that its starter is about to enter); return its pid."""
     serve = [sys.executable, "-m", "nbgpu", "serve", "--idle-exit", str(ON_DEMAND_IDLE_SECONDS)]
     environment = {**os.environ, "NBGPU_RUNTIME_DIR": str(runtime)}
     log.touch()
