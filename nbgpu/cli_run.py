@@ -159,7 +159,8 @@ def granted(pool: PoolClient, grant: Grant, *, wait: bool) -> Grant:
 def say_place(grant: Grant, said: str) -> str:
     """Say where in the queue it stands, once for each change; return what was said."""
     place = f"number {grant.position} in the queue" if grant.position else "in the queue"
-    time_left = f", about {in_words(grant.wait_seconds)}" if grant.wait_seconds is not None else ""
+    about = "perhaps" if grant.wait_guessed else "about"
+    time_left = f", {about} {in_words(grant.wait_seconds)}" if grant.wait_seconds is not None else ""
     reason = f": {grant.reason}" if grant.reason else ""
     line = one_line(f"waiting for {request_in_words(grant.request)}, {place}{time_left}{reason} (Ctrl-C leaves)")
     if line == said:

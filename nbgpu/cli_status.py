@@ -145,7 +145,7 @@ def queue_table(queue: list[Grant]) -> RenderableType:
 
     table = make_table("queue", "user", "waits for", "about", "why")
     for grant in queue:
-        wait = in_words(grant.wait_seconds) if grant.wait_seconds is not None else "unknown"
+        wait = in_words(grant.wait_seconds) + ("?" if grant.wait_guessed else "") if grant.wait_seconds is not None else "unknown"
         table.add_row(str(grant.position or ""), grant.request.owner.user, request_in_words(grant.request), wait, grant.reason or "")
     return table
 

@@ -69,6 +69,8 @@ class Client:
         try:
             response = self._send(connection, method, path, body)
             data = response.read(_MAX_ANSWER_BYTES)
+            if response.length:  # who answers was killed meanwhile; read(limit) does not tell
+                raise http.client.IncompleteRead(data, response.length)
         except (OSError, http.client.HTTPException) as error:
             raise self._away(error) from error
         finally:

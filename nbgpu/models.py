@@ -138,6 +138,8 @@ class Grant(Model):
     """Place in the queue, 1 = next."""
     wait_seconds: float | None = None
     """Estimate of the time until granted; None when nothing is known."""
+    wait_guessed: bool = False
+    """The estimate rests on how long servers usually run anywhere: too few have ended here."""
     expires_seconds: float | None = None
     """Time left of a reservation."""
     reason: str | None = None

@@ -23,7 +23,7 @@ from .native import Native
 from .probe import overhead_cap_bytes
 from .runtime import SOCKET_PATH_MAX
 from .simulated import Machine
-from .slicedir import Record
+from .slicedir import ClaimOf, Record
 from .turns import Turns
 
 log = logging.getLogger("nbgpu.agent")
@@ -102,8 +102,11 @@ class Agent:
 
     def _after_boot(self, directory: Path, record: Record) -> Record:
         """No process of an earlier boot lives: a running slice is over, a prepared one gets a fresh `use` file."""
-        os.close(slicedir.create_use(directory, record.uid))
-        record = record.model_copy(update={"roots": (), "cgroup": None, "boot_id": procs.boot_id()})
+        os.close(slicedir.create_use(directory, record.uid, record.claim is not None))
+        changes: dict[str, object] = {"roots": (), "cgroup": None, "boot_id": procs.boot_id()}
+        if record.claim is not None:
+            changes["state"] = "prepared"  # its pod's containers start again
+        record = record.model_copy(update=changes)
         slicedir.write_record(directory, record)
         return record
 
@@ -119,8 +122,14 @@ class Agent:
         backend = layout.BACKEND_DRIVER if self.settings.backend == "driver" else layout.BACKEND_LIMITER
         live.ctl.set_slice(live.slice, self.context_bytes, self.overhead_caps, backend)
 
-    def put_slice(self, wanted: Slice, uid: int | None) -> Launch:
-        """Prepare a slice; the same slice again is answered the same. See ``PUT /v1/slices/{slice_id}``."""
+    def put_slice(self, wanted: Slice, uid: int | None, claim: ClaimOf | None = None) -> Launch:
+        """Prepare a slice; the same slice again is answered the same. See ``PUT /v1/slices/{slice_id}``.
+
+        Parameters
+        ----------
+        claim : ClaimOf, optional
+            On Kubernetes: what the slice stands for.
+        """
         existing = self.slices.get(wanted.slice_id)
         if existing is not None:
             if existing.slice != wanted or existing.record.uid != uid:
@@ -128,24 +137,28 @@ class Agent:
             if existing.state == "releasing":
                 raise Conflict(f"Slice {wanted.slice_id} is being released: ask for a new one under another id.")
             return self.launch(existing)
-        check_slice(wanted, self.devices, self.settings.node)
-        if wanted.simulated != self.settings.simulated:
-            raise InvalidValue("slice.simulated", wanted.simulated, f"{self.settings.simulated}, as the GPUs of this node are")
+        self.check(wanted)
         if uid is not None and uid != os.geteuid() and os.geteuid() != 0:
             raise InvalidValue("uid", uid, "null: this agent does not run as root and makes slices for its own user only")
-        check_fits(wanted, (live.slice for live in self.slices.values()), self.devices)
         directory = self.settings.runtime / "slices" / wanted.slice_id
         if len(str(directory / "api.sock")) > SOCKET_PATH_MAX:
             raise InvalidValue("slice_id", wanted.slice_id, "shorter: the path of its socket would be too long")
         slicedir.create(directory)
-        os.close(slicedir.create_use(directory, uid))
-        record = Record(slice=wanted, uid=uid, state="prepared", created=time.time(), boot_id=procs.boot_id())
+        os.close(slicedir.create_use(directory, uid, claim is not None))
+        record = Record(slice=wanted, uid=uid, state="prepared", created=time.time(), boot_id=procs.boot_id(), claim=claim)
         live = self._start(directory, record)
         slicedir.write_record(directory, record)
         self.touch()
         parts = ", ".join(f"GPU {d.index}: {format_memory(d.memory_bytes)}, {d.compute_milli} milli-GPU" for d in wanted.devices)
         log.info("prepared slice=%s owner=%s: %s, %s", live.id, live.owner, parts, wanted.mode)
         return self.launch(live)
+
+    def check(self, wanted: Slice) -> None:
+        """Raise InvalidValue or Conflict unless a new slice can be here, and fits beside those that are."""
+        check_slice(wanted, self.devices, self.settings.node)
+        if wanted.simulated != self.settings.simulated:
+            raise InvalidValue("slice.simulated", wanted.simulated, f"{self.settings.simulated}, as the GPUs of this node are")
+        check_fits(wanted, (live.slice for live in self.slices.values()), self.devices)
 
     def find(self, slice_id: str) -> LiveSlice:
         """Return a slice by id; NoSuchSlice when there is none."""
@@ -172,6 +185,9 @@ class Agent:
         live = self.slices.get(slice_id)
         if live is None:
             return True
+        if live.record.claim is not None:
+            claim = live.record.claim
+            raise Conflict(f"Slice {slice_id} is of ResourceClaim {claim.namespace}/{claim.name}: delete its pod, and it ends.")
         if live.state == "prepared" and not live.join_by_lock():
             self._end(live, "it was released before anything ran in it")
             return True
@@ -180,6 +196,10 @@ class Agent:
             log.info("releasing slice=%s owner=%s", live.id, live.owner)
             self.touch()
         return self.end_if_over(live)
+
+    def end_claim(self, live: LiveSlice, why: str) -> None:
+        """End the slice of a claim."""
+        self._end(live, why)
 
     def slice_lost_process(self, live: LiveSlice) -> None:
         """A process of the slice has ended: free its slots, end the slice when it was the last."""
@@ -222,17 +242,25 @@ class Agent:
         """Give a slice new limits on each of its devices; the books are checked first."""
         live = self.find(slice_id)
         wanted = resized(live.slice, memory_bytes, compute_milli, mode)
-        if wanted != live.slice:
-            check_slice(wanted, self.devices, self.settings.node)
-            check_fits(wanted, (other.slice for other in self.slices.values() if other is not live), self.devices)
-            live.save(slice=wanted)
-            self._write_limits(live)
-            self.turns.change(live)
-            self.touch()
-            first = wanted.devices[0]
-            what = f"{format_memory(first.memory_bytes)}, {format_share(first.compute_milli)} of the GPU's time, {wanted.mode}"
-            self.events.add("limit-changed", "info", f"This server's slice is now {what}.", live.id, owner=live.owner)
+        if live.record.claim is not None:
+            claim = live.record.claim
+            raise Conflict(f"Slice {slice_id} is of ResourceClaim {claim.namespace}/{claim.name}: its pool alone changes its limits.")
+        self.change(live, wanted)
         return live.as_model()
+
+    def change(self, live: LiveSlice, wanted: Slice) -> None:
+        """Bring the limits of `wanted` in force; the books are checked first."""
+        if wanted == live.slice:
+            return
+        check_slice(wanted, self.devices, self.settings.node)
+        check_fits(wanted, (other.slice for other in self.slices.values() if other is not live), self.devices)
+        live.save(slice=wanted)
+        self._write_limits(live)
+        self.turns.change(live)
+        self.touch()
+        first = wanted.devices[0]
+        what = f"{format_memory(first.memory_bytes)}, {format_share(first.compute_milli)} of the GPU's time, {wanted.mode}"
+        self.events.add("limit-changed", "info", f"This server's slice is now {what}.", live.id, owner=live.owner)
 
     def set_kernel_limit(self, live: LiveSlice, kernel_id: str, limit: KernelLimit) -> KernelLimit:
         """Limit a kernel inside its slice; both None removes its limit."""

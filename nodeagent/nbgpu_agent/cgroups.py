@@ -6,9 +6,13 @@ The slice's cgroup is a child of the one that its server is in already, so that 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 PREFIX = "nbgpu-"
+_POD = re.compile(r"(?:^|-)pod([0-9a-f]{8}(?:[-_][0-9a-f]{4}){3}[-_][0-9a-f]{12})(?:\.slice)?$")
+"""A pod's cgroup as the kubelet names it: ``pod<uid>`` with cgroupfs, ``kubepods-burstable-pod<uid with _>.slice`` with systemd."""
 
 
 def _hierarchy() -> tuple[Path, str] | None:
@@ -27,11 +31,26 @@ def within(path: str, above: str) -> bool:
     return path == above or path.startswith(above + "/")
 
 
+def pod_of(path: str) -> tuple[str, str] | None:
+    """Return (UID, cgroup) of the pod that a cgroup is in.
+
+    The outermost that looks like one: a pod that may make cgroups of its own makes them below its own, whatever it calls them.
+    """
+    parts = path.split("/")
+    for number, part in enumerate(parts):
+        match = _POD.search(part)
+        if match is not None:
+            return match[1].replace("_", "-"), "/".join(parts[: number + 1])
+    return None
+
+
 class Cgroups:
     """Makes, reads and removes the cgroups of slices; every method is a no-op or empty where that cannot be done."""
 
     def __init__(self) -> None:
         self._found = _hierarchy()
+        self._pods: dict[str, Path] = {}
+        """Cgroups of pods that were found, by their UID."""
 
     def path_of(self, pid: int) -> str | None:
         """Return the cgroup of a process in the hierarchy used here, as a path under its mount point."""
@@ -97,6 +116,35 @@ class Cgroups:
                 continue
         pids.discard(0)  # a process of another pid namespace
         return pids
+
+    def pod_of(self, pid: int) -> str | None:
+        """Return the UID of the pod that a process is in; None for one in no pod."""
+        path = self.path_of(pid)
+        found = pod_of(path) if path is not None else None
+        return found[0] if found is not None else None
+
+    def pod_members(self, pods: Iterable[str]) -> set[int]:
+        """Return the pids of all processes in these pods, those of their sandboxes too."""
+        found: set[int] = set()
+        wanted = set(pods)
+        for uid in wanted & self._pods.keys():
+            if (self._pods[uid] / "cgroup.procs").exists():
+                found |= self.members(self._pods[uid])
+                wanted.discard(uid)
+            else:
+                del self._pods[uid]
+        if wanted and self._found is not None:
+            for name in os.listdir("/proc"):
+                if name.isdigit() and (path := self.path_of(int(name))) is not None and (pod := pod_of(path)) and pod[0] in wanted:
+                    found.add(int(name))
+                    self._learn(self._found[0], *pod)
+        return found
+
+    def _learn(self, base: Path, uid: str, path: str) -> None:
+        """Remember where a pod's cgroup is, as far as it can be seen from here: next time it need not be looked for."""
+        directory = base / path.lstrip("/")
+        if len(self._pods) < 4096 and (directory / "cgroup.procs").exists():
+            self._pods[uid] = directory
 
     @staticmethod
     def remove(path: Path) -> bool:

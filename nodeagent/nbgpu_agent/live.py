@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,8 @@ CHECK_SHARE = 10
 WATCHED = 8
 """So many of a slice's processes are watched once its adopted ones are gone: one that lives is enough for it not to be over."""
 MOVE_PASSES = 50
+CONTAINER_DIR = "/run/nbgpu/slice"
+"""Where a container finds its slice's files; the limiter knows the same path."""
 NVML_DOUBT_MILLI = 100
 """How much more than a slice tells NVML must see of it, for three samples, to be believed instead."""
 
@@ -54,7 +57,7 @@ class LiveSlice:
         self.ctl = CtlFile(directory)
         fd = slicedir.open_use(directory)
         if fd is None:
-            fd = slicedir.create_use(directory, record.uid)
+            fd = slicedir.create_use(directory, record.uid, record.claim is not None)
         self.tenant = Tenant(fd, native, len(record.slice.devices), self._member_ended, self.has_member)
         self.history = History([part.uuid for part in record.slice.devices])
         self.entries: list[int] = []
@@ -177,6 +180,8 @@ class LiveSlice:
 
     def _candidates(self) -> set[int]:
         """Return the pids of all processes of the slice, zombies among them."""
+        if self.record.claim is not None:
+            return self.container_processes() | self.tenant.holders()
         pids = {root.pid for root in self.record.roots if Process(root.pid, root.start_time).alive()} | self.tenant.holders()
         if self.record.cgroup:
             return pids | self._cgroups.members(Path(self.record.cgroup))
@@ -190,6 +195,8 @@ class LiveSlice:
         """Return whether a process is known to belong to the slice by other signs than its `use` file."""
         if pid in self._watches or pid in self._known:
             return True
+        if self.record.claim is not None:
+            return self._cgroups.pod_of(pid) in self.record.claim.pods
         return self.record.cgroup is not None and self._cgroups.holds(self.record.cgroup, pid)
 
     def learn_descendants(self) -> None:
@@ -201,15 +208,33 @@ class LiveSlice:
                     self._known[pid] = process
 
     def join_by_lock(self) -> bool:
-        """A process that nobody announced holds a slot: the prepared slice runs. Return whether that is so."""
-        if self.state == "prepared" and (self.tenant.holders() or self.tenant.locked_elsewhere()):
+        """A process that nobody announced holds a slot, or is in a container: the prepared slice runs. Return whether that is so."""
+        if self.state == "prepared" and (self.tenant.holders() or self.tenant.locked_elsewhere() or self._in_container()):
             self.save(state="running")
             return True
         return False
 
+    def _in_container(self) -> bool:
+        """Return whether a container that has the slice runs: the pod's sandbox, and containers without the claim, do not see its files."""
+        claim = self.record.claim
+        return claim is not None and any(self.is_seen_by(pid) for pid in self._cgroups.pod_members(claim.pods))
+
+    def container_processes(self) -> set[int]:
+        """Return the live processes of the containers that have this slice of a claim."""
+        claim = self.record.claim
+        pids = self._cgroups.pod_members(claim.pods) if claim is not None else set[int]()
+        return {pid for pid in pids if procs.start_time(pid) is not None and self.is_seen_by(pid)}
+
+    def is_seen_by(self, pid: int) -> bool:
+        """Return whether a process finds this slice where a container's is."""
+        try:
+            return os.path.samestat(os.stat(f"/proc/{pid}/root{CONTAINER_DIR}/ctl"), os.fstat(self.ctl.fd))
+        except OSError:
+            return False
+
     def over(self) -> bool:
         """Return whether the slice's last process is gone; until then watch those that are left."""
-        if self.state == "prepared" or self.has_root():
+        if self.state == "prepared" or self.record.claim is not None or self.has_root():
             return False
         if any(watch.alive() for watch in self._watches.values()):
             return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -23,9 +24,9 @@ from nbgpu.quantities import format_memory, parse_memory
 
 from . import admin_api, slice_api
 from .agent import Agent, Settings
-from .http import App, Bounds, Door
+from .http import App, Bounds, Door, listen_tcp
 from .live import LiveSlice
-from .metrics import Metrics
+from .metrics import Metrics, MetricsPage
 from .monitor import Monitor, stop
 from .native import Native
 from .nvml import Nvml, driver_present
@@ -52,6 +53,13 @@ class Options:
     devices: str = "all"
     takeover: bool = False
     log_level: str = "info"
+    metrics_listen: str | None = None
+    health_only: bool = False
+    kubernetes: bool = False
+    seal_key: Path | None = None
+    cdi_dir: Path = Path("/var/run/cdi")
+    kubelet_dir: Path = Path("/var/lib/kubelet")
+    foreign_claims: bool = False
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
@@ -69,14 +77,24 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--devices", default="all", help="GPUs that may be sliced: indexes or UUIDs with commas between (default: all)")
     parser.add_argument("--takeover", action="store_true", help="end another agent of this runtime directory and take its place")
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    parser.add_argument("--metrics-listen", metavar="ADDRESS:PORT", help="serve /metrics and /healthz there by TCP too")
+    parser.add_argument("--health-only", action="store_true", help="no /metrics at --metrics-listen: they name users")
+    kube = parser.add_argument_group("Kubernetes")
+    kube.add_argument("--kubernetes", action="store_true", help="be the DRA driver gpu.nbgpu.io of the Node that --node names")
+    kube.add_argument("--seal-key", type=Path, metavar="FILE", help="the key with which the pool seals its claims")
+    kube.add_argument("--foreign-claims", action="store_true", help="prepare claims too that the pool did not make")
+    kube.add_argument("--cdi-dir", type=Path, default=Options.cdi_dir, help="where the container runtime reads CDI specifications")
+    kube.add_argument("--kubelet-dir", type=Path, default=Options.kubelet_dir, help="the kubelet's directory, with plugins_registry in it")
     return Options(**vars(parser.parse_args(arguments)))
 
 
 def run(options: Options) -> int:
     """Run the agent until SIGTERM or SIGINT; return the exit status."""
     logs.set_up(options.log_level, "%(asctime)s %(levelname)s agent: %(message)s")
-    # What tenants send must not fill the log.
+    # Neither its own calls nor what tenants send must fill the log.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     os.umask(0o022)
     try:
         asyncio.run(_serve(options))
@@ -108,13 +126,43 @@ def _raise_file_limit() -> None:
 async def _serve(options: Options) -> None:
     runtime = prepare(options.runtime_dir or runtime_dir())
     lock = RuntimeLock(runtime)
-    await asyncio.to_thread(lock.acquire, options.takeover)
     _raise_file_limit()
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    page = _metrics_page(options.metrics_listen, options.health_only)
+    try:
+        if options.kubernetes:
+            from .kube.main import Kubernetes
+
+            kubernetes = Kubernetes(options, runtime)
+            page.ready = kubernetes.ready
+            if await kubernetes.wait_for_lock(lock, ended):
+                agent, nvml = await _make(options, runtime)
+                await _work(agent, nvml, ended, kubernetes.serving(agent, nvml), page)
+        else:
+            await asyncio.to_thread(lock.acquire, options.takeover)
+            agent, nvml = await _make(options, runtime)
+            await _work(agent, nvml, ended, contextlib.nullcontext(), page)
+    finally:
+        page.close()
+    lock.release()
+
+
+def _metrics_page(address: str | None, health_only: bool) -> MetricsPage:
+    try:
+        return MetricsPage(None if address is None else listen_tcp(address), health_only)
+    except OSError as error:
+        raise StartError(f"Metrics cannot be served at {address}: {error.strerror or error}.") from None
+
+
+async def _make(options: Options, runtime: Path) -> tuple[Agent, Nvml]:
+    """Return the agent of a runtime directory whose lock is held."""
     simulate = not driver_present() if options.simulate is None else options.simulate
     libraries = install_libraries(built_libraries(), runtime)
     if options.sim_devices is not None:
         os.environ["NBGPU_SIM_DEVICES"] = str(options.sim_devices)
-    machine = find_machine(runtime, libraries) if simulate else None
+    machine = find_machine(runtime, libraries, options.node if options.kubernetes else None) if simulate else None
     if machine is not None:
         os.environ["NBGPU_SIM_STATE"] = str(machine.state)
     nvml = Nvml(machine.libraries / "libnvidia-ml.so.1" if machine else None)
@@ -127,22 +175,21 @@ async def _serve(options: Options) -> None:
     cuda = str(machine.libraries / "libcuda.so.1") if machine else "libcuda.so.1"
     contexts = await context_bytes(nvml, devices, runtime, cuda)
     settings = Settings(runtime, node, simulate, nvml.driver_version, libraries, machine)
-    agent = Agent(settings, devices, Native(libraries / "libnbgpu_agent.so"), contexts)
-    await _work(agent, nvml)
-    lock.release()
+    return Agent(settings, devices, Native(libraries / "libnbgpu_agent.so"), contexts), nvml
 
 
-async def _work(agent: Agent, nvml: Nvml) -> None:
-    loop = asyncio.get_running_loop()
-    ended = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ended.set)
+async def _work(
+    agent: Agent, nvml: Nvml, ended: asyncio.Event, beside: contextlib.AbstractAsyncContextManager[None], page: MetricsPage
+) -> None:
+    """Serve until `ended`; `beside` is entered once the slices are loaded."""
     monitor = Monitor(agent, nvml)
     doors: dict[str, Door] = {}
     slice_app: App = slice_api.make_app(agent)  # pyright: ignore[reportAssignmentType]
 
     def added(live: LiveSlice) -> None:
-        doors[live.id] = Door(live.directory / "api.sock", slice_app, {"slice": live}, SLICE_BOUNDS, live.record.uid)
+        doors[live.id] = Door(
+            live.directory / "api.sock", slice_app, {"slice": live}, SLICE_BOUNDS, live.record.uid, live.record.claim is not None
+        )
 
     def removed(live: LiveSlice) -> None:
         doors.pop(live.id).close()
@@ -150,7 +197,8 @@ async def _work(agent: Agent, nvml: Nvml) -> None:
     agent.on_slice_added = added
     agent.on_slice_ended = removed
     agent.load()
-    admin_app: App = admin_api.make_app(agent, Metrics(agent, monitor))  # pyright: ignore[reportAssignmentType]
+    page.metrics = Metrics(agent, monitor)
+    admin_app: App = admin_api.make_app(agent, page.metrics)  # pyright: ignore[reportAssignmentType]
     admin = Door(agent.settings.runtime / AGENT_SOCKET, admin_app, {}, ADMIN_BOUNDS)
     watch = asyncio.create_task(monitor.run())
     first = next(iter(agent.devices.values()))
@@ -161,7 +209,8 @@ async def _work(agent: Agent, nvml: Nvml) -> None:
     gc.collect()
     gc.freeze()
     try:
-        await ended.wait()
+        async with beside:
+            await ended.wait()
     finally:
         log.info("ending; %d slices keep their limits", len(agent.slices))
         await stop(watch)

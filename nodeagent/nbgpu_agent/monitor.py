@@ -223,6 +223,10 @@ class Monitor:
             for live in slices.values():
                 if live.record.cgroup is not None and within(path, live.record.cgroup):
                     return live.id
+            pod = self._agent.cgroups.pod_of(process.pid)
+            held = [live for live in slices.values() if live.record.claim is not None and pod in live.record.claim.pods]
+            if held:  # in a pod with several claims each container has its own
+                return next((live.id for live in held[1:] if live.is_seen_by(process.pid)), held[0].id)
         roots = {root.pid: live.id for live in slices.values() for root in live.record.roots}
         holders = {pid: live.id for live in slices.values() for pid in live.tenant.holders()}
         pid: int | None = process.pid

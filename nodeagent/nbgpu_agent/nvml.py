@@ -59,6 +59,8 @@ class Nvml:
         self._nvml: Any = pynvml
         self._seen: dict[str, int] = {}
         self._handles: dict[str, Any] = {}
+        self.count = 0
+        """GPUs that the driver shows, chosen or not."""
         try:
             pynvml.nvmlInit()
             version: Any = pynvml.nvmlSystemGetDriverVersion()
@@ -74,7 +76,8 @@ class Nvml:
         """Return the devices that `selector` names ("all", or indexes and UUIDs with commas between)."""
         nvml = self._nvml
         found: list[Device] = []
-        for index in range(int(nvml.nvmlDeviceGetCount())):
+        self.count = int(nvml.nvmlDeviceGetCount())
+        for index in range(self.count):
             handle: Any = nvml.nvmlDeviceGetHandleByIndex(index)
             uuid = _text(nvml.nvmlDeviceGetUUID(handle))
             memory_bytes = int(nvml.nvmlDeviceGetMemoryInfo(handle).total)

@@ -52,6 +52,10 @@ class RuntimeLock:
         self.path = path / LOCK_FILE
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
+    def take(self) -> bool:
+        """Take the lock if nobody has it; return whether it is this agent's."""
+        return self._try()
+
     def acquire(self, takeover: bool) -> None:
         """Take the lock; with `takeover` ask the one who has it to go, and end it when it does not."""
         if self._try():

@@ -28,7 +28,7 @@ class Machine:
     """Directory of ``libcuda.so.1``, ``libnvidia-ml.so.1`` and ``nvidia-smi``."""
 
 
-def find_machine(runtime: Path, libraries: Path) -> Machine:
+def find_machine(runtime: Path, libraries: Path, node: str | None = None) -> Machine:
     """Return the machine of a runtime directory, made or replaced where needed.
 
     Parameters
@@ -37,12 +37,15 @@ def find_machine(runtime: Path, libraries: Path) -> Machine:
         The runtime directory. Without ``$NBGPU_SIM_STATE`` its machine has a directory of its own in shared memory.
     libraries : Path
         The installed libraries, in a directory named by their contents.
+    node : str, optional
+        On Kubernetes: the machine then lies in the runtime directory, which containers can be given a part of, and the names of its GPUs
+        are of that node.
     """
     ours = libraries / "sim"
     named = os.environ.get("NBGPU_SIM_STATE")
     if named:
         return Machine(Path(named).absolute(), ours)
-    directory = _directory(runtime)
+    directory = _directory(runtime) if node is None else runtime / f"sim-{node}"
     if directory.exists() and directory.stat().st_uid != os.geteuid():
         raise StartError(f"{directory} belongs to another user: name another file with NBGPU_SIM_STATE.")
     asked = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("NBGPU_SIM_"))

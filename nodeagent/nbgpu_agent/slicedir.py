@@ -39,6 +39,16 @@ class Root(Model):
     start_time: int
 
 
+class ClaimOf(Model):
+    """The ResourceClaim of Kubernetes that a slice stands for."""
+
+    uid: str
+    namespace: str
+    name: str
+    pods: tuple[str, ...] = ()
+    """UIDs of the pods that it is reserved for: their processes belong to the slice."""
+
+
 class Record(Model):
     """Contents of `slice.json`."""
 
@@ -51,6 +61,8 @@ class Record(Model):
     boot_id: str
     roots: tuple[Root, ...] = ()
     cgroup: str | None = None
+    claim: ClaimOf | None = None
+    """With one the files are for whatever user the pod's processes run as, and the slice ends when the kubelet says so."""
     kernel_limits: dict[KernelId, KernelLimit] = Field(default_factory=dict[KernelId, KernelLimit])
 
 
@@ -98,10 +110,10 @@ def remove(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def create_use(directory: Path, uid: int | None) -> int:
-    """Make the `use` file for its owner and return an open descriptor.
+def create_use(directory: Path, uid: int | None, anyone: bool = False) -> int:
+    """Make the `use` file for its owner, or for anyone who gets to see it, and return an open descriptor.
 
-    For another user it lies on a tmpfs of its own: whatever its user does to it, it cannot fill the machine's memory.
+    For others than the agent it lies on a tmpfs of its own: whatever they do to it, it cannot fill the machine's memory.
     """
     path = directory / "use"
     if path.exists():
@@ -109,7 +121,7 @@ def create_use(directory: Path, uid: int | None) -> int:
         path.unlink()
     source = path
     private = directory / PRIVATE
-    if os.geteuid() == 0 and uid not in (None, 0):
+    if os.geteuid() == 0 and (anyone or uid not in (None, 0)):
         private.mkdir(mode=0o700, exist_ok=True)
         if _mount("tmpfs", private, "tmpfs", _MS_NOSUID_NODEV_NOEXEC, f"size={USE_TMPFS_BYTES},nr_inodes=4,mode=700"):
             source = private / "use"
@@ -118,28 +130,33 @@ def create_use(directory: Path, uid: int | None) -> int:
     # Magic last: a reader that sees it sees a whole head.
     os.pwrite(fd, struct.pack("<II", layout.VERSION, layout.USE_SIZE), 8)
     os.pwrite(fd, struct.pack("<Q", layout.USE_MAGIC), 0)
-    if uid is not None:
-        os.fchown(fd, uid, -1)
+    _give(fd, uid, anyone)
     if source is not path:
         path.touch(mode=0o600)
         if not _mount(str(source), path, "", _MS_BIND, ""):
             os.close(fd)
             _unmount(private)
             private.rmdir()
-            return _plain_use(directory, uid)
+            return _plain_use(directory, uid, anyone)
         _unmount(private)
     if private.exists():
         private.rmdir()
     return fd
 
 
-def _plain_use(directory: Path, uid: int | None) -> int:
+def _give(fd: int, uid: int | None, anyone: bool) -> None:
+    if uid is not None:
+        os.fchown(fd, uid, -1)
+    if anyone:
+        os.fchmod(fd, 0o666)
+
+
+def _plain_use(directory: Path, uid: int | None, anyone: bool) -> int:
     path = directory / "use"
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     os.ftruncate(fd, layout.USE_SIZE)
     os.pwrite(fd, struct.pack("<QII", layout.USE_MAGIC, layout.VERSION, layout.USE_SIZE), 0)
-    if uid is not None:
-        os.fchown(fd, uid, -1)
+    _give(fd, uid, anyone)
     return fd
 
 

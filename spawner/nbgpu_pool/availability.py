@@ -83,7 +83,7 @@ class _Looker:
             return f"in use by your group: {holder} is used up until someone stops"
         words = ["in use"]
         if seconds is not None:
-            words.append(f"usually free within {rough_time(seconds)}")
+            words.append(f"{'perhaps' if self.core.sessions.guessing else 'usually'} free within {rough_time(seconds)}")
         if self.waiting:
             words.append(f"{self.waiting} {'waits' if self.waiting == 1 else 'wait'} before you")
         head, *rest = words

@@ -5,6 +5,7 @@ Example
 ::
 
     reservation_ttl_seconds: 120
+    session_guess_seconds: 3600           # how long servers run here, until enough have ended to know: for estimates
     quotas:
       default: {limit: 1}                 # each user, all servers together, in GPUs
       users:
@@ -193,6 +194,8 @@ class Config(Closed):
     reservation_ttl_seconds: Seconds = 120.0
     queue_ttl_seconds: Seconds = 300.0
     """A queued request that nobody has asked for so long is dropped."""
+    session_guess_seconds: Seconds = 3600.0
+    """How long a server is taken to run while too few have ended to know: for the estimates of a wait, which then say so."""
     quotas: QuotaConfig = QuotaConfig()
     queue: QueueConfig = QueueConfig()
     coming: list[ComingConfig] = []
@@ -217,6 +220,7 @@ class Config(Closed):
             fairness=Fairness(self.queue.overtake_count, self.queue.overtake_seconds),
             reservation_ttl_seconds=self.reservation_ttl_seconds,
             queue_ttl_seconds=self.queue_ttl_seconds,
+            session_guess_seconds=self.session_guess_seconds,
             queue_total=self.queue.total,
             queue_per_user=self.queue.per_user,
             start_seconds={group.name: group.start_seconds for group in self.coming},

@@ -36,7 +36,7 @@ class Core(Held):
         super().__init__()
         self.settings = settings or Settings()
         self.books = Books()
-        self.sessions = Sessions()
+        self.sessions = Sessions(self.settings.session_guess_seconds)
         self.ended: OrderedDict[str, Entry] = OrderedDict()
         self.cancelled_early: OrderedDict[str, tuple[str | None, float]] = OrderedDict()
         self.ready = False
@@ -302,12 +302,14 @@ class Core(Held):
         """Return a request as the API shows it."""
         queued = entry.state == GrantState.queued
         position = self._position(entry) if queued else None
+        wait_seconds = self.forecast(now).get(entry.slice_id) if queued else None
         return Grant(
             request=entry.request,
             state=entry.state,
             slice=None if queued else entry.slice,
             position=position,
-            wait_seconds=self.forecast(now).get(entry.slice_id) if queued else None,
+            wait_seconds=wait_seconds,
+            wait_guessed=wait_seconds is not None and self.sessions.guessing,
             expires_seconds=max(0.0, entry.expires - now) if entry.state == GrantState.reserved and entry.expires is not None else None,
             reason=self._why(entry) if queued else entry.reason,
             note=entry.note,

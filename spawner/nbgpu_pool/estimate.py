@@ -1,4 +1,4 @@
-"""How long a wait will be, from what is known: what runs, for how long, and how long sessions last here. Honest: unknown is unknown."""
+"""How long a wait will be: from what runs, for how long, and how long sessions last here; until enough have ended, called a guess."""
 
 from __future__ import annotations
 
@@ -16,29 +16,42 @@ from .placement import Room, place
 from .shapes import Part, Want
 
 ENOUGH_SESSIONS = 5
-"""Observed sessions before anything is said."""
+"""Observed sessions from which on an estimate is no guess."""
+GUESS_SECONDS = 3600.0
 MAX_EVENTS = 300
 MAX_TRIES = 400
 
 
 class Sessions:
-    """Lengths of the last sessions, in seconds."""
+    """Lengths of the last sessions, in seconds.
 
-    def __init__(self, keep: int = 500):
+    Parameters
+    ----------
+    guess_seconds : float
+        What stands in for sessions that were not seen yet.
+    keep : int
+        How many sessions are remembered.
+    """
+
+    def __init__(self, guess_seconds: float = GUESS_SECONDS, keep: int = 500):
+        self._guess_seconds = guess_seconds
         self._lengths: deque[float] = deque(maxlen=keep)
         self._sorted: list[float] | None = None
+
+    @property
+    def guessing(self) -> bool:
+        """Whether too few sessions have ended here to judge by."""
+        return len(self._lengths) < ENOUGH_SESSIONS
 
     def ended(self, length_seconds: float) -> None:
         """Note that a session of this length has ended."""
         self._lengths.append(max(0.0, length_seconds))
         self._sorted = None
 
-    def remaining_seconds(self, age_seconds: float) -> float | None:
-        """Return the median of what sessions that reached this age still lasted; None while too few were seen."""
-        if len(self._lengths) < ENOUGH_SESSIONS:
-            return None
+    def remaining_seconds(self, age_seconds: float) -> float:
+        """Return the median of what sessions that reached this age still lasted."""
         if self._sorted is None:
-            self._sorted = sorted(self._lengths)
+            self._sorted = sorted([*self._lengths, *[self._guess_seconds] * (ENOUGH_SESSIONS - len(self._lengths))])
         first = bisect_right(self._sorted, age_seconds)
         count = len(self._sorted) - first
         # Older than all seen so far: as long again is the usual guess.
@@ -49,16 +62,14 @@ def queue_forecast(books: Books, sessions: Sessions, now: float, ghosts: Sequenc
     """Return in how many seconds each queued request, and each of `ghosts` behind them, likely gets its place.
 
     Plays the known sessions to their likely ends, serving the queue in order. Keys: request ids; ``"ghost:<n>"`` for ghosts.
-    What is not reached within the bounds of the play, or cannot be known, is left out.
+    What is not reached within the bounds of the play is left out.
     """
     typical = sessions.remaining_seconds(0.0)
-    if typical is None:
-        return {}
     rooms = {uuid: replace(room) for uuid, room in books.rooms.items()}
     ends: list[tuple[float, int, list[tuple[str, Part]]]] = []
     for number, entry in enumerate(books.entries.values()):
         if entry.holds and entry.state != GrantState.reserved:
-            left = 0.0 if entry.state == GrantState.releasing else sessions.remaining_seconds(max(0.0, now - entry.started)) or 0.0
+            left = 0.0 if entry.state == GrantState.releasing else sessions.remaining_seconds(max(0.0, now - entry.started))
             ends.append((left, number, entry.parts()))
         elif entry.state == GrantState.reserved:
             ends.append((typical, number, entry.parts()))

@@ -418,10 +418,14 @@ class KubeLedger:
             await self._make_moved(path(RESOURCE, "resourceclaims", key[0]), note.moves_to)
 
     async def _own(self) -> None:
-        """Make running pods the owners of their claims, so that these go with them."""
+        """Make running pods the owners of their claims, so that these go with them.
+
+        Not before a reservation's time is over: a hub whose creation of a pod was answered late deletes that pod and makes it once more,
+        with the same claim. A claim that loses its pod so early is deleted as one without any.
+        """
         for key in list(self.view.unowned):
             pod = self.view.new_owner(key) if key in self.view.claims else None
-            if pod is not None:
+            if pod is not None and self.view.age_seconds(key) >= self._ttl:
                 await self._make_owner(key, self.view.claims[key], pod)
 
     async def _make_owner(self, key: Key, info: ClaimInfo, pod: PodInfo) -> None:

@@ -339,7 +339,10 @@ class View:
         old = self.claims.pop(key, None)
         carried = old is not None and new is not None and old.uid == new.uid and _id_of(old) in self.carried
         if old is not None and old.claim is not None and self.ids.get(old.claim.slice.slice_id) == key:
+            carried = old.claim.slice.slice_id in self.carried
             self._forget(old.claim.slice.slice_id)
+            if carried and new is not None and new.uid == old.uid:
+                self.carried.add(old.claim.slice.slice_id)  # a pod had it, also where that has gone before the claim says so
         self.unowned.discard(key)
         if old is not None and old.moves_to is not None and self.notes.get(old.moves_to.slice_id) == key:
             del self.notes[old.moves_to.slice_id]
@@ -423,6 +426,11 @@ class View:
         used = info.claim.pods if info.claim is not None else ()
         runs = (pod for pod in self.pods_of(key) if pod.running and not pod.deleting and pod.uid in used)
         return next((pod for pod in runs if pod.uid not in info.owners), None)
+
+    def age_seconds(self, key: Key) -> float:
+        """Return how old a claim is."""
+        info = self.claims[key]
+        return max(0.0, self._now() - _unix(info.claim.created)) if info.claim is not None else 0.0
 
     def _state(self, key: Key, claim: Claim) -> str:
         if claim.deleting:

@@ -8,6 +8,7 @@ from functools import cached_property
 
 from nbgpu.models import Device, Slice
 
+from .estimate import GUESS_SECONDS
 from .placement import DEFAULT_POLICY, Policy
 from .queue import Fairness
 from .quotas import Quotas
@@ -23,6 +24,8 @@ class Settings:
     reservation_ttl_seconds: float = 120.0
     queue_ttl_seconds: float = 300.0
     """A queued request that nobody has asked for so long is dropped."""
+    session_guess_seconds: float = GUESS_SECONDS
+    """How long a session is taken to last until enough have ended."""
     queue_total: int = 1000
     queue_per_user: int = 10
     policy: Policy = DEFAULT_POLICY

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from html import escape
 from typing import Any
 
 from tornado import web
+from tornado.log import app_log
 
 from nbgpu.errors import NbgpuError
 
@@ -45,6 +47,23 @@ class GPURefusal(_Base):  # pyright: ignore[reportGeneralTypeIssues]
 
     def __str__(self) -> str:
         return f"{self.status_code} {self.reason}: {self.jupyterhub_message}"
+
+
+def _in_one_line(record: logging.LogRecord) -> bool:
+    """Take the stack trace from what the hub logs of a refusal: it is an answer to a user, no fault of the hub."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, GPURefusal):
+        record.msg, record.args, record.exc_info = f"{record.getMessage()}: {error}", (), None
+    return True
+
+
+def _no_second_word(record: logging.LogRecord) -> bool:
+    """Drop what tornado logs of a refusal that came after the hub had answered "pending": the hub has a line of its own for it."""
+    return not (record.exc_info and isinstance(record.exc_info[1], GPURefusal))
+
+
+logging.getLogger("JupyterHub").addFilter(_in_one_line)
+app_log.addFilter(_no_second_word)
 
 
 def refusal(error: NbgpuError) -> GPURefusal:

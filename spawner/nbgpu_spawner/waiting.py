@@ -58,7 +58,7 @@ class Progress:
 def in_line(wish: Wish, grant: Grant, leave_url: str) -> tuple[str, str]:
     """Return what a waiting user reads, as text and as HTML with a button to leave."""
     place = f"{ordinal(grant.position)} in line" if grant.position else "in line"
-    text = f"Waiting for {wish}: {place}, {about(grant.wait_seconds)}."
+    text = f"Waiting for {wish}: {place}, {about(grant.wait_seconds, grant.wait_guessed)}."
     if grant.reason:
         text += f" {grant.reason[:1].upper()}{grant.reason[1:].rstrip('.')}."
     # The page puts each event into its log too: the button is of use only outside. The token is filled in by the page that shows it.
@@ -82,16 +82,18 @@ def no_room(wish: Wish, waited_seconds: float, grant: Grant) -> str:
     )
 
 
-def about(seconds: float | None) -> str:
+def about(seconds: float | None, guessed: bool = False) -> str:
     """Return an estimate of a wait in words."""
     if seconds is None:
         return "nobody can say yet how long"
-    if seconds < 45:
-        return "less than a minute"
     minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"about {minutes} minute{'s' if minutes != 1 else ''}"
-    return f"about {round(minutes / 60)} hours"
+    if seconds < 45:
+        said = "less than a minute"
+    elif minutes < 90:
+        said = f"about {minutes} minute{'s' if minutes != 1 else ''}"
+    else:
+        said = f"about {round(minutes / 60)} hours"
+    return f"{said} (a guess: too few servers have ended here to know)" if guessed else said
 
 
 def duration(seconds: float) -> str:

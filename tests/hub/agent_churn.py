@@ -16,23 +16,27 @@ def main() -> None:
     """Run until the agent is gone."""
     agent = AgentProcess(Path(sys.argv[1]))
     dice = random.Random(sys.argv[2])
-    sure: set[str] = set()
+    sure: dict[str, int] = {}
+    """The device of each slice."""
     unsure: set[str] = set()
     during = "before"
+    print("ready", flush=True)
     try:
         while True:
             during = "asking"
-            wanted = agent.slice(125, device=dice.randrange(2))
-            if len(sure) < 12 and dice.random() < 0.6:
+            device = dice.randrange(2)
+            wanted = agent.slice(125, device=device)
+            if list(sure.values()).count(device) < 8 and len(sure) < 12 and dice.random() < 0.6:  # a ninth would be refused
                 during = "put"
                 unsure = {wanted.slice_id}
                 agent.put(wanted)
-                sure |= unsure
+                sure[wanted.slice_id] = device
             elif sure:
                 during = "delete"
-                unsure = {dice.choice(sorted(sure))}
-                sure -= unsure
-                agent.delete(next(iter(unsure)))
+                ended = dice.choice(sorted(sure))
+                unsure = {ended}
+                del sure[ended]
+                agent.delete(ended)
             unsure = set()
     except Unavailable:
         pass

@@ -339,11 +339,15 @@ def test_sigkill_at_random_moments_loses_nothing(agent: AgentProcess) -> None:
             stdout=subprocess.PIPE,
             text=True,
         )
-        time.sleep(0.2 + dice.random() * 0.4)
+        assert driver.stdout is not None
+        assert driver.stdout.readline() == "ready\n"
+        time.sleep(dice.random() * 0.4)
         agent.kill()
-        out = json.loads(driver.communicate(timeout=30)[0].splitlines()[-1])
-        landed[out["during"]] = landed.get(out["during"], 0) + 1
+        said, _ = driver.communicate(timeout=60)
         agent.start()
+        assert driver.returncode == 0, "what made slices met something else than an agent that is gone"
+        out = json.loads(said)
+        landed[out["during"]] = landed.get(out["during"], 0) + 1
         slices = agent.slices()
         assert set(out["sure"]) <= set(slices), "a slice that was answered is there"
         assert set(slices) <= set(out["sure"]) | set(out["unsure"]), "and no other but the one in between"

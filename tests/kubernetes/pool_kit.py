@@ -373,6 +373,7 @@ class Gateway:
             await self._task
 
     async def _pass(self, http: Request) -> Response:
+        content = await http.body()  # before anything waits: a call that is held goes on though its client has left
         told = await asyncio.to_thread(self.before, http.method, http.url.path)
         if told is not None:
             return self._instead(told)
@@ -380,7 +381,7 @@ class Gateway:
         headers = {name: value for name, value in http.headers.items() if name in ("content-type", "accept", "accept-encoding")}
         url = http.url.path + (f"?{http.url.query}" if http.url.query else "")
         timeout = httpx.Timeout(30, read=120)
-        request = inner.build_request(http.method, url, content=await http.body(), headers=headers, timeout=timeout)
+        request = inner.build_request(http.method, url, content=content, headers=headers, timeout=timeout)
         answer = await inner.send(request, stream=True)
         if http.query_params.get("watch"):
             return StreamingResponse(self._stream(answer), answer.status_code, media_type="application/json")
@@ -404,12 +405,13 @@ class Gateway:
             while True:
                 chunk = asyncio.ensure_future(anext(chunks, b""))
                 await asyncio.wait([cut, chunk], return_when=asyncio.FIRST_COMPLETED)
-                if not chunk.done() or not chunk.result():
+                if not chunk.done() or chunk.exception() or not chunk.result():
                     chunk.cancel()
                     return
                 yield chunk.result()
         finally:
             cut.cancel()
+            chunk.add_done_callback(lambda one: one.cancelled() or one.exception())  # one that nobody waits for any more may fail
             await answer.aclose()
 
 
@@ -438,7 +440,7 @@ class Pool:
             told: Json = {"current-context": "x", "clusters": [cluster], "users": [{"name": "u", "user": {}}], "contexts": [context]}
             Path(kubeconfig).write_text(json.dumps({"apiVersion": "v1", "kind": "Config", **told}))
         self.env = {
-            **os.environ, "KUBECONFIG": kubeconfig, "NBGPU_NAMESPACE": place.namespace,
+            **os.environ, "KUBECONFIG": kubeconfig, "NBGPU_NAMESPACE": place.namespace, "PYTHONDONTWRITEBYTECODE": "",
             **{f"TOKEN_{n}": TOKEN if n == 0 else f"{TOKEN}-{hub}" for n, (hub, _) in enumerate(self._hubs(tokens))},
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "spawner")]),
         }  # fmt: skip

@@ -50,6 +50,16 @@ def http(status: str, body: bytes, kind: str = "application/json") -> bytes:
     return f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body
 
 
+@pytest.mark.parametrize("there", [0, 7])
+def test_an_answer_that_was_cut_off_is_none(serve: Serve, there: int) -> None:
+    """Its server was killed between the head and the end of the body: that is no empty answer."""
+    whole = http("200 OK", b'{"gone": true}')
+    path = serve(whole[: whole.index(b"\r\n\r\n") + 4 + there])
+    with pytest.raises(Unavailable, match="broke off"):
+        AgentClient(path).release("a-slice")
+    assert AgentClient(serve(whole)).release("a-slice"), "control"
+
+
 def test_no_socket_says_that_it_is_not_running(runtime: Path) -> None:
     with pytest.raises(Unavailable, match=r"The agent is not running: there is no .*agent.sock") as caught:
         AgentClient(runtime / "agent.sock").node()

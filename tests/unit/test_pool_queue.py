@@ -234,7 +234,7 @@ def test_groups_are_found_again_after_a_restart() -> None:
     assert pool.ask(250, user="b", groups=["class"]).state == GrantState.queued
 
 
-def test_estimates_say_nothing_until_something_is_known() -> None:
+def test_an_estimate_is_called_a_guess_until_enough_servers_have_ended() -> None:
     pool = Pool()
     running = pool.started(1000)
     waiting = pool.ask(500, user="w").request.request_id
@@ -242,24 +242,30 @@ def test_estimates_say_nothing_until_something_is_known() -> None:
     def estimate() -> float | None:
         return pool.core.grant(pool.core.known(waiting), pool.now).wait_seconds
 
-    assert estimate() is None
+    def guessed() -> bool:
+        return pool.core.grant(pool.core.known(waiting), pool.now).wait_guessed
+
+    assert (estimate(), guessed()) == (pytest.approx(3600), True)
+    pool.wait(6)
+    assert (estimate(), guessed()) == (pytest.approx(3594), True)
     for length in (100, 200, 300, 400, 500):
         pool.core.sessions.ended(length)
     pool.wait(6)
-    assert estimate() == pytest.approx(300 - 6)
-    pool.wait(244)
+    assert (estimate(), guessed()) == (pytest.approx(300 - 12), False)
+    pool.wait(238)
     assert estimate() == pytest.approx(400 - 250), "of those that lasted longer than 250 s, the median has 150 s left"
     pool.end(running)
     assert pool.state(waiting) == GrantState.reserved
 
 
 def test_remaining_time_of_a_session() -> None:
-    sessions = Sessions()
+    sessions = Sessions(guess_seconds=1000)
+    assert (sessions.remaining_seconds(0), sessions.remaining_seconds(900)) == (1000, 100), "nothing else is known"
     for length in (10, 20, 30, 40):
         sessions.ended(length)
-    assert sessions.remaining_seconds(0) is None, "four are too few"
+    assert (sessions.guessing, sessions.remaining_seconds(0), sessions.remaining_seconds(100)) == (True, 30, 900), "four, and the guess"
     sessions.ended(50)
-    assert sessions.remaining_seconds(0) == 30
+    assert (sessions.guessing, sessions.remaining_seconds(0)) == (False, 30)
     assert sessions.remaining_seconds(35) == 15
     assert sessions.remaining_seconds(100) == 100
 

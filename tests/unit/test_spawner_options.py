@@ -229,6 +229,7 @@ def test_the_words_of_the_queue() -> None:
         "about 2 hours",
         "about 2 hours",
     ]
+    assert waiting.about(3600, guessed=True) == "about 60 minutes (a guess: too few servers have ended here to know)"
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["set before setup", "set after setup"])
