@@ -66,9 +66,10 @@ class _Loose(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_nulls(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or None not in cast("Json", value).values():
+        if not isinstance(value, dict):
             return value
-        return {name: one for name, one in cast("Json", value).items() if one is not None}
+        given = cast("Json", value)
+        return given if None not in given.values() else {name: one for name, one in given.items() if one is not None}
 
 
 class _Meta(_Loose):
