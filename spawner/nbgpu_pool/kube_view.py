@@ -477,7 +477,8 @@ def keep_claim(view: View) -> Callable[[Json], ClaimInfo | None]:
     """Return what keeps a ResourceClaim: nothing of one that does not concern nbgpu."""
 
     def keep(thing: Json) -> ClaimInfo | None:
-        return view.read(thing) if concerns(thing) or _peek(thing) or MOVE_LABEL in _part(_part(thing, "metadata"), "labels") else None
+        ours = _peek(thing) or MOVE_LABEL in _part(_part(thing, "metadata"), "labels") or concerns(thing)
+        return view.read(thing) if ours else None
 
     return keep
 
