@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
+import gc
 import logging
 import time
 from typing import Any, cast
@@ -53,6 +56,7 @@ class Follower:
         self._due: dict[str, Json] = {}
         self._gone_since: dict[str, float] = {}
         self._wake = asyncio.Event()
+        self._trimmed = False
         claims.prepared = self._again
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -92,6 +96,9 @@ class Follower:
 
     def _told(self) -> None:
         self._wake.set()
+        if not self._trimmed and self.items.ready:
+            self._trimmed = True
+            trim()
 
     def _shares(self, claim: Json) -> list[Share]:
         """Return what a claim holds here; nothing of one that cannot be read, with an event."""
@@ -259,6 +266,13 @@ class Follower:
                 pass
             if await self._claims.forget(uid):
                 log.info("claim %s/%s is gone, and nothing of it ran: its slice has ended", claim.namespace, claim.name)
+
+
+def trim() -> None:
+    """Give back what reading all claims of the cluster has taken: most of them were looked at and dropped."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _limits(of: Slice) -> dict[str, Limit]:
