@@ -12,7 +12,7 @@ from nbgpu.claims import API_VERSION, DRIVER, resource_slice
 from nbgpu.errors import NbgpuError
 from nbgpu.kube import Conflict, Kube, NotFound, path
 from nbgpu.kube_events import Reporter, reference
-from nbgpu.kube_reflector import Key, Reflector
+from nbgpu.kube_reflector import LEFT_OUT, Key, Reflector
 from nbgpu.models import Device
 
 from ..agent import Agent
@@ -47,10 +47,10 @@ class Publisher:
         self._node: Json = {}
         self._path = path(API_VERSION, "resourceslices")
         self._name = f"{agent.settings.node}-{DRIVER}"
-        self.slices: Reflector[Json | None] = Reflector(
+        self.slices: Reflector[Json] = Reflector(
             kube,
             self._path,
-            lambda thing: thing if thing["spec"].get("nodeName") == agent.settings.node else None,
+            lambda thing: thing if thing["spec"].get("nodeName") == agent.settings.node else LEFT_OUT,
             fields=f"spec.nodeName={agent.settings.node}",
             changed=self._changed,
             told=self.wake,
@@ -83,8 +83,7 @@ class Publisher:
         self._wake.set()
 
     def _changed(self, key: Key, old: Json | None, new: Json | None) -> None:
-        if old is not None or new is not None:
-            self._wake.set()
+        self._wake.set()
 
     async def _run(self) -> None:
         while True:
@@ -128,7 +127,7 @@ class Publisher:
         return resource_slice(self._agent.settings.node, mine, self._capacity(), self._generation, self._node.get("uid"))
 
     def _withheld(self) -> set[str]:
-        others = [thing for (_, name), thing in self.slices.items.items() if name != self._name and thing is not None]
+        others = [thing for (_, name), thing in self.slices.items.items() if name != self._name]
         allocatable = cast("Mapping[str, object]", self._node.get("allocatable", {}))
         found = claimed_by_others(list(self._agent.devices.values()), self._all_devices, others, allocatable)
         about = {**reference("v1", "Node", {"name": self._agent.settings.node, "uid": self._node.get("uid")}), "namespace": ""}
