@@ -184,11 +184,13 @@ class _Token(httpx.Auth):
         self._configuration = configuration
         self._read_at = -TOKEN_SECONDS
         self._header: str | None = None
+        self._reading = asyncio.Lock()
 
     async def async_auth_flow(self, request: httpx.Request) -> AsyncGenerator[httpx.Request, httpx.Response]:
         """Send with the token; once more with a fresh one after a 401."""
-        if time.monotonic() - self._read_at > TOKEN_SECONDS:
-            await self._refresh()
+        async with self._reading:  # while one call reads the token, none goes without: an API server takes it for nobody's, and says 403
+            if time.monotonic() - self._read_at > TOKEN_SECONDS:
+                await self._refresh()
         response = yield self._with_token(request)
         if response.status_code == 401 and self._header:
             await self._refresh()

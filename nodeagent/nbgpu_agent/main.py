@@ -54,6 +54,7 @@ class Options:
     takeover: bool = False
     log_level: str = "info"
     metrics_listen: str | None = None
+    health_only: bool = False
     kubernetes: bool = False
     seal_key: Path | None = None
     cdi_dir: Path = Path("/var/run/cdi")
@@ -77,6 +78,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--takeover", action="store_true", help="end another agent of this runtime directory and take its place")
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     parser.add_argument("--metrics-listen", metavar="ADDRESS:PORT", help="serve /metrics and /healthz there by TCP too")
+    parser.add_argument("--health-only", action="store_true", help="no /metrics at --metrics-listen: they name users")
     kube = parser.add_argument_group("Kubernetes")
     kube.add_argument("--kubernetes", action="store_true", help="be the DRA driver gpu.nbgpu.io of the Node that --node names")
     kube.add_argument("--seal-key", type=Path, metavar="FILE", help="the key with which the pool seals its claims")
@@ -89,7 +91,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 def run(options: Options) -> int:
     """Run the agent until SIGTERM or SIGINT; return the exit status."""
     logs.set_up(options.log_level, "%(asctime)s %(levelname)s agent: %(message)s")
-    # What tenants send must not fill the log.
+    # Neither its own calls nor what tenants send must fill the log.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     os.umask(0o022)
@@ -127,7 +130,7 @@ async def _serve(options: Options) -> None:
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
-    page = _metrics_page(options.metrics_listen)
+    page = _metrics_page(options.metrics_listen, options.health_only)
     try:
         if options.kubernetes:
             from .kube.main import Kubernetes
@@ -146,9 +149,9 @@ async def _serve(options: Options) -> None:
     lock.release()
 
 
-def _metrics_page(address: str | None) -> MetricsPage:
+def _metrics_page(address: str | None, health_only: bool) -> MetricsPage:
     try:
-        return MetricsPage(None if address is None else listen_tcp(address))
+        return MetricsPage(None if address is None else listen_tcp(address), health_only)
     except OSError as error:
         raise StartError(f"Metrics cannot be served at {address}: {error.strerror or error}.") from None
 

@@ -97,6 +97,11 @@ class Metrics:
 class MetricsPage:
     """``/metrics`` and ``/healthz`` by TCP, for scrapers and probes: nothing else of the agent is there.
 
+    Parameters
+    ----------
+    health_only : bool
+        Tell nobody who uses what: whoever reaches the port may ask.
+
     Attributes
     ----------
     metrics : Metrics, optional
@@ -105,7 +110,8 @@ class MetricsPage:
         Whether this agent does its work, or could at once if the one before it ended.
     """
 
-    def __init__(self, listener: socket.socket | None):
+    def __init__(self, listener: socket.socket | None, health_only: bool = False):
+        self._health_only = health_only
         self.metrics: Metrics | None = None
         self.ready: Callable[[], bool] = lambda: self.metrics is not None
         self._door = Door(listener, self._answer, {}, PAGE_BOUNDS) if listener is not None else None
@@ -117,7 +123,7 @@ class MetricsPage:
             status = 405
         elif scope["path"] == "/healthz":
             status, text = (200, '{"status": "ok"}') if self.ready() else (503, '{"status": "starting"}')
-        elif scope["path"] == "/metrics":
+        elif scope["path"] == "/metrics" and not self._health_only:
             status, kind, text = (200, Metrics.content_type, self.metrics.text()) if self.metrics is not None else (503, "text/plain", "")
         headers = [(b"content-type", kind.encode()), (b"content-length", str(len(text.encode())).encode())]
         await send({"type": "http.response.start", "status": status, "headers": headers})

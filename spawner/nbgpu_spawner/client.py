@@ -151,7 +151,8 @@ def _plain(error: HTTPClientError) -> NbgpuError:
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
     if error.code == 503:
-        return PoolUnavailable(message or NO_ANSWER, code=code)
+        # which of two replicas should answer is not a user's business
+        return PoolUnavailable(NO_ANSWER if code == "not-leader" else message or NO_ANSWER, code=code)
     if error.code in (400, 403, 404, 409) and message:
         return Refused(message, code=code, status=error.code, field=field)
     return PoolUnavailable(NO_ANSWER)

@@ -1,85 +1,33 @@
-"""KubeGPUSpawner: KubeSpawner with a slice of a GPU. The pod builder is pure; the class only joins it to the mixin."""
+"""KubeGPUSpawner: KubeSpawner with a slice of a GPU. What it adds to a pod is `pod`'s; here is when, and what follows from it."""
 
 from __future__ import annotations
 
-import copy
-import json
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from aiohttp import ClientError
 from jupyterhub.utils import maybe_future
-from kubernetes_asyncio.client.models import CoreV1ResourceClaim, V1EnvVar, V1Pod, V1PodResourceClaim, V1ResourceRequirements
+from kubernetes_asyncio.client import V1DeleteOptions, V1Pod, V1Preconditions
+from kubernetes_asyncio.client.exceptions import ApiException
 from kubespawner import KubeSpawner
 from traitlets import Bool, default
 
-from nbgpu.errors import NbgpuError
-from nbgpu.models import Grant
+from nbgpu.errors import NbgpuError, Unavailable
+from nbgpu.models import Grant, GrantState, Request
 
-from .local import PROVISIONER
-from .mixin import GPUSliceMixin
+from .mixin import GPUSliceMixin, in_background
+from .options import Wish
+from .pod import carried_by, lives, name_slice, plain_part, why_unscheduled, with_slice
 from .profiles import Profile, custom_fields
 
-REQUEST_ANNOTATION = "nbgpu.io/request-id"
-OWNER_ANNOTATION = "nbgpu.io/owner"
-SLICE_LABEL = "nbgpu.io/slice"
-CLAIM_IN_POD = "nbgpu"
-NOTEBOOK = "notebook"
-
-
-def claim_name(request_id: str) -> str:
-    """Return the name of the ResourceClaim that the pool makes for a request."""
-    return f"nbgpu-{request_id}"
-
-
-def with_slice(pod: V1Pod, grant: Grant | None, *, provisioner: bool = False) -> V1Pod:
-    """Return a copy of `pod` that carries `grant`.
-
-    Parameters
-    ----------
-    pod : V1Pod
-        As KubeSpawner makes it. Not changed.
-    grant : Grant, optional
-        None for a server without a GPU: its pod is only kept from seeing any.
-    provisioner : bool
-        The image has nbgpu's kernel provisioner.
-    """
-    pod = copy.deepcopy(pod)
-    for container in [*(pod.spec.init_containers or []), *pod.spec.containers]:
-        # CUDA images say "all", which an NVIDIA runtime obeys even for a pod that claims nothing; CDI devices do not need it
-        _set_env(container, "NVIDIA_VISIBLE_DEVICES", "void")
-    if grant is None:
-        return pod
-    request = grant.request
-    notebook = next(container for container in pod.spec.containers if _name_of(container) == NOTEBOOK)
-    if notebook.resources is None:
-        notebook.resources = V1ResourceRequirements()
-    notebook.resources.claims = [*(notebook.resources.claims or []), CoreV1ResourceClaim(name=CLAIM_IN_POD)]
-    if provisioner:
-        _set_env(notebook, "JUPYTER_DEFAULT_PROVISIONER_NAME", PROVISIONER)
-    claim = V1PodResourceClaim(name=CLAIM_IN_POD, resource_claim_name=claim_name(request.request_id))
-    pod.spec.resource_claims = [*(pod.spec.resource_claims or []), claim]
-    pod.metadata.labels = {**(pod.metadata.labels or {}), SLICE_LABEL: request.request_id}
-    pod.metadata.annotations = {
-        **(pod.metadata.annotations or {}),
-        REQUEST_ANNOTATION: request.request_id,
-        OWNER_ANNOTATION: json.dumps(request.owner.model_dump(mode="json"), sort_keys=True),
-    }
-    return pod
-
-
-def _set_env(container: Any, name: str, value: str) -> None:
-    """Set a variable of a container; what an admin wrote in plain dicts KubeSpawner leaves as dicts, in part or whole."""
-    plain = isinstance(container, dict)
-    env = (container.get("env") if plain else container.env) or []
-    env = [*(variable for variable in env if _name_of(variable) != name), V1EnvVar(name=name, value=value)]
-    if plain:
-        container["env"] = env
-    else:
-        container.env = env
-
-
-def _name_of(item: Any) -> str:
-    return item["name"] if isinstance(item, dict) else item.name
-
+LATE_SECONDS = 90.0
+"""How long after a start was cut short its pod may still appear: an API server drops a request after a minute."""
+KEEP_TRYING_SECONDS = 600.0
+PATIENCE_SECONDS = 90.0
+_AWAY = (ClientError, ConnectionError, TimeoutError, asyncio.TimeoutError)
 
 if TYPE_CHECKING:
 
@@ -100,14 +48,24 @@ class KubeGPUMixin(_Mixed):
         Without it there, this would hide every kernel.""",
     )
 
+    gpu_settles_at_once = False
+
     @default("options_form")
     def _default_gpu_options_form(self) -> Any:
         own_template = self.profile_form_template or self.additional_profile_form_template_paths
         return self._options_form_default() if own_template else GPUSliceMixin.render_gpu_form
 
+    @default("k8s_api_request_retry_timeout")
+    def _default_retry_timeout(self) -> int:
+        return int(PATIENCE_SECONDS)  # seconds: an API server that is being replaced is back by then
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._gpu_grant: Grant | None = None
+        self._gpu_claim_made = False
+        self._gpu_creating = False
+        """A pod was sent for, and the API server has not yet said that it has it."""
+        self._gpu_id_from_pod = False
 
     def _others_read_options(self) -> bool:
         return True  # KubeSpawner itself lets unknown keys pass, and hooks of z2jh users read them
@@ -117,7 +75,7 @@ class KubeGPUMixin(_Mixed):
 
     async def load_user_options(self) -> None:
         """Apply the profile as KubeSpawner does, its errors as plain refusals, then a custom choice's fields."""
-        self._gpu_grant = None
+        self._gpu_grant, self._gpu_creating = None, False
         try:
             profile = await self.check_gpu_options(self.user_options)
         except NbgpuError as error:
@@ -126,31 +84,193 @@ class KubeGPUMixin(_Mixed):
         for name, value in custom_fields(profile, self.user_options).items() if profile else ():
             setattr(self, name, value)
 
+    # -- a start
+
     async def get_pod_manifest(self) -> V1Pod:
         """Return the pod with its slice: acquired and bound here, as late as can be, on the pod that KubeSpawner made."""
         pod = await maybe_future(super().get_pod_manifest())
         if self._gpu_grant is None:
-            self._gpu_grant = await self.acquire_slice()
-        if self._gpu_grant is not None:
-            try:
-                self.save_early_state()
-                await self.bind_slice(None)
-            except BaseException as error:
-                await self.give_back()
-                if isinstance(error, NbgpuError):
-                    raise self.refuse(error) from None
-                raise
+            self._gpu_grant = await self._get_slice()
         return with_slice(pod, self._gpu_grant, provisioner=self.gpu_image_has_lab)
+
+    async def _get_slice(self) -> Grant | None:
+        """Acquire a slice, have its claim made, and say that a pod will carry it."""
+        grant = await self.acquire_slice()
+        if grant is None:
+            return None
+        self._gpu_id_from_pod = False
+        try:
+            if not self._gpu_claim_made:  # it had to wait
+                await self._patiently(lambda: self.pool.prepare(grant.request.request_id, None), time.monotonic())
+            self.save_early_state()
+            await self.bind_slice(None)
+        except BaseException as error:
+            await self.give_back()
+            if isinstance(error, NbgpuError):
+                raise self.refuse(error) from None
+            raise
+        return grant
+
+    async def ask_for_slice(self, request: Request) -> Grant:
+        """Send the request; what is granted at once has its claim already."""
+        answer = await self.pool.launch(request.model_copy(update={"namespace": self.namespace}), None)
+        self._gpu_claim_made = answer.launch is not None
+        return answer.grant
+
+    def gpu_patience_seconds(self) -> float:
+        """Return how long a start waits for a pool that is away: in a cluster it may be on its way to another node."""
+        return min(PATIENCE_SECONDS, max(10.0, self.start_timeout / 2))
+
+    def gpu_got(self, wish: Wish, grant: Grant) -> str:
+        """Return what a user reads once there is a slice."""
+        if grant.note or grant.slice is None:
+            return f"Got {wish}. {plain_part(grant.note or '')}".rstrip()
+        return f"Got {wish}. Waiting for {grant.slice.node} to start your server."
+
+    async def make_way(self) -> None:
+        """Remove a pod of this server that a killed hub or a failed stop has left.
+
+        KubeSpawner would when it meets it, after the slice was acquired: which may be waiting for what that pod holds.
+        """
+        if self._pod() is None:
+            return
+        self._gpu_progress.tell("Removing what is left of your last server.", percent=5)
+        try:
+            await self.stop(True)
+        except (ApiException, *_AWAY) as error:
+            self.log.warning("%s: the pod of its last life cannot be removed: %s", self._log_name, _short_words(error))
+            message = "What is left of your last server could not be removed yet. Try again in a minute."
+            raise Unavailable(message, code="old-server") from error
+
+    async def _make_create_pod_request(self, pod: V1Pod, request_timeout: float) -> bool:
+        """Create the pod as KubeSpawner does, again also when the API server is away; before each new try look after the slice.
+
+        KubeSpawner deletes a pod that it meets. Where that was this very pod, its answer being late, the slice was in use.
+        """
+        self._gpu_creating = True
+        try:
+            made = await super()._make_create_pod_request(pod, request_timeout)
+        except (ApiException, *_AWAY) as error:
+            if isinstance(error, ApiException) and error.status is not None and error.status < 500:
+                raise
+            self.log.warning("%s: creating the pod failed, trying again: %s", self._log_name, _short_words(error))
+            self._gpu_progress.tell("Kubernetes does not answer; trying again.", percent=20)
+            made = False
+        if made:
+            self._gpu_creating = False
+            self._gpu_progress.settle()  # what follows, Kubernetes' events tell
+        elif self._gpu_grant is not None:
+            await self._keep_slice(pod)
+        return made
+
+    async def _keep_slice(self, pod: V1Pod) -> None:
+        """Make sure that the slice of a pod that is to be created once more is still there; else get another."""
+        assert self._gpu_grant is not None
+        request = self._gpu_grant.request
+        try:
+            grant = await self._patiently(lambda: self.ask_for_slice(request), time.monotonic())
+        except NbgpuError as error:
+            self.log.warning("%s: request %s is lost: %s", self._log_name, request.request_id, error)
+        else:
+            if grant.state in (GrantState.reserved, GrantState.bound):
+                return
+            self.log.warning("%s: request %s is %s: %s", self._log_name, request.request_id, grant.state.value, grant.reason)
+        await self.give_back()
+        self._gpu_grant = await self._get_slice()
+        if self._gpu_grant is not None:
+            name_slice(pod, self._gpu_grant)
+
+    # -- the end
+
+    async def release_slice(self) -> None:
+        """Release the slice, and see to a pod that may still carry it: one that could not be stopped, or that comes late."""
+        request_id, late = self._gpu_request_id, self._gpu_creating
+        self._gpu_creating = False
+        if request_id is not None and self._gpu_id_from_pod:
+            # who can edit pods could name somebody else's slice there: what is this owner's is known without it
+            self._gpu_request_id, self._gpu_id_from_pod = None, False
+            await asyncio.shield(in_background(self._release_owner(request_id)))
+        else:
+            await super().release_slice()
+        if request_id is not None and (late or self._lives(request_id)):
+            in_background(self._remove_late(request_id))
+
+    async def _release_owner(self, request_id: str) -> None:
+        try:
+            await asyncio.wait_for(self.pool.release_owner(self.gpu_owner()), 5)
+        except (NbgpuError, asyncio.TimeoutError) as error:
+            self.log.warning("%s: could not release what its pod carried (%s): %s", self._log_name, request_id, error)
+
+    async def _remove_late(self, request_id: str) -> None:
+        """Delete the pod of a slice that was given back, for as long as one may appear or refuses to go."""
+        begun = time.monotonic()
+        seen = False
+        while time.monotonic() - begun < (KEEP_TRYING_SECONDS if seen else LATE_SECONDS):
+            await asyncio.sleep(1)
+            if not self._lives(request_id):
+                if seen:
+                    return
+                continue
+            if not seen:
+                self.log.warning("%s: its pod is there though its server is stopped (%s): deleting it", self._log_name, request_id)
+            seen = True
+            with suppress(ApiException, *_AWAY):
+                await self._delete_pod(self._pod() or {})
+
+    async def _delete_pod(self, pod: Mapping[str, Any]) -> None:
+        meta = pod.get("metadata") or {}
+        if meta:
+            only_this = V1DeleteOptions(preconditions=V1Preconditions(uid=meta["uid"]), grace_period_seconds=self.delete_grace_period)
+            await asyncio.wait_for(
+                self.api.delete_namespaced_pod(name=meta["name"], namespace=meta["namespace"], body=only_this),
+                self.k8s_api_request_timeout,
+            )
+
+    # -- what there is
+
+    def _pod(self) -> Mapping[str, Any] | None:
+        """Return this server's pod, as the watch that KubeSpawner has shows it."""
+        reflector = self.pod_reflector
+        return reflector.pods.get(f"{self.namespace}/{self.pod_name}") if reflector is not None else None
+
+    def _lives(self, request_id: str) -> bool:
+        pod = self._pod()
+        return carried_by(pod) == request_id and lives(pod)
 
     async def poll(self) -> Any:
         """Poll the pod; take the request id from it where a killed hub never saved it."""
-        status = await super().poll()
-        if status is None and self._gpu_request_id is None:
-            pod = self.pod_reflector.pods.get(f"{self.namespace}/{self.pod_name}")  # pyright: ignore[reportOptionalMemberAccess]
-            annotations = ((pod or {}).get("metadata") or {}).get("annotations") or {}
-            if REQUEST_ANNOTATION in annotations:
-                self._gpu_request_id, self._gpu_bound = annotations[REQUEST_ANNOTATION], True
-        return status
+        await self._start_watching_pods()
+        if self._gpu_request_id is None:
+            found = carried_by(self._pod())  # before KubeSpawner's poll, which deletes a pod that has ended
+            if found is not None:
+                self._gpu_request_id, self._gpu_bound, self._gpu_id_from_pod = found, True, True
+        return await super().poll()
+
+    async def progress(self) -> AsyncGenerator[dict[str, Any], None]:
+        """Yield what happens while waiting for a GPU, then Kubernetes' events, and what they mean where it is not plain."""
+        told = ""
+        async for event in super().progress():
+            yield event
+            plain = why_unscheduled(event.get("raw_event"))
+            if plain is not None:
+                plain = await self._what_pool_says() or plain
+                if plain != told:
+                    told = plain
+                    yield {"progress": event.get("progress", 30), "message": plain}
+
+    async def _what_pool_says(self) -> str:
+        """Return what the pool says of a slice whose pod finds no node: it may be trying another."""
+        grant: Grant | None = None
+        if self._gpu_request_id is not None:
+            with suppress(NbgpuError):
+                grant = await self.pool.grant(self._gpu_request_id)
+        return plain_part(grant.note) if grant is not None and grant.note else ""
+
+
+def _short_words(error: BaseException) -> str:
+    if isinstance(error, ApiException):
+        return f"{error.status} {error.reason}"
+    return str(error) or type(error).__name__
 
 
 class KubeGPUSpawner(KubeGPUMixin, KubeSpawner):

@@ -108,6 +108,8 @@ class GPUSliceMixin(_Spawner):
     pool_url = Unicode("", config=True, help="Address of the pool on a network, such as http://nbgpu-pool:8200.")
     pool_token = Unicode("", config=True, help="Bearer token of role hub, for `pool_url`.")
     pool_timeout = Float(10.0, min=0.1, config=True, help="Seconds that one call to the pool may take.")
+    gpu_settles_at_once = True
+    """Of a class: nothing is told of a start once it has its slice, but by the spawner itself."""
 
     @default("pool_socket")
     def _default_pool_socket(self) -> str:
@@ -136,6 +138,7 @@ class GPUSliceMixin(_Spawner):
         self._gpu_bound = False
         self._gpu_progress = waiting.Progress()
         self._gpu_leaving = asyncio.Event()
+        self._gpu_waiting = False
         self._gpu_refused: form.Refused | None = None
         self._gpu_last_options: dict[str, Any] = dict(self.user_options or {})
 
@@ -268,12 +271,16 @@ class GPUSliceMixin(_Spawner):
         request_id = self._gpu_request_id = uuid.uuid4().hex
         self._gpu_bound = False
         self._gpu_leaving.clear()
+        self._gpu_waiting = True
         try:
             wish = wish_from(self._gpu_values())
             if wish is None:
                 self._gpu_request_id = None
                 return None
-            return await self._wait_for_grant(wish, request_id)
+            await self.make_way()
+            grant = await self._wait_for_grant(wish, request_id)
+            self._gpu_progress.tell(self.gpu_got(wish, grant), percent=20)
+            return grant
         except NbgpuError as error:
             await self.give_back()
             raise self.refuse(error) from None
@@ -281,7 +288,20 @@ class GPUSliceMixin(_Spawner):
             await self.give_back()
             raise
         finally:
-            self._gpu_progress.settle()
+            self._gpu_waiting = False
+            if self.gpu_settles_at_once:
+                self._gpu_progress.settle()
+
+    async def make_way(self) -> None:
+        """Remove what this server's last life has left and what would stand in the way of a new slice."""
+
+    def gpu_got(self, wish: Wish, grant: Grant) -> str:
+        """Return what a user reads once there is a slice."""
+        return f"Got {wish}."
+
+    def gpu_patience_seconds(self) -> float:
+        """Return how long a start waits for a pool that is away."""
+        return min(_PATIENCE_SECONDS, self.pool_timeout)
 
     async def _wait_for_grant(self, wish: Wish, request_id: str) -> Grant:
         request = wish.request(request_id, self.gpu_owner(), self.gpu_groups())
@@ -313,7 +333,6 @@ class GPUSliceMixin(_Spawner):
                 grant = await self._patiently(lambda: self.ask_for_slice(request), time.monotonic())  # a restarted pool forgot the queue
         if grant.slice is None or grant.state not in (GrantState.reserved, GrantState.bound):
             raise Unavailable(grant.reason or "The GPU pool took the reservation back. Try again.", code="no-room")
-        self._gpu_progress.tell(f"Got {wish}.", percent=20)
         return grant
 
     async def ask_for_slice(self, request: Request) -> Grant:
@@ -326,7 +345,7 @@ class GPUSliceMixin(_Spawner):
             try:
                 return await call()
             except PoolUnavailable as error:
-                if error.code == REFUSED_BY_NODE or time.monotonic() - start > min(_PATIENCE_SECONDS, self.pool_timeout):
+                if error.code == REFUSED_BY_NODE or time.monotonic() - start > self.gpu_patience_seconds():
                     raise
                 self._gpu_progress.tell("The GPU pool does not answer yet; trying again.", percent=5)
                 await asyncio.sleep(0.5)
@@ -356,7 +375,7 @@ class GPUSliceMixin(_Spawner):
         """Ask the pool to take the grant back, even when the calling task is being cancelled."""
         if self._gpu_request_id is None:
             return
-        task = _in_background(self._release(self._gpu_request_id, self.gpu_owner()))
+        task = in_background(self._release(self._gpu_request_id, self.gpu_owner()))
         self._gpu_request_id = None
         await asyncio.shield(task)
 
@@ -366,7 +385,7 @@ class GPUSliceMixin(_Spawner):
             _clean.add(owner)
         except (NbgpuError, asyncio.TimeoutError) as error:
             self.log.warning("%s: could not release request %s yet: %s", self._log_name, request_id, error)
-            _in_background(self._release_later(request_id))
+            in_background(self._release_later(request_id))
 
     async def _release_later(self, request_id: str) -> None:
         """Ask again until the pool answers. In the end a reservation ends by its TTL, a slice with its processes."""
@@ -399,7 +418,7 @@ class GPUSliceMixin(_Spawner):
 
     def leave_gpu_queue(self) -> bool:
         """End a start that waits for a GPU; False when none does."""
-        if self._gpu_request_id is None or self._gpu_progress.settled:
+        if self._gpu_request_id is None or not self._gpu_waiting:
             return False
         self._gpu_leaving.set()
         return True
@@ -448,7 +467,7 @@ def _short(name: str) -> str:
     return name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 65]}~{hashlib.sha256(name.encode()).hexdigest()}"
 
 
-def _in_background(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+def in_background(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     """Start `work`, which goes on even when whoever waits for it is cancelled."""
     task = asyncio.ensure_future(work)
     _background.add(task)  # the loop holds tasks weakly

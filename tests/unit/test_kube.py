@@ -142,6 +142,16 @@ async def test_a_list_whose_version_goes_between_pages(kube: Kube, fake: FakeKub
         await anext(pages)
 
 
+async def test_no_call_goes_without_the_token_while_another_reads_it(fake: FakeKube, tmp_path: Path) -> None:
+    configuration = credentials(kubeconfig(tmp_path, fake.url))
+    configuration.refresh_api_key_hook = lambda of: time.sleep(0.2)
+    client = Kube(configuration)
+    fake.put(MAPS, a_map("a"), "ns")
+    await asyncio.gather(*(client.get(path("v1", "configmaps", "ns", "a")) for _ in range(5)))
+    assert set(fake.tokens) == {"Bearer secret-1"}
+    await client.close()
+
+
 async def test_a_token_that_was_replaced(fake: FakeKube, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a service account's: the server knows the new one only, and the client reads it at the first 401."""
     configuration = credentials(kubeconfig(tmp_path, fake.url))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,23 +12,26 @@ import pytest
 pytest.importorskip("kubespawner")
 
 from kubernetes_asyncio.client import ApiClient
+from kubernetes_asyncio.client.exceptions import ApiException
+from kubespawner import KubeSpawner
 from kubespawner.objects import make_pod
 from traitlets.config import Config
 
+from nbgpu.claims import claim_name
 from nbgpu.errors import Unavailable
-from nbgpu.models import Grant, GrantState, Owner, Request, Slice, SliceDevice
-from nbgpu_spawner.kube import KubeGPUSpawner, claim_name, with_slice
+from nbgpu.models import Grant, GrantState, Launch, LaunchGrant, Owner, Request, Slice, SliceDevice
+from nbgpu_spawner.kube import KubeGPUSpawner
+from nbgpu_spawner.pod import carried_by, lives, name_slice, plain_part, why_unscheduled, with_slice
 
 REQUEST_ID = "0123456789abcdef0123456789abcdef"
 OWNER = Owner(hub="h", user="Ada L.", server="two")
 
 
-def granted() -> Grant:
-    request = Request(request_id=REQUEST_ID, owner=OWNER, compute_milli=250)
+def granted(request: Request | None = None, state: GrantState = GrantState.bound) -> Grant:
+    request = request or Request(request_id=REQUEST_ID, owner=OWNER, compute_milli=250)
     part = SliceDevice(uuid="GPU-1", index=0, model="H100", memory_bytes=2**30, compute_milli=250)
-    return Grant(
-        request=request, state=GrantState.bound, slice=Slice(slice_id=REQUEST_ID, owner=OWNER, node="n", mode="burst", devices=[part])
-    )
+    found = Slice(slice_id=request.request_id, owner=request.owner, node="n", mode="burst", devices=[part])
+    return Grant(request=request, state=state, slice=found)
 
 
 def pod(**changes: Any) -> Any:
@@ -108,19 +112,67 @@ def test_a_claim_is_a_dns_label() -> None:
     assert len(claim_name(REQUEST_ID)) <= 63
 
 
+def test_another_grant_takes_the_place_of_the_first() -> None:
+    made = with_slice(pod(extra_pod_config={"resourceClaims": [{"name": "nic", "resourceClaimName": "nic-1"}]}), granted())
+    other = granted(Request(request_id="f" * 32, owner=OWNER, compute_milli=250))
+    expected = as_json(with_slice(pod(extra_pod_config={"resourceClaims": [{"name": "nic", "resourceClaimName": "nic-1"}]}), other))
+    name_slice(made, other)
+    assert as_json(made) == expected
+
+
+@pytest.mark.parametrize("told", [None, 7, "", "../v1/release", "UPPER-CASE-1", "x" * 60])
+def test_a_pod_tells_a_request_id_or_none(told: Any) -> None:
+    assert carried_by({"metadata": {"annotations": {"nbgpu.io/request-id": told}}}) is None
+    assert carried_by({"metadata": {"annotations": {"nbgpu.io/request-id": REQUEST_ID}}}) == REQUEST_ID
+    assert carried_by({"metadata": {"annotations": None}}) is None
+
+
+def test_which_pods_live() -> None:
+    ended = [{"name": "notebook", "state": {"terminated": {"exitCode": 0}}}]
+    assert lives({"metadata": {}, "status": {"phase": "Pending"}})
+    assert lives({"metadata": {}, "status": {"phase": "Running", "containerStatuses": [{"name": "notebook", "state": {"running": {}}}]}})
+    assert not lives({"metadata": {}, "status": {"phase": "Running", "containerStatuses": ended}})
+    assert not lives({"metadata": {"deletionTimestamp": "now"}, "status": {"phase": "Running"}})
+    assert not lives({"metadata": {}, "status": {"phase": "Failed", "reason": "Evicted"}})
+    assert not lives(None)
+
+
+def test_what_the_scheduler_says_in_plain_words() -> None:
+    def event(message: str) -> dict[str, str]:
+        return {"reason": "FailedScheduling", "message": message}
+
+    assert why_unscheduled({"reason": "Pulled", "message": "Insufficient cpu"}) is None
+    assert why_unscheduled(None) is None
+    full = why_unscheduled(event("0/3 nodes are available: 1 Insufficient cpu, 1 Insufficient memory, 2 cannot allocate"))
+    assert full is not None
+    assert "not enough CPU and memory left" in full
+    assert "made ready" in (why_unscheduled(event("waiting for resourceclaim to be deleted")) or "")
+    assert plain_part("Kubernetes finds no node for the server yet: 0/3 nodes are available") == ""
+    moved = "node a has no room for the server, b is tried. Kubernetes said: 0/3 nodes are available"
+    assert plain_part(moved) == "Node a has no room for the server, b is tried."
+    assert "ask your admin" in (why_unscheduled(event("0/3 nodes are available: 3 node(s) had untolerated taint")) or "")
+
+
 class FakePool:
     """Notes what it is asked."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.broken: set[str] = set()
+        self.becomes: Callable[[Request], GrantState] = lambda request: GrantState.reserved
+        self.asked: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         async def call(*args: Any, **kwargs: Any) -> Any:
             self.calls.append(name)
             if name in self.broken:
                 raise Unavailable("It is away.", code="away")
-            return granted() if name in ("acquire", "grant", "bind") else []
+            if name == "launch":
+                self.asked.append(args[0].request_id)
+                state = self.becomes(args[0])
+                ready = Launch(env={}, slice_dir="", socket="") if state in (GrantState.reserved, GrantState.bound) else None
+                return LaunchGrant(grant=granted(args[0], state), launch=ready)
+            return granted() if name in ("grant", "bind") else []
 
         return call
 
@@ -153,8 +205,8 @@ def test_manifest_acquires_once_and_binds(monkeypatch: pytest.MonkeyPatch) -> No
         first = await made.get_pod_manifest()
         again = await made.get_pod_manifest()  # the create was answered with a conflict
         assert first.spec.resource_claims == again.spec.resource_claims
-        assert first.metadata.annotations["nbgpu.io/request-id"] == REQUEST_ID
-        assert [call for call in fake.calls if call != "devices"] == ["release_owner", "acquire", "bind", "bind"]
+        assert first.metadata.annotations["nbgpu.io/request-id"] == fake.asked[0] == made.get_state()["gpu_request_id"]
+        assert [call for call in fake.calls if call != "devices"] == ["release_owner", "launch", "bind"]
         await made.run_post_stop_hook()
         assert fake.calls[-1] == "release"
         await made.run_post_stop_hook()
@@ -204,6 +256,99 @@ def test_hub_killed_before_it_saved_finds_the_request_in_the_pod(monkeypatch: py
         assert fake.calls == [], "poll never waits on the pool"
         assert made.get_state()["gpu_request_id"] == REQUEST_ID
         await made.run_post_stop_hook()
-        assert fake.calls == ["release"]
+        assert fake.calls == ["release_owner"], "by whose it is: what a pod says somebody may have written"
 
     asyncio.run(go())
+
+
+def creating(monkeypatch: pytest.MonkeyPatch, *answers: Any) -> None:
+    """Let KubeSpawner's creation of a pod go so, one answer after the other."""
+    left = list(answers)
+
+    async def create(self: Any, pod: Any, timeout: float) -> bool:
+        answer = left.pop(0)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(KubeSpawner, "_make_create_pod_request", create)
+
+
+def test_a_pod_that_is_made_twice_keeps_its_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def go() -> None:
+        made, fake = spawner(monkeypatch)
+        made.gpu_fraction = 0.25
+        creating(monkeypatch, False, ApiException(status=500, reason="no"), TimeoutError(), True)
+        pod = await made.get_pod_manifest()
+        named = as_plain(pod)
+        for expected in (False, False, False, True):
+            assert await made._make_create_pod_request(pod, 3) is expected
+        assert as_plain(pod) == named
+        assert fake.asked == [fake.asked[0]] * 4, "asked for with one id: it is one slice"
+        assert "release" not in fake.calls
+
+    asyncio.run(go())
+
+
+def test_a_slice_that_went_with_the_first_pod_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def go() -> None:
+        made, fake = spawner(monkeypatch)
+        made.gpu_fraction = 0.25
+        creating(monkeypatch, False, True)
+        pod = await made.get_pod_manifest()
+        first = fake.asked[0]
+        fake.becomes = lambda request: GrantState.gone if request.request_id == first else GrantState.reserved
+        assert await made._make_create_pod_request(pod, 3) is False
+        assert fake.asked[-1] != first
+        assert pod.spec.resource_claims[0].resource_claim_name == claim_name(fake.asked[-1])
+        assert made.get_state()["gpu_request_id"] == fake.asked[-1]
+        assert fake.calls.count("release") == 1
+
+    asyncio.run(go())
+
+
+def test_what_the_api_server_refuses_for_good_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def go() -> None:
+        made, _ = spawner(monkeypatch)
+        made.gpu_fraction = 0.25
+        creating(monkeypatch, ApiException(status=403, reason="exceeded quota"))
+        pod = await made.get_pod_manifest()
+        with pytest.raises(ApiException):
+            await made._make_create_pod_request(pod, 3)
+
+    asyncio.run(go())
+
+
+def test_what_is_left_of_the_last_life_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def go() -> None:
+        made, fake = spawner(monkeypatch)
+        old = {"metadata": {"annotations": {"nbgpu.io/request-id": REQUEST_ID}}, "status": {"phase": "Running"}}
+        monkeypatch.setattr(KubeGPUSpawner, "pod_reflector", SimpleNamespace(pods={f"{made.namespace}/{made.pod_name}": old}))
+        stopped: list[bool] = []
+
+        async def stop(now: bool = False) -> None:
+            assert "launch" not in fake.calls
+            stopped.append(now)
+            made.pod_reflector.pods.clear()
+
+        monkeypatch.setattr(made, "stop", stop)
+        await made.get_pod_manifest()
+        assert stopped == [], "not before a start without a GPU: KubeSpawner does as it always did"
+        made.gpu_fraction = 0.25
+        await made.get_pod_manifest()
+        assert stopped == [True]
+
+        async def fails(now: bool = False) -> None:
+            raise ApiException(status=500, reason="no")
+
+        monkeypatch.setattr(made, "stop", fails)
+        made._gpu_grant = None
+        made.pod_reflector.pods[f"{made.namespace}/{made.pod_name}"] = old
+        with pytest.raises(Exception, match="last server could not be removed yet"):
+            await made.get_pod_manifest()
+
+    asyncio.run(go())
+
+
+def as_plain(pod: Any) -> Any:
+    return pod.to_dict()

@@ -1,0 +1,51 @@
+"""What the pool makes of the objects of a cluster."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+pytest.importorskip("httpx")
+
+from nbgpu.claims import claim_for
+from nbgpu.kube import Json
+from nbgpu.models import Owner, Slice, SliceDevice
+from nbgpu_pool.kube_view import View, keep_claim, keep_pod
+
+KEY = b"k" * 16
+ID = "0123456789abcdef"
+
+
+def claim_of(reserved: list[Json], version: str) -> Json:
+    part = SliceDevice(uuid="GPU-1", index=0, model="H100", memory_bytes=2**30, compute_milli=250)
+    held = Slice(slice_id=ID, owner=Owner(hub="h", user="ada"), node="n", mode="burst", devices=[part], namespace="ns")
+    made = copy.deepcopy(claim_for(held, KEY))
+    made["metadata"] |= {"uid": "u", "resourceVersion": version, "creationTimestamp": "2026-01-01T00:00:00Z", "namespace": "ns"}
+    made["status"] = {"reservedFor": reserved} if reserved else {}
+    return made
+
+
+def test_a_claim_whose_pod_has_gone_is_bare_whichever_is_told_first() -> None:
+    """Nobody would ever delete it else: its pod may have gone before it was made the claim's owner."""
+    pod = {
+        "metadata": {"name": "p", "namespace": "ns", "uid": "pod", "labels": {"nbgpu.io/slice": ID}},
+        "spec": {"resourceClaims": [{"name": "nbgpu", "resourceClaimName": f"nbgpu-{ID}"}]},
+        "status": {"phase": "Running"},
+    }
+    for pod_first in (True, False):
+        view = View(KEY, lambda: 1e9)
+        keep = keep_claim(view)
+        key = ("ns", f"nbgpu-{ID}")
+        view.claim_changed(key, keep(claim_of([], "1")))
+        assert (view.bare, view.carried) == ({ID}, set()), "one that no pod ever had is its reservation's"
+        running = keep_pod(pod)
+        view.pod_changed(("ns", "p"), None, running)
+        view.claim_changed(key, keep(claim_of([{"resource": "pods", "name": "p", "uid": "pod"}], "2")))
+        assert (view.bare, view.carried) == (set(), {ID})
+        ends = [lambda: view.pod_changed(("ns", "p"), running, None), lambda: view.claim_changed(key, keep(claim_of([], "3")))]  # noqa: B023
+        for end in ends if pod_first else ends[::-1]:
+            end()
+        assert (view.bare, view.carried) == ({ID}, {ID})
+        view.claim_changed(key, None)
+        assert (view.bare, view.carried) == (set(), set())
