@@ -53,6 +53,8 @@ class Limits(BaseModel):
 
     devices: Annotated[dict[Name, Limit], Field(min_length=1, max_length=16)]
     mode: Mode
+    number: Annotated[int, Field(ge=0, lt=2**53)] = 0
+    """Another one each time that they are wanted, so that what was refused once can be wanted again."""
 
 
 class _Written(Limits):
@@ -123,7 +125,7 @@ def read_limits(claim: Json, key: bytes | None) -> Wanted | None:
         written = _Written.model_validate_json(text if isinstance(text, str) and len(text) <= 16384 else "")
     except ValidationError:
         raise BadObject(f"{told} cannot be read; its limits stay as they are.") from None
-    limits = Limits(devices=written.devices, mode=written.mode)
+    limits = Limits(devices=written.devices, mode=written.mode, number=written.number)
     where = cast("Json", meta)
     seal = _seal(str(where.get("uid")), str(where.get("namespace")), str(where.get("name")), limits, key) if key is not None else ""
     if not hmac.compare_digest(seal, written.seal):

@@ -1,13 +1,12 @@
-"""The checks of ``nbgpu doctor --cluster``: whether a Kubernetes cluster can hold nbgpu, and whether what is installed there works. Pure."""
+"""The checks of ``nbgpu doctor --cluster``: whether a Kubernetes cluster can hold nbgpu and what is installed there works. Pure."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from .claims import DRIVER
 from .cli_doctor import Check
-from .cluster_look import Cluster, granted
+from .cluster_look import COMPONENT, Cluster, as_dict, as_dicts, granted
 from .quantities import WHOLE_MILLI, format_memory
 
 _CDI = re.compile(r"unresolvable CDI devices|CDI device injection failed|CDI.*(not enabled|disabled)", re.IGNORECASE)
@@ -50,11 +49,11 @@ def _agents(cluster: Cluster) -> list[Check]:
     found: list[Check] = []
     for one in cluster.agents:
         name = f"{one['metadata'].get('namespace')}/{one['metadata'].get('name')}"
-        status = one.get("status") or {}
+        status = as_dict(one.get("status"))
         wanted, ready = int(status.get("desiredNumberScheduled") or 0), int(status.get("numberReady") or 0)
         runtime = one["spec"]["template"]["spec"].get("runtimeClassName")
         if runtime and "runtimeclasses" not in cluster.unread and runtime not in cluster.runtime_classes:
-            remedy = "Install NVIDIA's runtime (GPU Operator), or set agent.driver.source: cdi (on simulated GPUs: agent.simulate.enabled: true)."
+            remedy = "Install NVIDIA's runtime (GPU Operator), or set agent.driver.source: cdi; to simulate, agent.simulate.enabled: true."
             found.append(Check("runtime class", "error", f"agents want RuntimeClass {runtime}, which this cluster has not", remedy))
         if wanted == 0:
             remedy = "Label nodes with GPUs nvidia.com/gpu.present=true (the GPU Operator does), or set agent.nodeSelector."
@@ -77,14 +76,14 @@ def _agents(cluster: Cluster) -> list[Check]:
 def _why(cluster: Cluster, component: str) -> str:
     """Return what the first pod of a part waits for."""
     for pod in cluster.pods:
-        if (pod["metadata"].get("labels") or {}).get("app.kubernetes.io/component") != component:
+        if as_dict(pod["metadata"].get("labels")).get(COMPONENT) != component:
             continue
-        status: Any = pod.get("status") or {}
-        for state in status.get("containerStatuses") or []:
-            waiting = (state.get("state") or {}).get("waiting")
+        status = as_dict(pod.get("status"))
+        for state in as_dicts(status.get("containerStatuses")):
+            waiting = as_dict(as_dict(state.get("state")).get("waiting"))
             if waiting:
                 return f": {waiting.get('reason')}: {waiting.get('message', '')}".rstrip(": ")
-        for condition in status.get("conditions") or []:
+        for condition in as_dicts(status.get("conditions")):
             if condition.get("status") == "False" and condition.get("message"):
                 return f": {condition['message']}"
     return ""
@@ -143,14 +142,14 @@ def _pool(cluster: Cluster) -> list[Check]:
     found: list[Check] = []
     for one in cluster.pools:
         name = f"{one['metadata'].get('namespace')}/{one['metadata'].get('name')}"
-        ready = int((one.get("status") or {}).get("readyReplicas") or 0)
+        ready = int(as_dict(one.get("status")).get("readyReplicas") or 0)
         if ready:
-            found.append(Check("pool", "ok", f"{name} answers ({ready} of {one['spec'].get('replicas', 1)} replicas: one leads)"))
+            found.append(Check("pool replicas", "ok", f"{name} answers ({ready} of {one['spec'].get('replicas', 1)} replicas: one leads)"))
         else:
             remedy = f"kubectl -n {name.split('/')[0]} logs deployment/{name.split('/')[1]}"
-            found.append(Check("pool", "error", f"no replica of {name} is ready{_why(cluster, 'pool')}", remedy))
+            found.append(Check("pool replicas", "error", f"no replica of {name} is ready{_why(cluster, 'pool')}", remedy))
     if not cluster.pools and "deployments" not in cluster.unread:
-        found.append(Check("pool", "note", "no Deployment of nbgpu's chart is here"))
+        found.append(Check("pool replicas", "note", "no Deployment of nbgpu's chart is here"))
     return found
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from .errors import NbgpuError, Unavailable
-from .models import AgentSlice, AgentSlices, DeviceBooks, Event, Grant, KernelLimit, Launch, Node, Owner, Request, Slice, Usage
+from .models import AgentSlice, AgentSlices, DeviceBooks, Event, Grant, KernelLimit, Launch, Node, Owner, Request, Resize, Slice, Usage
 
 TIMEOUT_SECONDS = 10.0
 _MAX_ANSWER_BYTES = 64 * 1024**2
@@ -268,6 +268,10 @@ class PoolClient(Client):
     def bind(self, request_id: str, pid: int | None) -> Grant:
         """Say that a process carries the grant."""
         return self.ask(Grant, "POST", f"/v1/requests/{request_id}/bind", {"pid": pid})
+
+    def resize(self, request_id: str, wanted: Resize) -> Grant:
+        """Give a running slice other limits."""
+        return self.ask(Grant, "POST", f"/v1/requests/{request_id}/resize", wanted.model_dump(mode="json"))
 
     def release(self, owner: Owner) -> list[Grant]:
         """Give back all that an owner holds or waits for."""

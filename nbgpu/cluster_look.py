@@ -7,7 +7,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from .claim_limits import in_force, shares, with_limits
 from .claims import DRIVER, OWNER_ANNOTATION, SLICE_LABEL, BadObject, device_name, devices_of, read_claim
@@ -18,6 +18,7 @@ from .models import Device, Owner, Slice
 
 RESOURCE = "resource.k8s.io/v1"
 PARTS = "app.kubernetes.io/name=nbgpu"
+COMPONENT = "app.kubernetes.io/component"
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,8 @@ async def _read(kube: Kube, namespace: str) -> Cluster:
     nodes = await _list(kube, found, "nodes", path("v1", "nodes"))
     slices = await _list(kube, found, "resourceslices", path(RESOURCE, "resourceslices"), fields=f"spec.driver={DRIVER}")
     claims = await _list(kube, found, "resourceclaims", path(RESOURCE, "resourceclaims"))
-    found.agents = await _list(
-        kube, found, "daemonsets", path("apps/v1", "daemonsets"), labels=f"{PARTS},app.kubernetes.io/component=agent"
-    )
-    found.pools = await _list(
-        kube, found, "deployments", path("apps/v1", "deployments"), labels=f"{PARTS},app.kubernetes.io/component=pool"
-    )
+    found.agents = await _list(kube, found, "daemonsets", path("apps/v1", "daemonsets"), labels=f"{PARTS},{COMPONENT}=agent")
+    found.pools = await _list(kube, found, "deployments", path("apps/v1", "deployments"), labels=f"{PARTS},{COMPONENT}=pool")
     found.pods = await _list(kube, found, "pods", path("v1", "pods"), labels=PARTS)
     found.runtime_classes = {
         str(one["metadata"]["name"]) for one in await _list(kube, found, "runtimeclasses", path("node.k8s.io/v1", "runtimeclasses"))
@@ -101,9 +98,9 @@ async def _read(kube: Kube, namespace: str) -> Cluster:
     return found
 
 
-async def _list(kube: Kube, found: Cluster, what: str, where: str, **selectors: str) -> list[Json]:
+async def _list(kube: Kube, found: Cluster, what: str, where: str, labels: str = "", fields: str = "") -> list[Json]:
     try:
-        return (await kube.list(where, **selectors)).items
+        return (await kube.list(where, labels=labels, fields=fields)).items
     except (NotAllowed, NotFound):
         found.unread.append(what)
         return []
@@ -118,12 +115,12 @@ def take_in(found: Cluster, nodes: list[Json], slices: list[Json], claims: list[
             found.malformed.append(error.message)
     ours = {device.node for device in found.devices}
     for node in nodes:
-        name, status = str(node["metadata"]["name"]), _dict(node.get("status"))
+        name, status = str(node["metadata"]["name"]), as_dict(node.get("status"))
         if name in ours:
-            conditions = [_dict(one) for one in status.get("conditions") or []]
+            conditions = as_dicts(status.get("conditions"))
             found.ready[name] = any(one.get("type") == "Ready" and one.get("status") == "True" for one in conditions)
-            found.runtimes[name] = str(_dict(status.get("nodeInfo")).get("containerRuntimeVersion", ""))
-            other = str(_dict(status.get("allocatable")).get("nvidia.com/gpu", "0"))
+            found.runtimes[name] = str(as_dict(status.get("nodeInfo")).get("containerRuntimeVersion", ""))
+            other = str(as_dict(status.get("allocatable")).get("nvidia.com/gpu", "0"))
             if other.isdigit() and int(other):
                 found.also[name] = int(other)
     names = {(device.node, device_name(device.uuid)): device for device in found.devices}
@@ -132,8 +129,8 @@ def take_in(found: Cluster, nodes: list[Json], slices: list[Json], claims: list[
 
 def _holdings(claims: list[Json], names: dict[tuple[str, str], Device]) -> Iterator[Holding]:
     for claim in claims:
-        meta = _dict(claim.get("metadata"))
-        labels = _dict(meta.get("labels"))
+        meta = as_dict(claim.get("metadata"))
+        labels = as_dict(meta.get("labels"))
         try:
             read = read_claim(claim, names, None)
             problem = ""
@@ -141,8 +138,8 @@ def _holdings(claims: list[Json], names: dict[tuple[str, str], Device]) -> Itera
             read, problem = None, error.message
         if read is None and not problem and not (SLICE_LABEL in labels and str(meta.get("name", "")).startswith("nbgpu-")):
             continue
-        status = _dict(claim.get("status"))
-        pods = tuple(str(one.get("name", "")) for one in status.get("reservedFor") or [] if isinstance(one, dict))
+        status = as_dict(claim.get("status"))
+        pods = tuple(str(one.get("name", "")) for one in as_dicts(status.get("reservedFor")))
         deleting = "deletionTimestamp" in meta
         state = "releasing" if deleting else "running" if pods else "idle" if status.get("allocation") else "waiting"
         held = with_limits(read.slice, in_force(shares(claim, names))) if read is not None else None
@@ -151,7 +148,7 @@ def _holdings(claims: list[Json], names: dict[tuple[str, str], Device]) -> Itera
 
 def _owner(meta: Json) -> str:
     try:
-        owner = Owner.model_validate(json.loads(_dict(meta.get("annotations"))[OWNER_ANNOTATION]))
+        owner = Owner.model_validate(json.loads(as_dict(meta.get("annotations"))[OWNER_ANNOTATION]))
     except (KeyError, ValueError, TypeError):
         return f"{meta.get('namespace')}/{meta.get('name')}"
     return f"{owner.user}/{owner.server} ({owner.hub})" if owner.server else f"{owner.user} ({owner.hub})"
@@ -167,8 +164,14 @@ def granted(cluster: Cluster) -> dict[str, tuple[int, int, int]]:
     return sums
 
 
-def _dict(value: Any) -> Json:
-    return value if isinstance(value, dict) else {}
+def as_dict(value: Any) -> Json:
+    """Return an object of JSON, empty for what is none."""
+    return cast("Json", value) if isinstance(value, dict) else {}
+
+
+def as_dicts(value: Any) -> list[Json]:
+    """Return a list of objects of JSON, empty for what is none."""
+    return [as_dict(one) for one in cast("list[Any]", value)] if isinstance(value, list) else []
 
 
 def need_cluster() -> None:

@@ -3,18 +3,21 @@
 # Build from the checkout: docker build -f deploy/images/hub.Dockerfile --build-arg BASE=... -t nbgpu-hub .
 ARG BASE=quay.io/jupyterhub/k8s-hub:4.3.1
 
+# line by line as in agent.Dockerfile and pool.Dockerfile: on the same base it is built once for the three
 FROM ${BASE} AS wheel
-USER root
+USER 0:0
 COPY . /src
-RUN NBGPU_WHEEL=pure NBGPU_FRONT_END=no pip wheel --no-cache-dir --no-deps --wheel-dir /wheels /src
+RUN NBGPU_WHEEL=release NBGPU_FRONT_END=no pip wheel --no-cache-dir --no-deps --wheel-dir /wheels /src
 
 FROM ${BASE}
-USER root
+USER 0:0
+COPY pyproject.toml deploy/images/requirements.py /tmp/nbgpu/
 # What the image has stays as it is: z2jh chose those versions. Where one is too old for nbgpu, the build fails and pip says which.
-RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
-    pip freeze | grep -E '^[A-Za-z0-9._-]+==' > /tmp/as-it-was.txt || true; \
-    pip install --no-cache-dir --no-compile --constraint /tmp/as-it-was.txt "$(ls /wheels/nbgpu-*.whl)[hub]" \
-    && rm /tmp/as-it-was.txt
+RUN pip freeze | grep -E '^[A-Za-z0-9._-]+==' > /tmp/nbgpu/as-it-was.txt || true; \
+    python /tmp/nbgpu/requirements.py hub > /tmp/nbgpu/requirements.txt \
+    && pip install --no-cache-dir --constraint /tmp/nbgpu/as-it-was.txt -r /tmp/nbgpu/requirements.txt
+COPY --from=wheel /wheels /tmp/nbgpu/wheels
+RUN pip install --no-cache-dir --constraint /tmp/nbgpu/as-it-was.txt "$(ls /tmp/nbgpu/wheels/*.whl)[hub]"
 # z2jh's hub runs as this user
 USER 1000:1000
 ENV PYTHONUNBUFFERED=1

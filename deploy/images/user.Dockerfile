@@ -8,9 +8,11 @@ COPY . /src
 RUN NBGPU_WHEEL=pure pip wheel --no-cache-dir --no-deps --wheel-dir /wheels /src
 
 FROM ${BASE}
-RUN pip install --no-cache-dir "jupyterlab>=4.6,<5" "ipykernel>=6.29" "jupyterhub>=5.4"
-RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
-    pip install --no-cache-dir "$(ls /wheels/nbgpu-*.whl)[lab]"
+COPY pyproject.toml deploy/images/requirements.py /tmp/nbgpu/
+RUN python /tmp/nbgpu/requirements.py lab > /tmp/nbgpu/requirements.txt \
+    && pip install --no-cache-dir "jupyterlab>=4.6,<5" "ipykernel>=6.29" "jupyterhub>=5.4" -r /tmp/nbgpu/requirements.txt
+COPY --from=wheel /wheels /tmp/nbgpu/wheels
+RUN pip install --no-cache-dir "$(ls /tmp/nbgpu/wheels/*.whl)[lab]"
 RUN useradd --create-home --uid 1000 jovyan
 USER 1000:1000
 WORKDIR /home/jovyan

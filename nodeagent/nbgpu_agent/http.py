@@ -17,7 +17,7 @@ from typing import Any
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from nbgpu.errors import NbgpuError
+from nbgpu.errors import InvalidValue, NbgpuError
 from nbgpu.http import App, PatientProtocol, Receive, Reread, Scope, Send, answer_error, read_body
 
 HEADER_BYTES = 16 * 1024
@@ -60,8 +60,10 @@ class Bucket:
 class Door:
     """One listening socket: its connections, its rate, the app behind it."""
 
-    def __init__(self, path: Path, app: App, state: dict[str, Any], bounds: Bounds, uid: int | None = None, anyone: bool = False):
-        self.path = path
+    def __init__(
+        self, path: Path | socket.socket, app: App, state: dict[str, Any], bounds: Bounds, uid: int | None = None, anyone: bool = False
+    ):
+        self.path = path if isinstance(path, Path) else None
         self._app = app
         self._bounds = bounds
         self._loop = asyncio.get_running_loop()
@@ -80,7 +82,7 @@ class Door:
         self._paused: list[Any] = []
         self._shut: asyncio.TimerHandle | None = None
         self._connecting: set[asyncio.Task[Any]] = set()
-        self._socket = _listen(path, uid, anyone)
+        self._socket = _listen(path, uid, anyone) if isinstance(path, Path) else path
         self._loop.add_reader(self._socket.fileno(), self._accept)
 
     def _accept(self) -> None:
@@ -159,9 +161,29 @@ class Door:
         self._socket.close()
         for protocol in list(self._server_state.connections):
             protocol.shutdown()  # pyright: ignore
-        with contextlib.suppress(OSError):
-            self.path.unlink()
+        if self.path is not None:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
         return set(self._server_state.tasks)
+
+
+def listen_tcp(address: str) -> socket.socket:
+    """Return a listening socket for ``ADDRESS:PORT``; without an address all of this machine's.
+
+    Raises
+    ------
+    InvalidValue, OSError
+        It is no such thing; it cannot be had.
+    """
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or not 0 < int(port) < 65536:
+        raise InvalidValue("--metrics-listen", address, "ADDRESS:PORT, or :PORT for all addresses")
+    host = host.strip("[]")
+    dual = not host and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual or ":" in host else socket.AF_INET
+    listener = socket.create_server((host, int(port)), family=family, dualstack_ipv6=dual, backlog=64)
+    listener.setblocking(False)
+    return listener
 
 
 def _listen(path: Path, uid: int | None, anyone: bool) -> socket.socket:

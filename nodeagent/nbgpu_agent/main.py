@@ -24,9 +24,9 @@ from nbgpu.quantities import format_memory, parse_memory
 
 from . import admin_api, slice_api
 from .agent import Agent, Settings
-from .http import App, Bounds, Door
+from .http import App, Bounds, Door, listen_tcp
 from .live import LiveSlice
-from .metrics import Metrics
+from .metrics import Metrics, MetricsPage
 from .monitor import Monitor, stop
 from .native import Native
 from .nvml import Nvml, driver_present
@@ -54,6 +54,7 @@ class Options:
     takeover: bool = False
     log_level: str = "info"
     metrics_listen: str | None = None
+    health_only: bool = False
     kubernetes: bool = False
     seal_key: Path | None = None
     cdi_dir: Path = Path("/var/run/cdi")
@@ -77,6 +78,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--takeover", action="store_true", help="end another agent of this runtime directory and take its place")
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     parser.add_argument("--metrics-listen", metavar="ADDRESS:PORT", help="serve /metrics and /healthz there by TCP too")
+    parser.add_argument("--health-only", action="store_true", help="no /metrics at --metrics-listen: they name users")
     kube = parser.add_argument_group("Kubernetes")
     kube.add_argument("--kubernetes", action="store_true", help="be the DRA driver gpu.nbgpu.io of the Node that --node names")
     kube.add_argument("--seal-key", type=Path, metavar="FILE", help="the key with which the pool seals its claims")
@@ -89,7 +91,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 def run(options: Options) -> int:
     """Run the agent until SIGTERM or SIGINT; return the exit status."""
     logs.set_up(options.log_level, "%(asctime)s %(levelname)s agent: %(message)s")
-    # What tenants send must not fill the log.
+    # Neither its own calls nor what tenants send must fill the log.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     os.umask(0o022)
@@ -127,18 +130,30 @@ async def _serve(options: Options) -> None:
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
-    if options.kubernetes:
-        from .kube.main import Kubernetes
+    page = _metrics_page(options.metrics_listen, options.health_only)
+    try:
+        if options.kubernetes:
+            from .kube.main import Kubernetes
 
-        kubernetes = Kubernetes(options, runtime)
-        if await kubernetes.wait_for_lock(lock, ended):
+            kubernetes = Kubernetes(options, runtime)
+            page.ready = kubernetes.ready
+            if await kubernetes.wait_for_lock(lock, ended):
+                agent, nvml = await _make(options, runtime)
+                await _work(agent, nvml, ended, kubernetes.serving(agent, nvml), page)
+        else:
+            await asyncio.to_thread(lock.acquire, options.takeover)
             agent, nvml = await _make(options, runtime)
-            await _work(agent, nvml, ended, kubernetes.serving(agent, nvml), options.metrics_listen)
-    else:
-        await asyncio.to_thread(lock.acquire, options.takeover)
-        agent, nvml = await _make(options, runtime)
-        await _work(agent, nvml, ended, contextlib.nullcontext(), options.metrics_listen)
+            await _work(agent, nvml, ended, contextlib.nullcontext(), page)
+    finally:
+        page.close()
     lock.release()
+
+
+def _metrics_page(address: str | None, health_only: bool) -> MetricsPage:
+    try:
+        return MetricsPage(None if address is None else listen_tcp(address), health_only)
+    except OSError as error:
+        raise StartError(f"Metrics cannot be served at {address}: {error.strerror or error}.") from None
 
 
 async def _make(options: Options, runtime: Path) -> tuple[Agent, Nvml]:
@@ -164,7 +179,7 @@ async def _make(options: Options, runtime: Path) -> tuple[Agent, Nvml]:
 
 
 async def _work(
-    agent: Agent, nvml: Nvml, ended: asyncio.Event, beside: contextlib.AbstractAsyncContextManager[None], metrics_listen: str | None
+    agent: Agent, nvml: Nvml, ended: asyncio.Event, beside: contextlib.AbstractAsyncContextManager[None], page: MetricsPage
 ) -> None:
     """Serve until `ended`; `beside` is entered once the slices are loaded."""
     monitor = Monitor(agent, nvml)
@@ -182,7 +197,8 @@ async def _work(
     agent.on_slice_added = added
     agent.on_slice_ended = removed
     agent.load()
-    admin_app: App = admin_api.make_app(agent, Metrics(agent, monitor))  # pyright: ignore[reportAssignmentType]
+    page.metrics = Metrics(agent, monitor)
+    admin_app: App = admin_api.make_app(agent, page.metrics)  # pyright: ignore[reportAssignmentType]
     admin = Door(agent.settings.runtime / AGENT_SOCKET, admin_app, {}, ADMIN_BOUNDS)
     watch = asyncio.create_task(monitor.run())
     first = next(iter(agent.devices.values()))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
@@ -11,8 +14,10 @@ from prometheus_client.metrics_core import Metric
 from nbgpu import __version__
 
 from .agent import Agent
+from .http import Bounds, Door
 from .monitor import Monitor
 
+PAGE_BOUNDS = Bounds(connections=32, body_bytes=1024, requests_per_second=20)
 DEVICE = ["uuid", "index", "model"]
 SLICE = ["slice_id", "user", "server", "hub"]
 
@@ -87,3 +92,44 @@ class Metrics:
             refusals.add_metric(names, live.refusals)
             processes.add_metric(names, len(live.members()))
         yield from (limit, used, share, compute, busy, refusals, processes)
+
+
+class MetricsPage:
+    """``/metrics`` and ``/healthz`` by TCP, for scrapers and probes: nothing else of the agent is there.
+
+    Parameters
+    ----------
+    health_only : bool
+        Tell nobody who uses what: whoever reaches the port may ask.
+
+    Attributes
+    ----------
+    metrics : Metrics, optional
+        What to tell; nothing yet while the agent starts.
+    ready : callable
+        Whether this agent does its work, or could at once if the one before it ended.
+    """
+
+    def __init__(self, listener: socket.socket | None, health_only: bool = False):
+        self._health_only = health_only
+        self.metrics: Metrics | None = None
+        self.ready: Callable[[], bool] = lambda: self.metrics is not None
+        self._door = Door(listener, self._answer, {}, PAGE_BOUNDS) if listener is not None else None
+
+    async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
+        """Be the ASGI app."""
+        status, kind, text = 404, "application/json", json.dumps({"error": {"code": "not-found", "message": "Try /metrics."}})
+        if scope["method"] not in ("GET", "HEAD"):
+            status = 405
+        elif scope["path"] == "/healthz":
+            status, text = (200, '{"status": "ok"}') if self.ready() else (503, '{"status": "starting"}')
+        elif scope["path"] == "/metrics" and not self._health_only:
+            status, kind, text = (200, Metrics.content_type, self.metrics.text()) if self.metrics is not None else (503, "text/plain", "")
+        headers = [(b"content-type", kind.encode()), (b"content-length", str(len(text.encode())).encode())]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": text.encode()})
+
+    def close(self) -> None:
+        """Stop to listen."""
+        if self._door is not None:
+            self._door.close()

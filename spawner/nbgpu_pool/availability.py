@@ -54,7 +54,7 @@ class _Looker:
         except NbgpuError as error:
             return Availability(state="impossible", reason=error.message)
         core = self.core
-        parts = by_model(want, core.books.devices.values())
+        parts = by_model(want, core.books.kinds)
         if not core.can_ever(want):
             return Availability(state="impossible", reason=core.impossible(want.model, want.device_count))
         memory = {model: part.memory_bytes for model, part in parts.items()}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from nbgpu.models import Device, GrantState, Owner, Request, Slice, SliceDevice
 
+from .buckets import Buckets, of_each_kind
 from .placement import Place, Room, order
 from .quotas import Holding, total
 from .shapes import Part, Want, by_model, want_of
@@ -122,6 +124,10 @@ def adopted(found: Slice, number: int, now: float) -> Entry:
     return Entry(request, want_of(request), number, now, slice=found, adopted=True, at_ledger=True)
 
 
+def _free(room: Room) -> int:
+    return max(0, room.free_milli) if room.device.healthy and not room.coming else 0
+
+
 def slice_at(entry: Entry, place: Place, groups: list[str]) -> Slice:
     """Return the slice that `entry` has at `place`."""
     return Slice(
@@ -154,15 +160,46 @@ class Books:
     entries: dict[str, Entry] = field(default_factory=dict[str, Entry])
     less: dict[str, Part] = field(default_factory=dict[str, Part])
     """By device, as in `Snapshot`."""
+    buckets: Buckets = field(default_factory=lambda: Buckets({}))
+    kinds: list[Device] = field(default_factory=list[Device])
+    """One device of each model and size."""
+    free_milli: int = 0
+    """Of all healthy devices that are there."""
+    _empty: list[Room] = field(default_factory=list[Room])
+    _here: list[Room] = field(default_factory=list[Room])
+    _to_come: list[Room] = field(default_factory=list[Room])
+    _queued: set[str] = field(default_factory=set[str])
+    """All that wait are among these."""
+    _of_user: dict[tuple[str, str], set[str]] = field(default_factory=dict[tuple[str, str], set[str]])
+    """And all of a user among these."""
     _costs: dict[Want, Part | None] = field(default_factory=dict[Want, "Part | None"])
 
     def ordered_rooms(self) -> list[Room]:
         """Return the rooms in the fixed order of placement."""
-        return [room for room in self.rooms.values() if not room.coming]
+        return self._here
 
     def coming_rooms(self) -> list[Room]:
         """Return the rooms of nodes that have to be started first."""
-        return [room for room in self.rooms.values() if room.coming]
+        return self._to_come
+
+    def add(self, entry: Entry) -> None:
+        """Note a request; its state may change later."""
+        self.entries[entry.slice_id] = entry
+        if entry.state == GrantState.queued:
+            self._queued.add(entry.slice_id)
+        owner = entry.request.owner
+        self._of_user.setdefault((owner.hub, owner.user), set()).add(entry.slice_id)
+
+    def of_user(self, owner: Owner) -> list[Entry]:
+        """Return the requests of a user of a hub, in the order in which they came."""
+        user = owner.hub, owner.user
+        ids = self._of_user.get(user, set())
+        there = [self.entries[one] for one in ids if one in self.entries]
+        if len(there) < len(ids):
+            self._of_user[user] = {one.slice_id for one in there}
+            if not there:
+                del self._of_user[user]
+        return sorted(there, key=lambda one: one.number)
 
     def differ(self, devices: Iterable[Device], less: Mapping[str, Part]) -> bool:
         """Return whether the devices are others, or have other room, than those that are known."""
@@ -184,9 +221,32 @@ class Books:
         for uuid, part in self.less.items():
             self.rooms[uuid].free_bytes -= part.memory_bytes
             self.rooms[uuid].free_milli -= part.compute_milli
+        self._here = [room for room in self.rooms.values() if not room.coming]
+        self._to_come = [room for room in self.rooms.values() if room.coming]
         for entry in self.entries.values():
             if entry.holds:
-                self._book(entry, 1)
+                self._count(entry, 1)
+        self.free_milli = sum(_free(room) for room in self._here)
+        self.buckets = Buckets(self.rooms)
+        self.kinds = list({(device.model, device.usable_bytes): device for device in self.devices.values()}.values())
+        kinds = of_each_kind(self.rooms.values())
+        self._empty = [Room.empty(room.device.model_copy(update={"healthy": True})) for room in kinds]
+
+    @contextmanager
+    def many(self, count: int) -> Generator[None, None, None]:
+        """Sort the rooms once after so many changes, not after each."""
+        if count < len(self.rooms) // 4:
+            yield
+            return
+        self.buckets = Buckets({})
+        try:
+            yield
+        finally:
+            self.buckets = Buckets(self.rooms)
+
+    def empty_of_each_kind(self) -> list[Room]:
+        """Return what one node of each kind would have if it were empty and healthy."""
+        return self._empty
 
     def give(self, entry: Entry, place: Place, groups: list[str]) -> None:
         """Book `place` for `entry` and name its slice."""
@@ -207,6 +267,8 @@ class Books:
         if entry.holds:
             self._book(entry, -1)
         entry.state, entry.wanted, entry.moving = state, None, None
+        if state == GrantState.queued:
+            self._queued.add(entry.slice_id)
 
     def take_in(self, entry: Entry) -> None:
         """Count an adopted entry's slice."""
@@ -220,11 +282,20 @@ class Books:
             self._book(entry, 1)
 
     def _book(self, entry: Entry, sign: int) -> None:
+        for node in self._count(entry, sign):
+            self.buckets.changed(node)
+
+    def _count(self, entry: Entry, sign: int) -> set[str]:
+        nodes: set[str] = set()
         for uuid, part in entry.parts():
             room = self.rooms.get(uuid)
             if room is None:
                 continue
+            before = _free(room)
             room.take(part) if sign > 0 else room.give_back(part)
+            self.free_milli += _free(room) - before
+            nodes.add(room.device.node)
+        return nodes
 
     def overbooked(self) -> list[str]:
         """Return the devices that hold more than they have."""
@@ -241,14 +312,18 @@ class Books:
 
     def waiting(self) -> list[Entry]:
         """Return the queue, first come first."""
-        return sorted((one for one in self.entries.values() if one.state == GrantState.queued), key=lambda one: one.number)
+        there = (self.entries.get(one) for one in self._queued)
+        found = sorted((one for one in there if one is not None and one.state == GrantState.queued), key=lambda one: one.number)
+        if len(found) < len(self._queued):
+            self._queued = {one.slice_id for one in found}
+        return found
 
     def cost(self, want: Want) -> Part | None:
         """Return the least that `want` takes in all, on the models that could hold it; None when none could."""
         if want not in self._costs:
             if len(self._costs) >= MOST_COSTS:
                 self._costs.clear()
-            parts = by_model(want, self.devices.values()).values()
+            parts = by_model(want, self.kinds).values()
             least = Part(min(part.memory_bytes for part in parts), min(part.compute_milli for part in parts)) if parts else None
             self._costs[want] = total(least, want.device_count) if least else None
         return self._costs[want]
@@ -263,19 +338,16 @@ class Books:
         of : Owner, optional
             Only those of this owner's user, all servers.
         """
-        found: list[Holding] = []
-        for entry in self.entries.values():
-            owner = entry.request.owner
-            if granted_only and not entry.holds:
-                continue
-            if of is not None and (owner.hub, owner.user) != (of.hub, of.user):
-                continue
-            if entry.holds:
-                parts = [part for _, part in entry.own_parts()]
-                amount = Part(sum(part.memory_bytes for part in parts), sum(part.compute_milli for part in parts))
-            else:
-                amount = self.cost(entry.want) or Part(0, 0)
-            groups = tuple(name for name in dict.fromkeys(entry.request.groups) if name in counted)
-            releasing = entry.state == GrantState.releasing
-            found.append(Holding(owner, groups, amount.compute_milli, amount.memory_bytes, entry.holds, releasing))
-        return found
+        entries = self.entries.values() if of is None else self.of_user(of)
+        return [self.holding(entry, counted) for entry in entries if entry.holds or not granted_only]
+
+    def holding(self, entry: Entry, counted: frozenset[str]) -> Holding:
+        """Return what one request holds, or would hold at least."""
+        if entry.holds:
+            parts = [part for _, part in entry.own_parts()]
+            amount = Part(sum(part.memory_bytes for part in parts), sum(part.compute_milli for part in parts))
+        else:
+            amount = self.cost(entry.want) or Part(0, 0)
+        groups = tuple(name for name in dict.fromkeys(entry.request.groups) if name in counted)
+        releasing = entry.state == GrantState.releasing
+        return Holding(entry.request.owner, groups, amount.compute_milli, amount.memory_bytes, entry.holds, releasing)

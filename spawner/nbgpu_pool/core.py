@@ -45,6 +45,11 @@ class Core(Held):
         self.away_words = STARTING
         self.mark = 0
         self.generation = 1
+        self._last: dict[str, Seen] = {}
+        """What the ledger last said of each slice, where it tells only of changes."""
+        self._early: set[str] = set()
+        self._releasing: set[str] = set()
+        """All that are being asked back are among these."""
         self._number = 0
         self._snapshot: Snapshot | None = None
         self._effects = Effects()
@@ -79,7 +84,7 @@ class Core(Held):
         self._admit(request)
         self._number += 1
         entry = Entry(request, want, self._number, now, expires=now + self.settings.queue_ttl_seconds)
-        self.books.entries[request.request_id] = entry
+        self.books.add(entry)
         self._serve(now)
         self._changed()
         return self.grant(entry, now)
@@ -153,7 +158,7 @@ class Core(Held):
     def release_owner(self, owner: Owner, except_id: str | None, now: float) -> list[Entry]:
         """Give up all that `owner` holds or waits for, but one request."""
         self._need_ready()
-        mine = [one for one in self.books.entries.values() if one.request.owner == owner and one.slice_id != except_id]
+        mine = [one for one in self.books.of_user(owner) if one.request.owner == owner and one.slice_id != except_id]
         for entry in mine:
             self._withdraw(entry, "given back" if entry.holds else "cancelled", now)
         return mine
@@ -237,11 +242,23 @@ class Core(Held):
         if rebuilt or not self.ready or not self.connected:
             self._changed()
         self.ready = self.connected = True
-        for seen in snapshot.slices:
-            self._see(seen, now)
+        slices = snapshot.slices
+        if snapshot.known is not None:
+            kept = {} if snapshot.whole else self._last
+            kept |= {seen.slice.slice_id: seen for seen in slices}
+            self._last = {key: seen for key, seen in kept.items() if key in snapshot.ids} if len(kept) > len(snapshot.ids) else kept
+            slices = [*slices, *(kept[one] for one in self._unsettled() if one in self._last)]
+        with self.books.many(len(slices)):
+            for seen in slices:
+                self._see(seen, now)
         self._move_loose(now)
         self._revoke_overbooked(now)
         self._reconcile(now)
+
+    def _unsettled(self) -> set[str]:
+        """Return the slices whose last word from the ledger may have come too early, while it was being spoken to about them."""
+        early, self._early = self._early, set()
+        return early | self._resizing | self._loose
 
     def away(self, now: float, who: str = "The GPU node") -> None:
         """The ledger does not answer: nothing is granted or freed until it does."""
@@ -364,12 +381,9 @@ class Core(Held):
     def drain(self) -> Effects:
         """Return the effects since the last call; releases that the ledger has not answered come every time."""
         effects, self._effects = self._effects, Effects()
-        effects.releases = [
-            entry.slice_id
-            for entry in self.books.entries.values()
-            if entry.state == GrantState.releasing and not entry.release_acked and not entry.busy
-        ]
         held = self.books.entries
+        self._releasing = {one for one in self._releasing if one in held and held[one].state == GrantState.releasing}
+        effects.releases = [one for one in self._releasing if not held[one].release_acked and not held[one].busy]
         effects.resizes = [one for one in self._resizing if one in held and not held[one].wanted_acked and not held[one].busy]
         effects.moves = [one for one in self._loose if one in held and held[one].moving is not None and not held[one].busy]
         return effects
@@ -384,7 +398,7 @@ class Core(Held):
         self.generation += 1
 
     def _serve(self, now: float) -> None:
-        if not self.connected or not any(one.state == GrantState.queued for one in self.books.entries.values()):
+        if not self.connected or not self.books.waiting():
             return
         for entry in self.walk(now).serve(now):
             entry.expires = now + self.settings.reservation_ttl_seconds
@@ -403,6 +417,7 @@ class Core(Held):
         entry.withdrawn, entry.reason, entry.expires = True, reason, None
         if entry.at_ledger:
             entry.state, entry.release_acked = GrantState.releasing, False
+            self._releasing.add(entry.slice_id)
         else:
             self._end(entry, reason, now)
             self._serve(now)
@@ -436,12 +451,15 @@ class Core(Held):
             if not entry.busy or entry.moving is None:
                 self.books.replace(entry, seen.slice)
         assert self._snapshot is not None
+        if entry.busy:
+            self._early.add(entry.slice_id)
         entry.at_ledger = True
         entry.confirmed = max(entry.confirmed or 0, self._snapshot.begun)
         if seen.state == "running" and entry.state == GrantState.reserved:
             self._bound(entry, now - seen.age_seconds)
         elif seen.state == "releasing" and entry.state != GrantState.releasing:
             entry.state, entry.expires, entry.release_acked, entry.withdrawn = GrantState.releasing, None, True, True
+            self._releasing.add(entry.slice_id)
             entry.reason = "given back"
             self._changed()
         if seen.wanted is not None or entry.wanted is not None:
@@ -461,7 +479,8 @@ class Core(Held):
         entry.state, entry.expires = GrantState.reserved, now + self.settings.reservation_ttl_seconds
         if unwanted:
             entry.state, entry.expires, entry.withdrawn, entry.reason = GrantState.releasing, None, True, "given back"
-        self.books.entries[slice_id] = entry
+            self._releasing.add(slice_id)
+        self.books.add(entry)
         self.books.take_in(entry)
         self._changed()
         return entry

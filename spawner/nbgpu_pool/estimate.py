@@ -1,9 +1,10 @@
-"""How long a wait will be: from what runs, for how long, and how long sessions last here; until enough have ended, a guess, and called so."""
+"""How long a wait will be: from what runs, for how long, and how long sessions last here; until enough have ended, called a guess."""
 
 from __future__ import annotations
 
 import heapq
 import math
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,6 +36,7 @@ class Sessions:
     def __init__(self, guess_seconds: float = GUESS_SECONDS, keep: int = 500):
         self._guess_seconds = guess_seconds
         self._lengths: deque[float] = deque(maxlen=keep)
+        self._sorted: list[float] | None = None
 
     @property
     def guessing(self) -> bool:
@@ -44,13 +46,16 @@ class Sessions:
     def ended(self, length_seconds: float) -> None:
         """Note that a session of this length has ended."""
         self._lengths.append(max(0.0, length_seconds))
+        self._sorted = None
 
     def remaining_seconds(self, age_seconds: float) -> float:
         """Return the median of what sessions that reached this age still lasted."""
-        lengths = [*self._lengths, *[self._guess_seconds] * (ENOUGH_SESSIONS - len(self._lengths))]
-        longer = sorted(length - age_seconds for length in lengths if length > age_seconds)
+        if self._sorted is None:
+            self._sorted = sorted([*self._lengths, *[self._guess_seconds] * (ENOUGH_SESSIONS - len(self._lengths))])
+        first = bisect_right(self._sorted, age_seconds)
+        count = len(self._sorted) - first
         # Older than all seen so far: as long again is the usual guess.
-        return longer[len(longer) // 2] if longer else age_seconds
+        return self._sorted[first + count // 2] - age_seconds if count else age_seconds
 
 
 def queue_forecast(books: Books, sessions: Sessions, now: float, ghosts: Sequence[Want] = ()) -> dict[str, float]:
@@ -77,8 +82,12 @@ def queue_forecast(books: Books, sessions: Sessions, now: float, ghosts: Sequenc
 def _play(
     rooms: dict[str, Room], ends: list[tuple[float, int, list[tuple[str, Part]]]], waiting: list[tuple[str, Want]], typical: float
 ) -> dict[str, float]:
+    nodes: dict[str, list[Room]] = {}
+    for room in rooms.values():
+        nodes.setdefault(room.device.node, []).append(room)
     found: dict[str, float] = {}
     at, tries, number = 0.0, 0, 10**6
+    look = list(rooms.values())
     for _ in range(MAX_EVENTS):
         misfits: set[Want] = set()
         still: list[tuple[str, Want]] = []
@@ -87,7 +96,7 @@ def _play(
                 still.append((key, want))
                 continue
             tries += 1
-            spot = place(list(rooms.values()), want)
+            spot = place(look, want)
             if spot is None:
                 misfits.add(want)
                 still.append((key, want))
@@ -101,13 +110,16 @@ def _play(
         waiting = still
         if not waiting or not ends or tries > MAX_TRIES:
             break
-        at = _end_next(rooms, ends, at)
+        at, freed = _end_next(rooms, ends, at)
+        look = [room for node in sorted(freed) for room in nodes[node]]  # what did not fit before can only fit where something came free
     return {key: float(seconds) for key, seconds in found.items() if math.isfinite(seconds)}
 
 
-def _end_next(rooms: dict[str, Room], ends: list[tuple[float, int, list[tuple[str, Part]]]], at: float) -> float:
+def _end_next(rooms: dict[str, Room], ends: list[tuple[float, int, list[tuple[str, Part]]]], at: float) -> tuple[float, set[str]]:
     time, _, parts = heapq.heappop(ends)
+    freed: set[str] = set()
     for uuid, part in parts:
         if uuid in rooms:
             rooms[uuid].give_back(part)
-    return max(at, time)
+            freed.add(rooms[uuid].device.node)
+    return max(at, time), freed

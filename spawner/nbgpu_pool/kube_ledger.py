@@ -31,6 +31,8 @@ TRIES = 5
 STRANGERS_SECONDS = 10.0
 LOST_SECONDS = 5.0
 """How long a pod may be without its claim before that is told: one watch may be ahead of the other."""
+FRESH_SECONDS = 0.5
+"""How often it is looked whether another snapshot is wanted though nothing has changed."""
 GATHER_SECONDS = 0.02
 """What changes within so long becomes one snapshot."""
 BUSY_SHARE = 4.0
@@ -194,6 +196,7 @@ class KubeLedger:
         limits = Limits(
             devices={one.uuid: Limit(memory_bytes=one.memory_bytes, compute_milli=one.compute_milli) for one in wanted.devices},
             mode=wanted.mode,
+            number=time.time_ns() // 1_000_000,
         )
         there = _claim_path(wanted.namespace or "", wanted.slice_id)
         version: str | None = None
@@ -313,7 +316,7 @@ class KubeLedger:
         try:
             self._published.start()
             self._nodes.start()
-            told_away = False
+            told_away, whole = False, True
             while True:
                 self._changed.clear()
                 problem = self._problem()
@@ -321,10 +324,14 @@ class KubeLedger:
                     told_away = False
                     begun = time.monotonic()
                     view = self.view
-                    yield Snapshot(mark(), view.devices(), list(view.seen.values()), view.less(), view.coming())
+                    begin, ids = mark(), frozenset(view.seen)
+                    yield Snapshot(begin, view.devices(), view.touched(), view.less(), view.coming(), ids, whole)
+                    whole = False
                     if not fresh():
                         await asyncio.sleep(max(GATHER_SECONDS, BUSY_SHARE * (time.monotonic() - begun)))
-                        await self._changed.wait()
+                    while not self._changed.is_set() and not fresh():
+                        with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+                            await asyncio.wait_for(self._changed.wait(), FRESH_SECONDS)
                     await asyncio.sleep(0)
                     continue
                 if not told_away and any(one.away is not None for one in self._all):

@@ -22,6 +22,7 @@ from nbgpu.kube_check import cluster_problem
 from .api import create_app
 from .auth import Guard
 from .config import Config, ConfigError
+from .endpoint import Endpoint, own_endpoint
 from .gate import Gate
 from .kube_ledger import KubeLedger
 from .leader import Leader
@@ -53,10 +54,16 @@ class Replica:
         self._kube, self._config, self._guard, self._key = kube, config, guard, key
         self._namespace = namespace
         self._service: Service | None = None
+        self._endpoint: Endpoint | None = None
+        self._leading_here: asyncio.Task[None] | None = None
         name = os.environ.get("NBGPU_POD_NAME") or socket.gethostname()
         self.leader = Leader(kube, namespace, f"{name}_{uuid.uuid4().hex[:8]}", self._begin, self._end)
         self.gate = Gate(self.leader.leads, lambda: self.leader.holder)
         self.gate.problem = Unavailable("The pool is starting.", code="starting")
+
+    def listens(self, port: int) -> None:
+        """Note the port at which this replica is found while it leads."""
+        self._endpoint = own_endpoint(self._kube, self._namespace, port, self.leader.leads)
 
     async def run(self) -> None:
         """Look at the cluster until it can be used, then try to lead."""
@@ -92,8 +99,13 @@ class Replica:
         service.start()
         self._service = service
         self.gate.core, self.gate.app = service.core, cast("App", create_app(service, self._guard))
+        if self._endpoint is not None:
+            self._leading_here = asyncio.create_task(self._endpoint.run())
 
     async def _end(self) -> None:
+        if self._leading_here is not None:
+            self._leading_here.cancel()
+            self._leading_here = None
         service, self._service = self._service, None
         self.gate.app = self.gate.core = None
         if service is not None:
@@ -134,6 +146,7 @@ def check(config: Config) -> None:
 
 async def serve(replica: Replica, server: uvicorn.Server, listening: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT."""
+    replica.listens(listening.getsockname()[1])
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

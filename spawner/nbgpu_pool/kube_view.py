@@ -203,6 +203,7 @@ class View:
         self.notes: dict[str, Key] = {}
         """By slice: the note that its claim is being moved."""
         self._doubles: list[tuple[str, Json, str]] = []
+        self._touched: set[str] = set()
         self.carried: set[str] = set()
         """Slices of the pool that a pod carries, or did."""
         self.bare: set[str] = set()
@@ -336,6 +337,7 @@ class View:
     def claim_changed(self, key: Key, new: ClaimInfo | None) -> None:
         """Take over a ResourceClaim."""
         old = self.claims.pop(key, None)
+        carried = old is not None and new is not None and old.uid == new.uid and _id_of(old) in self.carried
         if old is not None and old.claim is not None and self.ids.get(old.claim.slice.slice_id) == key:
             carried = old.claim.slice.slice_id in self.carried
             self._forget(old.claim.slice.slice_id)
@@ -355,6 +357,8 @@ class View:
             (self._unread.add if unread else self._unread.discard)(key)
         if new is not None:
             self.claims[key] = new
+            if carried:
+                self.carried.add(_id_of(new))
             if new.moves_to is not None:
                 self.notes[new.moves_to.slice_id] = key
             self._look(key)
@@ -368,6 +372,7 @@ class View:
         to = self.claims[self.notes[slice_id]].moves_to
         assert to is not None
         pods = [pod for pod in self.pods_of((to.namespace or "", claim_name(slice_id))) if pod.alive]
+        self._touched.add(slice_id)
         self.seen[slice_id] = Seen(to, "running" if pods else "prepared", placed=False, refusal=_refusal(pods))
 
     def _forget_note(self, slice_id: str) -> None:
@@ -402,6 +407,7 @@ class View:
         placed = info.claim.allocated or not info.claim.sealed
         refusal = "" if placed else _refusal(self.pods_of(key))
         age = max(0.0, self._now() - _unix(info.claim.created))
+        self._touched.add(slice_id)
         self.seen[slice_id] = Seen(info.slice or info.claim.slice, state, age, info.wanted, info.refused, placed, refusal)
         if info.claim.sealed:
             if state == "running":
@@ -436,6 +442,12 @@ class View:
         ours = {self.pods[one].uid: self.pods[one] for one in self._pods_of.get(key, ())}
         reserved = {uid for uid in claim.pods if uid not in ours or not ours[uid].ended}
         return reserved | {uid for uid, pod in ours.items() if pod.alive}
+
+    def touched(self) -> list[Seen]:
+        """Return the slices that may be others than when this was asked last."""
+        found = [self.seen[one] for one in self._touched if one in self.seen]
+        self._touched.clear()
+        return found
 
     def pods_of(self, key: Key) -> list[PodInfo]:
         """Return the pods with the label of a claim."""
@@ -478,6 +490,10 @@ def _peek(thing: Json) -> list[Key]:
         return []
     ours = [cast("Json", one) for one in results if isinstance(one, dict) and cast("Json", one).get("driver") == DRIVER]
     return [(str(one.get("pool")), str(one.get("device"))) for one in ours]
+
+
+def _id_of(info: ClaimInfo) -> str:
+    return info.claim.slice.slice_id if info.claim is not None else ""
 
 
 def _has_limits(thing: Json) -> bool:

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from nbgpu.claims import FOREIGN_HUB
 from nbgpu.models import GrantState
 
 from .core import Core
@@ -75,3 +76,21 @@ class _State(Collector):
             memory.add_metric(names, room.device.usable_bytes - room.free_bytes)
             usable.add_metric(names, room.device.usable_bytes)
         yield from (compute, memory, usable)
+        yield from self._foreign()
+
+    def _foreign(self) -> Iterator[Metric]:
+        """What claims that the pool did not make hold, by namespace."""
+        held: dict[str, list[int]] = {}
+        for entry in self._core.books.entries.values():
+            owner = entry.request.owner
+            if owner.hub == FOREIGN_HUB and entry.adopted:
+                sums = held.setdefault(owner.user, [0, 0])
+                for _, part in entry.own_parts():
+                    sums[0] += part.compute_milli
+                    sums[1] += part.memory_bytes
+        for number, (name, words) in enumerate((("compute_milli", "Compute"), ("memory_bytes", "Memory"))):
+            told = f"{words} held by claims of a namespace's own, which the pool did not make"
+            family = GaugeMetricFamily(f"nbgpu_pool_foreign_{name}", told, labels=["namespace"])
+            for namespace, sums in held.items():
+                family.add_metric([namespace], sums[number])
+            yield family

@@ -5,7 +5,7 @@ Integers in every comparison and one fixed order for ties (node, index, uuid): t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -124,7 +124,7 @@ def _on_node(node: Sequence[Room], want: Want, barred: Set[str], cap: Part | Non
             last, part = (device.model, device.usable_bytes), resolve(want, device)
         if part is None or not room.fits(part) or (cap is not None and not _within(part, cap)):
             continue
-        candidates.append((_score(room, part, policy), number, room, part))
+        candidates.append((score(room, part, policy), number, room, part))
     if len(candidates) < want.device_count:
         return None
     if want.device_count == 1:
@@ -150,7 +150,8 @@ def _of_one_model(
     return [group[:count] for group in models.values() if len(group) >= count]
 
 
-def _score(room: Room, part: Part, policy: Policy) -> tuple[int, ...]:
+def score(room: Room, part: Part, policy: Policy) -> tuple[int, int]:
+    """Return how well `part` fits a room, the less the better: whether sizes mix that do not tile, and what would be left."""
     kind = family(part.compute_milli)
     mixes = policy.keep_thirds_apart and (
         (kind == 3 and room.binary_count > 0) or (kind == 1 and room.thirds_count > 0 and part.compute_milli < WHOLE_MILLI)
@@ -186,9 +187,3 @@ def nearest(rooms: Sequence[Room], want: Want, *, barred: Set[str] = frozenset()
 
 def _node_and_model(room: Room) -> tuple[str, str]:
     return room.device.node, room.device.model
-
-
-def could_ever(devices: Mapping[str, Device], want: Want) -> bool:
-    """Whether `want` would fit if every device were empty and healthy."""
-    rooms = [Room.empty(device.model_copy(update={"healthy": True})) for device in sorted(devices.values(), key=order)]
-    return place(rooms, want) is not None

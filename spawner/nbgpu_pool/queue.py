@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from nbgpu.quantities import WHOLE_MILLI
 
 from .books import Books, Entry
-from .placement import DEFAULT_POLICY, Place, Policy, could_ever, nearest, place
+from .placement import DEFAULT_POLICY, Place, Policy, nearest, place
 from .quotas import Quotas, Tally
 from .shapes import Part, Want
 
@@ -61,8 +61,7 @@ class Pass:
         self.kept_milli = 0
         self.waiting: list[Entry] = []
         self._misfits: set[tuple[Want, Part | None, int]] = set()
-        free = sum(max(0, room.free_milli) for room in self.rooms if room.device.healthy)
-        self.tally = Tally.of(quotas, books.holdings(frozenset(quotas.groups), granted_only=True) if quotas.any() else [], free)
+        self.tally = Tally.of(quotas, books.holdings(frozenset(quotas.groups), granted_only=True) if quotas.any() else [], books.free_milli)
 
     def serve(self, now: float) -> list[Entry]:
         """Grant all that can be granted now; return those entries."""
@@ -116,16 +115,22 @@ class Pass:
         bad = {node for node, shape in self.avoid if shape == want}
         if bad:
             shy = barred | {room.device.uuid for room in self.rooms if room.device.node in bad}
-            found = place(self.rooms, want, barred=shy, cap=cap, policy=self.policy)
-        found = found or place(self.rooms, want, barred=barred, cap=cap, policy=self.policy)
-        return found or (place(self.coming, want, cap=cap, policy=self.policy) if self.coming else None)
+            found = self._here(want, shy, cap)
+        return found or self._here(want, barred, cap) or self._to_come(want, cap)
+
+    def _here(self, want: Want, barred: Set[str], cap: Part | None) -> Place | None:
+        if want.device_count == 1:
+            return self.books.buckets.place(want, barred, cap, self.policy, coming=False)
+        return place(self.rooms, want, barred=barred, cap=cap, policy=self.policy)
+
+    def _to_come(self, want: Want, cap: Part | None) -> Place | None:
+        return place(self.coming, want, cap=cap, policy=self.policy) if self.coming else None
 
     def elsewhere(self, want: Want, but: Set[str], *, coming: bool) -> Place | None:
         """Return a place on none of the nodes `but`; with `coming` also on one that has to be started."""
         barred = {uuid for one in self.books.waiting() for uuid in one.earmark}
         barred |= {room.device.uuid for room in self.rooms if room.device.node in but}
-        found = place(self.rooms, want, barred=barred, policy=self.policy)
-        return found or (place(self.coming, want, policy=self.policy) if coming and self.coming else None)
+        return self._here(want, barred, None) or (self._to_come(want, None) if coming else None)
 
     def _over(self, want: Want, cap: Part) -> bool:
         cost = self.books.cost(want._replace(device_count=1))
@@ -155,5 +160,5 @@ def _sum(found: Place) -> Part:
 
 
 def hopeless(books: Books, want: Want) -> bool:
-    """Whether no device of the pool, even empty, could ever hold `want`."""
-    return not could_ever(books.devices, want)
+    """Whether no device of the pool, even empty and healthy, could ever hold `want`."""
+    return place(books.empty_of_each_kind(), want) is None

@@ -8,7 +8,7 @@ from nbgpu.quantities import MIB, format_memory, memory_share_bytes
 
 from . import quotas as quota_rules
 from .books import Books, Entry
-from .quotas import Quotas, Tally, format_gpus
+from .quotas import Holding, Quotas, Tally, format_gpus
 from .shapes import Part
 
 RESIZE_SECONDS = 60.0
@@ -83,7 +83,7 @@ def must_fit(entry: Entry, target: Slice, books: Books, quotas: Quotas) -> None:
     if why is not None:
         raise Refused(why, code="quota")
     more_milli = sum(part.compute_milli for part in grows.values())
-    if quotas.any() and _free_milli(books) - more_milli < _tally(entry, books, quotas).kept_milli(
+    if quotas.any() and books.free_milli - more_milli < _tally(entry, books, quotas).kept_milli(
         entry.request.owner, entry.slice.groups, more_milli
     ):
         raise _no_room("What is free is kept for users and groups with a guarantee.")
@@ -94,7 +94,8 @@ def above_quota(entry: Entry, asked: Part, books: Books, quotas: Quotas) -> str 
     if not quotas.any():
         return None
     owner, groups = entry.request.owner, entry.slice.groups if entry.slice is not None else []
-    why = quota_rules.refusal(quotas, _others(entry, books).holdings(frozenset(quotas.groups), of=owner), owner, groups, asked)
+    mine = books.holdings(frozenset(quotas.groups), of=owner)
+    why = quota_rules.refusal(quotas, _others(mine, entry, books), owner, groups, asked)
     if why is not None:
         return why
     left, words = _tally(entry, books, quotas).left(owner, groups)
@@ -103,17 +104,20 @@ def above_quota(entry: Entry, asked: Part, books: Books, quotas: Quotas) -> str 
     return None
 
 
-def _others(entry: Entry, books: Books) -> Books:
-    return Books(devices=books.devices, entries={key: one for key, one in books.entries.items() if one is not entry})
+def _others(held: list[Holding], entry: Entry, books: Books) -> list[Holding]:
+    """Return `held` without what `entry` itself holds."""
+    own = books.holding(entry, frozenset())
+    rest = list(held)
+    for number, one in enumerate(rest):
+        if one.owner == own.owner and (one.milli, one.memory_bytes, one.releasing) == (own.milli, own.memory_bytes, own.releasing):
+            del rest[number]
+            break
+    return rest
 
 
 def _tally(entry: Entry, books: Books, quotas: Quotas) -> Tally:
-    held = _others(entry, books).holdings(frozenset(quotas.groups), granted_only=True)
-    return Tally.of(quotas, held, _free_milli(books))
-
-
-def _free_milli(books: Books) -> int:
-    return sum(max(0, room.free_milli) for room in books.rooms.values() if room.device.healthy and not room.coming)
+    held = books.holdings(frozenset(quotas.groups), granted_only=True)
+    return Tally.of(quotas, _others(held, entry, books), books.free_milli)
 
 
 def grows(now: Slice, target: Slice) -> bool:

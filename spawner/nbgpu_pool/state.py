@@ -65,10 +65,15 @@ class Snapshot:
     coming: Sequence[Device] = ()
     """Devices of nodes that would be started where they are asked for (`nbgpu.claims.is_coming`)."""
 
+    known: frozenset[str] | None = None
+    """Ids of all slices, where `slices` are only those that may have changed since the snapshot before."""
+    whole: bool = True
+    """The ledger was not followed before it: what it had said is forgotten."""
+
     @cached_property
     def ids(self) -> frozenset[str]:
-        """Ids of the slices."""
-        return frozenset(seen.slice.slice_id for seen in self.slices)
+        """Ids of the slices that there are."""
+        return self.known if self.known is not None else frozenset(seen.slice.slice_id for seen in self.slices)
 
 
 @dataclass

@@ -7,40 +7,20 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import browser_kit
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from browser_kit import answers, free_port, wait_for
+from playwright.sync_api import Browser, Page
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOTS = Path(__file__).parent / "shots"
-
-
-def wait_for(what: str, condition: Callable[[], object], seconds: float = 30, every: float = 0.1) -> object:
-    """Return the first true value of `condition`; fail with `what` when there is none within `seconds`."""
-    deadline = time.monotonic() + seconds
-    while True:
-        value = condition()
-        if value:
-            return value
-        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
-        time.sleep(every)
-
-
-def free_port() -> int:
-    """Return a TCP port of the loopback address that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @dataclass
@@ -59,17 +39,9 @@ class Hub:
         return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60, check=False)
 
 
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return answer.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
-
-
 def shot(page: Page, name: str) -> None:
     """Leave a screenshot."""
-    page.screenshot(path=str(SHOTS / f"{name}.png"))
+    browser_kit.shot(page, SHOTS, name)
 
 
 @contextlib.contextmanager
@@ -100,7 +72,7 @@ def running_hub(config: Path, base: Path, **environment: str) -> Iterator[Hub]:
         )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
     try:
-        wait_for(f"the hub answers (log: {log})", lambda: process.poll() is not None or _answers(url + "/hub/login"), 60)
+        wait_for(f"the hub answers (log: {log})", lambda: process.poll() is not None or answers(url + "/hub/login"), 60)
         assert process.poll() is None, log.read_text()[-4000:]
         yield Hub(url, runtime, password, log, env)
     finally:
@@ -124,13 +96,5 @@ def hub() -> Iterator[Hub]:
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
     """Yield the machine's Chromium."""
-    SHOTS.mkdir(exist_ok=True)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path="/usr/bin/chromium",
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"],
-        )
+    with browser_kit.chromium(SHOTS) as browser:
         yield browser
-        for number, page in enumerate(page for context in browser.contexts for page in context.pages):
-            shot(page, f"last-{number}")
-        browser.close()

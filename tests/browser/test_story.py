@@ -7,7 +7,8 @@ import re
 from typing import Any
 
 import pytest
-from conftest import Hub, shot, wait_for
+from browser_kit import wait_for
+from conftest import Hub, shot
 from lab_pages import ALLOCATE, CELLS, SECOND, in_lab, kernel_row, log_in, menu, run_cell, start, stop, without_notices
 from playwright.sync_api import Browser, expect
 

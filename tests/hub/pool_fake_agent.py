@@ -56,6 +56,19 @@ class AgentTruth:
         self._set(known.model_copy(update={"state": "running", "process_count": 1}))
         return self.slices[slice_id]
 
+    def patch(self, slice_id: str, limits: dict) -> str | None:
+        """Other limits, where they fit."""
+        known = self.slices.get(slice_id)
+        if known is None:
+            return "no such slice"
+        parts = [part.model_copy(update={key: value for key, value in limits.items() if key != "mode"}) for part in known.slice.devices]
+        others = [one for other in self.slices.values() if other is not known for one in other.slice.devices]
+        if any(sum(one.compute_milli for one in [*others, part] if one.uuid == part.uuid) > 1000 for part in parts):
+            return "the device has no such share left"
+        changed = known.slice.model_copy(update={"devices": parts, "mode": limits.get("mode", known.slice.mode)})
+        self._set(known.model_copy(update={"slice": changed}))
+        return None
+
     def delete(self, slice_id: str) -> bool:
         known = self.slices.get(slice_id)
         if known is None:
@@ -84,7 +97,7 @@ def agent_app(truth: AgentTruth) -> FastAPI:
 
     @app.middleware("http")
     async def faults(request: Request, call_next):
-        if request.method in ("PUT", "DELETE", "POST") and truth.fail_next:
+        if request.method in ("PUT", "DELETE", "POST", "PATCH") and truth.fail_next:
             return error(truth.fail_next.pop(0), "asked to fail")
         if request.method in ("PUT", "DELETE", "POST") and truth.delay_seconds:
             await asyncio.sleep(truth.delay_seconds)
@@ -109,6 +122,11 @@ def agent_app(truth: AgentTruth) -> FastAPI:
     @app.post("/v1/slices/{slice_id}/processes")
     async def adopt(slice_id: str):
         return truth.adopt(slice_id) or error(404, "no such slice")
+
+    @app.patch("/v1/slices/{slice_id}")
+    async def patch(slice_id: str, request: Request):
+        wrong = truth.patch(slice_id, await request.json())
+        return error(409, wrong) if wrong else truth.slices[slice_id]
 
     @app.delete("/v1/slices/{slice_id}")
     async def delete(slice_id: str):

@@ -396,3 +396,60 @@ async def test_availability_stream() -> None:
         assert first.startswith("event: change\ndata: ")
         assert first != second
         await source.aclose()
+
+
+async def test_resize_on_one_machine() -> None:
+    async with world() as here:
+        first, second = await here.bound(500), await here.bound(250, user="bob")
+
+        async def resize(request_id: str, **asked: object) -> httpx.Response:
+            return await here.http.post(f"/v1/requests/{request_id}/resize", json=asked)
+
+        shrunk = (await resize(first, compute_milli=250, memory_milli=250, mode="strict")).json()
+        assert here.truth.slices[first].slice.devices[0].compute_milli == 250
+        assert here.truth.slices[first].slice.mode == "strict"
+        assert shrunk["state"] == "bound"
+        await here.until(lambda: here.service.core.known(first).wanted is None)
+        assert (await resize(second, compute_milli=750)).status_code == 200
+        refused = await resize(first, compute_milli=500)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "no-room")
+        assert (await resize(first)).json()["error"]["code"] == "invalid"
+        assert (await resize("unknown-request", compute_milli=5)).status_code == 404
+        await here.until(lambda: here.service.core.known(second).wanted is None)
+        await here.stop_pool()
+        await here.start_pool()
+        await here.until(lambda: here.service.core.ready)
+        books = (await here.http.get("/v1/devices")).json()
+        assert books[0]["compute_granted_milli"] == 1000
+
+
+async def test_a_resize_that_the_agent_does_not_answer_is_told_again() -> None:
+    async with world() as here:
+        request_id = await here.bound(250)
+        here.truth.fail_next = [503]
+        refused = await here.http.post(f"/v1/requests/{request_id}/resize", json={"compute_milli": 500})
+        assert refused.status_code == 503
+        assert here.truth.slices[request_id].slice.devices[0].compute_milli == 250
+        assert "asked to fail" in (await here.grant(request_id))["note"]
+        await here.agent.stop()
+        lost = await here.http.post(f"/v1/requests/{request_id}/resize", json={"compute_milli": 500})
+        assert lost.status_code == 503
+        await here.agent.start()
+        if lost.json()["error"]["code"] == "agent-away":  # else it was known to be away before it was asked
+            await here.until(lambda: here.truth.slices[request_id].slice.devices[0].compute_milli == 500)
+
+
+async def test_a_held_slice_can_be_followed_to_its_end() -> None:
+    async with world() as here:
+        request_id = await here.bound(250)
+
+        async def follow() -> list[str]:
+            answer = await here.http.get(f"/v1/requests/{request_id}/events", params={"held": True})
+            return [json.loads(line[6:])["state"] for line in answer.text.splitlines() if line.startswith("data: ")]
+
+        following = asyncio.create_task(follow())
+        await asyncio.sleep(0.1)
+        await here.http.delete(f"/v1/requests/{request_id}")
+        await asyncio.sleep(0.1)
+        here.truth.end(request_id)
+        assert await asyncio.wait_for(following, 10) == ["bound", "releasing", "gone"]

@@ -19,7 +19,7 @@ from test_pool_process import PoolProcess, until
 
 from nbgpu.client import AgentClient, PoolClient
 from nbgpu.errors import NbgpuError, Unavailable
-from nbgpu.models import GrantState, Owner, Request
+from nbgpu.models import GrantState, Owner, Request, Resize
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.skipif(bool(missing_libraries()), reason=str(missing_libraries()))]
 
@@ -136,6 +136,29 @@ def test_a_stopped_server_is_free_at_once(pool: PoolProcess, agent: AgentProcess
     took = sorted(stopped(pool, look=number == 0) for number in range(5))
     print("free after " + ", ".join(f"{seconds:.3f}" for seconds in took) + " s (simulated)")
     assert took[2] <= 0.5
+
+
+def test_a_running_server_is_resized(pool: PoolProcess, agent: AgentProcess) -> None:
+    """Through the pool, by the agent's own limits; room is counted once, and comes free when it is free."""
+    asked = Request(request_id=uuid4().hex, owner=Owner(hub="h", user="ada"), compute_milli=1000)
+    pool.client.acquire(asked)
+    launch = pool.client.prepare(asked.request_id, None)
+    process = subprocess.Popen(["sleep", "600"], env={**os.environ, **{key: value for key, value in launch.env.items() if value}})
+    try:
+        pool.client.bind(asked.request_id, process.pid)
+        pool.client.resize(asked.request_id, Resize(compute_milli=500, memory_milli=500))
+        until(lambda: [one.compute_granted_milli for one in pool.client.devices()].count(500) == 1, 5)
+        (held,) = AgentClient(agent.runtime / "agent.sock").slices().slices
+        assert held.slice.devices[0].compute_milli == 500
+        pool.client.resize(asked.request_id, Resize(compute_milli=750, mode="strict"))
+        (held,) = AgentClient(agent.runtime / "agent.sock").slices().slices
+        assert (held.slice.devices[0].compute_milli, held.slice.mode) == (750, "strict")
+        pool.kill()
+        pool.start()
+        assert max(one.compute_granted_milli for one in pool.client.devices()) == 750
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_whoever_is_killed_the_books_are_those_of_the_living(pool: PoolProcess, agent: AgentProcess) -> None:

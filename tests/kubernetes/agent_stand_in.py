@@ -123,6 +123,7 @@ class Agent:
         await asyncio.sleep(self.slow_seconds)
         again = self._held((await self._place.kube.list(path(RESOURCE, "resourceclaims"))).items)
         others = [self._own(one, found) for one, (_, found) in again.items() if one != uid]
+        others += [limits for one, limits in self.in_force.items() if one not in again]  # their claims are gone, their slices not yet
         if uid in again and not self.refuses and self._fits([*others, target]):
             self._set(uid, target)
         await self._report(claim, parts, self.in_force[uid], wanted.seal)

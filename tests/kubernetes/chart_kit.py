@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import yaml
@@ -82,6 +85,12 @@ class Api:
         path = f"/api/v1/namespaces/{where}/pods/{pod}/log"
         return rest.request("GET", self._client.configuration.host + path, timeout=20).data.decode(errors="replace")
 
+    def pods(self, where: str, labels: dict[str, str]) -> list[Json]:
+        """Return a namespace's pods with these labels that nobody has asked to go."""
+        selector = quote(",".join(f"{name}={value}" for name, value in labels.items()))
+        found = self.done("GET", f"/api/v1/namespaces/{where}/pods?labelSelector={selector}")["items"]
+        return [one for one in found if "deletionTimestamp" not in one["metadata"]]
+
     def done(self, method: str, path: str, body: Any = None, **more: Any) -> Json:
         """As `call`, for what must succeed."""
         status, answer = self.call(method, path, body, **more)
@@ -94,13 +103,30 @@ def image(part: str) -> str:
     return os.environ.get("NBGPU_IMAGES", "localhost/nbgpu-{}:test").format(part)
 
 
-def until(what: str, probe: Callable[[], Any], seconds: float = 60) -> Any:
-    """Wait until `probe` returns something true, and return that."""
+def until(what: str, probe: Callable[[], Any], seconds: float = 60, why: Callable[[], object] = str) -> Any:
+    """Wait until `probe` returns something true, and return that; else fail, with what `why` finds."""
     deadline = time.monotonic() + seconds
     while not (found := probe()):
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
+        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what} {why()}"
         time.sleep(0.2)
     return found
+
+
+def kill(pod: Json, container: str = "") -> int:
+    """Kill every process of a container with SIGKILL, as the kernel does when memory is short; return how many.
+
+    Only where this machine is the pod's node. Kubernetes starts the container again, in the same pod.
+    """
+    statuses = pod["status"]["containerStatuses"]
+    [identity] = [one["containerID"].rpartition("/")[2] for one in statuses if one["name"] == (container or statuses[0]["name"])]
+    killed = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if identity in (process / "cgroup").read_text():
+                os.kill(int(process.name), signal.SIGKILL)
+                killed += 1
+    assert killed, f"no process of {pod['metadata']['name']} on this machine"
+    return killed
 
 
 @contextmanager

@@ -133,6 +133,8 @@ class Node:
         self.process: subprocess.Popen[bytes] | None = None
         self._others: list[subprocess.Popen[bytes]] = []
         self._lock: int | None = None
+        self.uuids: dict[int, str] = {}
+        """Of the GPUs, by index."""
         self.runtime = Path()
         self.key_file = Path()
         self.kubelet_dir = Path(os.environ.get("NBGPU_KUBELET_DIR", "/var/lib/kubelet"))
@@ -201,12 +203,14 @@ class Node:
         """Return what the agents of this node have said."""
         return self.log_file.read_text(errors="replace")
 
-    def wait_ready(self, seconds: float = 60) -> None:
-        """Wait until the agent that was started last serves."""
+    def wait_ready(self, seconds: float = 60, or_killed: bool = False) -> None:
+        """Wait until the agent that was started last serves, or has been killed where that may happen."""
         process = self.process
         assert process is not None
 
         def ready() -> bool:
+            if or_killed and process.poll() == -signal.SIGKILL:
+                return True
             assert process.poll() is None, f"the agent ended: {self.log()[-3000:]}"
             note = self.runtime / "kubelet.endpoint"
             mine = note.exists() and self.log().count("registered with the kubelet") > self._registered
@@ -216,6 +220,13 @@ class Node:
             until("the agent to serve", ready, seconds)
         except AssertionError as error:
             raise AssertionError(f"{error}: {self.log()[-3000:]}") from None
+        self._registered = self.log().count("registered with the kubelet")
+        if not self.uuids:
+            self.uuids = {one.index: one.uuid for one in self.devices()}
+
+    def wait_registered(self) -> None:
+        """Note the registrations so far, for `wait_ready` of the next agent."""
+        until("the admin API", self.admin_up)
         self._registered = self.log().count("registered with the kubelet")
 
     _registered = 0
@@ -242,6 +253,12 @@ class Node:
             self.stop()
         self.launch()
         self.wait_ready()
+
+    def ensure(self) -> None:
+        """Start the agent again if it does not run."""
+        if self.process is None or self.process.poll() is not None:
+            self.launch()
+            self.wait_ready()
 
     def close(self) -> None:
         """End the agent, remove what it left, give the lock back."""
@@ -339,6 +356,15 @@ class Place:
         account = f"/api/v1/namespaces/{self.namespace}/serviceaccounts/default"
         until("the default service account", lambda: self.api.call("GET", account)[0] == 200)
         return self
+
+    def empty(self) -> None:
+        """Remove all pods and claims, and wait until the node has let go of them."""
+        for pod in self.api.done("GET", self._path("pods"))["items"]:
+            self.delete(pod["metadata"]["name"], wait=False)
+        for claim in self.api.done("GET", self._path("resourceclaims"))["items"]:
+            self.delete_claim(claim["metadata"]["name"])
+        self.node.ensure()
+        until("the node to be empty", lambda: not self.node.slices() and not self.node.cdi_specs(), 100)
 
     def close(self) -> None:
         """Remove the namespace with all in it."""

@@ -30,7 +30,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from nbgpu.claim_limits import in_force, shares
-from nbgpu.claims import DRIVER, MOVE_LABEL, SLICE_LABEL, claim_name, device_name, resource_slice
+from nbgpu.claims import DRIVER, MOVE_LABEL, SLICE_LABEL, claim_name, device_name, parse_quantity, resource_slice
 from nbgpu.kube import Conflict, Json, Kube, NotFound, path
 from nbgpu.kube_reflector import Reflector
 from nbgpu.models import Device
@@ -42,14 +42,15 @@ TOKEN = "the-token-of-the-test-hub"
 T = TypeVar("T")
 
 
-def until(condition: Callable[[], T], seconds: float = 20, why: str = "") -> T:
+def until(condition: Callable[[], T], seconds: float = 30, why: str | Callable[[], str] = "") -> T:
     """Return what `condition` returns once that is true."""
     deadline = time.monotonic() + seconds
     while True:
         found = condition()
         if found:
             return found
-        assert time.monotonic() < deadline, f"waited {seconds} s in vain {why}"
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {seconds} s in vain {why if isinstance(why, str) else why()}")
         time.sleep(0.03)
 
 
@@ -222,6 +223,20 @@ class Place:
             },
         }
 
+    def foreign(self, name: str, memory: int, milli: int, device: str) -> None:
+        """Make somebody's own claim for a device, and a pod with it."""
+        claim = {
+            "metadata": {"name": name},
+            "spec": {"devices": {"requests": [{"name": "gpu", "exactly": {
+                "deviceClassName": DRIVER,
+                "selectors": [{"cel": {"expression": f'device.attributes["{DRIVER}"].uuid == "{device}"'}}],
+                "capacity": {"requests": {"memory": str(memory), "compute": str(milli)}},
+            }}]}},
+        }  # fmt: skip
+        self.do(self.kube.create(path(RESOURCE, "resourceclaims", self.namespace), claim))
+        self.pod(name, claim=name, labels=False)
+        until(lambda: self.phase(name) == "Running", why="for the foreign pod")
+
     def delete_pod(self, request_id: str) -> None:
         """Delete a pod and wait for its end."""
         there = path("v1", "pods", self.namespace, f"pod-{request_id}")
@@ -265,11 +280,12 @@ class Place:
         until(lambda: not self.claims(), 30, "for the claims to go")
         until(lambda: not self.do(self.kube.list(path("v1", "pods", self.namespace))).items, 30, "for the pods to go")
 
-    def consumed(self, request_id: str) -> dict[str, Any]:
+    def consumed(self, request_id: str) -> tuple[int, int]:
         """Return what kube-scheduler counts of a claim's first device."""
         claim = self.claim(request_id)
         assert claim is not None
-        return claim["status"]["allocation"]["devices"]["results"][0]["consumedCapacity"]
+        found = claim["status"]["allocation"]["devices"]["results"][0]["consumedCapacity"]
+        return parse_quantity(found["memory"]), parse_quantity(found["compute"])
 
     def fill(self, node: str, cpu: str) -> str:
         """Take a node's CPU away with a pod without a GPU; return its name."""
@@ -444,6 +460,9 @@ class Pool:
 
     def start(self, *, ready: bool = True) -> Pool:
         """Start the process, and wait until it leads with its books rebuilt."""
+        if ready and not any(one.process is not None and one.process.poll() is None for one in self.started):
+            with contextlib.suppress(NotFound):  # of one that was killed: as if the time had passed
+                self.place.do(self.place.kube.delete(path("coordination.k8s.io/v1", "leases", self.place.namespace, "nbgpu-pool")))
         command = [
             sys.executable, "-m", "nbgpu_pool", "--kubernetes", "--listen", f"127.0.0.1:{self.port}",
             "--config", str(self.folder / "pool.yaml"), "--seal-key", str(self.folder.parent / "seal.key"),
@@ -452,7 +471,7 @@ class Pool:
             self.process = subprocess.Popen(command, env=self.env, stderr=log, stdout=log)
         self.started.append(self)
         if ready:
-            until(self.ready, 40, self.log())
+            until(self.ready, 40, self.log)
         return self
 
     @classmethod
@@ -565,7 +584,7 @@ def check(place: Place, pool: Pool, carried: Iterable[str]) -> None:
     for uuid_, (memory, milli) in place.held().items():
         assert memory <= 80 * GIB, uuid_
         assert milli <= 1000, uuid_
-    assert not [one for one in place.claims() if MOVE_LABEL in one["metadata"].get("labels", {})], "a note about a move was left"
+    until(lambda: not [one for one in place.claims() if MOVE_LABEL in one["metadata"].get("labels", {})], 5, "for the note about a move")
     ours = {one["metadata"]["labels"][SLICE_LABEL] for one in place.claims() if SLICE_LABEL in one["metadata"].get("labels", {})}
     assert ours == set(carried)
     assert {one for one in ours if place.phase(one) == "Running"} == set(carried)

@@ -36,12 +36,7 @@ def node(both: tuple[Node, Place]) -> Node:
 @pytest.fixture
 def place(both: tuple[Node, Place]) -> Iterator[Place]:
     yield both[1]
-    place = both[1]
-    for pod in place.api.done("GET", place._path("pods"))["items"]:
-        place.delete(pod["metadata"]["name"], wait=False)
-    for claim in place.api.done("GET", place._path("resourceclaims"))["items"]:
-        place.delete_claim(claim["metadata"]["name"])
-    until("the node to be empty", lambda: not both[0].slices() and not both[0].cdi_specs(), 60)
+    both[1].empty()
 
 
 def look(place: Place, pod: str, **more: Any) -> dict[str, int]:
@@ -182,7 +177,7 @@ def says(what):
         return error.strerror
 for name in ("ctl", "slice.json", "api.sock"):
     path = f"/run/nbgpu/slice/{name}"
-    print(name, "open", says(lambda: open(path, "r+b")), "remove", says(lambda: os.unlink(path)), "mode", says(lambda: os.chmod(path, 0o666)))
+    print(name, says(lambda: open(path, "r+b")), says(lambda: os.unlink(path)), says(lambda: os.chmod(path, 0o666)))
 for path in ("/run/nbgpu/slice/x", "/run/nbgpu/x2"):
     print(path, says(lambda: open(path, "x")))
 for path in ("/etc/ld.so.preload", "/run/nbgpu/lib/libnbgpu.so", "/usr/bin/nvidia-smi", "/usr/lib/x86_64-linux-gnu/libcuda.so.1"):

@@ -353,15 +353,62 @@ def device_slice(node: str, driver: str = "gpu.nbgpu.io") -> Json:
     ],
 )
 def test_an_agent_publishes_its_own_node_only(place: Place, token_of: str, node: str, driver: str, status: int) -> None:
-    place.chart("upgrade")
     person = {**place.people["agent"], "extra": {"authentication.kubernetes.io/node-name": token_of} if token_of else {}}
     path = "/apis/resource.k8s.io/v1/resourceslices?dryRun=All"
 
     def refused_elsewhere() -> bool:
         return place.api.call("POST", path, device_slice("elsewhere"), **person)[0] == 403
 
+    if not refused_elsewhere():  # the control before has switched the rules off
+        place.chart("upgrade")
     until("the rule", refused_elsewhere)
     assert place.api.call("POST", path, device_slice(node, driver), **person)[0] == status
+
+
+@pytest.fixture(scope="module")
+def allocated(place: Place) -> str:
+    """The path of the status of a claim that has its part of a GPU of node n1."""
+    made = place.api.done("POST", place.claims(), of_the_pool(), **place.people["pool"])["metadata"]
+    path = f"{place.claims(made['name'])}/status"
+    node = {"nodeSelectorTerms": [{"matchFields": [{"key": "metadata.name", "operator": "In", "values": ["n1"]}]}]}
+    part = {
+        "request": "gpu",
+        "driver": "gpu.nbgpu.io",
+        "pool": "n1",
+        "device": "gpu-1",
+        "shareID": SHARE,
+        "consumedCapacity": {"compute": "1"},
+    }
+    status = {"allocation": {"devices": {"results": [part]}, "nodeSelector": node}}
+    place.api.done("PATCH", path, {"status": status}, content="application/merge-patch+json")
+    return path
+
+
+SHARE = "b7c8d8f0-5b1e-4a0c-9c58-3f3f1b5b8f10"
+IN_FORCE = {"driver": "gpu.nbgpu.io", "pool": "n1", "device": "gpu-1", "shareID": SHARE, "data": {"compute_milli": 1}}
+
+
+@pytest.mark.parametrize(
+    ("who", "token_of", "status", "answer"),
+    [
+        ("agent", "n1", {"devices": [IN_FORCE]}, 200),
+        ("agent", "n2", {"devices": [IN_FORCE]}, 422),
+        ("agent", "", {"devices": [IN_FORCE]}, 422),
+        ("agent", "n1", {"reservedFor": [{"resource": "pods", "name": "p", "uid": "u"}]}, 422),
+        ("agent", "n1", {"allocation": None}, 422),
+        ("editor", "n1", {"devices": [IN_FORCE]}, 403),
+        ("hub", "n1", {"devices": [IN_FORCE]}, 403),
+    ],
+)
+def test_an_agent_says_what_is_in_force_on_its_own_node_and_no_more(
+    place: Place, allocated: str, who: str, token_of: str, status: Json, answer: int
+) -> None:
+    person = {**place.people[who], "extra": {"authentication.kubernetes.io/node-name": token_of} if token_of else {}}
+    change = {"status": status}
+    told, said = place.api.call("PATCH", f"{allocated}?dryRun=All", change, content="application/merge-patch+json", **person)
+    assert told == answer, said
+    # control: it is the rights that decide, not the change
+    assert place.api.call("PATCH", f"{allocated}?dryRun=All", change, content="application/merge-patch+json")[0] == 200
 
 
 def allowed(place: Place, who: str, verb: str, group: str, resource: str, where: str, sub: str = "") -> bool:

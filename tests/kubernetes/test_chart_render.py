@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from chart_kit import CHART, KUBE_VERSION, helm, options, pick, render
+
+from nbgpu_pool.config import Config
 
 pytestmark = pytest.mark.kubernetes
 
@@ -26,7 +29,10 @@ INSTALLATIONS: dict[str, dict[str, Any]] = {
             {"name": "two", "namespace": "hub-two", "serverNamespaces": ["*"], "serviceAccount": "h", "podSelector": {"a": "b"}},
         ]
     },
-    "watched": {"pool.serviceMonitor": {"enabled": True, "namespaceSelector": {"name": "monitoring"}}},
+    "watched": {
+        "pool.serviceMonitor": {"enabled": True, "namespaceSelector": {"name": "monitoring"}},
+        "agent.metrics": {"enabled": True, "podMonitor": True, "namespaceSelector": {"name": "monitoring"}},
+    },
 }
 
 
@@ -51,6 +57,8 @@ def test_lint_and_render(values: dict[str, Any]) -> None:
         ({"hubs": [{"namespace": "jhub"}]}, "'name'"),
         ({"hubs": [{"name": "My Hub"}]}, "/hubs/0/name"),
         ({"hubs": [{"name": "h", "podSelector": {"app": 1}}]}, "podSelector/app"),
+        ({"agent.metrics": {"podMonitor": True}}, "metrics"),
+        ({"agent.maxSurge": "0%"}, "maxSurge"),
         ({"admission.exemptGroups": ["a' || true || 'b"]}, "exemptGroups"),
     ],
 )
@@ -58,6 +66,11 @@ def test_bad_values_are_refused_by_name(values: dict[str, Any], said: str) -> No
     done = helm("template", "nbgpu", str(CHART), "--kube-version", KUBE_VERSION, *options(values), check=False)
     assert done.returncode != 0
     assert said in done.stderr
+
+
+def test_all_of_the_pools_configuration_can_be_given() -> None:
+    known = json.loads((CHART / "values.schema.json").read_text())["properties"]["pool"]["properties"]["config"]["properties"]
+    assert set(known) == set(Config.model_fields) - {"tokens"}
 
 
 def test_an_older_cluster_is_refused_in_one_line() -> None:
@@ -83,10 +96,20 @@ def test_each_part_may_do_what_it_does_and_no_more() -> None:
     assert verbs(objects, "ClusterRole", "nbgpu-pool-claims") == {"resourceclaims": ["create", "patch", "delete"]}
     assert verbs(objects, "ClusterRole", "nbgpu-agent") == {
         "resourceclaims": ["get", "list", "watch"],
-        "resourceslices": ["get", "list", "watch", "create", "update", "patch", "delete"],
+        "resourceclaims/status": ["patch"],
+        "resourceclaims/driver": ["associated-node:patch"],
+        "resourceslices": ["get", "list", "watch", "create", "update"],
         "nodes": ["get"],
         "events": ["create", "patch"],
     }
+    in_its_own = pick(objects, "Role", "nbgpu-pool-lease")["rules"]
+    assert [(rule["resources"], rule.get("resourceNames"), rule["verbs"]) for rule in in_its_own] == [
+        (["leases"], None, ["create"]),
+        (["leases"], ["nbgpu-pool"], ["get", "update", "patch"]),
+        (["endpointslices"], None, ["create"]),
+        (["endpointslices"], ["nbgpu-pool"], ["get", "patch"]),
+        (["services"], ["nbgpu-pool"], ["get"]),
+    ]
     bound = [one for one in objects if one.get("roleRef", {}).get("name") == "nbgpu-pool-claims"]
     assert [(one["kind"], one["metadata"]["namespace"]) for one in bound] == [("RoleBinding", "gpu")]
     assert not [one for one in objects if "*" in str(one.get("rules"))]
@@ -100,11 +123,13 @@ def test_the_pool_needs_nothing_of_the_node_and_the_agent_names_what_it_needs() 
     assert not [volume for volume in pool["volumes"] if "hostPath" in volume]
     agent = pick(objects, "DaemonSet", "nbgpu-agent")["spec"]["template"]["spec"]
     assert sorted(volume["hostPath"]["path"] for volume in agent["volumes"] if "hostPath" in volume) == [
-        "/run/nbgpu", "/var/lib/kubelet/plugins", "/var/lib/kubelet/plugins_registry", "/var/run/cdi",
+        "/etc/cdi", "/run/nbgpu", "/var/lib/kubelet/plugins", "/var/lib/kubelet/plugins_registry", "/var/run/cdi",
     ]  # fmt: skip
     [shared] = [mount for mount in agent["containers"][0]["volumeMounts"] if "mountPropagation" in mount]
     assert (shared["mountPath"], shared["mountPropagation"]) == ("/run/nbgpu", "Bidirectional")
     assert "hostNetwork" not in agent
+    [cdi] = [mount for mount in agent["containers"][0]["volumeMounts"] if mount["mountPath"] == "/etc/cdi"]
+    assert cdi["readOnly"]
 
 
 def test_where_the_agent_gets_the_driver_from() -> None:
@@ -133,6 +158,34 @@ def test_only_hub_pods_reach_the_pool() -> None:
         ({"kubernetes.io/metadata.name": "hub-two"}, {"a": "b"}),
     ]
     assert policy["spec"]["policyTypes"] == ["Ingress"]
+
+
+def test_metrics_of_agents_are_off_and_then_for_the_monitoring_alone() -> None:
+    def agent(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        objects = render(values)
+        container = pick(objects, "DaemonSet", "nbgpu-agent")["spec"]["template"]["spec"]["containers"][0]
+        return container, pick(objects, "NetworkPolicy", "nbgpu-agent")["spec"]
+
+    container, policy = agent({})
+    assert "--health-only" in container["args"]
+    assert policy == {"podSelector": policy["podSelector"], "policyTypes": ["Ingress"]}
+    container, policy = agent(INSTALLATIONS["watched"])
+    assert "--health-only" not in container["args"]
+    [rule] = policy["ingress"]
+    assert rule == {
+        "ports": [{"port": 8201, "protocol": "TCP"}],
+        "from": [{"namespaceSelector": {"matchLabels": {"name": "monitoring"}}}],
+    }
+    monitor = pick(render(INSTALLATIONS["watched"]), "PodMonitor", "nbgpu-agent")["spec"]
+    assert monitor["podMetricsEndpoints"][0]["port"] == container["ports"][0]["name"]
+
+
+def test_an_upgrade_leaves_no_node_without_an_agent() -> None:
+    daemons = pick(render(), "DaemonSet", "nbgpu-agent")["spec"]
+    assert daemons["updateStrategy"] == {"rollingUpdate": {"maxSurge": "10%", "maxUnavailable": 0}}
+    budget = pick(render(), "PodDisruptionBudget", "nbgpu-pool")["spec"]
+    assert budget["maxUnavailable"] == 1
+    assert "PodDisruptionBudget" not in {one["kind"] for one in render({"pool.replicas": 1})}
 
 
 def test_secrets_are_made_unless_given() -> None:

@@ -43,21 +43,6 @@ def nothing_left(place: Place) -> Iterator[None]:
     place.clean()
 
 
-def foreign(place: Place, name: str, memory: int, milli: int, uuid_: str) -> None:
-    """Make somebody's own claim for a device, and a pod with it."""
-    claim = {
-        "metadata": {"name": name},
-        "spec": {"devices": {"requests": [{"name": "gpu", "exactly": {
-            "deviceClassName": DRIVER,
-            "selectors": [{"cel": {"expression": f'device.attributes["{DRIVER}"].uuid == "{uuid_}"'}}],
-            "capacity": {"requests": {"memory": str(memory), "compute": str(milli)}},
-        }}]}},
-    }  # fmt: skip
-    place.do(place.kube.create(path(RESOURCE, "resourceclaims", place.namespace), claim))
-    place.pod(name, claim=name, labels=False)
-    until(lambda: place.phase(name) == "Running", why="for the foreign pod")
-
-
 # -- a life
 
 
@@ -165,7 +150,7 @@ def test_a_claim_of_a_dead_pool_that_nobody_asks_for_again_is_freed(place: Place
     pool.kill()
     again = Pool(place, tmp_path, reservation_ttl_seconds=2).start()
     assert again.state(request) == "reserved"
-    until(lambda: place.claim(request) is None, why=again.log())
+    until(lambda: place.claim(request) is None, why=again.log)
     check(place, again, [])
 
 
@@ -188,7 +173,7 @@ def test_two_replicas_and_the_leader_killed(place: Place, tmp_path: Path) -> Non
     until(lambda: any(one.ready() for one in pools), 40)
     leader = next(one for one in pools if one.ready())
     other = next(one for one in pools if one is not leader)
-    until(lambda: other.answers() and "not-leader" in other.ask(new_id()).text, why=other.log())
+    until(lambda: other.answers() and "not-leader" in other.ask(new_id()).text, why=other.log)
     assert other.http.get("/healthz").status_code == 200
     assert other.http.get("/v1/devices").status_code == 503
     request = served(place, leader)
@@ -196,7 +181,7 @@ def test_two_replicas_and_the_leader_killed(place: Place, tmp_path: Path) -> Non
     leader.granted(waiting)
     leader.kill()
     begun = time.monotonic()
-    until(other.ready, 40, other.log())
+    until(other.ready, 40, other.log)
     assert time.monotonic() - begun < 30
     assert (other.state(request), other.state(waiting)) == ("bound", "reserved")
     other.granted(waiting)
@@ -207,7 +192,7 @@ def test_two_replicas_and_the_leader_killed(place: Place, tmp_path: Path) -> Non
     until(lambda: leader.answers() and leader.http.get("/healthz").json()["leads"] is False)
     other.kill(signal.SIGTERM)
     begun = time.monotonic()
-    until(leader.ready, 40, leader.log())
+    until(leader.ready, 40, leader.log)
     assert time.monotonic() - begun < 10, "one that ends gives its lease back"
     check(place, leader, [request])
 
@@ -236,7 +221,7 @@ def test_somebodys_own_claims_count(place: Place, pool: Pool) -> None:
     node = place.nodes[0]
     devices = [one.uuid for devices in place.devices.values() for one in devices]
     for number, device in enumerate(devices):
-        foreign(place, f"own-{number}", 60 * GIB, 800, device)
+        place.foreign(f"own-{number}", 60 * GIB, 800, device)
     until(lambda: all(held == (60 * GIB, 800) for held in pool.books().values()))
     request = new_id()
     assert pool.ask(request).json()["grant"]["state"] == "queued"
@@ -398,7 +383,7 @@ def test_the_api_server_away_for_a_while(place: Place, tmp_path: Path, gateway: 
     place.delete_pod(ended)
     time.sleep(5)
     gateway.open()
-    until(pool.ready, 30, pool.log())
+    until(pool.ready, 30, pool.log)
     until(lambda: pool.http.get("/healthz").json()["connected"])
     until(lambda: pool.state(ended) == "gone")
     assert pool.state(kept) == "bound"

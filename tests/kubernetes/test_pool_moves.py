@@ -58,7 +58,7 @@ def test_no_cpu_left_on_the_node(place: Place, pool: Pool) -> None:
     request = carried(place, pool)
     assert node_of(pool, request) == place.nodes[0]
     until(lambda: "Insufficient cpu" in note(pool, request) or place.phase(request) == "Running")
-    until(lambda: place.phase(request) == "Running", 20, pool.log())
+    until(lambda: place.phase(request) == "Running", 20, pool.log)
     assert time.monotonic() - begun < 12
     until(lambda: node_of(pool, request) == place.nodes[1])
     until(lambda: note(pool, request) == "")
@@ -71,7 +71,7 @@ def test_no_cpu_left_on_the_node(place: Place, pool: Pool) -> None:
 def test_several_devices_go_together_and_nothing_is_moved_in_part(place: Place, pool: Pool) -> None:
     place.fill(place.nodes[0], "6")
     request = carried(place, pool, device_count=2, compute_milli=500)
-    until(lambda: place.phase(request) == "Running", 20, pool.log())
+    until(lambda: place.phase(request) == "Running", 20, pool.log)
     until(lambda: node_of(pool, request) == place.nodes[1])
     claim = place.claim(request)
     assert claim is not None
@@ -86,7 +86,7 @@ def test_no_other_node_has_room_either(place: Place, pool: Pool) -> None:
     for node in place.nodes:
         place.fill(node, "6")
     request = carried(place, pool)
-    until(lambda: "tried" in note(pool, request), 10, pool.log())
+    until(lambda: "tried" in note(pool, request), 10, pool.log)
     until(lambda: node_of(pool, request) == place.nodes[1])
     until(lambda: "Insufficient cpu" in note(pool, request))
     claim = place.claim(request)
@@ -130,11 +130,11 @@ def test_a_pool_killed_in_a_move(place: Place, tmp_path: Path, gateway: Gateway,
 
     gateway.after = kill
     place.pod(request, cpu="4")
-    until(lambda: killed, 15, pool.log())
+    until(lambda: killed, 15, pool.log)
     again = Pool(place, tmp_path, gateway=gateway, reservation_ttl_seconds=30).start()
     assert again.state(request) == "bound"
     assert sum(milli for _, milli in again.books().values()) == 250, "counted once, wherever it is going"
-    until(lambda: place.phase(request) == "Running", 25, again.log())
+    until(lambda: place.phase(request) == "Running", 25, again.log)
     until(lambda: node_of(again, request) == place.nodes[1])
     check(place, again, [request])
 
@@ -149,7 +149,7 @@ def test_given_back_in_the_middle_of_a_move(place: Place, tmp_path: Path, gatewa
         500 if method == "POST" and path.endswith("/resourceclaims") and place.claim(request) is None else None
     )
     place.pod(request, cpu="4")
-    until(lambda: place.claim(request) is None, 15, pool.log())
+    until(lambda: place.claim(request) is None, 15, pool.log)
     pool.give_back(request)
     gateway.before = lambda method, path: None
     place.delete_pod(request)
@@ -175,12 +175,12 @@ def test_a_node_that_has_to_be_started(place: Place, tmp_path: Path) -> None:
     until(lambda: any("unschedulable" in str(one).lower() for one in _conditions(place, request)))
     again = Pool(place, tmp_path, reservation_ttl_seconds=30, coming=[group]).start(ready=False)
     pool.kill()
-    until(again.ready, 30, again.log())
+    until(again.ready, 30, again.log)
     assert "started first" in note(again, request), "a pool that starts knows it from the claim"
     assert again.ask(new_id(), "bob", model=model, compute_milli=1000).json()["grant"]["state"] == "queued"
     place.add_node(name, model, 2, labels)
     try:
-        until(lambda: place.phase(request) == "Running", 20, again.log())
+        until(lambda: place.phase(request) == "Running", 20, again.log)
         until(lambda: node_of(again, request) == name)
         until(lambda: note(again, request) == "")
         claim = place.claim(request)

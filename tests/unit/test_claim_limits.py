@@ -68,6 +68,7 @@ def test_the_annotation_and_the_report_as_they_are_written() -> None:
     assert json.loads(claim["metadata"]["annotations"][LIMITS_ANNOTATION]) == {
         "devices": {DEVICE.uuid: {"memory_bytes": 30 * GIB, "compute_milli": 200}},
         "mode": "strict",
+        "number": 0,
         "seal": wanted(claim).seal,
     }
     assert claim["status"]["devices"] == [
@@ -109,6 +110,16 @@ def test_in_force_and_refused() -> None:
     assert is_refused(refused, wanted(claim))
     still = shares(a_claim(wants=LARGER, reports=AS_ALLOCATED, answered="e" * 64), DEVICES)
     assert not is_refused(still, wanted(claim))
+
+
+def test_what_was_refused_can_be_wanted_again() -> None:
+    first, again = (Limits(devices={DEVICE.uuid: LARGER}, mode="burst", number=number) for number in (1, 2))
+    claim = a_claim()
+    claim["metadata"]["annotations"][LIMITS_ANNOTATION] = limits_annotation(UID, "jhub", claim["metadata"]["name"], first, KEY)
+    claim["status"]["devices"] = [report(shares(claim, DEVICES)[0], AS_ALLOCATED, wanted(claim).seal)]
+    assert is_refused(shares(claim, DEVICES), wanted(claim))
+    claim["metadata"]["annotations"][LIMITS_ANNOTATION] = limits_annotation(UID, "jhub", claim["metadata"]["name"], again, KEY)
+    assert not is_refused(shares(claim, DEVICES), wanted(claim))
 
 
 def test_a_slice_with_the_limits_in_force() -> None:

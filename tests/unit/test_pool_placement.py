@@ -11,7 +11,10 @@ import pytest
 from nbgpu.errors import InvalidValue
 from nbgpu.models import Device, Request, Shape
 from nbgpu.quantities import GIB, MIB
-from nbgpu_pool.placement import DEFAULT_POLICY, Policy, Room, could_ever, family, nearest, place
+from nbgpu_pool.books import Books
+from nbgpu_pool.buckets import Buckets
+from nbgpu_pool.placement import DEFAULT_POLICY, Policy, Room, family, nearest, place
+from nbgpu_pool.queue import hopeless
 from nbgpu_pool.shapes import Part, Want, by_model, resolve, want_of
 
 
@@ -110,7 +113,10 @@ def test_several_devices_come_from_one_node_or_not_at_all() -> None:
     found = rooms([500], [], [500], [], node_size=2)
     assert where(place(found, want(500, count=2))) == ["a0", "a1"]
     assert place(found, want(1000, count=2)) is None, "two idle devices, but on two nodes"
-    assert not could_ever({room.device.uuid: room.device for room in found}, want(100, count=3))
+    books = Books()
+    books.rebuild([room.device.model_copy(update={"healthy": False}) for room in found])
+    assert hopeless(books, want(100, count=3))
+    assert not hopeless(books, want(100, count=2)), "if it were empty and healthy"
 
 
 def test_several_devices_are_of_one_model() -> None:
@@ -185,3 +191,34 @@ def test_a_request_can_be_made_of_every_shape() -> None:
         }
     )
     assert resolve(want_of(request), device(0)) == part
+
+
+def test_the_index_by_state_finds_the_same_place_as_looking_at_each_room() -> None:
+    luck = random.Random(4)
+    for _ in range(60):
+        devices = [
+            device(n, node=f"n{node:02}", model=luck.choice(["Big", "Small"]), gib=luck.choice([80, 40]), healthy=luck.random() > 0.1)
+            for node in range(luck.randint(1, 8))
+            for n in range(luck.randint(1, 4))
+        ]
+        found = {one.uuid: Room.empty(one) for one in devices}
+        index = Buckets(found)
+        for _ in range(80):
+            asked = want(luck.choice([125, 250, 333, 500, 1000]), **luck.choice([{}, {"model": "Big"}, {"memory_bytes": 20 * GIB}]))
+            barred = {uuid for uuid in found if luck.random() < 0.1}
+            cap = luck.choice([None, Part(30 * GIB, 400)])
+            plain = place(list(found.values()), asked, barred=barred, cap=cap)
+            quick = index.place(asked, barred, cap, DEFAULT_POLICY, coming=False)
+            assert where(plain) == where(quick)
+            if plain is not None:
+                room, part = plain[0]
+                room.take(part)
+                index.changed(room.device.node)
+            elif luck.random() < 0.5:
+                taken = [room for room in found.values() if room.part_count and room.free_milli < 1000]
+                if taken:
+                    room = luck.choice(taken)
+                    fresh = Room.empty(room.device)
+                    room.free_bytes, room.free_milli, room.part_count = fresh.free_bytes, fresh.free_milli, 0
+                    room.binary_count = room.thirds_count = 0
+                    index.changed(room.device.node)

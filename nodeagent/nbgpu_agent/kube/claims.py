@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from nbgpu.kube_events import Reporter, reference
 from nbgpu.models import Device, Slice, SliceDevice
 
 from ..agent import Agent
+from ..books import Conflict
 from ..live import LiveSlice
 from ..marks import mark
 from ..slicedir import ClaimOf
@@ -34,11 +35,21 @@ LEAVE_SECONDS = 3.0
 """How long the last processes of a container may take to be gone, once the kubelet has ended it."""
 
 
+ROOM_SECONDS = 30.0
+"""How long a claim waits for the room that the scheduler has counted on, or for the API server. The kubelet gives a call 45 s, and asks
+again after one that failed only when it looks at the pod next: after a minute or more."""
+TRY_SECONDS = 0.25
+
+
 class NotPrepared(NbgpuError):
     """A claim cannot be prepared, or let go; the message goes to the kubelet and is shown at the pod."""
 
     code = "not-prepared"
     status = 409
+
+
+class Occupied(NotPrepared):
+    """Processes of an earlier pod still run: it may be otherwise soon."""
 
 
 class NodeClaims:
@@ -77,6 +88,8 @@ class NodeClaims:
         self.key = key
         self._foreign = foreign
         self.lock = asyncio.Lock()
+        self.prepared: Callable[[str], None] = lambda _: None
+        """Told the uid of each claim that has just been prepared: other limits may be wanted of it by now."""
 
     def devices(self) -> Mapping[tuple[str, str], Device]:
         """Return this node's devices as allocations name them."""
@@ -114,25 +127,36 @@ class NodeClaims:
         NbgpuError
             It is not served here; the message is for the pod's events.
         """
+        deadline = time.monotonic() + ROOM_SECONDS
+        while True:
+            claim: Json | None = None
+            try:
+                claim = await self._get(namespace, name, uid)
+                mark("prepare-begin")
+                async with self.lock:
+                    parts = await self._prepare(claim)
+                self.prepared(uid)
+                return parts
+            except NbgpuError as error:
+                entry = self.checkpoint.claims.get(uid)
+                if isinstance(error, Unavailable) and entry is not None and self.live(uid) is not None:
+                    return entry.parts  # it was allocated when it was prepared, and cannot have changed
+                soon = isinstance(error, (Conflict, Occupied, Unavailable)) and time.monotonic() < deadline
+                if claim is not None:
+                    about = reference(API_VERSION, "ResourceClaim", claim["metadata"])
+                    self._reporter.say(about, "WaitsForRoom" if soon else "NotPrepared", error.message, "Normal" if soon else "Warning")
+                if not soon:
+                    raise
+            await asyncio.sleep(TRY_SECONDS)
+
+    async def _get(self, namespace: str, name: str, uid: str) -> Json:
         try:
             claim = await self._kube.get(path(API_VERSION, "resourceclaims", namespace, name))
-        except Unavailable:
-            entry, live = self.checkpoint.claims.get(uid), self.live(uid)
-            if entry is None or live is None:
-                raise
-            return entry.parts  # it was allocated when it was prepared, and cannot have changed
         except NotFound:
             raise NotPrepared(f"ResourceClaim {namespace}/{name} is gone.") from None
         if claim["metadata"].get("uid") != uid:
             raise NotPrepared(f"ResourceClaim {namespace}/{name} is another one by now.")
-        mark("prepare-begin")
-        async with self.lock:
-            try:
-                return await self._prepare(claim)
-            except NbgpuError as error:
-                about = reference(API_VERSION, "ResourceClaim", claim["metadata"])
-                self._reporter.say(about, "NotPrepared", error.message)
-                raise
+        return claim
 
     async def _prepare(self, claim: Json) -> tuple[Prepared, ...]:
         told = self._read(claim)
@@ -235,16 +259,26 @@ class NodeClaims:
 
         Raises
         ------
-        NotPrepared
+        Occupied
             Processes of it still run: the kubelet asks again.
         """
         mark("unprepare-begin")
-        async with self.lock:
-            await self._end(uid, self.live(uid), "its pod has ended")
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while True:
+            async with self.lock:
+                try:
+                    return await self._end(uid, self.live(uid), "its pod has ended")
+                except Occupied:
+                    if time.monotonic() > deadline:
+                        raise
+            await asyncio.sleep(0.05)
 
     async def _end(self, uid: str, live: LiveSlice | None, why: str) -> None:
-        if live is not None:
-            await self._wait_for_end(live)
+        if live is not None and (pids := live.container_processes()):
+            claim = live.record.claim
+            named = f"{claim.namespace}/{claim.name}" if claim is not None else live.id
+            some = ", ".join(map(str, sorted(pids)[:5]))
+            raise Occupied(f"{len(pids)} processes of ResourceClaim {named} still run ({some}): its slice stays until they are gone.")
         await asyncio.to_thread(cdi.remove, self._cdi_dir, uid)
         mark("unprepare-hidden")
         if live is not None and self._agent.slices.get(live.id) is live:
@@ -252,18 +286,6 @@ class NodeClaims:
         mark("unprepare-ended")
         await asyncio.to_thread(self.checkpoint.drop, uid)
         mark("unprepare-done")
-
-    async def _wait_for_end(self, live: LiveSlice) -> None:
-        deadline = time.monotonic() + LEAVE_SECONDS
-        while pids := live.container_processes():
-            if time.monotonic() > deadline:
-                claim = live.record.claim
-                named = f"{claim.namespace}/{claim.name}" if claim is not None else live.id
-                some = ", ".join(map(str, sorted(pids)[:5]))
-                raise NotPrepared(
-                    f"{len(pids)} processes of ResourceClaim {named} still run ({some}): its slice stays until they are gone."
-                )
-            await asyncio.sleep(0.05)
 
     async def forget(self, uid: str) -> bool:
         """End the slice of a claim that is gone, if nothing of it runs; return whether it is ended."""

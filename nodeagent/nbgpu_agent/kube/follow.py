@@ -53,6 +53,7 @@ class Follower:
         self._due: dict[str, Json] = {}
         self._gone_since: dict[str, float] = {}
         self._wake = asyncio.Event()
+        claims.prepared = self._again
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -175,11 +176,11 @@ class Follower:
         now = _limits(live.slice)
         low = {part: _smaller(now[part], limit) for part, limit in target.items()}
         self._agent.change(live, with_limits(live.slice, low, wanted))
-        mark("resize-lowered")
+        if low != now:
+            mark("resize-lowered")
         if low != target:
             await self._grow(uid, live, about, target, wanted)
         await self._tell(claim, held, live, wanted)
-        mark("resize-told")
         self._booked.pop(uid, None)
         await self.publisher.publish()
 
@@ -224,6 +225,7 @@ class Follower:
         where = path(API_VERSION, "resourceclaims", meta["namespace"], meta["name"], "status")
         told = await self._kube.patch(where, body, kind="apply", manager="nbgpu-agent", force=True)
         self.items.note(told)
+        mark("resize-told")
 
     # -- claims that are gone ----------------------------------------------------------------------------------------------
 

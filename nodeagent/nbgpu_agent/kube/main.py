@@ -59,6 +59,10 @@ class Kubernetes:
         (runtime / "slices").chmod(0o700)
         self._plugin = Plugin(options.kubelet_dir, runtime, os.environ.get("POD_UID") or uuid.uuid4().hex[:12])
 
+    def ready(self) -> bool:
+        """Return whether the kubelet knows this agent: the one before it may end."""
+        return self._plugin.registered.is_set()
+
     async def wait_for_lock(self, lock: RuntimeLock, ended: asyncio.Event) -> bool:
         """Wait until the runtime directory is this agent's; False when it is to end before.
 
@@ -84,7 +88,8 @@ class Kubernetes:
             write_whole(preload, f"{LIBRARY}\n")
         reporter = Reporter(self._kube, "nbgpu-agent")
         checkpoint = Checkpoint(self._runtime)
-        claims = NodeClaims(agent, self._kube, reporter, checkpoint, Gpus(), options.cdi_dir, self._key, options.foreign_claims)
+        gpus = Gpus(agent.settings.simulated, (options.cdi_dir, Path("/etc/cdi")))
+        claims = NodeClaims(agent, self._kube, reporter, checkpoint, gpus, options.cdi_dir, self._key, options.foreign_claims)
         claims.restore()
         follower = Follower(agent, self._kube, reporter, claims)
         publisher = Publisher(agent, self._kube, reporter, follower.capacity, nvml.count)

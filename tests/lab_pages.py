@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import re
+from typing import Protocol
 
-from conftest import Hub
 from playwright.sync_api import Browser, Locator, Page, expect
 
 SECOND = 1000
+
+
+class Site(Protocol):
+    """A hub that people log in to, all with one password."""
+
+    @property
+    def url(self) -> str: ...
+    @property
+    def password(self) -> str: ...
+
+
 expect.set_options(timeout=30 * SECOND)
 
 
-def log_in(chromium: Browser, hub: Hub, user: str) -> Page:
-    """Return a page of `user` at the start page."""
+def log_in(chromium: Browser, hub: Site, user: str, *, lands_on: str = "#nbgpu") -> Page:
+    """Return a page of `user` at the start page, which shows what `lands_on` selects."""
     page = chromium.new_context(viewport={"width": 1400, "height": 900}).new_page()
     page.set_default_timeout(60 * SECOND)
     page.goto(hub.url + "/hub/spawn")
     page.fill("#username_input", user)
     page.fill("#password_input", hub.password)
     page.click("#login_submit")
-    page.wait_for_selector("#nbgpu")
+    page.wait_for_selector(lands_on)
     return page
 
 
@@ -33,12 +44,25 @@ def in_lab(page: Page) -> None:
     """Wait for JupyterLab with the example."""
     page.wait_for_url(re.compile(r".*/user/.*/lab.*"), timeout=120 * SECOND)
     page.wait_for_selector(".jp-Notebook", timeout=120 * SECOND)
-    news = page.locator(".Toastify__toast").filter(has_text="Jupyter news").get_by_role("button", name="No", exact=True)
-    news.click()
+    _no_news(page)
     expect(page.locator("#jp-main-statusbar")).to_contain_text("| Idle", timeout=120 * SECOND)
 
 
-def stop(page: Page, hub: Hub) -> None:
+def new_notebook(page: Page) -> None:
+    """Wait for JupyterLab with no notebook open, and make one with a Python kernel that is ready."""
+    page.wait_for_url(re.compile(r".*/user/.*/lab.*"), timeout=120 * SECOND)
+    page.locator(".jp-LauncherCard[data-category=Notebook]").first.click(timeout=120 * SECOND)
+    _no_news(page)
+    page.wait_for_selector(".jp-Notebook")
+    expect(page.locator("#jp-main-statusbar")).to_contain_text("| Idle", timeout=120 * SECOND)
+
+
+def _no_news(page: Page) -> None:
+    news = page.locator(".Toastify__toast").filter(has_text="Jupyter news").get_by_role("button", name="No", exact=True)
+    news.click()
+
+
+def stop(page: Page, hub: Site) -> None:
     """Stop the server from the hub's home page, as its user does."""
     page.goto(hub.url + "/hub/home")
     page.click("#stop")

@@ -1,0 +1,139 @@
+"""`nbgpu doctor --cluster` and `status --cluster`: what is said of a cluster, by its objects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("kubernetes", reason="nbgpu[kubernetes] is not installed")
+
+from nbgpu.claims import claim_for, device_name, resource_slice
+from nbgpu.cli_cluster import cluster_json, cluster_tables, show_pool
+from nbgpu.cli_common import console
+from nbgpu.cli_doctor_cluster import checks
+from nbgpu.cluster_look import Cluster, take_in
+from nbgpu.errors import NbgpuError
+from nbgpu.models import Device, Owner, Slice, SliceDevice
+
+GIB = 1024**3
+DEVICE = Device(uuid="GPU-a", index=0, model="Big", node="n0", memory_bytes=80 * GIB, reserve_bytes=2 * GIB)
+
+
+def node(runtime: str = "containerd://2.1.0", ready: str = "True", **allocatable: str) -> dict[str, Any]:
+    status = {"conditions": [{"type": "Ready", "status": ready}], "nodeInfo": {"containerRuntimeVersion": runtime}}
+    return {"metadata": {"name": "n0"}, "status": {**status, "allocatable": allocatable}}
+
+
+def claim(number: int, milli: int = 250, *, pod: bool = True, allocated: bool = True) -> dict[str, Any]:
+    part = SliceDevice(uuid="GPU-a", index=0, model="Big", memory_bytes=20 * GIB, compute_milli=milli)
+    owner = Owner(hub="hub", user="ada", server=str(number))
+    made = claim_for(Slice(slice_id=f"request-{number}", owner=owner, node="n0", mode="burst", devices=[part], namespace="lab"), b"k" * 16)
+    made["metadata"]["uid"] = f"0f7fc9a5-2a3b-4c5d-8e9f-00112233445{number}"
+    consumed = {"memory": "20Gi", "compute": str(milli)}
+    result = {"driver": "gpu.nbgpu.io", "pool": "n0", "device": device_name("GPU-a"), "consumedCapacity": consumed}
+    if allocated:
+        user = {"resource": "pods", "name": "p", "uid": "u"}
+        made["status"] = {"allocation": {"devices": {"results": [result]}}, "reservedFor": [user] * pod}
+    return made
+
+
+def daemonset(ready: int = 1, wanted: int = 1, runtime: str | None = None) -> dict[str, Any]:
+    return {
+        "metadata": {"namespace": "nbgpu", "name": "nbgpu-agent"},
+        "spec": {"template": {"spec": {"runtimeClassName": runtime} if runtime else {}}},
+        "status": {"desiredNumberScheduled": wanted, "numberReady": ready},
+    }
+
+
+def well(**changes: Any) -> Cluster:
+    """Return a cluster where all is well but for `changes`."""
+    found = Cluster(version="v1.36.3", has_class=True, agents=[daemonset()], runtime_classes={"nvidia"})
+    found.pools = [{"metadata": {"namespace": "nbgpu", "name": "nbgpu-pool"}, "spec": {"replicas": 2}, "status": {"readyReplicas": 2}}]
+    objects = {"nodes": [node()], "slices": [resource_slice("n0", [DEVICE], {}, 1)], "claims": [claim(1)]}
+    objects |= {name: changes.pop(name) for name in list(changes) if name in objects}
+    for name, value in changes.items():
+        setattr(found, name, value)
+    take_in(found, **objects)
+    return found
+
+
+def said(found: Cluster, *levels: str) -> list[str]:
+    return [f"{one.name}: {one.found}" for one in checks(found) if one.level in levels]
+
+
+def test_all_is_well() -> None:
+    assert said(well(), "error", "warning") == []
+    assert len(said(well(), "ok")) >= 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"problem": "This cluster (Kubernetes 1.34) cannot share a device between claims; nbgpu needs 1.36: update it."}, "1.34"),
+        ({"has_class": False}, "no DeviceClass gpu.nbgpu.io"),
+        ({"slices": []}, "no agent publishes a GPU"),
+        ({"agents": [daemonset(wanted=0, ready=0)]}, "runs on no node"),
+        ({"agents": [daemonset(wanted=3)]}, "1 of 3 agents"),
+        ({"agents": [daemonset(runtime="nvidia")], "runtime_classes": set()}, "RuntimeClass nvidia"),
+        ({"events": [("Failed", "unresolvable CDI devices gpu.nbgpu.io/slice=x")]}, "refused its CDI devices"),
+        ({"slices": [resource_slice("n0", [DEVICE.model_copy(update={"healthy": False})], {}, 1)]}, "is not healthy"),
+        ({"slices": [{"metadata": {"name": "odd"}, "spec": {}}]}, "ResourceSlice odd"),
+        ({"pools": [{"metadata": {"namespace": "a", "name": "b"}, "spec": {}}]}, "no replica of a/b is ready"),
+        ({"claims": [claim(1, 750), claim(2, 750)]}, "150 % of its time exceed it"),
+    ],
+)
+def test_what_is_wrong_and_what_to_do(changes: dict[str, Any], words: str) -> None:
+    found = [one for one in checks(well(**changes)) if one.level == "error"]
+    assert any(words in one.found for one in found), found
+    assert all(one.remedy for one in found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"nodes": [node("containerd://1.7.2")]}, "containerd 1 on n0"),
+        ({"nodes": [node(ready="False")]}, "n0 is not ready"),
+        ({"nodes": [node(**{"nvidia.com/gpu": "4"})]}, "hands out 4 of its GPUs"),
+        ({"unread": ["events"]}, "may not read events"),
+        ({"events": [("FailedPrepareDynamicResources", "no room")]}, "not prepared"),
+    ],
+)
+def test_what_may_be_wrong(changes: dict[str, Any], words: str) -> None:
+    assert any(words in one for one in said(well(**changes), "warning"))
+
+
+def test_a_pod_that_waits_is_quoted() -> None:
+    pod = {
+        "metadata": {"labels": {"app.kubernetes.io/component": "agent"}},
+        "status": {"conditions": [{"status": "False", "message": "no room"}]},
+    }
+    assert "0 of 1 agents of nbgpu/nbgpu-agent are ready: no room" in " ".join(said(well(agents=[daemonset(ready=0)], pods=[pod]), "error"))
+
+
+def test_who_holds_what() -> None:
+    own = claim(4)
+    own["metadata"] = {"name": "mine", "namespace": "lab", "uid": own["metadata"]["uid"]}
+    found = well(claims=[claim(1), claim(2, pod=False), claim(3, allocated=False), own])
+    told = cluster_json(found)
+    assert [(one["name"], one["owner"], one["state"]) for one in told["claims"]] == [
+        ("mine", "lab/mine", "running"),
+        ("nbgpu-request-1", "ada/1 (hub)", "running"),
+        ("nbgpu-request-2", "ada/2 (hub)", "idle"),
+        ("nbgpu-request-3", "ada/3 (hub)", "waiting"),
+    ]
+    assert told["devices"][0]["compute_granted_milli"] == 750
+    out = console()
+    with out.capture() as shown:
+        for part in cluster_tables(found):
+            out.print(part)
+    assert "60 GiB" in shown.get()
+    assert "ada/1 (hub)" in shown.get()
+    assert "used by no pod (lab/nbgpu-request-2)" in " ".join(said(found, "ok"))
+
+
+def test_a_pool_that_does_not_answer() -> None:
+    with pytest.raises(NbgpuError, match="takes the pool's address"):
+        show_pool("file:///etc/passwd", as_json=True)
+    with pytest.raises(NbgpuError, match="does not answer as a pool does"):
+        show_pool("http://127.0.0.1:1", as_json=True)
