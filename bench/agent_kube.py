@@ -60,14 +60,17 @@ def sit(arguments: Sequence[str], runtime: Path, env: dict[str, str], url: str |
     with open(runtime.with_suffix(".log"), "ab") as log:
         process = subprocess.Popen(command, env=env, stderr=log)
     try:
-        deadline = time.monotonic() + 120
-        with httpx.Client(transport=httpx.HTTPTransport(uds=str(runtime / "agent.sock")), base_url="http://agent") as agent:
+        deadline = time.monotonic() + 300
+        with (
+            httpx.Client(transport=httpx.HTTPTransport(uds=str(runtime / "agent.sock")), base_url="http://agent") as agent,
+            httpx.Client() as api,
+        ):
             while True:
                 assert process.poll() is None, runtime.with_suffix(".log").read_text()
                 assert time.monotonic() < deadline, "never ready"
                 with contextlib.suppress(httpx.HTTPError):
                     up = agent.get("/healthz").status_code == 200
-                    found = url is None or httpx.get(f"{url}/apis/resource.k8s.io/v1/resourceslices/bench-node-gpu.nbgpu.io").status_code
+                    found = url is None or api.get(f"{url}/apis/resource.k8s.io/v1/resourceslices/bench-node-gpu.nbgpu.io").status_code
                     if up and found in (True, 200):
                         break
                 time.sleep(0.1)

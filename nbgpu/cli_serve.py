@@ -16,13 +16,12 @@ from .errors import NbgpuError, Unavailable
 from .models import GrantState
 from .paths import AGENT_SOCKET, POOL_SOCKET, SYSTEM_RUNTIME, runtime_dir
 
-START_SECONDS = 20.0
+START_SECONDS = 60.0
 STOP_SECONDS = 10.0
 POLL_SECONDS = 0.5
 RESTARTS_IN_A_ROW = 5
 ON_DEMAND_IDLE_SECONDS = float(os.environ.get("NBGPU_IDLE_SECONDS", "60"))
 LOG, LOCK = "serve.log", "serve.lock"
-GIVE_UP_SECONDS = 5.0
 _HELD = {GrantState.queued, GrantState.reserved, GrantState.bound, GrantState.releasing}
 
 
@@ -149,27 +148,35 @@ def pool_on_demand() -> PoolClient:
     own_directory(runtime)
     log = runtime / LOG
     begin = log.stat().st_size if log.exists() else 0
-    start_in_background(runtime.absolute(), log)
+    served = start_in_background(runtime.absolute(), log)
     started = time.monotonic()
     while not pool.healthy():
-        # Whoever serves holds the lock: free for some seconds means that the start has failed.
-        waited = time.monotonic() - started
-        if waited > 2 * START_SECONDS or (waited > GIVE_UP_SECONDS and not is_served(runtime)):
+        # It may have ended because another one came first: that one holds the lock.
+        if time.monotonic() - started > 2 * START_SECONDS or (not is_alive(served) and not is_served(runtime)):
             said = log.read_bytes()[begin:].decode(errors="replace").strip().splitlines() if log.exists() else []
             raise Unavailable(f"The pool could not be started. {' '.join(said[-3:]) or 'It did not answer.'} (Log: {log})", code="start")
         time.sleep(0.05)
     return pool
 
 
-def start_in_background(runtime: Path, log: Path) -> None:
-    """Start `nbgpu serve` so that it is nobody's child: else it would belong to the slice that its starter is about to enter."""
+def start_in_background(runtime: Path, log: Path) -> int:
+    """Start `nbgpu serve` as nobody's child (else it would belong to the slice that its starter is about to enter); return its pid."""
     serve = [sys.executable, "-m", "nbgpu", "serve", "--idle-exit", str(ON_DEMAND_IDLE_SECONDS)]
     environment = {**os.environ, "NBGPU_RUNTIME_DIR": str(runtime)}
-    with log.open("ab") as out:
-        subprocess.run(
-            ["/bin/sh", "-c", '"$@" &', "sh", *serve], stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, cwd="/",
-            start_new_session=True, check=True,
-        )  # fmt: skip
+    log.touch()
+    done = subprocess.run(
+        ["/bin/sh", "-c", '"$@" >>"$0" 2>&1 & echo $!', str(log.absolute()), *serve], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        env=environment, cwd="/", start_new_session=True, check=True, text=True,
+    )  # fmt: skip
+    return int(done.stdout)
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process lives; one that has ended and that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def own_directory(runtime: Path) -> None:

@@ -19,6 +19,9 @@ Key = tuple[str, str]
 QUICK_SECONDS = 1.0
 """A watch that ends sooner than this is asked again only after a pause."""
 
+LEFT_OUT: Any = object()
+"""What `keep` returns for an object that is nobody's business here: nothing of it is held."""
+
 log = logging.getLogger("nbgpu.kube")
 
 
@@ -39,7 +42,8 @@ class Reflector(Generic[T]):
     path : str
         Of a list (`kube.path`).
     keep : callable
-        What to keep of an object: the whole of 20,000 claims would be 150 MB. One for which it raises is left out.
+        What to keep of an object: the whole of 20,000 claims would be 150 MB. One for which it raises is left
+        out, with a line in the log; so, without one, is one for which it returns `LEFT_OUT`.
     changed : callable, optional
         Called with key, old and new value (None: there was, or is, none) after each change.
     told : callable, optional
@@ -205,6 +209,10 @@ class Reflector(Generic[T]):
             value = self._keep(thing)
         except Exception:
             log.exception("%s: %s is left out, it cannot be read", self.path, "/".join(key))
+            if held is not None:
+                self._remove(key)
+            return
+        if value is LEFT_OUT:
             if held is not None:
                 self._remove(key)
             return

@@ -22,14 +22,20 @@ class Site(Protocol):
 expect.set_options(timeout=30 * SECOND)
 
 
-def log_in(chromium: Browser, hub: Site, user: str, *, lands_on: str = "#nbgpu") -> Page:
-    """Return a page of `user` at the start page, which shows what `lands_on` selects."""
-    page = chromium.new_context(viewport={"width": 1400, "height": 900}).new_page()
+def sign_in(chromium: Browser, hub: Site, user: str, path: str, scripts: bool = True) -> Page:
+    """Return a page of `user` at a path of the hub, with JavaScript or without."""
+    page = chromium.new_context(viewport={"width": 1400, "height": 900}, java_script_enabled=scripts).new_page()
     page.set_default_timeout(60 * SECOND)
-    page.goto(hub.url + "/hub/spawn")
+    page.goto(hub.url + path)
     page.fill("#username_input", user)
     page.fill("#password_input", hub.password)
     page.click("#login_submit")
+    return page
+
+
+def log_in(chromium: Browser, hub: Site, user: str, scripts: bool = True, *, lands_on: str = "#nbgpu") -> Page:
+    """Return a page of `user` at the start page, which shows what `lands_on` selects."""
+    page = sign_in(chromium, hub, user, "/hub/spawn", scripts)
     page.wait_for_selector(lands_on)
     return page
 
@@ -37,6 +43,11 @@ def log_in(chromium: Browser, hub: Site, user: str, *, lands_on: str = "#nbgpu")
 def start(page: Page, slug: str) -> None:
     """Choose the profile `slug` and press Start."""
     page.check(f".nbgpu-row[data-slug={slug}] input[type=radio]")
+    press_start(page)
+
+
+def press_start(page: Page) -> None:
+    """Press Start with what is filled in."""
     page.click("#spawn_form input[type=submit], #spawn_form button[type=submit]")
 
 

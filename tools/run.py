@@ -173,7 +173,7 @@ def say(url: str, log: Path) -> None:
         f"  Log in:          any name, such as ada or grace; password: {word or '(see ' + str(log) + ')'}\n"
         f"  GPUs:            {gpus(node)}\n"
         f"  In a terminal:   {named}.venv/bin/nbgpu status\n"
-        f"  Log:             {log.relative_to(ROOT)}\n"
+        f"  Log:             {os.path.relpath(log)}\n"
         f"  Stop:            Ctrl-C\n",
         flush=True,
     )
@@ -213,7 +213,7 @@ def start(port: int, log: Path) -> tuple[subprocess.Popen[bytes], str]:
     """Start the hub; return its process and address once it answers."""
     if not port_is_free(port):
         raise Stop(f"Port {port} is taken by another program. End that one, or take another port: make run PORT={port + 100}")
-    data = WORK / "hub"
+    data = log.parent / "hub"
     data.mkdir(parents=True, exist_ok=True)
     url = f"http://127.0.0.1:{port}/"
     command = [
@@ -264,12 +264,14 @@ def main() -> int:
     """Run until Ctrl-C; return the exit status."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--port", type=int, default=8000, help="where JupyterHub listens on 127.0.0.1 (default: 8000)")
-    port = options.parse_args().port
+    options.add_argument("--folder", type=Path, default=WORK, help="where the hub keeps its database, its log and the users' files")
+    given = options.parse_args()
+    port, folder = given.port, given.folder.resolve()
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # SIGINT too: it is ignored where a script started us with "&"
         signal.signal(number, signal.default_int_handler)
-    WORK.mkdir(exist_ok=True)
-    log = WORK / "hub.log"
+    folder.mkdir(exist_ok=True)
+    log = folder / "hub.log"
     hub = None
     try:
         print("Starting JupyterHub ...", flush=True)

@@ -19,7 +19,7 @@
 #define F_OFD_GETLK 36
 #endif
 #define CONTAINER_STATE "/run/nbgpu/sim/state" /* where a container finds the machine, whatever a program does to its environment */
-#define LOCK_BYTES_AT ((off_t)1 << 40) /* far behind the data */
+#define LOCK_BYTES_AT ((off_t)1 << 40)         /* far behind the data */
 
 uint64_t sim_wall_ns(void) {
     struct timespec now;

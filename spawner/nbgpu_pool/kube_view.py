@@ -339,10 +339,7 @@ class View:
         old = self.claims.pop(key, None)
         carried = old is not None and new is not None and old.uid == new.uid and _id_of(old) in self.carried
         if old is not None and old.claim is not None and self.ids.get(old.claim.slice.slice_id) == key:
-            carried = old.claim.slice.slice_id in self.carried
             self._forget(old.claim.slice.slice_id)
-            if carried and new is not None and new.uid == old.uid:
-                self.carried.add(old.claim.slice.slice_id)  # a pod had it, also where that has gone before the claim says so
         self.unowned.discard(key)
         if old is not None and old.moves_to is not None and self.notes.get(old.moves_to.slice_id) == key:
             del self.notes[old.moves_to.slice_id]
@@ -477,7 +474,8 @@ def keep_claim(view: View) -> Callable[[Json], ClaimInfo | None]:
     """Return what keeps a ResourceClaim: nothing of one that does not concern nbgpu."""
 
     def keep(thing: Json) -> ClaimInfo | None:
-        return view.read(thing) if concerns(thing) or _peek(thing) or MOVE_LABEL in _part(_part(thing, "metadata"), "labels") else None
+        ours = _peek(thing) or MOVE_LABEL in _part(_part(thing, "metadata"), "labels") or concerns(thing)
+        return view.read(thing) if ours else None
 
     return keep
 

@@ -20,9 +20,9 @@ from .client import NO_ANSWER, PoolClient
 from .options import LABELS, Wish
 from .profiles import UNLISTED, Profile, custom_fields, wish_of
 
-POLL_SECONDS = 3
-"""How often an open page asks again; what it shows is at most 5 s old."""
-_ASK_SECONDS = 2.0
+POLL_SECONDS = 2
+"""How often an open page asks again: with the time of the answer (2 s, then it says that none comes) what it shows is at most 5 s old."""
+_ASK_SECONDS = 1.5
 
 RowState = Literal["always", "free", "wait", "forbidden", "impossible", "unknown", "custom"]
 MARKS: Mapping[str, str] = {

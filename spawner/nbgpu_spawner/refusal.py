@@ -49,13 +49,21 @@ class GPURefusal(_Base):  # pyright: ignore[reportGeneralTypeIssues]
         return f"{self.status_code} {self.reason}: {self.jupyterhub_message}"
 
 
+def _in_one_line(record: logging.LogRecord) -> bool:
+    """Take the stack trace from what the hub logs of a refusal: it is an answer to a user, no fault of the hub."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, GPURefusal):
+        record.msg, record.args, record.exc_info = f"{record.getMessage()}: {error}", (), None
+    return True
+
+
 def _no_second_word(record: logging.LogRecord) -> bool:
-    """Drop tornado's stack trace of a refusal that came after the hub had answered "pending": the hub has said it on a line of its own."""
+    """Drop what tornado logs of a refusal that came after the hub had answered "pending": the hub has a line of its own for it."""
     return not (record.exc_info and isinstance(record.exc_info[1], GPURefusal))
 
 
-if HUB_COUNTS_REFUSALS:
-    app_log.addFilter(_no_second_word)
+logging.getLogger("JupyterHub").addFilter(_in_one_line)
+app_log.addFilter(_no_second_word)
 
 
 def refusal(error: NbgpuError) -> GPURefusal:

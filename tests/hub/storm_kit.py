@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from hub_process import Hub
+from hub_process import NO_TLS, Hub
 
 from nbgpu.client import AgentClient, PoolClient
 from nbgpu.models import GrantState
@@ -149,7 +149,7 @@ class Storm:
 
     def probe(self, user: str) -> dict[str, Any]:
         """Return what a user's server has to say."""
-        return httpx.get(f"http://127.0.0.1:{self.hub.port}/user/{user}/probe", timeout=20).json()
+        return httpx.get(f"http://127.0.0.1:{self.hub.port}/user/{user}/probe", timeout=20, verify=NO_TLS).json()
 
 
 class Killer(threading.Thread):

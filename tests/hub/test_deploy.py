@@ -160,9 +160,10 @@ def test_tljh(make_hub: Callable[..., Hub], public: Path, account: str, place: P
             program, *arguments = shlex.split(line)
             assert program == "/opt/tljh/hub/bin/nbgpu"
             started.append(subprocess.Popen([sys.executable, "-m", "nbgpu", *arguments], env={**os.environ, **env}))
+        known = (place / "hub.log").stat().st_size if (place / "hub.log").exists() else 0  # the other hub of this module logs there too
         more = TLJH + SHIPPED.format(config=str(shipped / "nbgpu.py"), python=SYSTEM_PYTHON, server=str(public / "server.py"))
         hub = make_hub(more.replace("{{", "{").replace("}}", "}"), environment=env)
-        assert "nbgpu-agent" not in hub.log.read_text(), "agent and pool are not the hub's services"
+        assert "nbgpu-agent" not in hub.log.read_bytes()[known:].decode(), "agent and pool are not the hub's services"
         check(hub, public, account, f"jupyter-{account}")
     finally:
         for process in reversed(started):

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from fake_pool import FakePool
-from hub_process import Browser, Hub, error_text
+from hub_process import Browser, Hub, error_text, until
 
 FRACTION = "it must be a fraction of one GPU above 0 and up to 1, such as 0.25, 1/4 or 25%."
 MEMORY = "it must be an amount above 0 with a binary unit, such as 20 GiB or 512 MiB."
@@ -53,8 +53,9 @@ ONLY_REST: list[tuple[Any, str]] = [
 
 @pytest.fixture(scope="module")
 def hub(make_hub: Callable[..., Hub], pool: FakePool, place: Path) -> Hub:
-    found = make_hub(f"c.Spawner.consecutive_failure_limit = 2\nsetup(c, embedded=False, runtime={str(place)!r})")
-    found.add("ada")
+    hook = "c.Spawner.pre_spawn_hook = lambda spawner: 1 / (spawner.user.name != 'nobody')"
+    found = make_hub(f"c.Spawner.consecutive_failure_limit = 2\n{hook}\nsetup(c, embedded=False, runtime={str(place)!r})")
+    found.add("ada", "nobody")
     return found
 
 
@@ -103,7 +104,6 @@ def test_a_body_that_is_no_object(hub: Hub, calm_pool: FakePool, body: Any) -> N
     hub.ready("ada")
     hub.stop("ada")
     assert calm_pool.held() == []
-    assert "Traceback" not in hub.log.read_text()
 
 
 def test_unknown_profile_by_both(hub: Hub, ada: Browser, calm_pool: FakePool) -> None:
@@ -214,3 +214,16 @@ def test_availability_for_an_open_page(hub: Hub, ada: Browser, calm_pool: FakePo
     assert busy["time"] >= free["time"]
     assert ada.http.get("api/nbgpu/availability", headers={"Sec-Fetch-Mode": "cors"}).status_code == 403, "without the token"
     assert httpx.get(hub.url + "api/nbgpu/availability").status_code == 403, "not logged in"
+
+
+def test_none_of_it_is_a_fault_of_the_hub(hub: Hub, ada: Browser, calm_pool: FakePool) -> None:
+    """A refusal is a line of the log, without a stack trace; a hook that fails keeps its own (the control)."""
+    ada.submit(as_form({"gpu_fraction": "7/2"}))
+    hub.spawn("ada", {"profile": "gone"})
+    log = hub.log.read_text()
+    assert "Share of a GPU is '7/2'; it must be" in log
+    assert "Profile is 'gone'; it must be" in log
+    assert "Traceback" not in log
+    assert hub.spawn("nobody", {"profile": "cpu"}).status_code == 500
+    until(lambda: "ZeroDivisionError" in hub.log.read_text(), 10, "the hook's own failure")
+    assert "Traceback" in hub.log.read_text()

@@ -20,6 +20,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not BUILT, reason="C librarie
 MORE = """
 c.Spawner.cmd = [c.Spawner.cmd[0], {server!r}]
 c.JupyterHub.tornado_settings = {{"slow_spawn_timeout": 30}}
+def hook(spawner):
+    if spawner.user.name == "hurry":
+        spawner.gpu_wait_timeout = 2
+c.Spawner.pre_spawn_hook = hook
 setup(c, runtime={run!r}, quotas={{"users": {{"alan": {{"limit": "1/4"}}}}}})
 """
 
@@ -50,7 +54,7 @@ def stack(make_hub: Callable[..., Hub], place: Path) -> Iterator[tuple[Hub, Pool
     hub = make_hub(MORE.format(**words), environment={"NBGPU_SIM_STATE": str(place / "sim"), "NBGPU_SIM_DEVICES": "1"})
     pool = Pool(run)
     until(lambda: pool.get("/v1/devices"), 30, "the pool has its device\n" + hub.log.read_text()[-3000:])
-    hub.add("ada", "grace", "alan")
+    hub.add("ada", "grace", "hurry", "alan")
     yield hub, pool, run
     pool.http.close()
 
@@ -90,20 +94,25 @@ def test_a_quota_refuses_in_its_own_words_by_both(stack: tuple[Hub, Pool, Path])
     assert pool.grants() == {}
 
 
-@pytest.mark.parametrize("how", ["cancel", "leave", "close the page"])
+@pytest.mark.parametrize("how", ["cancel", "leave", "close the page", "time out"])
 def test_a_wait_that_is_given_up_leaves_nothing(stack: tuple[Hub, Pool, Path], how: str) -> None:
     hub, pool, _ = stack
     assert hub.spawn("ada", {"profile": "whole"}).status_code == 201
-    browser = hub.login("grace")
+    user = "hurry" if how == "time out" else "grace"
+    browser = hub.login(user)
     browser.submit({"profile": "half"})
     reader = browser.progress()
-    until(lambda: "in line" in next(reader)["message"], 20, "grace sees that she waits")
-    assert pool.grants()["grace"][1] == "queued"
+    until(lambda: "in line" in next(reader)["message"], 20, f"{user} sees that they wait")
+    assert how == "time out" or pool.grants()[user][1] == "queued"
     if how == "cancel":
         assert hub.api("DELETE", "users/grace/server").status_code in (202, 204)
     elif how == "leave":
         token = browser.token(browser.http.get("home").text)
         browser.http.post("nbgpu/leave", data={"_xsrf": token})
+    elif how == "time out":
+        *_, last = reader
+        assert last["failed"]
+        assert "There was no room for half of a GPU within 2 seconds" in last["message"], "they are told"
     else:
         reader.close()
         browser.http.close()
@@ -111,8 +120,8 @@ def test_a_wait_that_is_given_up_leaves_nothing(stack: tuple[Hub, Pool, Path], h
         hub.ready("grace")
         assert pool.grants()["grace"][1] == "bound"
         hub.stop("grace")
-    hub.gone("grace")
-    until(lambda: "grace" not in pool.grants(), 5, "nothing is held or waited for")
+    hub.gone(user)
+    until(lambda: user not in pool.grants(), 5, "nothing is held or waited for")
     if hub.server("ada"):
         hub.stop("ada")
     until(lambda: pool.grants() == {}, 5, "all is free")

@@ -10,7 +10,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -61,8 +61,18 @@ class Run:
         self.beats: dict[str, int] = {}
         self.landed: Counter[str] = Counter()
         self.outcome: Counter[str] = Counter()
+        self.seconds: Counter[str] = Counter()
         # each phase as often as each other, in an order of its own
         self.plan: dict[str, list[str]] = {"spawn": [], "stop": []}
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Note where the time goes."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.monotonic() - began
 
     def step(self) -> None:
         """Start or stop one server, most times with a kill in it; then compare everything."""
@@ -80,23 +90,26 @@ class Run:
             killer = Killer(self.storm, operation, self.plan[operation].pop(), self.rng.choice(VICTIMS), delay)
             killer.start()
         size = self.rng.choice(fitting) if fitting else ""
-        with contextlib.suppress(httpx.HTTPError):
+        with contextlib.suppress(httpx.HTTPError), self.timed(operation):
             api = self.storm.hub
             answer = api.api("DELETE", f"users/{user}/server") if stop else api.spawn(user, {"profile": size})
             self.outcome[f"{operation} {answer.status_code}"] += 1
             assert killer is not None or answer.status_code in (201, 202, 204), answer.text
         if killer is not None:
             killer.over.set()
-            killer.join(60)
+            with self.timed("the kill"):
+                killer.join(60)
             self.landed[f"{killer.victim} killed while {operation}: {killer.landed}"] += 1
             if killer.victim in ("hub", "all"):
-                self.storm.hub.start()
-        self.compare(user, operation, size, killer is not None)
+                with self.timed("hub starts again"):
+                    self.storm.hub.start()
+        self.compare(user, operation, size, killer.victim if killer else "")
 
-    def compare(self, user: str, operation: str, size: str, killed: bool) -> None:
+    def compare(self, user: str, operation: str, size: str, killed: str) -> None:
         """Check that all books agree, that nobody else noticed, and that every limit holds."""
         before = self.books
-        self.books = self.storm.settled(CALM_SECONDS)
+        with self.timed(f"settle after {killed or 'nothing'}"):
+            self.books = self.storm.settled(CALM_SECONDS)
         others = {name: server for name, server in before.hub.items() if name != user}
         assert {name: server for name, server in self.books.hub.items() if name != user} == others, "the same servers, the same grants"
         if user in self.books.hub:
@@ -108,13 +121,18 @@ class Run:
             assert killed or operation == "stop", f"{user} has no server though nothing was killed"
             self.running.pop(user, None)
             self.beats.pop(user, None)
-        for name in self.running:
-            told = self.storm.probe(name)
-            assert told["surprises"] == [], f"{name}: {told}"
-            assert told["held"] <= told["total"] < told["held"] + 1024**3, f"{name} holds its slice: {told}"
-            last = self.beats.get(name, -1)
-            until(lambda name=name, last=last: self.storm.probe(name)["beats"] > last, 10, f"{name} goes on")
-            self.beats[name] = told["beats"]
+        with self.timed("probes"):
+            for name in self.running:
+                self.holds(name)
+
+    def holds(self, name: str) -> None:
+        """Check that a user's server has what it was given, is refused more, and computes."""
+        told = self.storm.probe(name)
+        assert told["surprises"] == [], f"{name}: {told}"
+        assert told["held"] <= told["total"] < told["held"] + 1024**3, f"{name} holds its slice: {told}"
+        last = self.beats.get(name, -1)
+        until(lambda: self.storm.probe(name)["beats"] > last, 10, f"{name} goes on")
+        self.beats[name] = told["beats"]
 
     def end(self) -> None:
         """Stop everything: nothing may stay."""
@@ -135,6 +153,7 @@ def run_storm(storm: Storm, spawns: int) -> Run:
             run.step()
     finally:
         print(f"{time.monotonic() - began:.0f} s; answers: {dict(run.outcome)}")
+        print("; ".join(f"{what} {seconds:.0f} s" for what, seconds in run.seconds.most_common()))
         for what, count in sorted(run.landed.items()):
             print(f"{count:4d}  {what}")
     run.end()

@@ -501,7 +501,13 @@ class Place:
     def wait_running(self, name: str, seconds: float = 45) -> Json:
         """Wait until all containers of a pod are ready."""
 
+        nudge_at = time.monotonic() + 8
+
         def running() -> Json | None:
+            nonlocal nudge_at
+            if time.monotonic() > nudge_at:
+                nudge_at += 8
+                self.nudge(name)
             pod = self.get_pod(name)
             assert pod is not None, f"pod {name} is gone"
             states = pod["status"].get("containerStatuses", [])
@@ -511,6 +517,11 @@ class Place:
             return until(f"pod {name}", running, seconds)
         except AssertionError as error:
             raise AssertionError(f"{error}: {self.events(name)} {self.node.log()[-2000:]}") from None
+
+    def nudge(self, name: str) -> None:
+        """Let the kubelet look at a pod now: after a failed prepare, or where it may not read the claim yet, it would in 60 to 90 s."""
+        body = {"metadata": {"annotations": {"test/nudge": str(time.time())}}}
+        self.api.call("PATCH", self._path("pods", name), body, "application/merge-patch+json")
 
     def delete(self, name: str, *, wait: bool = True, force: bool = False) -> None:
         """Delete a pod."""

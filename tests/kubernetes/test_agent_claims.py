@@ -152,10 +152,11 @@ def test_limits_that_the_pool_did_not_write_count_for_nothing(node: Node, place:
             )
         },
     ):
-        before = len(place.events(claim))
         want(place, claim, WHOLE, 1000, **junk)  # type: ignore[arg-type]
-        until("an event", lambda before=before: len(place.events(claim)) > before, 10) if "annotation" not in junk else None
         assert in_force(place, claim) == (QUARTER, 250)
+    until("an event", lambda: [one for one in place.events(claim) if "cannot be read" in one], 10)
+    assert [one for one in place.events(claim) if "was not written by the pool for this claim" in one]
+    assert in_force(place, claim) == (QUARTER, 250)
     assert total(place, pod) == QUARTER
     # the control: the pool's own word counts
     want(place, claim, WHOLE // 2, 500)

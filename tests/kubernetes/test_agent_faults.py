@@ -40,12 +40,6 @@ def place(both: tuple[Node, Place]) -> Iterator[Place]:
     both[1].empty()
 
 
-def nudge(place: Place, pod: str) -> None:
-    """Let the kubelet look at a pod now: after a failed prepare it would by itself only in a minute or more."""
-    body = {"metadata": {"annotations": {"test/nudge": str(time.time())}}}
-    place.api.call("PATCH", place._path("pods", pod), body, "application/merge-patch+json")
-
-
 def state(place: Place, pod: str) -> dict[str, int]:
     return json.loads(place.exec(pod, "cat", "/tmp/state"))
 
@@ -79,7 +73,7 @@ def test_killed_anywhere_in_prepare_and_unprepare(node: Node, place: Place) -> N
         there = len(node.slices()), len(node.cdi_specs())
         # halves are gone or whole once an agent is there again
         assert there == ((1, 1) if point in ("prepare-sliced", "prepare-done") else (0, 0)), point
-        nudge(place, pod)
+        place.nudge(pod)
     place.wait_running(pod)
     assert json.loads(place.python(pod, LOOK).strip().splitlines()[-1])["total"] == QUARTER
     assert list(node.slices()) == [place.slice_id(claim)]
@@ -87,7 +81,7 @@ def test_killed_anywhere_in_prepare_and_unprepare(node: Node, place: Place) -> N
     for point, following in zip(UNPREPARE, (*UNPREPARE[1:], ""), strict=True):
         killed_at(point)
         next_agent(following)
-        nudge(place, pod)
+        place.nudge(pod)
     until("the end of the pod", lambda: place.get_pod(pod) is None, 100)
     until("the end of the slice", lambda: not node.slices() and not node.cdi_specs())
     print(f"killed at: {hits}")

@@ -89,6 +89,7 @@ class LimitsMachine(RuleBasedStateMachine):
         self.view = View(KEY, lambda: 0.0)
         self.view.node_changed("a", NodeInfo(True))
         self.known: set[str] = set()
+        self.whole = True
         self.look()
 
     def look(self) -> None:
@@ -102,7 +103,8 @@ class LimitsMachine(RuleBasedStateMachine):
             self.view.pod_changed((SPACE, f"pod-{name}"), self.pod(name) if name in self.known else None, self.pod(name))
         self.known = set(self.claims)
         view = self.view
-        self.core.snapshot(Snapshot(self.core.mark, view.devices(), list(view.seen.values()), view.less()), self.now)
+        ids, whole, self.whole = frozenset(view.seen), self.whole, False
+        self.core.snapshot(Snapshot(self.core.mark, view.devices(), view.touched(), view.less(), view.coming(), ids, whole), self.now)
 
     def pod(self, name: str) -> PodInfo:
         request = name.removeprefix("nbgpu-")

@@ -16,7 +16,7 @@ from fake_kube import FakeKube
 pytest.importorskip("kubernetes", reason="nbgpu[kubernetes] is not installed")
 
 from nbgpu.kube import ApiServerAway, Conflict, Expired, Kube, NoCluster, NotAllowed, NotFound, Rejected, credentials, newer, path
-from nbgpu.kube_reflector import Reflector
+from nbgpu.kube_reflector import LEFT_OUT, Reflector
 
 MAPS = "/api/v1/configmaps"
 pytestmark = pytest.mark.asyncio
@@ -346,4 +346,27 @@ async def test_what_cannot_be_kept_ends_nothing(kube: Kube, fake: FakeKube, capl
     await until(lambda: reflector.ready)
     assert reflector.items == {("ns", "c"): "kept"}
     assert "left out" in caplog.text
+    await reflector.stop()
+
+
+async def test_what_is_nobodys_business_is_not_held(kube: Kube, fake: FakeKube) -> None:
+    told: list[tuple[Any, Any]] = []
+
+    def keep(thing: dict[str, Any]) -> str:
+        return "kept" if "mine" in thing.get("data", {}) else LEFT_OUT
+
+    reflector: Reflector[str] = Reflector(kube, MAPS, keep, changed=lambda _, old, new: told.append((old, new)))
+    fake.put(MAPS, a_map("a"), "ns")
+    fake.put(MAPS, a_map("b", mine="1"), "ns")
+    reflector.start()
+    await until(lambda: reflector.ready)
+    assert reflector.items == {("ns", "b"): "kept"}
+    fake.put(MAPS, a_map("a", mine="1"), "ns")
+    await until(lambda: ("ns", "a") in reflector.items)
+    fake.put(MAPS, a_map("a"), "ns")  # not any more
+    await until(lambda: ("ns", "a") not in reflector.items)
+    fake.remove(MAPS, "a", "ns")
+    fake.put(MAPS, a_map("c", mine="1"), "ns")
+    await until(lambda: ("ns", "c") in reflector.items)
+    assert told == [(None, "kept"), (None, "kept"), ("kept", None), (None, "kept")]
     await reflector.stop()

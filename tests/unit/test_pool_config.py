@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -114,3 +115,21 @@ def test_one_pool_per_directory_and_takeover(tmp_path: Path, stubborn: bool, mon
     third = InstanceLock(path)
     assert third.acquire(takeover=False) is None, "control: a free lock is simply taken"
     third.close()
+
+
+def test_nodes_that_have_to_be_started(tmp_path: Path) -> None:
+    group = {"name": "a100", "model": "A100", "devices": 8, "memory": "80 GiB", "nodes": 2, "labels": {"pool": "a100"}}
+    file = tmp_path / "pool.yaml"
+    file.write_text(json.dumps({"coming": [group]}))
+    config = load(file)
+    found = config.coming[0].group()
+    assert (found.memory_bytes, found.reserve_bytes, found.labels) == (80 * 1024**3, 0, frozenset({("pool", "a100")}))
+    assert config.settings().start_seconds == {"a100": 300.0}
+    for wrong, words in (
+        ([group, group], "name of its own"),
+        ([{**group, "name": "a:b"}], "coming.0.name"),
+        ([{**group, "nodes": 0}], "nodes"),
+    ):
+        file.write_text(json.dumps({"coming": wrong}))
+        with pytest.raises(ConfigError, match=words):
+            load(file)

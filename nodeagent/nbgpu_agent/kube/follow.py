@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
+import gc
 import logging
 import time
 from typing import Any, cast
@@ -12,7 +15,7 @@ from nbgpu.claims import API_VERSION, DRIVER, BadObject
 from nbgpu.errors import NbgpuError
 from nbgpu.kube import Kube, NotFound, path
 from nbgpu.kube_events import Reporter, reference
-from nbgpu.kube_reflector import Key, Reflector
+from nbgpu.kube_reflector import LEFT_OUT, Key, Reflector
 from nbgpu.models import Slice
 
 from ..agent import Agent
@@ -47,12 +50,15 @@ class Follower:
         self._reporter = reporter
         self._claims = claims
         self._path = path(API_VERSION, "resourceclaims")
-        self.items: Reflector[Json | None] = Reflector(kube, self._path, self._keep, changed=self._changed, told=self._told)
+        self.items: Reflector[Json] = Reflector(
+            kube, self._path, lambda claim: claim if self._is_mine(claim) else LEFT_OUT, changed=self._changed, told=self._told
+        )
         self._booked: dict[str, dict[str, Limit]] = {}
         """Limits for which capacity is being taken back, by claim uid and device uuid."""
         self._due: dict[str, Json] = {}
         self._gone_since: dict[str, float] = {}
         self._wake = asyncio.Event()
+        self._trimmed = False
         claims.prepared = self._again
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -70,17 +76,14 @@ class Follower:
 
     # -- what there is ---------------------------------------------------------------------------------------------------
 
-    def _keep(self, claim: Json) -> Json | None:
-        """Keep the claims that hold a part of this node's devices."""
+    def _is_mine(self, claim: Json) -> bool:
+        """Return whether a claim holds a part of this node's devices."""
         status = cast("Json", claim.get("status") or {})
         allocation = cast("Json", status.get("allocation") or {})
         results = cast("list[Json]", cast("Json", allocation.get("devices") or {}).get("results") or [])
-        mine = any(one.get("driver") == DRIVER and one.get("pool") == self._agent.settings.node for one in results)
-        return claim if mine else None
+        return any(one.get("driver") == DRIVER and one.get("pool") == self._agent.settings.node for one in results)
 
     def _changed(self, key: Key, old: Json | None, new: Json | None) -> None:
-        if old is None and new is None:
-            return
         if new is not None:
             uid = str(new["metadata"]["uid"])
             live = self._claims.live(uid)
@@ -92,6 +95,9 @@ class Follower:
 
     def _told(self) -> None:
         self._wake.set()
+        if not self._trimmed and self.items.ready:
+            self._trimmed = True
+            trim()
 
     def _shares(self, claim: Json) -> list[Share]:
         """Return what a claim holds here; nothing of one that cannot be read, with an event."""
@@ -119,10 +125,9 @@ class Follower:
         """Return what may be allocated of each device: memory in bytes, milli-GPU."""
         on: dict[str, list[tuple[Limit, Limit]]] = {uuid: [] for uuid in self._agent.devices}
         for claim in self.items.items.values():
-            if claim is not None:
-                consumed = wanted_of(self._shares(claim), None)
-                for uuid, counts in self._counts(claim).items():
-                    on[uuid].append((consumed[uuid], counts))
+            consumed = wanted_of(self._shares(claim), None)
+            for uuid, counts in self._counts(claim).items():
+                on[uuid].append((consumed[uuid], counts))
         found = {uuid: published(self._agent.devices[uuid].usable_bytes, held) for uuid, held in on.items()}
         return {uuid: (one.memory_bytes, one.compute_milli) for uuid, one in found.items()}
 
@@ -149,14 +154,14 @@ class Follower:
 
     def _again(self, uid: str) -> None:
         for claim in self.items.items.values():
-            if claim is not None and claim["metadata"]["uid"] == uid:
+            if claim["metadata"]["uid"] == uid:
                 self._due.setdefault(uid, claim)
                 self._wake.set()
 
     def look_at_all(self) -> None:
         """Look at the limits of all claims: this agent has just started."""
         for claim in self.items.items.values():
-            if claim is not None and self._claims.live(uid := str(claim["metadata"]["uid"])) is not None:
+            if self._claims.live(uid := str(claim["metadata"]["uid"])) is not None:
                 self._due[uid] = claim
         self._wake.set()
 
@@ -192,7 +197,7 @@ class Follower:
         others = await self._kube.list(self._path)  # the watch may be behind
         counts: dict[str, list[Limit]] = {part: [] for part in target}
         for claim in others.items:
-            if self._keep(claim) is None or claim["metadata"].get("uid") == uid:
+            if not self._is_mine(claim) or claim["metadata"].get("uid") == uid:
                 continue
             for part, limit in self._counts(claim).items():
                 if part in counts:
@@ -244,7 +249,7 @@ class Follower:
                 log.exception("looking for claims that are gone")
 
     async def _end_gone(self) -> None:
-        there = {str(claim["metadata"]["uid"]) for claim in self.items.items.values() if claim is not None}
+        there = {str(claim["metadata"]["uid"]) for claim in self.items.items.values()}
         known = {live.record.claim.uid: live.record.claim for live in self._agent.slices.values() if live.record.claim is not None}
         self._gone_since = {uid: since for uid, since in self._gone_since.items() if uid in known and uid not in there}
         now = time.monotonic()
@@ -253,12 +258,19 @@ class Follower:
                 continue
             try:
                 found = await self._kube.get(path(API_VERSION, "resourceclaims", claim.namespace, claim.name))
-                if found["metadata"].get("uid") == uid and self._keep(found) is not None:
+                if found["metadata"].get("uid") == uid and self._is_mine(found):
                     continue
             except NotFound:
                 pass
             if await self._claims.forget(uid):
                 log.info("claim %s/%s is gone, and nothing of it ran: its slice has ended", claim.namespace, claim.name)
+
+
+def trim() -> None:
+    """Give back what reading all claims of the cluster has taken: most of them were looked at and dropped."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _limits(of: Slice) -> dict[str, Limit]:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from nbgpu.claims import DRIVER, device_name
 from nbgpu.errors import NbgpuError
+from nbgpu.models import Device
 
 from ..agent import Agent
 from ..runtime import SOCKET_PATH_MAX, StartError
@@ -34,6 +35,7 @@ STANDBY_SECONDS = 40.0
 """How long a call waits for the agent before to end; the kubelet gives a call 45 s."""
 GRACE_SECONDS = 2.0
 HEALTH_SECONDS = 15.0
+HEALTH_TICK_SECONDS = 1.0
 _grpc: Any = importlib.import_module("grpc")
 
 
@@ -94,7 +96,7 @@ class Plugin:
         self._agent: Agent | None = None
         self._serving = asyncio.Event()
         self._servers: list[Any] = []
-        self._ended = False
+        self._over = asyncio.Event()
         self.started = False
 
     # -- life --------------------------------------------------------------------------------------------------------
@@ -154,7 +156,7 @@ class Plugin:
 
     async def stop(self) -> None:
         """Answer what is being asked, then remove the sockets."""
-        self._ended = True
+        self._over.set()
         self.registration.unlink(missing_ok=True)
         await asyncio.gather(*(server.stop(GRACE_SECONDS) for server in self._servers))
         for path in (self.registration, self.endpoint):
@@ -241,23 +243,22 @@ class Plugin:
 
     async def _watch_health(self, request: Any, context: Any) -> AsyncGenerator[Any, None]:
         """Tell of every device, whenever one of them has changed, and often enough not to be thought dead."""
-        await self._serving.wait()
-        agent = self._agent
-        assert agent is not None
-        while not self._ended:
-            devices = [
-                health_pb2.DeviceHealth(
-                    device=health_pb2.DeviceIdentifier(pool_name=agent.settings.node, device_name=device_name(device.uuid)),
-                    health=health_pb2.HEALTHY if device.healthy else health_pb2.UNHEALTHY,
-                    last_updated_time=int(time.time()),
-                    health_check_timeout_seconds=int(4 * HEALTH_SECONDS),
-                )
-                for device in agent.devices.values()
-            ]
-            yield health_pb2.NodeWatchResourcesResponse(devices=devices)
-            state = [device.healthy for device in agent.devices.values()]
-            deadline = time.monotonic() + HEALTH_SECONDS
-            while not self._ended and (left := deadline - time.monotonic()) > 0:
-                if [device.healthy for device in agent.devices.values()] != state:
-                    break
-                await agent.changed.wait(left)
+        told: list[bool] = []
+        next_at = 0.0
+        while not self._over.is_set():
+            devices = list(self._agent.devices.values()) if self._agent is not None else []
+            now = [device.healthy for device in devices]
+            if devices and (now != told or time.monotonic() >= next_at):
+                told, next_at = now, time.monotonic() + HEALTH_SECONDS
+                yield health_pb2.NodeWatchResourcesResponse(devices=[self._health(device) for device in devices])
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._over.wait(), HEALTH_TICK_SECONDS)
+
+    @staticmethod
+    def _health(device: Device) -> Any:
+        return health_pb2.DeviceHealth(
+            device=health_pb2.DeviceIdentifier(pool_name=device.node, device_name=device_name(device.uuid)),
+            health=health_pb2.HEALTHY if device.healthy else health_pb2.UNHEALTHY,
+            last_updated_time=int(time.time()),
+            health_check_timeout_seconds=int(4 * HEALTH_SECONDS),
+        )

@@ -12,7 +12,7 @@ from nbgpu.claims import API_VERSION, DRIVER, resource_slice
 from nbgpu.errors import NbgpuError
 from nbgpu.kube import Conflict, Kube, NotFound, path
 from nbgpu.kube_events import Reporter, reference
-from nbgpu.kube_reflector import Key, Reflector
+from nbgpu.kube_reflector import LEFT_OUT, Key, Reflector
 from nbgpu.models import Device
 
 from ..agent import Agent
@@ -50,7 +50,7 @@ class Publisher:
         self.slices: Reflector[Json] = Reflector(
             kube,
             self._path,
-            lambda thing: thing,
+            lambda thing: thing if thing["spec"].get("nodeName") == agent.settings.node else LEFT_OUT,
             fields=f"spec.nodeName={agent.settings.node}",
             changed=self._changed,
             told=self.wake,
