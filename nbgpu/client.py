@@ -16,7 +16,22 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from .errors import NbgpuError, Unavailable
-from .models import AgentSlice, AgentSlices, DeviceBooks, Event, Grant, KernelLimit, Launch, Node, Owner, Request, Resize, Slice, Usage
+from .models import (
+    AgentSlice,
+    AgentSlices,
+    DeviceBooks,
+    Event,
+    Grant,
+    KernelLimit,
+    Launch,
+    Node,
+    Owner,
+    Request,
+    Resize,
+    Slice,
+    Usage,
+    read_answer,
+)
 
 TIMEOUT_SECONDS = 10.0
 _MAX_ANSWER_BYTES = 64 * 1024**2
@@ -81,7 +96,7 @@ class Client:
         """Return the answer of :meth:`call` as a value of the model `kind`."""
         answer = self.call(method, path, body, wait_seconds=wait_seconds)
         try:
-            return TypeAdapter(kind).validate_python(answer)
+            return read_answer(TypeAdapter(kind), answer)
         except ValidationError as error:
             raise Unavailable(
                 f"The {self.name} at {self.socket_path} answered something else than expected ({error.error_count()} differences): "
@@ -250,12 +265,12 @@ class PoolClient(Client):
         """Yield the grant at each change until it is no longer queued."""
         for name, data in self.stream(f"/v1/requests/{request_id}/events"):
             if name == "grant":
-                yield Grant.model_validate(data)
+                yield read_answer(TypeAdapter(Grant), data)
 
     def cancel(self, request_id: str) -> Grant | None:
         """Give a request back, whatever its state; None when the pool does not know it."""
         answer = self.call("DELETE", f"/v1/requests/{request_id}")
-        return None if answer is None else Grant.model_validate(answer)
+        return None if answer is None else read_answer(TypeAdapter(Grant), answer)
 
     def renew(self, request_id: str) -> Grant:
         """Start a reservation's time again."""

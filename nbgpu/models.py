@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import copy
 from enum import Enum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
 API_VERSION = 1
 """Version of every HTTP API of nbgpu: the ``/v1`` of its paths."""
@@ -27,10 +28,43 @@ Milli = Annotated[int, Field(ge=1, le=1000)]
 Bytes = Annotated[int, Field(ge=0, le=2**60)]
 
 
+T = TypeVar("T")
+
+
 class Model(BaseModel):
     """Immutable, and closed: a key that is not named here is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def read_answer(kind: TypeAdapter[T], data: Any) -> T:
+    """Return an API's answer as a value; what a newer version says beyond it is left out.
+
+    Parameters
+    ----------
+    kind : TypeAdapter
+        What the answer is to be.
+    data : object
+        The answer, decoded.
+
+    Raises
+    ------
+    ValidationError
+        It is something else.
+    """
+    try:
+        return kind.validate_python(data)
+    except ValidationError as error:
+        unknown = [one["loc"] for one in error.errors(include_url=False) if one["type"] == "extra_forbidden"]
+        if len(unknown) < error.error_count():
+            raise
+        data = copy.deepcopy(data)
+        for *where, name in unknown:
+            inner = data
+            for step in where:
+                inner = inner[step]
+            del inner[name]
+        return kind.validate_python(data)
 
 
 class Device(Model):

@@ -7,14 +7,25 @@ import socket
 import time
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from tornado.httpclient import HTTPClientError, HTTPRequest
 from tornado.iostream import StreamClosedError
 from tornado.netutil import Resolver
 from tornado.simple_httpclient import HTTPStreamClosedError, HTTPTimeoutError, SimpleAsyncHTTPClient
 
 from nbgpu.errors import NbgpuError, Refused, Unavailable
-from nbgpu.models import Availability, AvailabilityQuery, DeviceBooks, Grant, Launch, LaunchGrant, LaunchRequest, Owner, Request
+from nbgpu.models import (
+    Availability,
+    AvailabilityQuery,
+    DeviceBooks,
+    Grant,
+    Launch,
+    LaunchGrant,
+    LaunchRequest,
+    Owner,
+    Request,
+    read_answer,
+)
 
 NO_ANSWER = "The GPU pool does not answer, so no GPU can be given now. Try again in a minute, or start without a GPU."
 REFUSED_BY_NODE = "refused-by-node"
@@ -137,8 +148,8 @@ class PoolClient:
 
 def _read(adapter: TypeAdapter[_T], body: bytes) -> _T:
     try:
-        return adapter.validate_json(body)
-    except ValidationError as error:
+        return read_answer(adapter, json.loads(body))
+    except ValueError as error:  # pydantic's is one
         raise PoolUnavailable("The GPU pool answers in another version's words. Ask the admin to update hub and pool together.") from error
 
 

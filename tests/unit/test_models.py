@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from nbgpu import models
 from nbgpu.errors import InvalidValue, NbgpuError, Refused, Unavailable
+from nbgpu.models import Model, read_answer
 from nbgpu.quantities import MIB
 
 OWNER = {"hub": "h", "user": "ada", "server": ""}
@@ -99,3 +100,30 @@ def test_errors_carry_code_status_and_field_to_the_wire() -> None:
     assert error.as_json()["error"]["field"] == "gpu_fraction"  # type: ignore[index]
     assert len(error.message) < 120
     assert NbgpuError("m", code="c", status=418).status == 418
+
+
+class _Inner(Model):
+    value: int
+
+
+class _Outer(Model):
+    inner: list[_Inner]
+    more: _Inner | None = None
+
+
+def test_what_a_newer_version_adds_to_an_answer_is_left_out() -> None:
+    told = {"inner": [{"value": 1}, {"value": 2, "new": {"a": 1}}], "more": {"value": 3, "new": 1, "newer": 2}, "novel": []}
+    read = read_answer(TypeAdapter(_Outer), told)
+    assert read == _Outer(inner=[_Inner(value=1), _Inner(value=2)], more=_Inner(value=3))
+    assert "novel" in told, "what was told stays as it is"
+
+
+@pytest.mark.parametrize("told", [{"inner": [{"valu": 1}]}, {"inner": 1, "new": 1}, [], None])
+def test_another_answer_is_refused_all_the_same(told: object) -> None:
+    with pytest.raises(ValidationError):
+        read_answer(TypeAdapter(_Outer), told)
+
+
+def test_requests_stay_closed() -> None:
+    with pytest.raises(ValidationError):
+        _Outer.model_validate({"inner": [], "novel": 1})
