@@ -33,7 +33,7 @@ OUT_OF_MEMORY = 2
 EXAMPLE = ROOT / "deploy" / "examples" / "pod-with-a-claim.yaml"
 # nothing but what every Python has: no library of CUDA is in the image
 ASK = """
-import ctypes, json, os, subprocess
+import ctypes, json, subprocess
 cuda, nvml = ctypes.CDLL("libcuda.so.1"), ctypes.CDLL("libnvidia-ml.so.1")
 context, device, free, total = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
 assert cuda.cuInit(0) == 0 and cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) == 0 and cuda.cuCtxSetCurrent(context) == 0
@@ -270,7 +270,10 @@ def test_uninstalling_leaves_a_plain_hub_and_the_running_server(chromium: Browse
     shot(mary, "6-a-plain-hub")
     mary.click("#spawn_form input[type=submit], #spawn_form button[type=submit]")
     mary.wait_for_url(re.compile(r".*/user/mary/.*"), timeout=120 * SECOND)
-    assert "resourceClaims" not in hub.server("mary")["spec"]
+    without = hub.server("mary")
+    assert "resourceClaims" not in without["spec"]
+    # control: what a notebook with a slice could do above is nothing that every pod can
+    assert "no GPU" in nbgpu.run_in(without, "sh", "-c", f"python -c '{ASK}' 2>/dev/null || echo no GPU")
     mary.context.close()
 
     nbgpu.uninstall()
