@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import platform
@@ -117,6 +118,9 @@ def serve(options: argparse.Namespace) -> None:
             for thing in things:
                 fake.put(paths.get(plural, f"/apis/resource.k8s.io/v1/{plural}"), thing)
         fake.history.clear()
+        for collection in fake.objects:
+            fake.texts(collection)  # a real one has them at hand too
+        gc.freeze()
         await fake.start()
         print(fake.url, flush=True)
         await asyncio.to_thread(sys.stdin.read)
@@ -157,7 +161,7 @@ def one_rebuild(folder: Path, env: dict[str, str], options: argparse.Namespace) 
                     led = led or (time.perf_counter() if told["leads"] else 0.0)
                     if told["ready"]:
                         break
-                time.sleep(0.005)
+                time.sleep(0.05)
             done = time.perf_counter()
             held = http.get("/v1/devices").json()
             assert sum(one["compute_granted_milli"] for one in held) == 250 * options.claims, "the books lack something"

@@ -215,6 +215,8 @@ def parse_quantity(value: object) -> int:
     """Return a quantity of Kubernetes (``"20Gi"``, ``"250"``) as a whole number, rounded up; ValueError when it is none."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
+    if isinstance(value, str) and len(value) < 19 and value.isascii() and value.isdecimal():
+        return int(value)  # as the pool writes them
     match = _QUANTITY.match(value) if isinstance(value, str) and len(value) <= 40 else None
     if match is None:
         raise ValueError(f"{value!r} is not a quantity")

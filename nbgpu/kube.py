@@ -268,13 +268,19 @@ class Kube:
         """Yield a list page by page, for those who keep only a part of each object."""
         params = {"labelSelector": labels, "fieldSelector": fields, "limit": str(page)}
         params = {name: value for name, value in params.items() if value}
-        while True:
-            found = await self._call("GET", path, params=params)
-            meta = found.get("metadata", {})
-            yield Listed(found.get("items") or [], str(meta.get("resourceVersion", "")))
-            if not meta.get("continue"):
-                return
-            params["continue"] = meta["continue"]
+        ahead = asyncio.ensure_future(self._call("GET", path, params=params))
+        try:
+            while True:
+                found = await ahead
+                meta = found.get("metadata", {})
+                more = meta.get("continue")
+                if more:  # the server writes the next page while this one is looked at
+                    ahead = asyncio.ensure_future(self._call("GET", path, params={**params, "continue": more}))
+                yield Listed(found.get("items") or [], str(meta.get("resourceVersion", "")))
+                if not more:
+                    return
+        finally:
+            ahead.cancel()
 
     async def create(self, path: str, body: Json, *, dry_run: bool = False) -> Json:
         """Create an object under the path of its kind; `Conflict` when its name is taken. A dry run keeps nothing of it."""

@@ -16,6 +16,8 @@ from .kube import Event, Expired, Json, Kube, newer, pause_seconds, version_of
 T = TypeVar("T")
 Key = tuple[str, str]
 """Namespace (empty for what has none) and name."""
+TURN = 50
+"""After so many objects of a list others have their turn."""
 QUICK_SECONDS = 1.0
 """A watch that ends sooner than this is asked again only after a pause."""
 
@@ -168,11 +170,12 @@ class Reflector(Generic[T]):
         version = ""
         async with aclosing(self._kube.pages(self.path, labels=self._labels, fields=self._fields)) as pages:
             async for page in pages:
-                for thing in page.items:
+                for number, thing in enumerate(page.items):
+                    if number % TURN == 0:
+                        await asyncio.sleep(0)
                     found.add(_key(thing))
                     self._put(thing)
                 version = page.version
-                await asyncio.sleep(0)  # thousands of objects: others have their turn between pages
         for key in [key for key in self._held if key not in found]:
             if not newer(self._held[key].version, version):  # else noted while the list was read
                 self._remove(key)

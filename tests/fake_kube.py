@@ -39,6 +39,7 @@ class FakeKube:
         self.objects: dict[str, dict[tuple[str, str], Json]] = {}
         self.history: list[tuple[int, str, str, Json]] = []
         self.compacted = 0
+        self._texts: dict[str, dict[str, list[str]]] = {}
         self.version = 100
         self.fault: Callable[[str, str], int | None] = lambda method, path: None
         self.delay_seconds = 0.0
@@ -117,6 +118,7 @@ class FakeKube:
 
     def _tell(self, kind: str, collection: str, thing: Json) -> None:
         self.version += 1
+        self._texts.pop(collection, None)
         thing["metadata"]["resourceVersion"] = str(self.version)
         self.history.append((self.version, kind, collection, thing))
         self._wake()
@@ -150,10 +152,19 @@ class FakeKube:
         begin, _, version = http.query_params.get("continue", f"0/{self.version}").partition("/")
         if int(version) < self.compacted:
             return _status(410, "the continue token is too old")
-        all_of = [one for (space, _), one in sorted(self.objects.get(collection, {}).items()) if not namespace or space == namespace]
+        all_of = self.texts(collection, namespace)
         end = int(begin) + int(http.query_params.get("limit", len(all_of) or 1))
         meta = {"resourceVersion": version, **({"continue": f"{end}/{version}"} if end < len(all_of) else {})}
-        return JSONResponse({"kind": "List", "metadata": meta, "items": all_of[int(begin) : end]})
+        body = f'{{"kind": "List", "metadata": {json.dumps(meta)}, "items": [{",".join(all_of[int(begin) : end])}]}}'
+        return Response(body, media_type="application/json")
+
+    def texts(self, collection: str, namespace: str = "") -> list[str]:
+        """Return the objects of a collection as JSON; remembered while nothing changes, as pages of a long list come one by one."""
+        known = self._texts.setdefault(collection, {})
+        if namespace not in known:
+            there = sorted(self.objects.get(collection, {}).items())
+            known[namespace] = [json.dumps(one) for (space, _), one in there if not namespace or space == namespace]
+        return known[namespace]
 
     def _watch(self, http: Request, collection: str, namespace: str) -> Response:
         version = int(http.query_params["resourceVersion"])
