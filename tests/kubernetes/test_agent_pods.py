@@ -57,8 +57,7 @@ def test_a_pod_sees_its_slice_and_is_refused_beyond_it(node: Node, place: Place)
     assert place.exec(pod, "nvidia-smi", "-L").count("GPU ") == 1
     # nothing of it depends on the environment of the program
     assert f"{QUARTER // MIB}MiB" in place.exec(pod, "env", "-i", "/usr/bin/nvidia-smi")
-    state = node.slices()[place.slice_id(claim)]
-    assert state["state"] == "running"
+    until("the slice to run", lambda: node.slices()[place.slice_id(claim)]["state"] == "running", 5)  # seen once a second
     until("the event", lambda: any(one["kind"] == "refused" for one in node.events(place.slice_id(claim))), 5)
     place.delete(pod)
     until("the slice to end", lambda: not node.slices())
@@ -157,7 +156,7 @@ def test_a_container_killed_for_memory_keeps_its_slice(node: Node, place: Place)
     [state] = (place.get_pod(pod) or {})["status"]["containerStatuses"]
     assert state["lastState"]["terminated"]["reason"] == "OOMKilled"
     assert look(place, pod)["total"] == QUARTER
-    assert node.slices()[place.slice_id(claim)]["state"] == "running"
+    until("the slice to run", lambda: node.slices()[place.slice_id(claim)]["state"] == "running", 5)
     assert node.log().count(f"prepared slice={place.slice_id(claim)}") == 1  # the same slice all the time
 
 
