@@ -75,7 +75,7 @@ def _no_news(page: Page) -> None:
 
 def stop(page: Page, hub: Site) -> None:
     """Stop the server from the hub's home page, as its user does."""
-    page.goto(hub.url + "/hub/home")
+    page.goto(hub.url + "/hub/home", wait_until="networkidle")  # before its scripts are there the button does nothing
     page.click("#stop")
     page.wait_for_selector("#stop", state="hidden", timeout=60 * SECOND)
 
