@@ -46,7 +46,7 @@ READS = {
 }  # fmt: skip
 CHANGES = {
     ("post", "/v1/requests"), ("post", "/v1/launches"), ("delete", "/v1/requests/{request_id}"),
-    ("post", "/v1/requests/{request_id}/renew"),
+    ("post", "/v1/requests/{request_id}/renew"), ("post", "/v1/requests/{request_id}/resize"),
     ("post", "/v1/requests/{request_id}/prepare"), ("post", "/v1/requests/{request_id}/bind"), ("post", "/v1/release"),
 }  # fmt: skip
 
@@ -128,6 +128,7 @@ def body_of(path: str, hub: str, request_id: str) -> object:
         "/v1/availability": {"owner": owner, "shapes": [{"compute_milli": 100}]},
         "/v1/requests/{request_id}/prepare": {},
         "/v1/requests/{request_id}/bind": {"pid": 2**22},
+        "/v1/requests/{request_id}/resize": {"compute_milli": 1000},
     }.get(path)
 
 
