@@ -27,6 +27,7 @@ from kubernetes.config import (  # pyright: ignore[reportMissingTypeStubs]
     load_kube_config,  # pyright: ignore[reportUnknownVariableType]
 )
 
+from .claims import as_body
 from .errors import NbgpuError, Unavailable
 
 Json = dict[str, Any]
@@ -384,7 +385,7 @@ class Kube:
     async def _call(
         self, method: str, path: str, body: Any = None, params: Mapping[str, str] | None = None, content_type: str = "application/json"
     ) -> Json:
-        content = None if body is None else json.dumps(body, separators=(",", ":")).encode()
+        content = None if body is None else as_body(body)
         headers = {} if content is None else {"Content-Type": content_type}
         try:
             work = self._http.request(

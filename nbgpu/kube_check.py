@@ -9,15 +9,15 @@ from .kube import Kube, NotAllowed, NotFound, Rejected, path
 GATE = "DRAConsumableCapacity"
 
 
-async def cluster_problem(kube: Kube, namespace: str = "default") -> str | None:
+async def cluster_problem(kube: Kube, *namespaces: str) -> str | None:
     """Return in one line why this cluster cannot share devices, and what to enable; None when it can.
 
     Asks the API server to take a claim with a capacity without keeping it (a dry run): where the feature is off, it drops the capacity.
 
     Parameters
     ----------
-    namespace : str
-        One where the caller may create ResourceClaims.
+    namespaces : str
+        Where the caller may create ResourceClaims (default: "default"). One that refuses says nothing about the cluster: the next is asked.
 
     Raises
     ------
@@ -35,18 +35,25 @@ async def cluster_problem(kube: Kube, namespace: str = "default") -> str | None:
         "metadata": {"generateName": "nbgpu-probe-"},
         "spec": {"devices": {"requests": [{"name": "gpu", "exactly": request}]}},
     }
-    try:
-        made = await kube.create(path("resource.k8s.io/v1", "resourceclaims", namespace), probe, dry_run=True)
-    except NotFound as error:
-        if "namespaces" in error.message:
-            return f"There is no namespace {namespace}, so no claims can be made there: create it."
-        return f"This cluster (Kubernetes {version}) has no ResourceClaims of resource.k8s.io/v1; {wanted}: {enable}."
-    except (NotAllowed, Rejected) as error:
-        return f"No ResourceClaim can be made in namespace {namespace}: {error.message}"
-    except Unavailable:
-        raise
-    except NbgpuError as error:
-        return error.message
-    if made["spec"]["devices"]["requests"][0].get("exactly", {}).get("capacity"):
-        return None
-    return f"This cluster (Kubernetes {version}) cannot share a device between claims; {wanted}: {enable}."
+    refused: str | None = None
+    for namespace in namespaces or ("default",):
+        try:
+            made = await kube.create(path("resource.k8s.io/v1", "resourceclaims", namespace), probe, dry_run=True)
+        except NotFound as error:
+            if "namespaces" not in error.message:
+                return f"This cluster (Kubernetes {version}) has no ResourceClaims of resource.k8s.io/v1; {wanted}: {enable}."
+            refused = f"There is no namespace {namespace}, so no claims can be made there: create it."
+            continue
+        except (NotAllowed, Rejected) as error:
+            if "exceeded quota" in error.message:  # a full namespace: what runs there is still to be looked after
+                return None
+            refused = f"No ResourceClaim can be made in namespace {namespace}: {error.message}"
+            continue
+        except Unavailable:
+            raise
+        except NbgpuError as error:
+            return error.message
+        if made["spec"]["devices"]["requests"][0].get("exactly", {}).get("capacity"):
+            return None
+        return f"This cluster (Kubernetes {version}) cannot share a device between claims; {wanted}: {enable}."
+    return refused

@@ -143,6 +143,8 @@ class Cgroups:
     def _learn(self, base: Path, uid: str, path: str) -> None:
         """Remember where a pod's cgroup is, as far as it can be seen from here: next time it need not be looked for."""
         directory = base / path.lstrip("/")
+        if len(self._pods) >= 4096:  # those of pods that have ended
+            self._pods = {one: place for one, place in self._pods.items() if place.exists()}
         if len(self._pods) < 4096 and (directory / "cgroup.procs").exists():
             self._pods[uid] = directory
 

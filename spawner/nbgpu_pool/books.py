@@ -11,7 +11,7 @@ from nbgpu.models import Device, GrantState, Owner, Request, Slice, SliceDevice
 from .buckets import Buckets, of_each_kind
 from .placement import Place, Room, order
 from .quotas import Holding, total
-from .shapes import Part, Want, by_model, want_of
+from .shapes import MAX_DEVICES, Part, Want, by_model, want_of
 
 HOLDING = frozenset({GrantState.reserved, GrantState.bound, GrantState.releasing})
 """States in which a slice counts on its devices."""
@@ -115,7 +115,7 @@ def adopted(found: Slice, number: int, now: float) -> Entry:
         request_id=found.slice_id,
         owner=found.owner,
         groups=found.groups,
-        device_count=len(found.devices),
+        device_count=min(len(found.devices), MAX_DEVICES),  # somebody's own claim may have more parts
         compute_milli=first.compute_milli,
         memory_bytes=max(first.memory_bytes, 1024**2),
         mode=found.mode,

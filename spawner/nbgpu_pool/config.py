@@ -32,6 +32,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from nbgpu.claims import FOREIGN_HUB
 from nbgpu.errors import InvalidValue, NbgpuError
 from nbgpu.quantities import WHOLE_MILLI, parse_memory
 
@@ -165,6 +166,8 @@ class TokenConfig(Closed):
             raise ValueError("role hub needs `hub` (the hub's id), and only that role does")
         if self.namespaces is not None and self.role != "hub":
             raise ValueError("only role hub has `namespaces`")
+        if self.hub == FOREIGN_HUB:
+            raise ValueError(f"a hub cannot be called {FOREIGN_HUB}: claims that no hub made are booked under that name")
         if (self.file is None) == (self.env is None):
             raise ValueError("give the token in either `file` or `env`")
         return self

@@ -470,7 +470,9 @@ class Core(Held):
     def _adopt(self, seen: Seen, now: float) -> Entry:
         slice_id = seen.slice.slice_id
         past = self.ended.pop(slice_id, None)
-        unwanted = (past is not None and past.withdrawn) or self.cancelled_early.pop(slice_id, None) is not None
+        early = self.cancelled_early.pop(slice_id, None)
+        by_its_hub = early is not None and early[0] in (None, seen.slice.owner.hub)
+        unwanted = (past is not None and past.withdrawn) or by_its_hub
         queued = self.books.entries.pop(slice_id, None)
         self._number += 1
         entry = adopted(seen.slice, queued.number if queued else self._number, now)

@@ -9,13 +9,13 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 from nbgpu.claim_limits import LIMITS_ANNOTATION, Limit, Limits, limits_annotation
 from nbgpu.claims import DRIVER, SLICE_LABEL, BadObject, claim_for, claim_name, move_note, read_claim
 from nbgpu.errors import NbgpuError, Unavailable
-from nbgpu.kube import ApiServerAway, Conflict, Json, Kube, KubeError, NotAllowed, NotFound, Rejected, path
+from nbgpu.kube import ApiServerAway, Conflict, Expired, Json, Kube, KubeError, NotAllowed, NotFound, Rejected, path
 from nbgpu.kube_events import Reporter, reference
 from nbgpu.kube_reflector import Key, Reflector
 from nbgpu.models import Launch, Slice
@@ -104,6 +104,8 @@ class KubeLedger:
         def claim(key: Key, old: ClaimInfo | None, new: ClaimInfo | None) -> None:
             if old is not None or new is not None:
                 view.claim_changed(key, new)
+                if new is None and old is not None and old.claim is not None:
+                    self._where.pop(old.claim.slice.slice_id, None)
                 hear()
 
         def pod(key: Key, old: PodInfo | None, new: PodInfo | None) -> None:
@@ -220,6 +222,8 @@ class KubeLedger:
                 continue
             except NotFound:
                 raise LedgerRefused("its claim is gone", status=409) from None
+            except (NotAllowed, Rejected) as error:
+                raise LedgerRefused(error.message) from None
             self._claims.note(changed)
             return
         raise ApiServerAway("The claim of the slice changes all the time; try again.")
@@ -364,9 +368,8 @@ class KubeLedger:
                 if self._problem() is None and self._may_act():
                     self._tell_problems()
                     self._tell_lost(time.monotonic())
-                    await self._own()
-                    await self._finish_moves()
-                    await self._delete_bare(time.monotonic())
+                    for work in (self._own, self._finish_moves, self._delete_bare):
+                        await work()
                     self._tell_strangers(time.monotonic())
             except NbgpuError as error:
                 log.info("keeping house waits: %s", error.message)
@@ -408,7 +411,8 @@ class KubeLedger:
             async with self._moving:
                 key = self.view.notes.get(slice_id)
                 if key is not None:
-                    await self._finish_move(slice_id, key, self.view.claims[key])
+                    with self._told(key):
+                        await self._finish_move(slice_id, key, self.view.claims[key])
 
     async def _finish_move(self, slice_id: str, key: Key, note: ClaimInfo) -> None:
         if slice_id in self.view.ids:
@@ -426,7 +430,8 @@ class KubeLedger:
         for key in list(self.view.unowned):
             pod = self.view.new_owner(key) if key in self.view.claims else None
             if pod is not None and self.view.age_seconds(key) >= self._ttl:
-                await self._make_owner(key, self.view.claims[key], pod)
+                with self._told(key):
+                    await self._make_owner(key, self.view.claims[key], pod)
 
     async def _make_owner(self, key: Key, info: ClaimInfo, pod: PodInfo) -> None:
         owner = {"apiVersion": "v1", "kind": "Pod", "name": pod.name, "uid": pod.uid}
@@ -438,15 +443,25 @@ class KubeLedger:
         except (Conflict, NotFound):
             pass  # it has changed: next time
 
-    async def _delete_bare(self, now: float) -> None:
+    @contextlib.contextmanager
+    def _told(self, key: Key) -> Iterator[None]:
+        """What Kubernetes refuses about one claim is told, and keeps nobody from looking after the others."""
+        info = self.view.claims[key]
+        try:
+            yield
+        except (NotAllowed, Rejected, Expired) as error:
+            self._reporter.say(reference(RESOURCE, "ResourceClaim", about(key, info)), "NotKept", error.message)
+
+    async def _delete_bare(self) -> None:
         """Delete claims whose pod never came, or has gone without them."""
-        bare = self.view.bare
+        now, bare = time.monotonic(), self.view.bare
         self._bare = {one: self._bare.get(one, now) for one in bare if one in self._bare or one in self.view.carried}
         for slice_id, since in list(self._bare.items()):
             key = self.view.ids.get(slice_id)
             if key is not None and slice_id in bare and now - since >= self._ttl:
-                log.info("orphan %s in namespace %s: it has had no pod for %.0f s, deleted", slice_id, key[0], now - since)
-                await self._delete(key, self.view.claims[key].uid)
+                with self._told(key):
+                    await self._delete(key, self.view.claims[key].uid)
+                    log.info("orphan %s in namespace %s: it has had no pod for %.0f s, deleted", slice_id, key[0], now - since)
 
 
 def _is_bound(claim: Json) -> bool:

@@ -17,7 +17,7 @@ import uvicorn
 
 from nbgpu.errors import NbgpuError, Unavailable
 from nbgpu.http import App
-from nbgpu.kube import Kube, NoCluster, seal_key
+from nbgpu.kube import Kube, seal_key
 from nbgpu.kube_check import cluster_problem
 
 from .api import create_app
@@ -83,8 +83,8 @@ class Replica:
 
     async def _problem(self) -> str | None:
         try:
-            return await cluster_problem(self._kube, claims_namespace(self._config, self._namespace))
-        except (Unavailable, NoCluster) as error:
+            return await cluster_problem(self._kube, *claims_namespaces(self._config, self._namespace))
+        except NbgpuError as error:
             return error.message
 
     async def _begin(self) -> None:
@@ -123,10 +123,10 @@ class Replica:
         await self._kube.close()
 
 
-def claims_namespace(config: Config, own: str) -> str:
-    """Return a namespace where the pool makes claims."""
+def claims_namespaces(config: Config, own: str) -> list[str]:
+    """Return namespaces where the pool makes claims."""
     named = [one for token in config.tokens for one in token.namespaces or () if not set(one) & set("*?[")]
-    return named[0] if named else own
+    return list(dict.fromkeys(named)) or [own]
 
 
 def own_namespace() -> str:
@@ -159,6 +159,8 @@ async def serve(replica: Replica, server: uvicorn.Server, listening: socket.sock
     serving, leading = asyncio.create_task(server.serve(sockets=[listening])), asyncio.create_task(replica.run())
     stop = asyncio.create_task(stopping.wait())
     await asyncio.wait([stop, serving, leading], return_when=asyncio.FIRST_COMPLETED)
+    if leading.done() and not leading.cancelled() and (error := leading.exception()) is not None:
+        log.error("the pool cannot go on: %s", error)
     log.info("stopping")
     leading.cancel()
     stop.cancel()

@@ -467,7 +467,7 @@ def about(key: Key, info: ClaimInfo) -> Json:
     return {"namespace": key[0], "name": key[1], "uid": info.uid, "resourceVersion": info.version}
 
 
-_READ = ("name", "namespace", "uid", "resourceVersion", "creationTimestamp", "deletionTimestamp", "ownerReferences")
+_READ = ("name", "namespace", "uid", "resourceVersion", "creationTimestamp", "deletionTimestamp", "ownerReferences", "annotations")
 
 
 def keep_claim(view: View) -> Callable[[Json], ClaimInfo | None]:

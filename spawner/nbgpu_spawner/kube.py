@@ -246,6 +246,15 @@ class KubeGPUMixin(_Mixed):
                 self._gpu_request_id, self._gpu_bound, self._gpu_id_from_pod = found, True, True
         return await super().poll()
 
+    def get_state(self) -> dict[str, Any]:
+        """Add whether only a pod's annotation tells the request id: who can edit pods could have written it."""
+        return {**super().get_state(), **({"gpu_id_from_pod": True} if self._gpu_id_from_pod else {})}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take the request id back, and how far it can be believed."""
+        super().load_state(state)
+        self._gpu_id_from_pod = bool(state.get("gpu_id_from_pod"))
+
     async def progress(self) -> AsyncGenerator[dict[str, Any], None]:
         """Yield what happens while waiting for a GPU, then Kubernetes' events, and what they mean where it is not plain."""
         told = ""

@@ -255,6 +255,7 @@ def test_hub_killed_before_it_saved_finds_the_request_in_the_pod(monkeypatch: py
         assert await made.poll() is None
         assert fake.calls == [], "poll never waits on the pool"
         assert made.get_state()["gpu_request_id"] == REQUEST_ID
+        assert made.get_state()["gpu_id_from_pod"], "so that a hub that starts again does not believe it either"
         await made.run_post_stop_hook()
         assert fake.calls == ["release_owner"], "by whose it is: what a pod says somebody may have written"
 

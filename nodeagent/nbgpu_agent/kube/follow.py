@@ -194,14 +194,13 @@ class Follower:
         self._booked[uid] = target
         await self.publisher.publish()
         mark("resize-booked")
-        others = await self._kube.list(self._path)  # the watch may be behind
         counts: dict[str, list[Limit]] = {part: [] for part in target}
-        for claim in others.items:
-            if not self._is_mine(claim) or claim["metadata"].get("uid") == uid:
-                continue
-            for part, limit in self._counts(claim).items():
-                if part in counts:
-                    counts[part].append(limit)
+        async with contextlib.aclosing(self._kube.pages(self._path)) as pages:  # the watch may be behind
+            async for page in pages:
+                for claim in page.items:
+                    if self._is_mine(claim) and claim["metadata"].get("uid") != uid:
+                        for part, limit in self._counts(claim).items():
+                            counts.get(part, []).append(limit)
         full = [part for part, limit in target.items() if not fits(self._agent.devices[part].usable_bytes, [*counts[part], limit])]
         if full:
             self._reporter.say(

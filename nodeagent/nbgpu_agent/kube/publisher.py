@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from nbgpu.claims import API_VERSION, DRIVER, resource_slice
-from nbgpu.errors import NbgpuError
+from nbgpu.errors import NbgpuError, Unavailable
 from nbgpu.kube import Conflict, Kube, NotFound, path
 from nbgpu.kube_events import Reporter, reference
 from nbgpu.kube_reflector import LEFT_OUT, Key, Reflector
@@ -141,8 +141,10 @@ class Publisher:
         Raises
         ------
         NbgpuError
-            It could not be written now.
+            It could not be written now, or what it depends on is not known yet.
         """
+        if not (self._node and self.slices.ready and self.may()):
+            raise Unavailable("What this node publishes is not known yet.")
         async with self._lock:
             for _ in range(5):
                 there = self.slices.items.get(("", self._name))

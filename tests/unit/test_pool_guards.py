@@ -1,0 +1,131 @@
+"""What one object, one hub or one refusal must not do to the pool of all."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+pytest.importorskip("httpx")
+
+from fake_kube import FakeKube
+
+from nbgpu.kube import Kube, NotAllowed, path
+from nbgpu.kube_check import cluster_problem
+from nbgpu.models import Device, Owner, Slice, SliceDevice
+from nbgpu.quantities import GIB
+from nbgpu_pool.config import Config
+from nbgpu_pool.core import Core
+from nbgpu_pool.kube_ledger import KubeLedger
+from nbgpu_pool.state import Seen, Snapshot
+
+DEVICE = Device(uuid="GPU-1", index=0, model="H100", node="n", memory_bytes=82 * GIB, reserve_bytes=2 * GIB)
+
+
+def running(slice_id: str, hub: str, parts: int = 1) -> Seen:
+    part = SliceDevice(uuid="GPU-1", index=0, model="H100", memory_bytes=2**20, compute_milli=1)
+    owner = Owner(hub=hub, user="ada")
+    return Seen(Slice.model_construct(slice_id=slice_id, owner=owner, node="n", mode="burst", groups=[], devices=[part] * parts,
+                                      simulated=False, namespace="ns"), "running")  # fmt: skip
+
+
+@pytest.mark.parametrize("parts", [1, 17, 32])
+def test_somebodys_own_claim_of_many_parts_is_booked(parts: int) -> None:
+    core = Core()
+    core.snapshot(Snapshot(core.mark, [DEVICE], [running("claim-0123", "kubernetes", parts)]), 1.0)
+    assert core.ready
+    assert [entry.slice_id for entry in core.books.entries.values()] == ["claim-0123"]
+
+
+@pytest.mark.parametrize(("by", "state"), [("a", "bound"), ("b", "releasing")])
+def test_a_hub_takes_back_only_its_own_while_the_books_are_rebuilt(by: str, state: str) -> None:
+    core = Core()
+    core.cancel("0123456789abcdef", by, 0.0)
+    core.snapshot(Snapshot(core.mark, [DEVICE], [running("0123456789abcdef", "b")]), 1.0)
+    assert core.books.entries["0123456789abcdef"].state.value == state
+
+
+async def kube_of(fake: FakeKube, folder) -> Kube:  # type: ignore[no-untyped-def]
+    from kubernetes.client import Configuration
+
+    configuration = Configuration()
+    configuration.host = fake.url
+    return Kube(configuration)
+
+
+@pytest.mark.asyncio
+async def test_one_claim_that_is_refused_keeps_nobody_from_the_others(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    async with FakeKube() as fake:
+        ledger = KubeLedger(await kube_of(fake, tmp_path), b"k" * 16, ttl_seconds=0)
+        done: list[str] = []
+
+        async def refused(key, *more) -> None:  # type: ignore[no-untyped-def]
+            if key[1] == "first":
+                raise NotAllowed("forbidden")
+            done.append(key[1])
+
+        ledger._make_owner = refused  # type: ignore[method-assign]
+        view = ledger.view
+        view.unowned |= {("ns", "first"), ("ns", "second")}
+        view.claims = {key: type("Info", (), {"uid": "u", "version": "1"})() for key in view.unowned}  # type: ignore[assignment]
+        view.new_owner = lambda key: object()  # type: ignore[method-assign, assignment, return-value]
+        view.age_seconds = lambda key: 1.0  # type: ignore[method-assign]
+        await ledger._own()
+        assert done == ["second"]
+        await ledger.close()
+        await ledger.kube.close()
+
+
+@pytest.mark.asyncio
+async def test_bodies_are_as_the_api_server_writes_them(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """Else a claim of a user called "R&D <x>" could never be patched."""
+    async with FakeKube() as fake:
+        kube = await kube_of(fake, tmp_path)
+        sent: list[bytes] = []
+        inner = kube._http.request
+
+        async def listen(*arguments, **more):  # type: ignore[no-untyped-def]
+            sent.append(more["content"])
+            return await inner(*arguments, **more)
+
+        kube._http.request = listen  # type: ignore[method-assign]
+        await kube.create(path("v1", "configmaps", "ns"), {"metadata": {"name": "x"}, "data": {"owner": "R&D <x>"}})
+        await kube.close()
+    assert sent == [b'{"data":{"owner":"R\\u0026D \\u003cx\\u003e"},"metadata":{"name":"x"}}']
+    assert json.loads(sent[0])["data"]["owner"] == "R&D <x>"
+
+
+class Api:
+    """Takes claims in some namespaces."""
+
+    def __init__(self, **refusals: Exception):
+        self.refusals = refusals
+
+    async def get(self, _: str) -> dict[str, str]:
+        return {"major": "1", "minor": "36"}
+
+    async def create(self, where: str, body: dict, dry_run: bool) -> dict:  # type: ignore[type-arg]
+        namespace = where.split("/")[-2]
+        if namespace in self.refusals:
+            raise self.refusals[namespace]
+        return body
+
+
+@pytest.mark.parametrize(
+    ("refusals", "says"),
+    [
+        ({}, None),
+        ({"one": NotAllowed("no")}, None),
+        ({"one": NotAllowed("no"), "two": NotAllowed("neither")}, "in namespace two: neither"),
+        ({"one": NotAllowed("exceeded quota: full"), "two": NotAllowed("exceeded quota: full")}, None),
+    ],
+)
+def test_one_hubs_namespace_stops_no_other_hub(refusals: dict[str, Exception], says: str | None) -> None:
+    found = asyncio.run(cluster_problem(Api(**refusals), "one", "two"))  # type: ignore[arg-type]
+    assert found == says if says is None else says in str(found)
+
+
+def test_no_hub_is_called_as_the_owner_of_claims_that_no_hub_made() -> None:
+    with pytest.raises(ValueError, match="cannot be called kubernetes"):
+        Config.model_validate({"tokens": [{"role": "hub", "hub": "kubernetes", "env": "X", "namespaces": ["x"]}]})
