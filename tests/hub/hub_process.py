@@ -46,7 +46,8 @@ c.LocalProcessSpawner.term_timeout = c.LocalProcessSpawner.interrupt_timeout = 3
 c.JupyterHub.concurrent_spawn_limit = 0
 c.JupyterHub.tornado_settings = {{"slow_spawn_timeout": 1.5}}  # REST answers 202 when a start takes longer
 c.JupyterHub.services = [{{"name": "test", "api_token": {token!r}}}]
-c.JupyterHub.load_roles = [{{"name": "test", "services": ["test"], "scopes": ["admin:users", "admin:servers", "list:users", "read:hub"]}}]
+scopes = ["admin:users", "admin:servers", "access:servers", "list:users", "read:hub"]
+c.JupyterHub.load_roles = [{{"name": "test", "services": ["test"], "scopes": scopes}}]
 {more}
 """
 

@@ -161,6 +161,12 @@ class Place:
             self._moves.add(task)
             task.add_done_callback(self._moves.discard)
 
+    def wake(self) -> None:
+        """Let all kubelets answer, first about what came while they did not."""
+        self.silent.clear()
+        there = list(self.kubelet.items.items()) if self.kubelet is not None else []
+        self.back.loop.call_soon_threadsafe(lambda: [self._pod_changed(key, None, pod) for key, pod in there])
+
     async def _tend(self, key: tuple[str, str], pod: Json) -> None:
         """Start a pod that came; finish one that shall go."""
         with contextlib.suppress(NotFound, Conflict):

@@ -90,8 +90,11 @@ def served(hub: KubeHub, user: str, profile: str = "quarter") -> str:
 def test_a_normal_start_and_stop(hub: KubeHub, place: HubPlace, pool: Pool) -> None:
     """Case 1: what the user sees, what the pod says, and what is left."""
     browser = hub.login("ada")
+    place.silent.update(place.nodes)  # until the page has told of it, the pod waits for its kubelet
     browser.submit({"profile": "half"})
     events = browser.watch()
+    until(lambda: [one for one in events if "to start your server" in one["message"]], 20, "the page says what it waits for")
+    place.wake()
     hub.ready("ada")
     request = hub.request_of("ada")
     assert consistent(place, pool, hub) == {request}

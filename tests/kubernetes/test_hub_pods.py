@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from hub_kit import consistent, until
+from hub_process import TOKEN
 from real_kit import RealHub, real_hub
 
 pytestmark = [pytest.mark.kubernetes, pytest.mark.slow]
@@ -67,8 +68,7 @@ def test_a_real_lab_shows_its_slice(there: RealHub) -> None:
     """JupyterLab with nbgpu[lab] in a pod: the panel's API answers with the slice, through the hub's proxy and with the user's rights."""
     there.hub.spawn("ada", {"profile": "lab"})
     there.hub.ready("ada", 120)
-    token = there.hub.api("POST", "users/ada/tokens", {"note": "test"}).json()["token"]
-    http = httpx.Client(base_url=there.server_url("ada"), headers={"Authorization": f"token {token}"}, timeout=60)
+    http = httpx.Client(base_url=there.server_url("ada"), headers={"Authorization": f"token {TOKEN}"}, timeout=60)
     usage = until(lambda: (found := http.get("nbgpu/api/usage").json()).get("slice_id") and found, 30, "the slice is shown")
     assert usage["slice_id"] == there.hub.request_of("ada")
     assert usage["simulated"] is True
