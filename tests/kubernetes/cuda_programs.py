@@ -47,7 +47,7 @@ print(json.dumps({"total": total, "first": first, "beyond": beyond}), flush=True
 time.sleep(1)
 """
 )
-"""Takes nearly all, then too much: 0 and 2 (CUDA_ERROR_OUT_OF_MEMORY) with the limiter; 0 and 0 without. Stays until the agent has seen it."""
+"""Takes nearly all, then too much: 0 and 2 (out of memory) with the limiter; 0 and 0 without. Stays until the agent has seen it."""
 
 HOLD = (
     CUDA
