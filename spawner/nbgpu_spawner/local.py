@@ -153,6 +153,15 @@ class LocalGPUMixin(GPUSliceMixin):
             return None
         return pid if os.path.exists(f"/proc/{pid}") else None
 
+    async def _signal(self, sig: int) -> bool:
+        """Signal 0 asks whether the server lives: one that has ended and that nobody has waited for yet does not.
+
+        A hub that starts again would take it for alive, and wait for its answer until `http_timeout`.
+        """
+        if sig == 0 and _has_ended(self.pid):  # pyright: ignore[reportAttributeAccessIssue]
+            return False
+        return await super()._signal(sig)  # pyright: ignore[reportAttributeAccessIssue]
+
     def get_env(self) -> dict[str, str]:
         """Add the slice's environment; a server without a GPU gets none of it."""
         env = super().get_env()
@@ -180,6 +189,14 @@ class SimpleLocalGPUSpawner(LocalGPUMixin, SimpleLocalProcessSpawner):
     def gpu_uid(self) -> int | None:
         """Return None: every server runs as the hub's account, which is the agent's."""
         return None
+
+
+def _has_ended(pid: int) -> bool:
+    """Return whether a process is a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"Z"
+    except (OSError, IndexError):
+        return False
 
 
 def _write(end: int) -> None:

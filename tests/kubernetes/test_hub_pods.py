@@ -35,8 +35,8 @@ def test_a_real_server_sees_its_slice_and_is_refused_beyond(there: RealHub) -> N
     """Case 1 with real pods: hub, pool, scheduler, kubelet, agent and limiter in one line; and again after a restart of the hub."""
     assert there.hub.spawn("ada", {"profile": "quarter"}).status_code in (201, 202)
     assert there.hub.spawn("grace", {"profile": "half"}).status_code in (201, 202)
-    there.hub.ready("ada", 90)
-    there.hub.ready("grace", 90)
+    there.hub.ready("ada", 200)
+    there.hub.ready("grace", 200)
     both = {there.hub.request_of("ada"), there.hub.request_of("grace")}
     assert consistent(there.place, there.pool, there.hub) == both
     assert set(there.node.slices()) == both
@@ -58,7 +58,7 @@ def test_a_real_server_sees_its_slice_and_is_refused_beyond(there: RealHub) -> N
 def test_a_server_without_a_gpu_sees_none(there: RealHub) -> None:
     """The control: the same server without a claim finds no driver."""
     there.hub.spawn("ada", {"profile": "cpu"})
-    there.hub.ready("ada", 90)
+    there.hub.ready("ada", 200)
     with pytest.raises(httpx.HTTPError):
         httpx.get(there.server_url("ada") + "probe", timeout=60).raise_for_status()
     there.hub.stop("ada")
@@ -67,7 +67,7 @@ def test_a_server_without_a_gpu_sees_none(there: RealHub) -> None:
 def test_a_real_lab_shows_its_slice(there: RealHub) -> None:
     """JupyterLab with nbgpu[lab] in a pod: the panel's API answers with the slice, through the hub's proxy and with the user's rights."""
     there.hub.spawn("ada", {"profile": "lab"})
-    there.hub.ready("ada", 120)
+    there.hub.ready("ada", 200)
     http = httpx.Client(base_url=there.server_url("ada"), headers={"Authorization": f"token {TOKEN}"}, timeout=60)
     usage = until(lambda: (found := http.get("nbgpu/api/usage").json()).get("slice_id") and found, 30, "the slice is shown")
     assert usage["slice_id"] == there.hub.request_of("ada")

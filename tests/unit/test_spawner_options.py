@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -250,3 +251,20 @@ def test_defaults_of_setup_give_way_to_the_admins(own: bool, before: bool, tmp_p
     spawner = c.JupyterHub.spawner_class(config=c)
     assert spawner.http_timeout == (45 if own else 120)
     assert spawner.gpu_login_terminals is own
+
+
+def test_a_server_that_nobody_waited_for_has_ended() -> None:
+    """Control: the operating system still takes a signal for it."""
+    from nbgpu_spawner.local import _has_ended
+
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    try:
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        os.kill(child, 0)
+        assert _has_ended(child)
+        assert not _has_ended(os.getpid())
+    finally:
+        os.waitpid(child, 0)
+    assert not _has_ended(child)
