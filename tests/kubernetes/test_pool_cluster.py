@@ -371,7 +371,7 @@ def test_a_node_removed_with_its_resource_slice(place: Place, pool: Pool) -> Non
 
 def test_the_api_server_away_for_a_while(place: Place, tmp_path: Path, gateway: Gateway) -> None:
     """Nothing is lost, nothing is granted meanwhile, and what happened meanwhile is known afterwards."""
-    pool = Pool(place, tmp_path, gateway=gateway).start()
+    pool = Pool(place, tmp_path, gateway=gateway, reservation_ttl_seconds=6).start()
     kept, ended = served(place, pool), served(place, pool)
     for request in (kept, ended):
         until(lambda request=request: (place.claim(request) or {})["metadata"].get("ownerReferences"))
