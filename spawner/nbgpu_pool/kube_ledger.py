@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from typing import Any
 
 from nbgpu.claim_limits import LIMITS_ANNOTATION, Limit, Limits, limits_annotation
@@ -444,7 +444,7 @@ class KubeLedger:
             pass  # it has changed: next time
 
     @contextlib.contextmanager
-    def _told(self, key: Key) -> Iterator[None]:
+    def _told(self, key: Key) -> Generator[None]:
         """What Kubernetes refuses about one claim is told, and keeps nobody from looking after the others."""
         info = self.view.claims[key]
         try:
