@@ -106,7 +106,7 @@ def test_an_agent_that_says_no_and_one_that_is_away(place: Place, pool: Pool, ag
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_pool_killed_around_the_writing_of_limits(place: Place, tmp_path: Path, gateway: Gateway, when: str) -> None:
     """What was written counts for the next pool, what was not is as if it had not been asked; asking again is the same."""
-    pool = Pool(place, tmp_path, gateway=gateway, reservation_ttl_seconds=30).start()
+    pool = Pool(place, tmp_path, gateway=gateway, reservation_ttl_seconds=6).start()
     agent = Agent(place, place.nodes[0], pool.key)
     request = served(place, pool)
     until(lambda: (place.claim(request) or {})["metadata"].get("ownerReferences"))  # no other patch is on its way
