@@ -368,8 +368,9 @@ class KubeLedger:
                 if self._problem() is None and self._may_act():
                     self._tell_problems()
                     self._tell_lost(time.monotonic())
-                    for work in (self._own, self._finish_moves, self._delete_bare):
-                        await work()
+                    await self._own()
+                    await self._finish_moves()
+                    await self._delete_bare()
                     self._tell_strangers(time.monotonic())
             except NbgpuError as error:
                 log.info("keeping house waits: %s", error.message)
