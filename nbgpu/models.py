@@ -131,7 +131,8 @@ class Slice(Model):
     owner: Owner
     node: Name
     mode: Mode
-    devices: Annotated[list[SliceDevice], Field(min_length=1, max_length=16)]
+    devices: Annotated[list[SliceDevice], Field(min_length=1, max_length=32)]
+    """As many as one ResourceClaim may hold."""
     simulated: bool = False
     groups: Annotated[list[Name], Field(max_length=1000)] = []
     """Those groups of the owner that have a quota: the pool finds them here again after a restart."""

@@ -8,6 +8,8 @@ from nbgpu.errors import InvalidValue, NbgpuError
 from nbgpu.models import Device, KernelLimit, Slice
 from nbgpu.quantities import MIB, WHOLE_MILLI, format_memory
 
+from .layout import DEVICES
+
 
 class Conflict(NbgpuError):
     """What is asked does not fit what is there."""
@@ -20,6 +22,8 @@ def check_slice(wanted: Slice, devices: Mapping[str, Device], node: str) -> None
     """Raise InvalidValue unless `wanted` names devices of this node, each once, and a part of each that is not empty."""
     if wanted.node != node:
         raise InvalidValue("slice.node", wanted.node, f"this node, {node!r}")
+    if len(wanted.devices) > DEVICES:
+        raise InvalidValue("slice.devices", len(wanted.devices), f"at most {DEVICES} devices")
     seen: set[str] = set()
     for part in wanted.devices:
         device = devices.get(part.uuid)

@@ -215,22 +215,27 @@ class LiveSlice:
         return False
 
     def _in_container(self) -> bool:
-        """Return whether a container that has the slice runs: the pod's sandbox, and containers without the claim, do not see its files."""
-        claim = self.record.claim
-        return claim is not None and any(self.is_seen_by(pid) for pid in self._cgroups.pod_members(claim.pods))
+        """Return whether a container that has the slice runs: the pod's sandbox, and containers without the claim, do not have its files."""
+        return bool(self.container_processes())
 
     def container_processes(self) -> set[int]:
         """Return the live processes of the containers that have this slice of a claim."""
         claim = self.record.claim
         pids = self._cgroups.pod_members(claim.pods) if claim is not None else set[int]()
-        return {pid for pid in pids if procs.start_time(pid) is not None and self.is_seen_by(pid)}
+        seen: dict[str | None, bool] = {None: False}  # by mount namespace: a container's processes share it
+        for pid in pids:
+            if (space := procs.mount_namespace(pid)) not in seen:
+                seen[space] = self.is_seen_by(pid)
+        return {pid for pid in pids if seen.get(procs.mount_namespace(pid), False) and procs.start_time(pid) is not None}
 
     def is_seen_by(self, pid: int) -> bool:
-        """Return whether a process finds this slice where a container's is."""
-        try:
-            return os.path.samestat(os.stat(f"/proc/{pid}/root{CONTAINER_DIR}/ctl"), os.fstat(self.ctl.fd))
-        except OSError:
-            return False
+        """Return whether a process has this slice mounted where a container's is.
+
+        By the kernel's list of its mounts: a look at the path could end in a file system that the tenant serves, and never return.
+        """
+        device = os.fstat(self.ctl.fd).st_dev
+        wanted = f"{os.major(device)}:{os.minor(device)}", self.directory.name
+        return any((mount.device, Path(mount.root).name) == wanted for mount in procs.mounts(pid, CONTAINER_DIR))
 
     def over(self) -> bool:
         """Return whether the slice's last process is gone; until then watch those that are left."""

@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
+MOUNTS_BYTES = 64 * 1024
+"""So much of a process's list of mounts is read: a tenant may make it as long as it likes."""
+
 
 @dataclass(frozen=True)
 class Process:
@@ -71,6 +74,38 @@ def descendants(roots: Iterable[int]) -> set[int]:
             found.add(pid)
             todo.extend(children[pid])
     return found & live
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A line of ``/proc/<pid>/mountinfo``, as much of it as is read here."""
+
+    device: str
+    """``major:minor`` of the file system."""
+    root: str
+    """What of the file system is mounted."""
+
+
+def mount_namespace(pid: int) -> str | None:
+    """Return the name of a process's mount namespace; None when it is gone or a zombie."""
+    try:
+        return os.readlink(f"/proc/{pid}/ns/mnt")
+    except OSError:
+        return None
+
+
+def mounts(pid: int, point: str) -> list[Mount]:
+    """Return what a process has mounted at `point`, as far as the first mounts of its namespace tell: others it has made itself."""
+    text = b""
+    try:
+        with open(f"/proc/{pid}/mountinfo", "rb", buffering=0) as file:
+            while len(text) < MOUNTS_BYTES and (more := file.read(MOUNTS_BYTES)):
+                text += more
+    except OSError:
+        return []
+    lines = (line.split(b" ", 5) for line in text.split(b"\n"))
+    wanted = point.encode()
+    return [Mount(line[2].decode(), os.fsdecode(line[3])) for line in lines if len(line) == 6 and line[4] == wanted]
 
 
 def inner_pid(pid: int) -> int:

@@ -175,6 +175,12 @@ class KubeLedger:
     async def release(self, slice_id: str) -> bool:
         """Delete the claim: Kubernetes keeps it while a pod uses it."""
         self._must_lead()
+        try:
+            return await self._release(slice_id)
+        except (NotAllowed, Rejected) as error:
+            raise LedgerRefused(error.message) from None
+
+    async def _release(self, slice_id: str) -> bool:
         note = self.view.notes.get(slice_id)
         if note is not None:
             await self._delete(note, self.view.claims[note].uid)
@@ -318,8 +324,8 @@ class KubeLedger:
         self._reset()
         keeper = asyncio.create_task(self._keep(), name="keeper")
         try:
-            self._published.start()
-            self._nodes.start()
+            for one in (self._published, self._nodes, self._pods):
+                one.start()
             told_away, whole = False, True
             while True:
                 self._changed.clear()
@@ -341,9 +347,8 @@ class KubeLedger:
                 if not told_away and any(one.away is not None for one in self._all):
                     told_away = True
                     yield problem
-                if self._published.ready and self._nodes.ready:  # claims are read by the devices that they name
+                if all(one.ready for one in self._all if one is not self._claims):  # a claim is read by its devices, and judged by its pods
                     self._claims.start()
-                    self._pods.start()
                 await self._changed.wait()
         finally:
             keeper.cancel()

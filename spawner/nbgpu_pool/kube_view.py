@@ -225,6 +225,7 @@ class View:
         """Take over a ResourceSlice; claims that could not be read may be read now."""
         if new is None:
             self.published.pop(name, None)
+            self._forget_devices()
         else:
             self.published[name] = new
             for device in new.devices:
@@ -232,6 +233,15 @@ class View:
         self._devices = None
         for key in list(self._unread):
             self.claim_changed(key, self.read(json.loads(self.claims[key].raw)))
+
+    def _forget_devices(self) -> None:
+        """Forget those that nobody publishes or holds any more."""
+        kept = {(one.node, device_name(one.uuid)) for published in self.published.values() for one in published.devices}
+        for info in self.claims.values():
+            kept.update(info.holds)
+            if info.slice is not None:
+                kept.update((info.slice.node, device_name(part.uuid)) for part in info.slice.devices)
+        self.by_name = {key: device for key, device in self.by_name.items() if key in kept}
 
     def devices(self) -> list[Device]:
         """Return the devices, unhealthy those that cannot take anybody now: their node is away, or it is unknown what is held on them.

@@ -52,7 +52,15 @@ class Ledger(Protocol):
         ...
 
     async def release(self, slice_id: str) -> bool:
-        """Ask a slice back; True when there is none of that id (any more)."""
+        """Ask a slice back; True when there is none of that id (any more).
+
+        Raises
+        ------
+        LedgerRefused
+            It may not be given back (yet).
+        Unavailable
+            Nobody knows; ask again.
+        """
         ...
 
     async def resize(self, wanted: Slice) -> None:

@@ -34,6 +34,8 @@ from .state import Settings
 
 TICK_SECONDS = 0.5
 RETRY_SECONDS = 0.5
+REFUSED_SECONDS = 30.0
+"""The longest pause before the ledger is asked again for what it refused."""
 
 log = logging.getLogger("nbgpu.pool")
 
@@ -49,6 +51,8 @@ class Service:
         self.closing = False
         self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
         self._asking: set[str] = set()
+        self._refused: dict[str, float] = {}
+        """How long was waited after what the ledger refused of a slice last."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._waiters: set[asyncio.Future[None]] = set()
@@ -123,6 +127,7 @@ class Service:
                     "granted %s %s node=%s devices=%s waited=%.1fs", request_id, _who(entry.request.owner), entry.slice.node, where, waited
                 )
         for request_id in effects.ended:
+            self._refused.pop(request_id, None)
             entry = self.core.ended.get(request_id)
             if entry is not None:
                 log.info("gone %s %s: %s", request_id, _who(entry.request.owner), entry.reason)
@@ -139,6 +144,12 @@ class Service:
         try:
             async with self._lock(slice_id):
                 await what(slice_id)
+            self._refused.pop(slice_id, None)
+        except LedgerRefused as error:  # until somebody changes what refuses it: more and more seldom
+            pause = min(REFUSED_SECONDS, 2 * self._refused.get(slice_id, RETRY_SECONDS))
+            self._refused[slice_id] = pause
+            log.warning("%s %s refused, will ask again in %.0f s: %s", name, slice_id, pause, error.message)
+            await asyncio.sleep(pause)
         except NbgpuError as error:
             log.warning("%s %s not answered, will ask again: %s", name, slice_id, error.message)
             await asyncio.sleep(RETRY_SECONDS)

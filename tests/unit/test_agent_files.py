@@ -132,6 +132,16 @@ def test_a_process_is_not_mistaken_for_a_later_one_with_its_pid() -> None:
     assert procs.find(child.pid) is None
 
 
+def test_a_mount_is_known_by_the_kernels_list() -> None:
+    """Its device and root are those that a look at the path would meet."""
+    device = os.stat("/proc").st_dev
+    wanted = procs.Mount(f"{os.major(device)}:{os.minor(device)}", "/")
+    assert wanted in procs.mounts(os.getpid(), "/proc")
+    assert procs.mounts(os.getpid(), "/proc/self") == []
+    assert procs.mounts(2**22 + 1, "/proc") == []
+    assert procs.mount_namespace(os.getpid()) == os.readlink("/proc/self/ns/mnt")
+
+
 @pytest.mark.asyncio
 async def test_events_wake_who_waits_and_ids_go_on_rising() -> None:
     log = EventLog()

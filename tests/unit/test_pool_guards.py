@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 
 import pytest
@@ -15,9 +16,14 @@ from nbgpu.kube import Kube, NotAllowed, path
 from nbgpu.kube_check import cluster_problem
 from nbgpu.models import Device, Owner, Slice, SliceDevice
 from nbgpu.quantities import GIB
+from nbgpu_pool import service as service_module
 from nbgpu_pool.config import Config
 from nbgpu_pool.core import Core
 from nbgpu_pool.kube_ledger import KubeLedger
+from nbgpu_pool.kube_view import ClaimInfo, Published, View
+from nbgpu_pool.ledger import LedgerRefused
+from nbgpu_pool.service import Service
+from nbgpu_pool.shapes import Part
 from nbgpu_pool.state import Seen, Snapshot
 
 DEVICE = Device(uuid="GPU-1", index=0, model="H100", node="n", memory_bytes=82 * GIB, reserve_bytes=2 * GIB)
@@ -129,3 +135,58 @@ def test_one_hubs_namespace_stops_no_other_hub(refusals: dict[str, Exception], s
 def test_no_hub_is_called_as_the_owner_of_claims_that_no_hub_made() -> None:
     with pytest.raises(ValueError, match="cannot be called kubernetes"):
         Config.model_validate({"tokens": [{"role": "hub", "hub": "kubernetes", "env": "X", "namespaces": ["x"]}]})
+
+
+class Refuses:
+    """A ledger that holds one slice and may not give it back."""
+
+    who = "The ledger"
+
+    def __init__(self, until: int):
+        self.asked: list[float] = []
+        self.enough = asyncio.Event()
+        self._until = until
+
+    async def watch(self, mark, fresh):  # type: ignore[no-untyped-def]
+        yield Snapshot(mark(), [DEVICE], [running("0123456789abcdef", "hub")])
+        await asyncio.Event().wait()
+
+    async def release(self, slice_id: str) -> bool:
+        self.asked.append(asyncio.get_running_loop().time())
+        if len(self.asked) == self._until:
+            self.enough.set()
+        raise LedgerRefused("the pool has no right to delete claims there")
+
+    async def close(self) -> None:
+        pass
+
+
+@pytest.mark.asyncio
+async def test_what_is_refused_is_asked_again_more_and_more_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "RETRY_SECONDS", 0.01)
+    ledger = Refuses(5)
+    service = Service(ledger)  # type: ignore[arg-type]
+    service.start()
+    assert await service.changed(service.core.generation, 5)
+    service.cancel("0123456789abcdef", "hub")
+    await asyncio.wait_for(ledger.enough.wait(), 10)
+    await service.stop()
+    pauses = [later - earlier for earlier, later in itertools.pairwise(ledger.asked)]
+    assert all(pause >= 0.009 * 2 ** (number + 1) for number, pause in enumerate(pauses)), pauses
+    assert service.core.books.entries["0123456789abcdef"].state.value == "releasing"
+
+
+def test_devices_of_nodes_that_went_are_forgotten_once_nobody_holds_them() -> None:
+    view = View(b"k" * 16, lambda: 0.0)
+    for number in range(3):
+        node = f"n{number}"
+        view.published_changed(node, Published(node, (DEVICE.model_copy(update={"node": node, "uuid": f"GPU-{node}"}),), (Part(1, 1),), {}))
+    held = running("claim-0123", "kubernetes").slice.model_copy(update={"node": "n0"})
+    held.devices[0] = held.devices[0].model_copy(update={"uuid": "GPU-n0"})
+    view.claims["ns", "x"] = ClaimInfo("u", "1", None, slice=held)
+    view.published_changed("n0", None)
+    view.published_changed("n1", None)
+    assert view.by_name.keys() == {("n0", "gpu-n0"), ("n2", "gpu-n2")}
+    del view.claims["ns", "x"]
+    view.published_changed("n2", None)
+    assert not view.by_name
