@@ -215,7 +215,7 @@ class LiveSlice:
         return False
 
     def _in_container(self) -> bool:
-        """Return whether a container that has the slice runs: the pod's sandbox, and containers without the claim, do not have its files."""
+        """Return whether a container that has the slice runs: the sandbox, and containers without the claim, do not have its files."""
         return bool(self.container_processes())
 
     def container_processes(self) -> set[int]:

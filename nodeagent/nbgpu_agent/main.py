@@ -171,7 +171,7 @@ async def _make(options: Options, runtime: Path) -> tuple[Agent, Nvml]:
     node = options.node or socket.gethostname()
     devices = nvml.devices(node, simulate, _reserve_bytes(options.reserve), options.devices)
     if not devices:
-        raise StartError("The NVIDIA driver of this machine shows no GPU. With --simulate nbgpu runs on simulated ones.")
+        raise StartError("The NVIDIA driver of this machine shows no GPU that answers. With --simulate nbgpu runs on simulated ones.")
     cuda = str(machine.libraries / "libcuda.so.1") if machine else "libcuda.so.1"
     contexts = await context_bytes(nvml, devices, runtime, cuda)
     settings = Settings(runtime, node, simulate, nvml.driver_version, libraries, machine)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,10 +78,17 @@ class Nvml:
         nvml = self._nvml
         found: list[Device] = []
         self.count = int(nvml.nvmlDeviceGetCount())
+        lost: set[int] = set()
         for index in range(self.count):
-            handle: Any = nvml.nvmlDeviceGetHandleByIndex(index)
-            uuid = _text(nvml.nvmlDeviceGetUUID(handle))
-            memory_bytes = int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
+            try:
+                handle: Any = nvml.nvmlDeviceGetHandleByIndex(index)
+                uuid = _text(nvml.nvmlDeviceGetUUID(handle))
+                memory_bytes = int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
+                model = _text(nvml.nvmlDeviceGetName(handle))
+            except nvml.NVMLError as error:
+                log.error("GPU %d does not answer (%s): it is left out until the agent starts anew", index, error)
+                lost.add(index)
+                continue
             reserve = default_reserve_bytes(memory_bytes) if reserve_bytes is None else reserve_bytes
             if reserve >= memory_bytes:
                 raise StartError(f"GPU {index} has {memory_bytes // MIB} MiB; a reserve of {reserve // MIB} MiB leaves nothing.")
@@ -89,14 +97,14 @@ class Nvml:
                 Device(
                     uuid=uuid,
                     index=index,
-                    model=_text(nvml.nvmlDeviceGetName(handle)),
+                    model=model,
                     node=node,
                     memory_bytes=memory_bytes,
                     reserve_bytes=reserve,
                     simulated=simulated,
                 )
             )
-        return select(found, selector)
+        return select(found, selector, lost)
 
     def sample(self, uuid: str) -> DeviceSample:
         """Return what runs on a device now; an error of the driver is in the answer, never raised."""
@@ -129,17 +137,19 @@ class Nvml:
         return {pid: total * 10 // count for pid, (total, count) in sums.items()}
 
 
-def select(devices: list[Device], selector: str) -> list[Device]:
-    """Return the devices that `selector` names; StartError for a name that is none of them."""
+def select(devices: list[Device], selector: str, lost: Collection[int] = ()) -> list[Device]:
+    """Return the devices that `selector` names; StartError for a name that is none of them, nor can be one of the `lost` indexes."""
     if selector.strip().lower() == "all":
         return devices
     chosen: list[Device] = []
     for name in filter(None, (word.strip() for word in selector.split(","))):
         found = [device for device in devices if name in (str(device.index), device.uuid)]
+        if not found and lost and (not name.isdecimal() or int(name) in lost):
+            continue
         if not found:
             raise StartError(f"--devices names {name!r}; this machine has GPUs 0 to {len(devices) - 1}, or name one by its UUID.")
         chosen += [device for device in found if device not in chosen]
-    if not chosen:
+    if not chosen and not lost:
         raise StartError("--devices names no GPU: give indexes or UUIDs with commas between, or `all`.")
     return chosen
 

@@ -21,6 +21,22 @@ nvmlReturn_t nvml_device(nvmlDevice_t handle, const void *output, unsigned *inde
     if (!output || handle < handles || handle >= handles + nvml_sim.m->devices)
         return NVML_ERROR_INVALID_ARGUMENT;
     *index = handle->index;
+    return nvml_sim.m->device[handle->index].lost ? NVML_ERROR_GPU_IS_LOST : NVML_SUCCESS;
+}
+
+static nvmlReturn_t give_handle(unsigned index, nvmlDevice_t *device) {
+    if (nvml_sim.m->device[index].lost)
+        return NVML_ERROR_GPU_IS_LOST;
+    *device = &handles[index];
+    return NVML_SUCCESS;
+}
+
+/* A fault for tests, of the whole machine: a GPU falls off the bus, or comes back. No NVML has this. */
+NVML_API nvmlReturn_t nbgpuSimSetLost(unsigned index, unsigned lost) {
+    NVML_ENTER();
+    if (index >= nvml_sim.m->devices)
+        return NVML_ERROR_INVALID_ARGUMENT;
+    nvml_sim.m->device[index].lost = lost;
     return NVML_SUCCESS;
 }
 
@@ -184,8 +200,7 @@ NVML_API nvmlReturn_t nvmlDeviceGetHandleByIndex_v2(unsigned index, nvmlDevice_t
     NVML_ENTER();
     if (!device || index >= nvml_sim.m->devices)
         return NVML_ERROR_INVALID_ARGUMENT;
-    *device = &handles[index];
-    return NVML_SUCCESS;
+    return give_handle(index, device);
 }
 
 NVML_API nvmlReturn_t nvmlDeviceGetHandleByIndex(unsigned index, nvmlDevice_t *device) {
@@ -199,8 +214,7 @@ NVML_API nvmlReturn_t nvmlDeviceGetHandleByUUID(const char *uuid, nvmlDevice_t *
     for (unsigned i = 0; i < nvml_sim.m->devices; i++) {
         if (strcasecmp(uuid, nvml_sim.m->device[i].uuid))
             continue;
-        *device = &handles[i];
-        return NVML_SUCCESS;
+        return give_handle(i, device);
     }
     return NVML_ERROR_NOT_FOUND;
 }
@@ -229,8 +243,7 @@ NVML_API nvmlReturn_t nvmlDeviceGetHandleBySerial(const char *serial, nvmlDevice
         serial_of(i, own);
         if (strcmp(serial, own))
             continue;
-        *device = &handles[i];
-        return NVML_SUCCESS;
+        return give_handle(i, device);
     }
     return NVML_ERROR_NOT_FOUND;
 }
@@ -247,8 +260,7 @@ NVML_API nvmlReturn_t nvmlDeviceGetHandleByPciBusId_v2(const char *bus_id, nvmlD
     }
     if (domain || slot || function || bus < 1 || bus > nvml_sim.m->devices)
         return NVML_ERROR_NOT_FOUND;
-    *device = &handles[bus - 1];
-    return NVML_SUCCESS;
+    return give_handle(bus - 1, device);
 }
 
 NVML_API nvmlReturn_t nvmlDeviceGetHandleByPciBusId(const char *bus_id, nvmlDevice_t *device) {

@@ -88,7 +88,8 @@ struct sim_device {
     uint64_t slice_left_ns, switch_left_ns;
     _Atomic uint32_t bell;    /* futex: rung when something may end sooner than predicted */
     _Atomic uint32_t repairs; /* locks inherited from the dead */
-    uint64_t reserved[8];
+    _Atomic uint64_t lost;    /* NVML says so of it: nbgpuSimSetLost */
+    uint64_t reserved[7];
     struct sim_bucket history[SIM_BUCKETS];
     uint16_t channel[SIM_CHANNELS];
 };

@@ -42,8 +42,11 @@ static int load_nvml(void) {
         smi.devices = 0;
     for (unsigned i = 0; i < smi.devices; i++) {
         smi.selected[i] = true;
-        if (smi.handle(i, &smi.device[i]))
-            smi.selected[i] = false;
+        nvmlReturn_t lost = smi.handle(i, &smi.device[i]);
+        if (!lost)
+            continue;
+        smi.selected[i] = false;
+        fprintf(stderr, "Unable to determine the device handle for GPU %u: %s\n", i, smi.error(lost));
     }
     return 0;
 }

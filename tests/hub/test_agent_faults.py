@@ -12,7 +12,9 @@ from pathlib import Path
 import httpx
 import pytest
 from agent_harness import AgentProcess, missing_libraries, until
+from lost_gpu import set_lost
 
+from nbgpu.errors import NbgpuError
 from nbgpu_agent import slicedir
 from nbgpu_agent.simulated import MADE_WITH, _directory
 
@@ -143,3 +145,39 @@ def test_mounts_of_slices_that_ended_without_an_agent_go(agent: AgentProcess) ->
     agent.start()
     until(lambda: not mounts(agent.runtime), 2, "the end of the mounts")
     assert list((agent.runtime / "slices").iterdir()) == []
+
+
+def test_a_gpu_that_is_lost_takes_nobody_and_the_others_go_on(agent: AgentProcess) -> None:
+    agent.start()
+    first, second = agent.slice(250, 0), agent.slice(250, 1)
+    agent.put(first)
+    agent.put(second)
+    set_lost(agent.env["NBGPU_SIM_STATE"], 1, True)
+    until(lambda: [one.healthy for one in agent.node().devices] == [True, False], 5, "the agent sees it")
+    with pytest.raises(NbgpuError, match=r"GPU 1 .* does not answer"):
+        agent.put(agent.slice(250, 1))
+    agent.put(agent.slice(250, 0))
+    assert agent.slices().keys() >= {first.slice_id, second.slice_id}, "who holds a part of it keeps it"
+    set_lost(agent.env["NBGPU_SIM_STATE"], 1, False)
+    until(lambda: [one.healthy for one in agent.node().devices] == [True, True], 5, "it is back")
+    agent.put(agent.slice(250, 1))
+
+
+def test_an_agent_starts_beside_a_gpu_that_is_lost(agent: AgentProcess) -> None:
+    agent.start()
+    held = agent.slice(250, 1)
+    agent.put(held)
+    agent.kill()
+    set_lost(agent.env["NBGPU_SIM_STATE"], 1, True)
+    agent.start("--devices", "0,1")
+    assert [one.index for one in agent.node().devices] == [0]
+    assert "GPU 1 does not answer (GPU is lost)" in agent.log.read_text()
+    assert held.slice_id in agent.slices()
+    agent.put(agent.slice(250, 0))
+    agent.delete(held.slice_id)
+    until(lambda: held.slice_id not in agent.slices(), 5, "its slice can be given back")
+    agent.stop()
+    set_lost(agent.env["NBGPU_SIM_STATE"], 0, True)
+    with pytest.raises(AssertionError, match="shows no GPU that answers"):
+        agent.start()
+    assert "Traceback" not in agent.log.read_text()

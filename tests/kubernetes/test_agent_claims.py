@@ -12,6 +12,7 @@ import httpx
 import psutil
 import pytest
 from cuda_programs import HOLD, LOOK
+from lost_gpu import set_lost
 from node_kit import KEY, Node, Place, node_with_place, until
 
 from nbgpu.claim_limits import LIMITS_ANNOTATION, Limit, Limits, limits_annotation
@@ -237,6 +238,35 @@ def test_malformed_claims_end_no_agent(node: Node, place: Place) -> None:
     assert process.poll() is None
     until("the junk to be judged", lambda: node.log().count("junk-") >= 1, 20)
     assert "Traceback" not in node.log()
+
+
+def test_a_gpu_that_is_lost_takes_no_new_pods(node: Node, place: Place) -> None:
+    """It is tainted in the ResourceSlice: who runs there goes on, new pods wait, and come once it is back."""
+
+    def tainted() -> list[bool]:
+        found = node.resource_slice()
+        assert found is not None
+        return [bool(one.get("taints")) for one in found["spec"]["devices"]]
+
+    machine = node.runtime / f"sim-{node.name}" / "state"
+    runs = place.pod(place.claim(250, device=1))
+    place.wait_running(runs)
+    set_lost(machine, 1, True)
+    try:
+        until("the taint", lambda: tainted() == [False, True])
+        waits, other = place.pod(place.claim(250, device=1)), place.pod(place.claim(250, device=0))
+        place.wait_running(other)
+
+        def refused() -> bool:
+            conditions = (place.get_pod(waits) or {}).get("status", {}).get("conditions", [])
+            return any(one["type"] == "PodScheduled" and one.get("reason") == "Unschedulable" for one in conditions)
+
+        until("the scheduler to find no place for it", refused)
+        assert place.phase(runs) == "Running"
+    finally:
+        set_lost(machine, 1, False)
+    until("the taint to go", lambda: tainted() == [False, False])
+    place.wait_running(waits)
 
 
 def test_the_agent_is_small(node: Node, place: Place) -> None:
