@@ -2,7 +2,7 @@
 
     def test_x(node: Node, place: Place):                  # fixtures: see test_agent_pods.py
         claim = place.claim("1/4")                          # sealed with the node's key, as the pool would make it
-        pod = place.pod(claim)                              # a container `main` of localhost/python:3.11 that sleeps, and has the slice
+        pod = place.pod(claim)                              # a container `main` of a plain image that sleeps, and has the slice
         place.wait_running(pod)
         assert "MiB" in place.exec(pod, "nvidia-smi")
 
@@ -37,8 +37,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LOCK = Path("/tmp/nbgpu-node.lock")
 LOCK_SECONDS = 900
 KEY = b"the-key-of-the-node-kit-0123456789"
-PYTHON = os.environ.get("NBGPU_POD_IMAGE", "localhost/python:3.11")
-"""A Debian with Python, on the node."""
+PLAIN = os.environ.get("NBGPU_IMAGES", "localhost/nbgpu-{}:test").format("plain")
+"""A Debian with Python, on the node (plain.Dockerfile)."""
 Json = dict[str, Any]
 T = TypeVar("T")
 
@@ -469,7 +469,7 @@ class Place:
         name = name or f"pod-{uuid.uuid4().hex[:6]}"
         container: Json = {
             "name": "main",
-            "image": PYTHON,
+            "image": PLAIN,
             "imagePullPolicy": "Never",
             "command": list(command),
             **({"resources": {"claims": [{"name": "gpu"}]}} if claim else {}),
@@ -511,6 +511,8 @@ class Place:
             pod = self.get_pod(name)
             assert pod is not None, f"pod {name} is gone"
             states = pod["status"].get("containerStatuses", [])
+            reasons = {one.get("state", {}).get("waiting", {}).get("reason") for one in states}
+            assert "ErrImageNeverPull" not in reasons, f"the node has no image {[one['image'] for one in states]}"
             return pod if states and all(one["ready"] for one in states) else None
 
         try:

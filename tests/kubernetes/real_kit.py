@@ -61,7 +61,7 @@ def told_for(node: node_kit.Node, profiles: list[dict[str, Any]] | None = None) 
         {"slug": "lab", "display_name": "JupyterLab with a quarter of a GPU", "kubespawner_override": lab},
     ]
     return {
-        "image": node_kit.PYTHON, "node_selector": {"kubernetes.io/hostname": node.name}, "tolerations": [],
+        "image": node_kit.PLAIN, "node_selector": {"kubernetes.io/hostname": node.name}, "tolerations": [],
         "model": node.devices()[0].model, "profiles": listed,
     }  # fmt: skip
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from cuda_programs import FILL, HOLD, LOOK
-from node_kit import PYTHON, ROOT, Node, Place, node_with_place, until
+from node_kit import PLAIN, ROOT, Node, Place, node_with_place, until
 
 pytestmark = [pytest.mark.kubernetes, pytest.mark.root, pytest.mark.slow]
 MIB = 1024**2
@@ -167,7 +167,7 @@ def test_the_kubelet_is_killed_between_prepare_and_start(node: Node, place: Plac
         pytest.skip("NBGPU_CLUSTER_COMMAND is not set: nothing here can restart the kubelet")
     claim = place.claim(250)
     # the claim is prepared with the pod's sandbox; its container starts only when the first one has ended
-    wait = {"name": "wait", "image": PYTHON, "imagePullPolicy": "Never", "command": ["sleep", "12"]}
+    wait = {"name": "wait", "image": PLAIN, "imagePullPolicy": "Never", "command": ["sleep", "12"]}
     pod = place.pod(claim, spec={"initContainers": [wait]})
     until("the slice", lambda: place.slice_id(claim) in node.slices(), 30)
     subprocess.run([*command.split(), "restart", "kubelet"], check=True, timeout=120, stdout=subprocess.DEVNULL)

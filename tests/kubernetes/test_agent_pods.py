@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from cuda_programs import CUDA, FILL, HOLD, LOOK
-from node_kit import Node, Place, node_with_place, until
+from node_kit import PLAIN, Node, Place, node_with_place, until
 
 pytestmark = [pytest.mark.kubernetes, pytest.mark.root, pytest.mark.slow]
 GIB = 1024**3
@@ -114,7 +114,7 @@ def test_a_pod_without_a_claim_sees_no_gpu(place: Place) -> None:
 
 def test_containers_that_name_the_claim_share_it(node: Node, place: Place) -> None:
     claim = place.claim(250)
-    image = {"image": "localhost/python:3.11", "imagePullPolicy": "Never"}
+    image = {"image": PLAIN, "imagePullPolicy": "Never"}
     has = {"resources": {"claims": [{"name": "gpu"}]}}
     sleep = {"command": ["sleep", "inf"]}
     init = {"name": "init", **image, **has, "command": ["python3", "-c", LOOK]}
