@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "spawner"), str(ROOT / "nodeagent"), str(ROOT / "tests" / "hub")]
+sys.path[:0] = [str(ROOT), str(ROOT / "spawner"), str(ROOT / "nodeagent"), str(ROOT / "tests"), str(ROOT / "tests" / "hub")]
 
 import httpx  # noqa: E402
 from hub_process import Hub, proxy_command, until  # noqa: E402

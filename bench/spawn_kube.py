@@ -34,7 +34,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 KIT = ROOT / "tests" / "kubernetes"
-sys.path[:0] = [str(ROOT), str(ROOT / "spawner"), str(ROOT / "nodeagent"), str(KIT), str(ROOT / "tests" / "hub")]
+sys.path[:0] = [str(ROOT), *(str(ROOT / folder) for folder in ("spawner", "nodeagent", "tests", "tests/hub")), str(KIT)]
 
 import node_kit  # noqa: E402
 import pytest  # noqa: E402

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
 import time
 import urllib.error
 import urllib.request
@@ -27,13 +26,6 @@ def wait_for(what: str, condition: Callable[[], object], seconds: float = 30, ev
             return value
         assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
         time.sleep(every)
-
-
-def free_port(address: str = "127.0.0.1") -> int:
-    """Return a TCP port of an address of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return probe.getsockname()[1]
 
 
 def answers(url: str) -> bool:

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import browser_kit
 import pytest
-from browser_kit import answers, free_port, wait_for
+from browser_kit import answers, wait_for
 from playwright.sync_api import Browser, Page
+from ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOTS = Path(__file__).parent / "shots"

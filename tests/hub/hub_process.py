@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOKEN = "test-token-of-this-run"
@@ -50,13 +50,6 @@ scopes = ["admin:users", "admin:servers", "access:servers", "list:users", "read:
 c.JupyterHub.load_roles = [{{"name": "test", "services": ["test"], "scopes": scopes}}]
 {more}
 """
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def proxy_command() -> str | None:

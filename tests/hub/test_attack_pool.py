@@ -18,7 +18,8 @@ from uuid import uuid4
 import httpx
 import pytest
 from agent_harness import AgentProcess, missing_libraries, own_agent
-from pool_process import PoolProcess, free_port, until
+from pool_process import PoolProcess, until
+from ports import free_port
 
 from nbgpu_pool.api import create_app
 from nbgpu_pool.ledger import AgentLedger

@@ -20,7 +20,8 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
 from pool_fake_agent import AgentTruth, FakeAgent, device
-from pool_process import PoolProcess, free_port, until
+from pool_process import PoolProcess, until
+from ports import free_port
 from schemathesis import GenerationMode
 
 from nbgpu.client import PoolClient

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from hub_process import ROOT, Browser, free_port, proxy_command, until
+from hub_process import ROOT, Browser, proxy_command, until
+from ports import free_port
 
 from nbgpu.client import AgentClient
 

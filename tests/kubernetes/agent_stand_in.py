@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 
-from pool_kit import RESOURCE, Place
+from place_kit import RESOURCE, Place
 
 from nbgpu.claim_limits import Limit, Share, Wanted, fits, in_force, is_settled, published, read_limits, report, shares, wanted_of
 from nbgpu.claims import BadObject, device_name

@@ -1,11 +1,17 @@
-"""Fixtures of the tests of the pool on a cluster; each module has a `place` of its own."""
+"""Fixtures of the tests on a cluster: an agent on its real node for the modules that say so, a way to the API server for the others, which
+have a `place` of their own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
-from pool_kit import Gateway, Place, Pool
+from gateway_kit import Gateway
+from node_kit import Node, node_with_place
+from node_kit import Place as NodePlace
+from place_kit import Place
+from pool_kit import Pool
 
 
 @pytest.fixture
@@ -15,3 +21,21 @@ def gateway(place: Place) -> Iterator[Gateway]:
     yield gateway
     Pool.stop_all()  # before its way to the lease is closed
     gateway.close()
+
+
+@pytest.fixture(scope="module")
+def agent_and_place(request: pytest.FixtureRequest) -> Iterator[tuple[Node, NodePlace]]:
+    """An agent with the module's `AGENT_ARGUMENTS`, and a namespace."""
+    with node_with_place(getattr(request.module, "AGENT_ARGUMENTS", ())) as found:
+        yield found
+
+
+@pytest.fixture
+def node(agent_and_place: tuple[Node, NodePlace]) -> Node:
+    return agent_and_place[0]
+
+
+@pytest.fixture(name="place")
+def node_place(agent_and_place: tuple[Node, NodePlace]) -> Iterator[NodePlace]:
+    yield agent_and_place[1]
+    agent_and_place[1].empty()

@@ -1,5 +1,5 @@
 """A hub on a cluster, for tests: JupyterHub as a process whose rights are those of zero-to-jupyterhub's hub and no more, its way to the
-API server in the test's hand, and pods that "run" on nodes that exist only as objects (`pool_kit`).
+API server in the test's hand, and pods that "run" on nodes that exist only as objects (`place_kit`).
 
 A pod of a user in `HubPlace.pending` stays pending; one of a user in `HubPlace.deaf` runs and never answers.
 """
@@ -19,7 +19,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
-from pool_kit import GIB, RESOURCE, TOKEN, Gateway, Place, Pool, until
+from gateway_kit import Gateway
+from place_kit import GIB, RESOURCE, Place, until
+from pool_kit import TOKEN, Pool
 
 from nbgpu.claims import SLICE_LABEL
 from nbgpu.kube import Conflict, Json, Kube, NotFound, credentials, path

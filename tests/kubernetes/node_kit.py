@@ -1,6 +1,6 @@
 """The real node of the cluster in KUBECONFIG with nbgpu's agent on it, and pods that use a slice.
 
-    def test_x(node: Node, place: Place):                  # fixtures: see test_agent_pods.py
+    def test_x(node: Node, place: Place):                  # fixtures: see conftest.py
         claim = place.claim("1/4")                          # sealed with the node's key, as the pool would make it
         pod = place.pod(claim)                              # a container `main` of a plain image that sleeps, and has the slice
         place.wait_running(pod)

@@ -21,8 +21,9 @@ from typing import Any
 
 import node_kit
 from chart_kit import image
+from gateway_kit import Gateway
 from hub_kit import HubPlace, KubeHub, clean, gateway_of_hub
-from pool_kit import Gateway, Pool
+from pool_kit import Pool
 
 ROOT = Path(__file__).resolve().parents[2]
 LIGHT_SERVER = (ROOT / "bench" / "spawn_server.py").read_text()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,8 @@ import psutil
 import pytest
 from cuda_programs import HOLD, LOOK
 from lost_gpu import set_lost
-from node_kit import KEY, Node, Place, node_with_place, until
+from node_kit import KEY, Node, Place, until
+from ports import free_port
 
 from nbgpu.claim_limits import LIMITS_ANNOTATION, Limit, Limits, limits_annotation
 
@@ -25,30 +24,8 @@ QUARTER = WHOLE // 4
 AGENT_RSS_MB = 120
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 PORT = free_port()
-
-
-@pytest.fixture(scope="module")
-def both() -> Iterator[tuple[Node, Place]]:
-    with node_with_place(["--foreign-claims", f"--metrics-listen=127.0.0.1:{PORT}"]) as found:
-        yield found
-
-
-@pytest.fixture
-def node(both: tuple[Node, Place]) -> Node:
-    return both[0]
-
-
-@pytest.fixture
-def place(both: tuple[Node, Place]) -> Iterator[Place]:
-    yield both[1]
-    both[1].empty()
+AGENT_ARGUMENTS = ["--foreign-claims", f"--metrics-listen=127.0.0.1:{PORT}"]
 
 
 def total(place: Place, pod: str) -> int:

@@ -11,33 +11,15 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from cuda_programs import FILL, HOLD, LOOK
-from node_kit import PLAIN, ROOT, Node, Place, node_with_place, until
+from node_kit import PLAIN, ROOT, Node, Place, until
 
 pytestmark = [pytest.mark.kubernetes, pytest.mark.root, pytest.mark.slow]
 MIB = 1024**2
 QUARTER = 79872 * MIB // 4
-
-
-@pytest.fixture(scope="module")
-def both() -> Iterator[tuple[Node, Place]]:
-    with node_with_place() as found:
-        yield found
-
-
-@pytest.fixture
-def node(both: tuple[Node, Place]) -> Node:
-    return both[0]
-
-
-@pytest.fixture
-def place(both: tuple[Node, Place]) -> Iterator[Place]:
-    yield both[1]
-    both[1].empty()
 
 
 def state(place: Place, pod: str) -> dict[str, int]:

@@ -7,36 +7,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 from cuda_programs import CUDA, FILL, HOLD, LOOK
-from node_kit import PLAIN, Node, Place, node_with_place, until
+from node_kit import PLAIN, Node, Place, until
 
 pytestmark = [pytest.mark.kubernetes, pytest.mark.root, pytest.mark.slow]
 GIB = 1024**3
 MIB = 1024**2
 QUARTER = 79872 * MIB // 4
 """Of (80 GiB - 2 GiB), in whole MiB."""
-
-
-@pytest.fixture(scope="module")
-def both() -> Iterator[tuple[Node, Place]]:
-    with node_with_place() as found:
-        yield found
-
-
-@pytest.fixture
-def node(both: tuple[Node, Place]) -> Node:
-    return both[0]
-
-
-@pytest.fixture
-def place(both: tuple[Node, Place]) -> Iterator[Place]:
-    yield both[1]
-    both[1].empty()
 
 
 def look(place: Place, pod: str, **more: Any) -> dict[str, int]:

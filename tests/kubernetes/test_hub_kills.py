@@ -11,8 +11,9 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from gateway_kit import Gateway
 from hub_kit import Fault, HubPlace, KubeHub, clean, consistent, gateway_of_hub, until
-from pool_kit import Gateway, Pool
+from pool_kit import Pool
 
 pytestmark = [pytest.mark.kubernetes, pytest.mark.slow]
 CREATE, ONE_POD, CLAIMS = r"/pods$", r"/pods/jupyter-", r"/resourceclaims$"

@@ -12,8 +12,9 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from gateway_kit import Gateway
 from hub_kit import Fault, HubPlace, KubeHub, clean, consistent, gateway_of_hub, until
-from pool_kit import Gateway, Pool
+from pool_kit import Pool
 
 from nbgpu.kube import path
 

@@ -1,6 +1,6 @@
 """The pool on a real cluster: claims are made, carried, freed and found again, whoever dies or meddles.
 
-GPUs and nodes are objects only (`pool_kit`); API server, scheduler and controllers are real. After each test the pool's
+GPUs and nodes are objects only (`place_kit`); API server, scheduler and controllers are real. After each test the pool's
 books say what the cluster's claims hold, and those are the claims of the pods that live.
 """
 
@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pool_kit import GIB, RESOURCE, Gateway, Place, Pool, check, new_id, served, until
+from gateway_kit import Gateway
+from place_kit import GIB, RESOURCE, Place, until
+from pool_kit import Pool, check, new_id, served
 
 from nbgpu.claims import DRIVER, claim_for, device_name
 from nbgpu.kube import path

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pool_kit import GIB, RESOURCE, TOKEN, Gateway, Place, Pool, check, new_id, served, until
+from gateway_kit import Gateway
+from place_kit import GIB, RESOURCE, Place, until
+from pool_kit import TOKEN, Pool, check, new_id, served
 
 from nbgpu.kube import path
 

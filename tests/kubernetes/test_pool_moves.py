@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pool_kit import GIB, Gateway, Place, Pool, check, new_id, until
+from gateway_kit import Gateway
+from place_kit import GIB, Place, until
+from pool_kit import Pool, check, new_id
 
 from nbgpu.kube import path
 

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 from agent_stand_in import Agent
-from pool_kit import GIB, RESOURCE, Gateway, Place, Pool, check, new_id, served, until
+from gateway_kit import Gateway
+from place_kit import GIB, RESOURCE, Place, until
+from pool_kit import Pool, check, new_id, served
 
 from nbgpu.claim_limits import LIMITS_ANNOTATION
 from nbgpu.claims import DRIVER

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+from gateway_kit import Gateway
 from hub_kit import HubPlace, KubeHub, clean, consistent, differences, gateway_of_hub, until
-from pool_kit import Gateway, Pool
+from pool_kit import Pool
 
 pytestmark = [pytest.mark.kubernetes, pytest.mark.slow]
 USERS = [f"user{number}" for number in range(6)]

@@ -24,8 +24,9 @@ from typing import Any
 
 import pytest
 import yaml
-from browser_kit import answers, free_port
+from browser_kit import answers
 from chart_kit import ROOT, Api, Json, image, until
+from ports import free_port
 
 HERE = Path(__file__).parent / "z2jh"
 SHIPPED = ROOT / "deploy" / "z2jh" / "values.yaml"
