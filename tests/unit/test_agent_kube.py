@@ -11,11 +11,12 @@ import yaml
 
 pytest.importorskip("grpc")
 
+from nbgpu.claims import resource_slice
 from nbgpu.models import Device
 from nbgpu_agent.cgroups import pod_of
 from nbgpu_agent.kube import cdi, gpus, others
 from nbgpu_agent.kube.checkpoint import Checkpoint, Entry, Prepared
-from nbgpu_agent.kube.publisher import _covers
+from nbgpu_agent.kube.publisher import Publisher, _covers
 from nbgpu_agent.simulated import Machine
 
 UID = "12345678-1234-abcd-9876-0123456789ab"
@@ -223,3 +224,14 @@ def test_what_is_published_is_compared_as_values() -> None:
     assert not _covers(there, {"list": []})
     assert not _covers(there, {"list": [{"a": 2}]})
     assert not _covers(there, {"missing": None})
+
+
+def test_a_taint_that_should_not_be_there_is_a_difference() -> None:
+    """The API server adds fields of its own, but no taints: a GPU that is back would be tainted for ever."""
+    healthy, sick = (resource_slice("n", [device(healthy=state)], {}, 1) for state in (True, False))
+    assert Publisher._same(healthy, healthy)
+    assert Publisher._same(sick, sick)
+    assert not Publisher._same(sick, healthy)
+    assert not Publisher._same(healthy, sick)
+    healthy["spec"]["devices"][0]["somethingNew"] = {}
+    assert Publisher._same(healthy, resource_slice("n", [device()], {}, 1))

@@ -186,7 +186,13 @@ class Publisher:
             )
             and all(labels.get(name) == value for name, value in wanted["metadata"]["labels"].items())
             and _covers(there["metadata"].get("ownerReferences", []), wanted["metadata"].get("ownerReferences", []))
+            and _taints(there) == _taints(wanted)  # one too many is not the API server's
         )
+
+
+def _taints(resource_slice: Json) -> list[int]:
+    devices = cast("list[Json]", resource_slice["spec"].get("devices") or [])
+    return [len(one.get("taints") or ()) for one in devices]
 
 
 def _covers(there: Any, wanted: Any) -> bool:
