@@ -23,9 +23,9 @@ test: ## every test that this machine can run; says which it could not (one fold
 	@$(PYTHON) tools/setup.py test
 	@$(PYTEST) -m "not soak" $(ARGS)
 
-test-fast: ## the tests to run all the time: under a minute, no browser, no cluster
+test-fast: ## the tests to run all the time: under a minute, no hubs, no browser, no cluster
 	@$(PYTHON) tools/setup.py test
-	@$(PYTEST) -q -m "not slow and not soak and not browser and not kubernetes and not gpu" $(ARGS)
+	@$(PYTEST) -q -m "not slow and not soak and not browser and not gpu" tests/unit tests/model tests/limiter tests/lab $(ARGS)
 
 soak: ## the long kill storms and soaks, whole
 	@$(PYTHON) tools/setup.py test

@@ -18,7 +18,7 @@ from hub_process import Hub, proxy_command
 PYTHONS = {"hub6": sys.executable, "hub5": os.environ.get("NBGPU_HUB55_PYTHON", "")}
 
 
-@pytest.fixture(scope="module", params=["hub6", pytest.param("hub5", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["hub6", "hub5"])
 def python(request: pytest.FixtureRequest) -> str:
     """A Python with each supported JupyterHub."""
     found = PYTHONS[request.param]

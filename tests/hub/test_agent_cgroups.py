@@ -52,7 +52,6 @@ sys.stdin.readline()
 child.kill()
 """
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.timeout(90),
     pytest.mark.skipif(os.geteuid() != 0, reason="only root makes cgroups and mount namespaces"),
     pytest.mark.skipif(bool(missing_libraries()), reason=str(missing_libraries())),

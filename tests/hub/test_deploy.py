@@ -27,7 +27,6 @@ SYSTEM_PYTHON = shutil.which("python3", path="/usr/bin:/usr/local/bin:/bin")
 QUARTER_BYTES = 78 * 1024**3 // 4
 OUT_OF_MEMORY = 2
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.timeout(240),
     pytest.mark.skipif(not (LIB / "libnbgpu.so").exists(), reason="C libraries are not built (make setup)"),
     pytest.mark.skipif(os.geteuid() != 0, reason="only root starts servers of other users"),

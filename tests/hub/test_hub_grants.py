@@ -73,7 +73,6 @@ def test_a_server_that_dies_gives_back_without_stop(hub: Hub, calm_pool: FakePoo
     assert calm_pool.held() == []
 
 
-@pytest.mark.slow
 def test_refusals_say_why_and_never_count(hub: Hub, calm_pool: FakePool) -> None:
     calm_pool.refuse = (403, "Your quota is a quarter of a GPU; you ask for half.")
     for _ in range(4):  # the limit of this hub is 2 consecutive failures
@@ -157,7 +156,6 @@ def test_cancel_inside_the_call_that_grants_releases(hub: Hub, calm_pool: FakePo
     until(lambda: calm_pool.held() == [], 5, "nothing is held")
 
 
-@pytest.mark.slow
 def test_no_room_in_time_is_said(make_hub: Callable[..., Hub], hub: Hub, calm_pool: FakePool) -> None:
     calm_pool.full = True
     browser = hub.login("alan")
@@ -170,7 +168,6 @@ def test_no_room_in_time_is_said(make_hub: Callable[..., Hub], hub: Hub, calm_po
     assert calm_pool.held() == []
 
 
-@pytest.mark.slow
 def test_pool_down_is_said_in_plain_words(hub: Hub, calm_pool: FakePool) -> None:
     calm_pool.stall_seconds = 3  # longer than pool_timeout
     answer = hub.spawn("ada", HALF)
@@ -222,7 +219,6 @@ def test_prepare_refused_gives_back_and_starts_nothing(hub: Hub, calm_pool: Fake
     assert calm_pool.held() == []
 
 
-@pytest.mark.slow
 def test_killed_while_waiting_nothing_stays(hub: Hub, calm_pool: FakePool) -> None:
     calm_pool.full = True
     hub.spawn("ada", HALF)
@@ -255,7 +251,6 @@ def servers_of(hub: Hub) -> list[int]:
     return found
 
 
-@pytest.mark.slow
 def test_killed_before_the_server_is_known_it_ends_too(hub: Hub, calm_pool: FakePool) -> None:
     calm_pool.fail_next["bind"] = 1000  # keeps the start inside bind, after the process lives
     hub.spawn_aside("ada", HALF)
@@ -271,7 +266,6 @@ def test_killed_before_the_server_is_known_it_ends_too(hub: Hub, calm_pool: Fake
     hub.ready("ada")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("held_back", [True, False])
 def test_a_server_that_nobody_knows_of_does_not_run(hub: Hub, calm_pool: FakePool, place: Path, held_back: bool) -> None:
     """Killed between the server's start and the first word of it in the database; the control leaves an orphan."""
@@ -304,7 +298,6 @@ def test_a_server_that_nobody_knows_of_does_not_run(hub: Hub, calm_pool: FakePoo
     assert len(calm_pool.held()) == 1
 
 
-@pytest.mark.slow
 def test_killed_and_restarted_running_servers_keep_their_grants(hub: Hub, calm_pool: FakePool) -> None:
     hub.spawn("grace", HALF)
     before = hub.ready("grace")["state"]

@@ -15,7 +15,7 @@ from hub_process import ROOT, Hub, until
 LIB = ROOT / "nodeagent" / "nbgpu_agent" / "_lib"
 NEEDED = [LIB / "libnbgpu.so", LIB / "libnbgpu_agent.so", LIB / "sim" / "libcuda.so.1"]
 BUILT = all(path.exists() for path in NEEDED)
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not BUILT, reason="C libraries are not built (make setup)")]
+pytestmark = [pytest.mark.skipif(not BUILT, reason="C libraries are not built (make setup)")]
 
 MORE = """
 c.Spawner.cmd = [c.Spawner.cmd[0], {server!r}]

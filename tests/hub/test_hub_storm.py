@@ -20,7 +20,7 @@ from storm_kit import PHASES, Books, Killer, Storm
 
 LIB = ROOT / "nodeagent" / "nbgpu_agent" / "_lib"
 BUILT = all(path.exists() for path in (LIB / "libnbgpu.so", LIB / "libnbgpu_agent.so", LIB / "sim" / "libcuda.so.1"))
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not BUILT, reason="C libraries are not built (make setup)")]
+pytestmark = [pytest.mark.skipif(not BUILT, reason="C libraries are not built (make setup)")]
 
 USERS = [f"user{number}" for number in range(8)]
 SIZES = {"eighth": 125, "quarter": 250, "half": 500}

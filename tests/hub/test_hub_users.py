@@ -24,7 +24,6 @@ LIB = ROOT / "nodeagent" / "nbgpu_agent" / "_lib"
 BUILT = all(path.exists() for path in (LIB / "libnbgpu.so", LIB / "libnbgpu_agent.so", LIB / "sim" / "libcuda.so.1"))
 SYSTEM_PYTHON = shutil.which("python3", path="/usr/bin:/usr/local/bin:/bin")
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.timeout(300),
     pytest.mark.skipif(not BUILT, reason="C libraries are not built (make setup)"),
     pytest.mark.skipif(os.geteuid() != 0, reason="only root starts servers of other users"),

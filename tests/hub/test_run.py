@@ -23,7 +23,6 @@ from nbgpu.client import AgentClient
 
 LIB = ROOT / "nodeagent" / "nbgpu_agent" / "_lib"
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.timeout(300),
     pytest.mark.skipif(not (LIB / "libnbgpu.so").exists(), reason="C libraries are not built (make setup)"),
     pytest.mark.skipif(proxy_command() is None, reason="configurable-http-proxy is not installed"),

@@ -31,7 +31,6 @@ for line in sys.stdin:
 """Says of each pid how long its GPU kernels ran, and the device's clock, in ns. A process of its own, as the driver reads settings once."""
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.timeout(240),
     pytest.mark.skipif(missing_libraries() is not None, reason=str(missing_libraries())),
 ]

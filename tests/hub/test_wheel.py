@@ -19,7 +19,6 @@ PROGRAMS = ("sh", "sleep", "cat")
 SEEN = "import pynvml as n; n.nvmlInit(); print(n.nvmlDeviceGetMemoryInfo(n.nvmlDeviceGetHandleByIndex(0)).total)"
 QUARTER_BYTES = 78 * 1024**3 // 4
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.timeout(600),
     pytest.mark.skipif(not (ROOT / "labextension/nbgpu_lab/labextension").is_dir(), reason="the front end is not built (make setup)"),
 ]

@@ -16,7 +16,7 @@ from ports import free_port
 
 from nbgpu.claim_limits import LIMITS_ANNOTATION, Limit, Limits, limits_annotation
 
-pytestmark = [pytest.mark.kubernetes, pytest.mark.root, pytest.mark.slow]
+pytestmark = [pytest.mark.kubernetes, pytest.mark.root]
 GIB = 1024**3
 MIB = 1024**2
 WHOLE = 79872 * MIB

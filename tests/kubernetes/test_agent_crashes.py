@@ -17,7 +17,7 @@ import pytest
 from cuda_programs import FILL, HOLD, LOOK
 from node_kit import PLAIN, ROOT, Node, Place, until
 
-pytestmark = [pytest.mark.kubernetes, pytest.mark.root, pytest.mark.slow]
+pytestmark = [pytest.mark.kubernetes, pytest.mark.root]
 MIB = 1024**2
 QUARTER = 79872 * MIB // 4
 

@@ -14,7 +14,7 @@ import pytest
 from cuda_programs import CUDA, FILL, HOLD, LOOK
 from node_kit import PLAIN, Node, Place, until
 
-pytestmark = [pytest.mark.kubernetes, pytest.mark.root, pytest.mark.slow]
+pytestmark = [pytest.mark.kubernetes, pytest.mark.root]
 GIB = 1024**3
 MIB = 1024**2
 QUARTER = 79872 * MIB // 4

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from chart_kit import CHART, ROOT, Api, Json, helm, namespace, options, until
 
-pytestmark = [pytest.mark.kubernetes, pytest.mark.slow]
+pytestmark = [pytest.mark.kubernetes]
 
 REQUEST = "0123456789abcdef0123456789abcdef"
 CLASS = "/apis/resource.k8s.io/v1/deviceclasses/gpu.nbgpu.io"

@@ -25,7 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from stack_kit import DEVICE_BYTES, GIB, Stack, stack
 from z2jh_kit import Hub, without_nbgpu
 
-pytestmark = [pytest.mark.kubernetes, pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.kubernetes, pytest.mark.browser, pytest.mark.timeout(600)]
 
 SHOTS = Path(__file__).parent / "shots"
 QUARTER_BYTES = DEVICE_BYTES // 4

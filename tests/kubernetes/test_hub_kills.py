@@ -15,7 +15,7 @@ from gateway_kit import Gateway
 from hub_kit import Fault, HubPlace, KubeHub, clean, consistent, gateway_of_hub, until
 from pool_kit import Pool
 
-pytestmark = [pytest.mark.kubernetes, pytest.mark.slow]
+pytestmark = [pytest.mark.kubernetes]
 CREATE, ONE_POD, CLAIMS = r"/pods$", r"/pods/jupyter-", r"/resourceclaims$"
 HALF = {"profile": "half"}
 EXTRA = """

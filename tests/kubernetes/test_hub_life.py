@@ -18,7 +18,7 @@ from pool_kit import Pool
 
 from nbgpu.kube import path
 
-pytestmark = [pytest.mark.kubernetes, pytest.mark.slow]
+pytestmark = [pytest.mark.kubernetes]
 PYTHONS = {"hub6": sys.executable, "hub5": os.environ.get("NBGPU_HUB55_PYTHON", "")}
 USERS = ("ada", "grace", "alan", "edsger")
 CREATE, ONE_POD = r"/pods$", r"/pods/jupyter-"

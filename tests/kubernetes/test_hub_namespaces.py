@@ -11,7 +11,7 @@ from pool_kit import Pool
 
 from nbgpu.kube import NotFound, path
 
-pytestmark = [pytest.mark.kubernetes, pytest.mark.slow]
+pytestmark = [pytest.mark.kubernetes]
 USERS = ("ada", "grace")
 EXTRA = """
 c.KubeSpawner.enable_user_namespaces = True

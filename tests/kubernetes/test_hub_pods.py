@@ -14,7 +14,7 @@ from hub_kit import consistent, until
 from hub_process import TOKEN
 from real_kit import RealHub, real_hub
 
-pytestmark = [pytest.mark.kubernetes, pytest.mark.slow]
+pytestmark = [pytest.mark.kubernetes]
 GIB = 1024**3
 
 

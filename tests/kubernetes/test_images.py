@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from chart_kit import Api, Json, image, namespace, until
 
-pytestmark = [pytest.mark.kubernetes, pytest.mark.slow]
+pytestmark = [pytest.mark.kubernetes]
 
 RESTRICTED = {
     "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "runAsNonRoot": True,

@@ -21,7 +21,7 @@ from nbgpu.claims import DRIVER, claim_for, device_name
 from nbgpu.kube import path
 from nbgpu.models import Owner, Slice, SliceDevice
 
-pytestmark = [pytest.mark.kubernetes, pytest.mark.slow]
+pytestmark = [pytest.mark.kubernetes]
 
 
 @pytest.fixture(scope="module")

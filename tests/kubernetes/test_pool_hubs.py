@@ -17,7 +17,7 @@ from pool_kit import TOKEN, Pool, check, new_id, served
 
 from nbgpu.kube import path
 
-pytestmark = [pytest.mark.kubernetes, pytest.mark.slow]
+pytestmark = [pytest.mark.kubernetes]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pool_kit import Pool, check, new_id
 
 from nbgpu.kube import path
 
-pytestmark = [pytest.mark.kubernetes, pytest.mark.slow]
+pytestmark = [pytest.mark.kubernetes]
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from nbgpu.claim_limits import LIMITS_ANNOTATION
 from nbgpu.claims import DRIVER
 from nbgpu.kube import Conflict, NotFound, path
 
-pytestmark = [pytest.mark.kubernetes, pytest.mark.slow]
+pytestmark = [pytest.mark.kubernetes]
 
 
 @pytest.fixture(scope="module")

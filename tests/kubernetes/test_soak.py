@@ -23,7 +23,7 @@ from gateway_kit import Gateway
 from hub_kit import HubPlace, KubeHub, clean, consistent, differences, gateway_of_hub, until
 from pool_kit import Pool
 
-pytestmark = [pytest.mark.kubernetes, pytest.mark.slow]
+pytestmark = [pytest.mark.kubernetes]
 USERS = [f"user{number}" for number in range(6)]
 PROFILES = ["quarter", "quarter", "half", "whole", "cpu"]
 SETTLE_SECONDS = 60

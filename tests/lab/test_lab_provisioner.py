@@ -131,6 +131,7 @@ async def test_agent_away_is_a_notice(socket_path: str, manager: Any, tmp_path: 
     await stop(manager)
 
 
+@pytest.mark.slow
 async def test_a_stuck_agent_delays_a_start_by_seconds_only(agent: FakeAgent, manager: Any, tmp_path: Path) -> None:
     agent.delay_seconds = 60
     await asyncio.wait_for(start(manager, tmp_path, notebook(tmp_path, {"nbgpu": {"memory": "5 GiB"}})), 8)

@@ -56,6 +56,7 @@ async def test_polling_is_no_activity(agent: FakeAgent, jp_fetch: Any, jp_server
     assert "api_last_activity" in settings
 
 
+@pytest.mark.slow
 async def test_agent_away_keeps_the_last_values(agent: FakeAgent, jp_fetch: Any) -> None:
     await usage(jp_fetch)
     await agent.stop()
@@ -224,6 +225,7 @@ async def test_bad_queries(agent: FakeAgent, jp_fetch: Any) -> None:
         assert refusal.value.code == 400
 
 
+@pytest.mark.slow
 async def test_hanging_agent_does_not_hang_the_page(agent: FakeAgent, jp_fetch: Any) -> None:
     await usage(jp_fetch)
     await asyncio.sleep(0.6)
@@ -232,6 +234,7 @@ async def test_hanging_agent_does_not_hang_the_page(agent: FakeAgent, jp_fetch: 
     assert answer["agent"]["ok"] is False
 
 
+@pytest.mark.slow
 async def test_a_busy_gpu_keeps_its_server(agent: FakeAgent, jp_fetch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "_ACTIVITY_SECONDS", 1)
     sampler = Sampler(SliceClient(agent.socket_path), no_kernels, Notices())

@@ -85,6 +85,7 @@ class Child:
         assert self.process.wait(timeout=30) == 0
 
 
+@pytest.mark.slow
 def test_a_closed_gate_makes_it_wait_and_ask(make_slice: Make) -> None:
     files = make_slice(mem_limit=MIB, gate=layout.GATE_CLOSED)
     with beating(files):

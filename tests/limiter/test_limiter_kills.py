@@ -132,6 +132,7 @@ class Pauses(threading.Thread):
                 self.longest_seconds = max(self.longest_seconds, now - seen[i][1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [1000, pytest.param(10_000, marks=pytest.mark.soak)])
 @pytest.mark.timeout(1500)
 def test_killed_anywhere_nobody_is_stuck_and_nothing_is_lost(
@@ -183,6 +184,7 @@ def test_killed_anywhere_nobody_is_stuck_and_nothing_is_lost(
             witness.end()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_control_with_a_lock_gets_stuck(make_slice: Callable[..., SliceFiles], tmp_path: Path) -> None:
     files = make_slice(mem_limit=LIMIT, gate=layout.GATE_OPEN)

@@ -49,6 +49,7 @@ say(f"GPU-{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:]}")
     return make_slice(mem_limit=4096 * MIB, uuids=(uuid,), gate=layout.GATE_OPEN)
 
 
+@pytest.mark.slow
 def test_what_was_launched_unseen_is_busy_until_it_is_done(machine: dict[str, str], make_slice: Make) -> None:
     """Nobody synchronizes, and the last launches have no fence of their own."""
     files = on_machine(machine, make_slice)

@@ -298,6 +298,7 @@ print(json.dumps(out))
 """
 
 
+@pytest.mark.slow
 def test_numba_sees_and_keeps_the_slice(machine: Machine) -> None:
     """numba-cuda's driver layer: its ordinary exception at the limit, and the process goes on."""
     needs_numba()

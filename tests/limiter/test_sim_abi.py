@@ -174,6 +174,7 @@ def test_cuda_bindings_unmodified(machine: Machine) -> None:
     finish(machine.start_plain(BINDINGS))
 
 
+@pytest.mark.slow
 def test_numba_driver_layer_unmodified(machine: Machine) -> None:
     needs_numba()
     finish(machine.start_plain(NUMBA))

@@ -219,6 +219,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_kill_storm_leaves_nobody_stuck_and_the_books_at_zero(machine: Machine) -> None:
     """Processes kill themselves at marked points, under every lock there is, while one that lives must go on."""
     seed = int(os.environ.get("NBGPU_TEST_SEED", random.randrange(1 << 30)))

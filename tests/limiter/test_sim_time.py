@@ -174,6 +174,7 @@ def run_together(machine: Machine, count: int) -> list[float]:
     return [float(finish(program)) for program in programs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("machine", [{"time_scale": 5, "slice_us": 2000, "switch_us": 500}], indirect=True)
 def test_two_processes_take_turns_and_pay_for_switches(machine: Machine) -> None:
     """100 ms of work each, slices of 2 ms, a switch of 0.5 ms: together 250 ms, and event time says so."""

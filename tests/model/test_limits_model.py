@@ -388,6 +388,7 @@ class LimitsMachine(RuleBasedStateMachine):
 QUICK = settings(max_examples=EXAMPLES, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_limits_in_force_never_exceed_the_device_whatever_happens() -> None:
     """Case 21."""

@@ -167,6 +167,7 @@ loads_strategy = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(loads=loads_strategy)
 def test_nobody_starves_and_strict_holds(policy: c.CDLL, loads: list[Load]) -> None:

@@ -228,6 +228,7 @@ async def test_waiting_for_a_change(kube: Kube, fake: FakeKube) -> None:
     await reflector.stop()
 
 
+@pytest.mark.slow
 async def test_a_dropped_watch_goes_on_where_it_was(kube: Kube, fake: FakeKube) -> None:
     fake.put(MAPS, a_map("a"), "ns")
     states: list[object] = []
@@ -243,6 +244,7 @@ async def test_a_dropped_watch_goes_on_where_it_was(kube: Kube, fake: FakeKube) 
     await reflector.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quietly", [False, True])
 async def test_a_history_that_is_gone_is_listed_again(kube: Kube, fake: FakeKube, quietly: bool) -> None:
     fake.expire_watches_quietly = quietly
@@ -262,6 +264,7 @@ async def test_a_history_that_is_gone_is_listed_again(kube: Kube, fake: FakeKube
     await reflector.stop()
 
 
+@pytest.mark.slow
 async def test_a_server_that_is_away_is_told_and_followed_again(kube: Kube, fake: FakeKube) -> None:
     fake.put(MAPS, a_map("a"), "ns")
     states: list[bool] = []
@@ -278,6 +281,7 @@ async def test_a_server_that_is_away_is_told_and_followed_again(kube: Kube, fake
     await reflector.stop()
 
 
+@pytest.mark.slow
 async def test_errors_and_junk_end_nothing(kube: Kube, fake: FakeKube) -> None:
     left = [500, 200, 503, 403, 404, 429]
     fake.fault = lambda method, path: left.pop() if left else None
