@@ -25,7 +25,7 @@ test: ## every test that this machine can run; says which it could not (one fold
 
 test-fast: ## the tests to run all the time: under a minute, no hubs, no browser, no cluster
 	@$(PYTHON) tools/setup.py test
-	@$(PYTEST) -q -m "not slow and not soak and not browser and not gpu" tests/unit tests/model tests/limiter tests/lab $(ARGS)
+	@$(PYTEST) -q -n 3 -m "not slow and not soak and not browser and not gpu" tests/unit tests/model tests/limiter tests/lab $(ARGS)
 
 soak: ## the long kill storms and soaks, whole
 	@$(PYTHON) tools/setup.py test

@@ -271,6 +271,7 @@ def test_the_driver_never_holds_more_than_the_limit(make_slice: Make, tmp_path: 
         assert sum(slot.refusals for slot in files.use.slot) > 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limited", [True, False], ids=["limiter", "control"])
 def test_the_living_never_hold_more_than_the_limit(make_slice: Make, tmp_path: Path, limited: bool) -> None:
     """Processes at the limit all the time, one of them killed at any moment and replaced; exact snapshots of what the living hold."""

@@ -303,6 +303,7 @@ class PoolMachine(RuleBasedStateMachine):
 QUICK = settings(max_examples=EXAMPLES, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_books_and_ledger_agree_whatever_happens() -> None:
     run_state_machine_as_test(PoolMachine, settings=QUICK)
