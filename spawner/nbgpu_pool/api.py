@@ -59,11 +59,14 @@ class ReleaseBody(Body):
     except_request_id: SliceId | None = None
 
 
-def _service(http: HttpRequest) -> Service:
+# async, or FastAPI would have a thread of a pool read each of these words: two hops that wait for whatever the loop has to do
+
+
+async def _service(http: HttpRequest) -> Service:
     return http.app.state.service
 
 
-def _speaker(http: HttpRequest) -> Principal:
+async def _speaker(http: HttpRequest) -> Principal:
     return http.state.speaker
 
 

@@ -6,6 +6,8 @@ Here rather than in the routes, so that a new route is closed until somebody ope
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 
 from nbgpu.errors import NbgpuError
 from nbgpu.http import App, Receive, Reread, Scope, Send, answer_error, read_body
@@ -15,6 +17,11 @@ from .auth import ANY_HUB, Guard, Principal
 FOR_EVERYBODY = {("GET", "/healthz"), ("GET", "/openapi.json")}
 READS = {("POST", "/v1/availability")}
 """What only reads though it is no GET."""
+AT_ONCE = 8
+"""Calls under way that change something, each some milliseconds of work: when a whole course starts its servers, more of them would end no
+sooner, and keep waiting who only looks. Those that wait for the ledger are counted apart, so that nobody's giving back waits for it.
+"""
+WAITING = ("/launches", "/prepare", "/bind", "/resize")
 BODY_BYTES = 1024**2
 BODY_SECONDS = 10.0
 
@@ -31,6 +38,7 @@ class Front:
     def __init__(self, app: App, guard: Guard | None = None):
         self._app = app
         self._guard = guard
+        self._starts, self._others = asyncio.Semaphore(AT_ONCE), asyncio.Semaphore(AT_ONCE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or refuse it."""
@@ -48,7 +56,8 @@ class Front:
         except ConnectionError:
             return
         else:
-            await self._app(scope, Reread(body, receive), send)
+            async with self._turn(scope["method"], scope["path"]):
+                await self._app(scope, Reread(body, receive), send)
 
     def _speaker(self, scope: Scope) -> Principal | None:
         asked = scope["method"], scope["path"]
@@ -61,3 +70,12 @@ class Front:
         if scope["method"] != "GET" and asked not in READS:
             speaker.must_be_hub()
         return speaker
+
+    @asynccontextmanager
+    async def _turn(self, method: str, path: str) -> AsyncGenerator[None, None]:
+        if method == "GET" or (method, path) in READS:
+            yield
+            return
+        async with self._starts if path.endswith(WAITING) else self._others:
+            await asyncio.sleep(0)  # those that never wait would else all be served before the loop looks at anything else
+            yield

@@ -27,6 +27,8 @@ from nbgpu.models import (
     read_answer,
 )
 
+AT_ONCE = 12
+"""Calls under way; more of them, when a whole course starts its servers, would only keep each other and the start pages waiting."""
 NO_ANSWER = "The GPU pool does not answer, so no GPU can be given now. Try again in a minute, or start without a GPU."
 REFUSED_BY_NODE = "refused-by-node"
 """Code of an error that asking again does not mend: the node's word about a slice is the last one."""
@@ -76,7 +78,7 @@ class PoolClient:
             self._headers["Authorization"] = f"Bearer {token}"
         resolver = None if url else _UnixResolver(path=socket_path)
         # the hub may have configured another client class globally; only this one takes a resolver
-        self._http = SimpleAsyncHTTPClient(force_instance=True, max_clients=200, resolver=resolver)
+        self._http = SimpleAsyncHTTPClient(force_instance=True, max_clients=AT_ONCE, resolver=resolver)
         self._timeout = timeout_seconds
         self._devices: tuple[float, list[DeviceBooks]] | None = None
 
