@@ -33,8 +33,6 @@ from .errors import NbgpuError, Unavailable
 Json = dict[str, Any]
 Kind = Literal["added", "modified", "deleted", "bookmark"]
 
-AT_ONCE = 10
-"""Calls under way, watches not among them: each more would be a connection, and a TLS handshake, of its own."""
 CALL_SECONDS = 20.0
 CONNECT_SECONDS = 5.0
 WATCH_SECONDS = 50
@@ -237,12 +235,11 @@ class Kube:
             verify=_tls(configuration) if self.host.startswith("https") else False,
             auth=_Token(configuration),
             timeout=httpx.Timeout(CALL_SECONDS, connect=CONNECT_SECONDS),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=AT_ONCE, keepalive_expiry=60.0),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=20, keepalive_expiry=60.0),
             headers={"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "nbgpu"},
             proxy=proxy,
             trust_env=False,
         )
-        self._free = asyncio.Semaphore(AT_ONCE)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -391,17 +388,15 @@ class Kube:
         content = None if body is None else as_body(body)
         headers = {} if content is None else {"Content-Type": content_type}
         try:
-            work = self._send(method, path, params=dict(params or {}), content=content, headers=headers, extensions=self._extensions)
+            work = self._http.request(
+                method, path, params=dict(params or {}), content=content, headers=headers, extensions=self._extensions
+            )
             response = await asyncio.wait_for(work, CALL_SECONDS + CONNECT_SECONDS)
             if response.status_code >= 400:
                 raise _refusal(method, path, response.status_code, response.content)
             return cast("Json", json.loads(response.content))
         except (httpx.HTTPError, httpx.StreamError, ValueError, TimeoutError, asyncio.TimeoutError) as error:
             raise _away(self.host, error) from error
-
-    async def _send(self, method: str, path: str, **more: Any) -> httpx.Response:
-        async with self._free:
-            return await self._http.request(method, path, **more)
 
 
 def _tls(configuration: Any) -> ssl.SSLContext:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import fcntl
 import http.client
 import os
 import signal
@@ -16,6 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 from nbgpu.client import AgentClient, PoolClient
 from nbgpu.errors import NbgpuError
@@ -53,6 +55,32 @@ def free_port(wanted: int) -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def be_alone(folder: Path, url: str) -> list[IO[str]]:
+    """Return the open locks of a hub's folder and of the runtime directory; raise `Stop` where another run has one of them.
+
+    It would take over that run's agent and pool, and its users would lose their servers' proxy.
+    """
+    runtime = runtime_dir()
+    locks: list[IO[str]] = []
+    for path in (folder / "run.lock", runtime.with_name(f"{runtime.name}.run.lock")):
+        try:
+            lock = path.open("a+")
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            there = lock.read().strip()
+            remedy = "End that one (Ctrl-C there), or give this one places of its own: NBGPU_RUNTIME_DIR=/tmp/nbgpu-2 in another checkout."
+            raise Stop(f"nbgpu runs already, at {there or 'another address'}. {remedy}") from None
+        lock.truncate(0)
+        lock.write(url)
+        lock.flush()
+        locks.append(lock)
+    return locks
 
 
 def stat_fields(pid: int) -> list[str]:
@@ -211,8 +239,6 @@ def complaint(log: Path) -> str | None:
 
 def start(port: int, log: Path) -> tuple[subprocess.Popen[bytes], str]:
     """Start the hub; return its process and address once it answers."""
-    if not port_is_free(port):
-        raise Stop(f"Port {port} is taken by another program. End that one, or take another port: make run PORT={port + 100}")
     data = log.parent / "hub"
     data.mkdir(parents=True, exist_ok=True)
     url = f"http://127.0.0.1:{port}/"
@@ -273,7 +299,11 @@ def main() -> int:
     folder.mkdir(exist_ok=True)
     log = folder / "hub.log"
     hub = None
+    locks: list[IO[str]] = []
     try:
+        if not port_is_free(port):
+            raise Stop(f"Port {port} is taken by another program. End that one, or take another port: make run PORT={port + 100}")
+        locks = be_alone(folder, f"http://127.0.0.1:{port}/")
         print("Starting JupyterHub ...", flush=True)
         hub, url = start(port, log)
         say(url, log)
@@ -281,11 +311,13 @@ def main() -> int:
     except KeyboardInterrupt:
         return 0
     except (Stop, NbgpuError) as error:
-        print(f"{error}", f"The whole log: {log}" if log.is_file() else "", sep="\n", file=sys.stderr)
+        print(f"{error}", f"The whole log: {log}" if locks and log.is_file() else "", sep="\n", file=sys.stderr)
         return 1
     finally:
         if hub is not None:
             end(hub)
+        for lock in locks:
+            lock.close()
     return 0
 
 

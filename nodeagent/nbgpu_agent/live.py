@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +33,8 @@ WATCHED = 8
 MOVE_PASSES = 50
 CONTAINER_DIR = "/run/nbgpu/slice"
 """Where a container finds its slice's files; the limiter knows the same path."""
+NAMESPACE_LOOKS = 100
+"""So many processes of a pod are asked what they have mounted; a tenant may have thousands, each in a mount namespace of its own."""
 NVML_DOUBT_MILLI = 100
 """How much more than a slice tells NVML must see of it, for three samples, to be believed instead."""
 
@@ -55,6 +56,7 @@ class LiveSlice:
         self._cgroups = cgroups
         self._on_exit = on_exit
         self.ctl = CtlFile(directory)
+        self._mount_device = procs.device_of_mount(self.ctl.fd)
         fd = slicedir.open_use(directory)
         if fd is None:
             fd = slicedir.create_use(directory, record.uid, record.claim is not None)
@@ -222,19 +224,21 @@ class LiveSlice:
         """Return the live processes of the containers that have this slice of a claim."""
         claim = self.record.claim
         pids = self._cgroups.pod_members(claim.pods) if claim is not None else set[int]()
-        seen: dict[str | None, bool] = {None: False}  # by mount namespace: a container's processes share it
-        for pid in pids:
-            if (space := procs.mount_namespace(pid)) not in seen:
-                seen[space] = self.is_seen_by(pid)
-        return {pid for pid in pids if seen.get(procs.mount_namespace(pid), False) and procs.start_time(pid) is not None}
+        spaces: dict[int, str] = {pid: space for pid in pids if (space := procs.mount_namespace(pid)) is not None}
+        seen: set[str] = set()  # a container's processes share a mount namespace: one that finds the slice speaks for all
+        looks = NAMESPACE_LOOKS
+        for pid, space in sorted(spaces.items()):
+            if space not in seen and looks:
+                looks -= 1
+                seen |= {space} if self.is_seen_by(pid) else set()
+        return {pid for pid, space in spaces.items() if space in seen and procs.start_time(pid) is not None}
 
     def is_seen_by(self, pid: int) -> bool:
         """Return whether a process has this slice mounted where a container's is.
 
         By the kernel's list of its mounts: a look at the path could end in a file system that the tenant serves, and never return.
         """
-        device = os.fstat(self.ctl.fd).st_dev
-        wanted = f"{os.major(device)}:{os.minor(device)}", self.directory.name
+        wanted = self._mount_device, self.directory.name
         return any((mount.device, Path(mount.root).name) == wanted for mount in procs.mounts(pid, CONTAINER_DIR))
 
     def over(self) -> bool:

@@ -145,9 +145,12 @@ def select(devices: list[Device], selector: str, lost: Collection[int] = ()) -> 
     for name in filter(None, (word.strip() for word in selector.split(","))):
         found = [device for device in devices if name in (str(device.index), device.uuid)]
         if not found and lost and (not name.isdecimal() or int(name) in lost):
+            log.warning("--devices names %s, which may be the GPU that does not answer", name)
             continue
         if not found:
-            raise StartError(f"--devices names {name!r}; this machine has GPUs 0 to {len(devices) - 1}, or name one by its UUID.")
+            raise StartError(
+                f"--devices names {name!r}; this machine has GPUs 0 to {len(devices) + len(lost) - 1}, or name one by its UUID."
+            )
         chosen += [device for device in found if device not in chosen]
     if not chosen and not lost:
         raise StartError("--devices names no GPU: give indexes or UUIDs with commas between, or `all`.")

@@ -94,8 +94,7 @@ def mount_namespace(pid: int) -> str | None:
         return None
 
 
-def mounts(pid: int, point: str) -> list[Mount]:
-    """Return what a process has mounted at `point`, as far as the first mounts of its namespace tell: others it has made itself."""
+def _mount_lines(pid: int | str) -> list[list[bytes]]:
     text = b""
     try:
         with open(f"/proc/{pid}/mountinfo", "rb", buffering=0) as file:
@@ -103,9 +102,20 @@ def mounts(pid: int, point: str) -> list[Mount]:
                 text += more
     except OSError:
         return []
-    lines = (line.split(b" ", 5) for line in text.split(b"\n"))
+    return [words for line in text.split(b"\n") if len(words := line.split(b" ", 5)) == 6]
+
+
+def mounts(pid: int, point: str) -> list[Mount]:
+    """Return what a process has mounted at `point`, as far as the first mounts of its namespace tell: others it has made itself."""
     wanted = point.encode()
-    return [Mount(line[2].decode(), os.fsdecode(line[3])) for line in lines if len(line) == 6 and line[4] == wanted]
+    return [Mount(line[2].decode(), os.fsdecode(line[3])) for line in _mount_lines(pid) if line[4] == wanted]
+
+
+def device_of_mount(fd: int) -> str:
+    """Return ``major:minor`` of the mount that an open file is on, as lists of mounts tell it: on some file systems `stat` says another."""
+    with open(f"/proc/self/fdinfo/{fd}") as file:
+        mount = next(line.split()[1] for line in file if line.startswith("mnt_id:")).encode()
+    return next((line[2].decode() for line in _mount_lines("self") if line[0] == mount), "")
 
 
 def inner_pid(pid: int) -> int:

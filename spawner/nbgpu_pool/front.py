@@ -6,8 +6,6 @@ Here rather than in the routes, so that a new route is closed until somebody ope
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 
 from nbgpu.errors import NbgpuError
 from nbgpu.http import App, Receive, Reread, Scope, Send, answer_error, read_body
@@ -18,10 +16,9 @@ FOR_EVERYBODY = {("GET", "/healthz"), ("GET", "/openapi.json")}
 READS = {("POST", "/v1/availability")}
 """What only reads though it is no GET."""
 AT_ONCE = 8
-"""Calls under way that change something, each some milliseconds of work: when a whole course starts its servers, more of them would end no
-sooner, and keep waiting who only looks. Those that wait for the ledger are counted apart, so that nobody's giving back waits for it.
+"""Calls that change something, of those that arrive at the same moment, that begin before the loop looks at anything else: each is some
+milliseconds of work, and when a whole course starts its servers nobody who only looks waits for all of it.
 """
-WAITING = ("/launches", "/prepare", "/bind", "/resize")
 BODY_BYTES = 1024**2
 BODY_SECONDS = 10.0
 
@@ -38,7 +35,7 @@ class Front:
     def __init__(self, app: App, guard: Guard | None = None):
         self._app = app
         self._guard = guard
-        self._starts, self._others = asyncio.Semaphore(AT_ONCE), asyncio.Semaphore(AT_ONCE)
+        self._begin = asyncio.Semaphore(AT_ONCE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or refuse it."""
@@ -56,8 +53,10 @@ class Front:
         except ConnectionError:
             return
         else:
-            async with self._turn(scope["method"], scope["path"]):
-                await self._app(scope, Reread(body, receive), send)
+            if scope["method"] != "GET" and (scope["method"], scope["path"]) not in READS:
+                async with self._begin:  # to begin only: nobody waits for an answer of the ledger, or of a client that does not read
+                    await asyncio.sleep(0)
+            await self._app(scope, Reread(body, receive), send)
 
     def _speaker(self, scope: Scope) -> Principal | None:
         asked = scope["method"], scope["path"]
@@ -70,12 +69,3 @@ class Front:
         if scope["method"] != "GET" and asked not in READS:
             speaker.must_be_hub()
         return speaker
-
-    @asynccontextmanager
-    async def _turn(self, method: str, path: str) -> AsyncGenerator[None, None]:
-        if method == "GET" or (method, path) in READS:
-            yield
-            return
-        async with self._starts if path.endswith(WAITING) else self._others:
-            await asyncio.sleep(0)  # those that never wait would else all be served before the loop looks at anything else
-            yield

@@ -43,8 +43,6 @@ class Replica:
 
     Parameters
     ----------
-    kube_of_lease : Kube
-        Connections of its own: the lease is renewed though many calls about claims hang.
     key : bytes
         The installation's key, that seals claims.
     namespace : str
@@ -54,23 +52,22 @@ class Replica:
     @classmethod
     def connect(cls, config: Config, guard: Guard, key_file: Path) -> Replica:
         """Return a replica for the cluster at hand; `NbgpuError` where something that it needs is missing."""
-        return cls(Kube(), Kube(), config, guard, seal_key(key_file), own_namespace())
+        return cls(Kube(), config, guard, seal_key(key_file), own_namespace())
 
-    def __init__(self, kube: Kube, kube_of_lease: Kube, config: Config, guard: Guard, key: bytes, namespace: str):
+    def __init__(self, kube: Kube, config: Config, guard: Guard, key: bytes, namespace: str):
         self._kube, self._config, self._guard, self._key = kube, config, guard, key
-        self._kube_of_lease = kube_of_lease
         self._namespace = namespace
         self._service: Service | None = None
         self._endpoint: Endpoint | None = None
         self._leading_here: asyncio.Task[None] | None = None
         name = os.environ.get("NBGPU_POD_NAME") or socket.gethostname()
-        self.leader = Leader(kube_of_lease, namespace, f"{name}_{uuid.uuid4().hex[:8]}", self._begin, self._end)
+        self.leader = Leader(kube, namespace, f"{name}_{uuid.uuid4().hex[:8]}", self._begin, self._end)
         self.gate = Gate(self.leader.leads, lambda: self.leader.holder)
         self.gate.problem = Unavailable("The pool is starting.", code="starting")
 
     def listens(self, port: int) -> None:
         """Note the port at which this replica is found while it leads."""
-        self._endpoint = own_endpoint(self._kube_of_lease, self._namespace, port, self.leader.leads)
+        self._endpoint = own_endpoint(self._kube, self._namespace, port, self.leader.leads)
 
     async def run(self) -> None:
         """Look at the cluster until it can be used, then try to lead."""
@@ -124,7 +121,6 @@ class Replica:
         with contextlib.suppress(NbgpuError):
             await self.leader.give_up()
         await self._kube.close()
-        await self._kube_of_lease.close()
 
 
 def claims_namespaces(config: Config, own: str) -> list[str]:

@@ -196,6 +196,8 @@ class View:
         self._pods_of: dict[Key, set[Key]] = {}
         self._unread: set[Key] = set()
         self._devices: list[Device] | None = None
+        self._went = False
+        """Devices are no longer published: those that nobody holds can be forgotten."""
         self._less: dict[str, Part] = {}
         self._resized: set[Key] = set()
         """Claims that hold more or less than kube-scheduler counts."""
@@ -225,7 +227,7 @@ class View:
         """Take over a ResourceSlice; claims that could not be read may be read now."""
         if new is None:
             self.published.pop(name, None)
-            self._forget_devices()
+            self._went = True
         else:
             self.published[name] = new
             for device in new.devices:
@@ -241,6 +243,7 @@ class View:
             kept.update(info.holds)
             if info.slice is not None:
                 kept.update((info.slice.node, device_name(part.uuid)) for part in info.slice.devices)
+        self._went = False
         self.by_name = {key: device for key, device in self.by_name.items() if key in kept}
 
     def devices(self) -> list[Device]:
@@ -263,6 +266,8 @@ class View:
         return self._coming
 
     def _gather(self) -> list[Device]:
+        if self._went:
+            self._forget_devices()
         barred = {held for key in self._unread for held in self.claims[key].holds}
         found: dict[str, Device] = {}
         self._less, self._doubles = {}, []

@@ -34,7 +34,7 @@ from .state import Settings
 
 TICK_SECONDS = 0.5
 RETRY_SECONDS = 0.5
-REFUSED_SECONDS = 30.0
+REFUSED_SECONDS = 10.0
 """The longest pause before the ledger is asked again for what it refused."""
 
 log = logging.getLogger("nbgpu.pool")
@@ -158,6 +158,8 @@ class Service:
             await asyncio.sleep(RETRY_SECONDS)
         finally:
             self._asking.discard(slice_id)
+            if slice_id not in self.core.books.entries:
+                self._refused.pop(slice_id, None)
         self.settle()
 
     async def _release(self, slice_id: str) -> None:

@@ -28,7 +28,10 @@ from nbgpu.models import (
 )
 
 AT_ONCE = 12
-"""Calls under way; more of them, when a whole course starts its servers, would only keep each other and the start pages waiting."""
+"""Calls under way, those of servers' starts and others counted apart; more of them, when a whole course starts its servers, would only keep
+each other and the start pages waiting."""
+STARTS = ("/requests", "/launches", "/prepare", "/bind")
+"""What a server's start calls, and what may wait for a node: nobody's giving back waits for it."""
 NO_ANSWER = "The GPU pool does not answer, so no GPU can be given now. Try again in a minute, or start without a GPU."
 REFUSED_BY_NODE = "refused-by-node"
 """Code of an error that asking again does not mend: the node's word about a slice is the last one."""
@@ -78,7 +81,7 @@ class PoolClient:
             self._headers["Authorization"] = f"Bearer {token}"
         resolver = None if url else _UnixResolver(path=socket_path)
         # the hub may have configured another client class globally; only this one takes a resolver
-        self._http = SimpleAsyncHTTPClient(force_instance=True, max_clients=AT_ONCE, resolver=resolver)
+        self._starts, self._others = (SimpleAsyncHTTPClient(force_instance=True, max_clients=AT_ONCE, resolver=resolver) for _ in range(2))
         self._timeout = timeout_seconds
         self._devices: tuple[float, list[DeviceBooks]] | None = None
 
@@ -136,7 +139,7 @@ class PoolClient:
             allow_nonstandard_methods=True,
         )
         try:
-            response = await self._http.fetch(request)
+            response = await (self._starts if path.endswith(STARTS) else self._others).fetch(request)
         except HTTPTimeoutError as error:
             raise PoolUnavailable(NO_ANSWER) from error
         except HTTPStreamClosedError as error:

@@ -113,6 +113,11 @@ def test_it_says_how_to_log_in_and_ends_all_that_it_started(place: Path) -> None
         kinds = " ".join(first.left().values())
         for part in ("tools/run.py", "-m jupyterhub", "configurable-http-proxy", "nbgpu_agent", "nbgpu_pool", "singleuser"):
             assert part in kinds, f"control: {part} runs now"
+        second = Running(place, free_port())
+        assert second.process.wait(60) == 1
+        until(lambda: f"nbgpu runs already, at http://127.0.0.1:{port}/." in second.text, 5, "that there is one")
+        assert agent.slices().slices, "and the first goes on"
+        assert httpx.get(f"http://127.0.0.1:{port}/hub/health").status_code == 200
         assert first.end() == 0
         until(lambda: "All stopped." in first.text, 5, f"it says that all has ended: {first.text[-500:]}")
         assert first.left() == {}

@@ -334,8 +334,11 @@ def consistent(place: HubPlace, pool: Pool, hub: Hub | None = None, seconds: flo
         claims = [
             {"name": one["metadata"]["name"], **one["metadata"], "managedFields": 0, "status": one.get("status")} for one in place.claims()
         ]
+        pods = [
+            {**one["metadata"], "managedFields": 0, "spec": one["spec"].get("nodeName"), "status": one["status"]} for one in place.pods()
+        ]
         assert time.monotonic() < deadline, (
-            "; ".join(found) + f"\n{claims}\n" + "\n" + pool.log()[-3000:] + (hub.story() if isinstance(hub, KubeHub) else "")
+            "; ".join(found) + f"\n{claims}\n{pods}\n" + pool.log()[-3000:] + (hub.story() if isinstance(hub, KubeHub) else "")
         )
         time.sleep(0.1)
 

@@ -139,6 +139,8 @@ def test_a_mount_is_known_by_the_kernels_list() -> None:
     assert wanted in procs.mounts(os.getpid(), "/proc")
     assert procs.mounts(os.getpid(), "/proc/self") == []
     assert procs.mounts(2**22 + 1, "/proc") == []
+    with open("/proc/self/stat") as file:
+        assert procs.device_of_mount(file.fileno()) == wanted.device
     assert procs.mount_namespace(os.getpid()) == os.readlink("/proc/self/ns/mnt")
 
 

@@ -186,7 +186,9 @@ def test_devices_of_nodes_that_went_are_forgotten_once_nobody_holds_them() -> No
     view.claims["ns", "x"] = ClaimInfo("u", "1", None, slice=held)
     view.published_changed("n0", None)
     view.published_changed("n1", None)
+    view.devices()
     assert view.by_name.keys() == {("n0", "gpu-n0"), ("n2", "gpu-n2")}
     del view.claims["ns", "x"]
     view.published_changed("n2", None)
+    view.devices()
     assert not view.by_name
