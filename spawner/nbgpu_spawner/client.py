@@ -27,7 +27,7 @@ from nbgpu.models import (
     read_answer,
 )
 
-AT_ONCE = 12
+AT_ONCE = 6
 """Calls under way, those of servers' starts and others counted apart; more of them, when a whole course starts its servers, would only keep
 each other and the start pages waiting."""
 STARTS = ("/requests", "/launches", "/prepare", "/bind")
