@@ -127,7 +127,6 @@ class Service:
                     "granted %s %s node=%s devices=%s waited=%.1fs", request_id, _who(entry.request.owner), entry.slice.node, where, waited
                 )
         for request_id in effects.ended:
-            self._refused.pop(request_id, None)
             entry = self.core.ended.get(request_id)
             if entry is not None:
                 log.info("gone %s %s: %s", request_id, _who(entry.request.owner), entry.reason)

@@ -15,6 +15,20 @@ from nbgpu_pool.front import Front
 CROWD = 200
 
 
+async def receive() -> dict[str, Any]:
+    """Be a client that has sent a request without a body."""
+    return {"type": "http.request", "body": b"", "more_body": False}
+
+
+async def send(message: dict[str, Any]) -> None:
+    """Take the answer."""
+
+
+def call(door: Front, method: str, path: str) -> asyncio.Task[None]:
+    """Begin a request."""
+    return asyncio.ensure_future(door({"type": "http", "method": method, "path": path, "headers": []}, receive, send))
+
+
 async def order(paths: list[tuple[str, str]]) -> list[str]:
     """Return the paths of requests that arrive at the same moment, in the order in which they are served."""
     served: list[str] = []
@@ -22,15 +36,8 @@ async def order(paths: list[tuple[str, str]]) -> list[str]:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         served.append(scope["path"])
 
-    async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": b"", "more_body": False}
-
-    async def send(message: dict[str, Any]) -> None:
-        pass
-
     door = Front(app)
-    scopes = [{"type": "http", "method": method, "path": path, "headers": []} for method, path in paths]
-    await asyncio.wait_for(asyncio.gather(*(door(scope, receive, send) for scope in scopes)), 10)
+    await asyncio.wait_for(asyncio.gather(*(call(door, *path) for path in paths)), 10)
     return served
 
 
@@ -57,19 +64,9 @@ async def test_giving_back_does_not_wait_for_starts_that_wait() -> None:
             await never.wait()
         served.append(scope["path"])
 
-    async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": b"", "more_body": False}
-
-    async def send(message: dict[str, Any]) -> None:
-        pass
-
     door = Front(app)
-
-    def call(method: str, path: str) -> asyncio.Task[None]:
-        return asyncio.ensure_future(door({"type": "http", "method": method, "path": path, "headers": []}, receive, send))
-
-    starts = [call("POST", "/v1/launches") for _ in range(3 * front.AT_ONCE)]
-    await asyncio.wait_for(asyncio.gather(call("DELETE", "/v1/requests/0123"), call("POST", "/v1/release")), 5)
+    starts = [call(door, "POST", "/v1/launches") for _ in range(3 * front.AT_ONCE)]
+    await asyncio.wait_for(asyncio.gather(call(door, "DELETE", "/v1/requests/0123"), call(door, "POST", "/v1/release")), 5)
     assert sorted(served) == ["/v1/release", "/v1/requests/0123"]
     never.set()
     await asyncio.wait_for(asyncio.gather(*starts), 5)
