@@ -151,7 +151,7 @@ class KubeGPUMixin(_Mixed):
         try:
             made = await super()._make_create_pod_request(pod, request_timeout)
         except (ApiException, *_AWAY) as error:
-            if isinstance(error, ApiException) and error.status is not None and error.status < 500:
+            if _is_refusal(error):
                 raise
             self.log.warning("%s: creating the pod failed, trying again: %s", self._log_name, _short_words(error))
             self._gpu_progress.tell("Kubernetes does not answer; trying again.", percent=20)
@@ -237,9 +237,40 @@ class KubeGPUMixin(_Mixed):
         pod = self._pod()
         return carried_by(pod) == request_id and lives(pod)
 
+    async def _start_reflector(self, kind: str, reflector_class: Any, replace: bool = False, **kwargs: Any) -> Any:
+        """Watch as KubeSpawner does, patiently, and anew where a watch never began or gave up.
+
+        KubeSpawner keeps such a watch for good. It shows no pods, so that every server counts as stopped while its pod runs on.
+        """
+        begun = time.monotonic()
+        while True:
+            there = self.__class__.reflectors.get(self._get_reflector_key(kind))
+            dead = there is not None and there.first_load_future.done() and (there.watch_task is None or there.watch_task.done())
+            try:
+                return await super()._start_reflector(kind, reflector_class, replace=replace or dead, **kwargs)
+            except Exception as error:  # also what it trips over when an error's body is no JSON
+                self.log.warning("%s: cannot watch %s: %s", self._log_name, kind, _short_words(error))
+                if _is_refusal(error):
+                    raise
+                if time.monotonic() - begun > self.gpu_patience_seconds():
+                    away = Unavailable("Kubernetes does not answer. Try again in a minute.", code="cluster-away")
+                    raise self.refuse(away) from error
+            self._gpu_progress.tell("Kubernetes does not answer; trying again.", percent=5)
+            await asyncio.sleep(0.5)
+
+    async def _watches(self) -> bool:
+        """Return whether the pods are being watched. It goes on trying; what calls this does not wait for more than one answer."""
+        watching = in_background(self._start_watching_pods())
+        await asyncio.wait({watching}, timeout=self.k8s_api_request_timeout)
+        return watching.done() and watching.exception() is None
+
     async def poll(self) -> Any:
-        """Poll the pod; take the request id from it where a killed hub never saved it."""
-        await self._start_watching_pods()
+        """Poll the pod; take the request id from it where a killed hub never saved it.
+
+        While Kubernetes does not answer, what ran counts as running: a hub that starts then must not end its users' servers.
+        """
+        if not await self._watches():
+            return None
         if self._gpu_request_id is None:
             found = carried_by(self._pod())  # before KubeSpawner's poll, which deletes a pod that has ended
             if found is not None:
@@ -274,6 +305,11 @@ class KubeGPUMixin(_Mixed):
             with suppress(NbgpuError):
                 grant = await self.pool.grant(self._gpu_request_id)
         return plain_part(grant.note) if grant is not None and grant.note else ""
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Return whether the API server has answered that this cannot be: asking again would not help."""
+    return isinstance(error, ApiException) and error.status is not None and error.status < 500
 
 
 def _short_words(error: BaseException) -> str:

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from jupyterhub.utils import maybe_future, url_path_join
@@ -37,7 +37,8 @@ START_MARGIN_SECONDS = 30
 _PATIENCE_SECONDS = 10.0
 _RELEASE_SECONDS = 600.0
 _clients: WeakKeyDictionary[Any, dict[tuple[str, str, str, float], PoolClient]] = WeakKeyDictionary()
-_background: set[asyncio.Task[None]] = set()
+T = TypeVar("T")
+_background: set[asyncio.Task[Any]] = set()
 _clean: set[Owner] = set()
 """Owners of whom this process knows that they hold nothing: what an earlier hub left behind was asked back once."""
 
@@ -467,7 +468,7 @@ def _short(name: str) -> str:
     return name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 65]}~{hashlib.sha256(name.encode()).hexdigest()}"
 
 
-def in_background(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+def in_background(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
     """Start `work`, which goes on even when whoever waits for it is cancelled."""
     task = asyncio.ensure_future(work)
     _background.add(task)  # the loop holds tasks weakly

@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import sqlite3
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -83,6 +84,41 @@ def agreed(place: HubPlace, pool: Pool, hub: KubeHub) -> Iterator[None]:
     assert len(consistent(place, pool, hub)) == 1
     hub.stop("ada")
     assert consistent(place, pool, hub) == set()
+
+
+def test_a_watch_whose_first_list_fails(hub: KubeHub, place: HubPlace, pool: Pool, gateway: Gateway) -> None:
+    """KubeSpawner keeps a watch that never began, and sees no pod in it: servers would count as stopped, and their pods would stay."""
+    hub.kill()
+    hub.start()
+    with Fault(gateway, "GET", r"/pods$", 500) as fault:
+        hub.spawn_aside("ada", HALF)
+        fault.wait()
+    hub.ready("ada")
+    assert len(consistent(place, pool, hub)) == 1
+    hub.stop("ada")
+    assert place.pod_of("ada") is None
+
+
+def test_a_hub_that_starts_while_the_api_server_is_away(hub: KubeHub, place: HubPlace, pool: Pool, gateway: Gateway) -> None:
+    """It ends nobody's server, and knows them all once Kubernetes answers again."""
+    hub.spawn("ada", HALF)
+    hub.ready("ada")
+    pod = place.pod_of("ada")
+    hub.kill()
+    gateway.close()
+    try:
+        hub.start()
+        time.sleep(8)  # its timeouts are shorter than this
+        assert hub.server("ada"), "the hub believes that the server has stopped"
+    finally:
+        gateway.open()
+    hub.ready("ada")
+    assert len(consistent(place, pool, hub)) == 1
+    there = place.pod_of("ada")
+    assert pod is not None and there is not None
+    assert there["metadata"]["uid"] == pod["metadata"]["uid"]
+    hub.stop("ada")
+    assert place.pod_of("ada") is None
 
 
 def test_killed_before_it_asks(hub: KubeHub, place: HubPlace, pool: Pool) -> None:
