@@ -115,7 +115,8 @@ def test_a_hub_that_starts_while_the_api_server_is_away(hub: KubeHub, place: Hub
     hub.ready("ada")
     assert len(consistent(place, pool, hub)) == 1
     there = place.pod_of("ada")
-    assert pod is not None and there is not None
+    assert pod is not None
+    assert there is not None
     assert there["metadata"]["uid"] == pod["metadata"]["uid"]
     hub.stop("ada")
     assert place.pod_of("ada") is None
