@@ -160,13 +160,15 @@ class _Result(_Loose):
     consumedCapacity: dict[str, str | int] = {}
 
 
-def shares(claim: Json, devices: Mapping[tuple[str, str], Device]) -> list[Share]:
+def shares(claim: Json, devices: Mapping[tuple[str, str], Device], *, known_only: bool = False) -> list[Share]:
     """Return the parts of nbgpu's devices that a claim holds.
 
     Parameters
     ----------
     devices : mapping
         By node and `device_name`.
+    known_only : bool
+        Leave out parts of devices that are not among these: of a GPU that is lost, nothing is known while the others go on.
 
     Raises
     ------
@@ -177,7 +179,8 @@ def shares(claim: Json, devices: Mapping[tuple[str, str], Device]) -> list[Share
         status = _dict(claim.get("status"))
         results = [_Result.model_validate(one) for one in _list(_dict(_dict(status.get("allocation")).get("devices")).get("results"))]
         reported = dict(_reports(_list(status.get("devices"))))
-        return [_share(one, devices, reported) for one in results if one.driver == DRIVER]
+        known = [one for one in results if one.driver == DRIVER and (not known_only or (one.pool, one.device) in devices)]
+        return [_share(one, devices, reported) for one in known]
     except ValueError as error:  # pydantic's too
         raise BadObject(f"The allocation of ResourceClaim {object_name(claim)} cannot be read ({str(error)[:200]}).") from None
 

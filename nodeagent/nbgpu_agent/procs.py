@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -86,22 +88,29 @@ class Mount:
     """What of the file system is mounted."""
 
 
+def _threads(pid: int | str) -> Iterator[str]:
+    """Yield where /proc tells of a process: itself, then a few of its threads. A first thread that has ended has no namespaces any more."""
+    yield f"/proc/{pid}"
+    with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/task") as there:
+        for thread in itertools.islice(there, 4):
+            yield thread.path
+
+
 def mount_namespace(pid: int) -> str | None:
     """Return the name of a process's mount namespace; None when it is gone or a zombie."""
-    try:
-        return os.readlink(f"/proc/{pid}/ns/mnt")
-    except OSError:
-        return None
+    for there in _threads(pid):
+        with contextlib.suppress(OSError):
+            return os.readlink(f"{there}/ns/mnt")
+    return None
 
 
 def _mount_lines(pid: int | str) -> list[list[bytes]]:
     text = b""
-    try:
-        with open(f"/proc/{pid}/mountinfo", "rb", buffering=0) as file:
+    for there in _threads(pid):
+        with contextlib.suppress(OSError), open(f"{there}/mountinfo", "rb", buffering=0) as file:
             while len(text) < MOUNTS_BYTES and (more := file.read(MOUNTS_BYTES)):
                 text += more
-    except OSError:
-        return []
+            break
     return [words for line in text.split(b"\n") if len(words := line.split(b" ", 5)) == 6]
 
 

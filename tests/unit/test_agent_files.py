@@ -132,6 +132,29 @@ def test_a_process_is_not_mistaken_for_a_later_one_with_its_pid() -> None:
     assert procs.find(child.pid) is None
 
 
+def test_a_process_whose_first_thread_has_ended_is_where_its_others_are() -> None:
+    program = """
+import ctypes, os, threading, time
+def wait():
+    while open(f"/proc/{os.getpid()}/stat").read().rsplit(")")[1].split()[0] != "Z":
+        time.sleep(0.01)
+    print("ended", flush=True)
+    input()
+threading.Thread(target=wait).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+    child = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ended\n"
+        assert procs.mount_namespace(child.pid) == procs.mount_namespace(os.getpid())
+        assert procs.mounts(child.pid, "/proc") == procs.mounts(os.getpid(), "/proc")
+    finally:
+        child.kill()
+        child.wait()
+    assert procs.mount_namespace(child.pid) is None
+
+
 def test_a_mount_is_known_by_the_kernels_list() -> None:
     """Its device and root are those that a look at the path would meet."""
     device = os.stat("/proc").st_dev

@@ -129,6 +129,15 @@ def test_a_slice_with_the_limits_in_force() -> None:
     assert found.devices[0].index == 0
 
 
+def test_beside_a_lost_gpu_the_others_count() -> None:
+    claim = a_claim(reports=LARGER)
+    lost = {**claim["status"]["allocation"]["devices"]["results"][0], "device": "gpu-lost"}
+    claim["status"]["allocation"]["devices"]["results"].append(lost)
+    with pytest.raises(BadObject, match="gpu-lost"):
+        shares(claim, DEVICES)
+    assert in_force(shares(claim, DEVICES, known_only=True)) == {DEVICE.uuid: LARGER}
+
+
 @pytest.mark.parametrize("change", ["uid", "namespace", "name", "key", "limits", "mode"])
 def test_an_annotation_of_another_claim_or_edited_counts_for_nothing(change: str) -> None:
     claim = a_claim(wants=LARGER)

@@ -100,13 +100,15 @@ class Follower:
             trim()
 
     def _shares(self, claim: Json) -> list[Share]:
-        """Return what a claim holds here; nothing of one that cannot be read, with an event."""
-        devices = self._claims.devices()
+        """Return what a claim holds here, as far as it can be read; an event tells of the rest."""
+        devices = self._claims.devices()  # all of this node
         try:
-            return [one for one in shares(claim, devices) if one.pool == self._agent.settings.node]
+            return shares(claim, devices)
         except BadObject as error:
             self._reporter.say(reference(API_VERSION, "ResourceClaim", claim["metadata"]), "Unreadable", error.message)
-            return []
+        with contextlib.suppress(BadObject):
+            return shares(claim, devices, known_only=True)
+        return []
 
     def _counts(self, claim: Json) -> dict[str, Limit]:
         """Return what a claim counts on each device: the limits of its slice, else what it reports; the larger one while it is to grow."""
