@@ -1,6 +1,7 @@
 """What holds on a real NVIDIA GPU: one command, under ten minutes, a report to read (Markdown) and to work with (JSON).
 
-``python3 bench/hardware.py [--out DIR] [--budget 540] [--device 0] [--only NAMES] [--hami-core PATH] [--simulated] [--prepare]``
+``python3 bench/hardware.py [--out DIR] [--budget 540] [--device 0] [--only NAMES] [--hami-core PATH] [--simulated]``
+``python3 bench/hardware.py --prepare [--python 3.12]``
 
 It measures whether what the design takes for granted of the driver is so, how exactly slices get their shares, whether memory can be
 overshot, what the limiter costs, and what happens when programs are killed; beside it the same work under the driver alone and, where
@@ -13,19 +14,18 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
-from hwkit import LIB, PREBUILT, PYTHON, ROOT
+from hwkit import ROOT
 
 for folder in (ROOT, ROOT / "nodeagent", ROOT / "spawner"):
     sys.path.insert(0, str(folder))
 
-from hwkit import report  # noqa: E402
+from hwkit import prepare, report  # noqa: E402
 from hwkit.kit import Alarm, Kit, Section, Skip, TimeOver  # noqa: E402
 from hwkit.plan import SECTIONS  # noqa: E402
 
@@ -58,18 +58,6 @@ def run_section(kit: Kit, section: Section, seconds: float) -> dict[str, object]
     return entry
 
 
-def prepare() -> int:
-    """Compile what a machine without a C compiler needs, into this checkout: copy it with the working tree."""
-    command = [PYTHON, str(ROOT / "nodeagent" / "build.py")]
-    done = subprocess.run(command)
-    if done.returncode == 0:
-        from hwkit.on_cost import program
-
-        print(f"{program(PREBUILT)}: built")
-        print(f"Copy {LIB.relative_to(ROOT)} and {PREBUILT.relative_to(ROOT)} with the working tree.")
-    return done.returncode
-
-
 def stop_at(deadline: float, kit: Kit) -> None:
     """End everything at a moment, whatever it is waiting for; the report is there already."""
 
@@ -91,7 +79,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", help=f"sections with commas between: {', '.join(s.name for s in SECTIONS)}")
     parser.add_argument("--hami-core", type=Path, metavar="PATH", help="HAMi-core's libvgpu.so: the same work under it too")
     parser.add_argument("--simulated", action="store_true", help="on the simulated driver, short: this tests the kit, not a GPU")
-    parser.add_argument("--prepare", action="store_true", help="only compile what the kit needs, to be copied to another machine")
+    parser.add_argument("--prepare", action="store_true", help="only make what the kit needs on a machine without compiler and network")
+    parser.add_argument(
+        "--python", metavar="X.Y", default=prepare.THIS_PYTHON, help="with --prepare: that machine's Python (default: as here)"
+    )
     options = parser.parse_args(arguments)
     unknown = set(filter(None, options.only.split(","))) - {section.name for section in SECTIONS}
     if unknown:
@@ -106,7 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the sections in order of worth; 0 unless the report could not be written."""
     options = parse(arguments)
     if options.prepare:
-        return prepare()
+        return prepare.prepare(options.python)
+    prepare.use_packages()
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="nbgpu-hw-", dir="/tmp") as name:
         hami = options.hami_core.resolve() if options.hami_core else None

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from . import LIB
+from . import LIB, MIB
 from .facts import FACTS
 from .hub import Group, Hub, Worker
 from .nvml import Nvml
-from .places import Bare, Hami, Nbgpu, Place, Stock, clean, default_usable, missing_packages
+from .places import Bare, Hami, Nbgpu, Place, Spec, Stock, clean, default_usable, missing_packages
 
 Verdict = Literal["holds", "differs", "unknown", "skipped"]
 
@@ -55,6 +55,7 @@ class Kit:
     started: float = field(default_factory=time.monotonic)
     end: float = 0.0
     nbgpu_how: str = ""
+    compared: tuple[str, ...] = ("nbgpu", "driver alone")
 
     def __post_init__(self) -> None:
         self.hub = Hub(self.folder)
@@ -110,6 +111,19 @@ class Kit:
             return sum(by_pid.get(pid, 0) for pid in pids)
         return max(0, self.nvml.memory()[0] - before)
 
+    def memory(self, hardware: int, simulated: int) -> int:
+        """Return a size in bytes: one for hardware, one for the simulated driver, on small devices a quarter of what they have."""
+        return min(hardware if not self.simulated else simulated, self.total // 4 // (2 * MIB) * (2 * MIB))
+
+    def calibrate(self) -> tuple[float, float]:
+        """Return ns per round of work on a full grid and on one block, measured at the first use."""
+        if "ns_per_round" not in self.machine:
+            with self.place("driver alone").groups([Spec(1000)]) as groups:
+                [worker] = self.ready(groups)
+                for name, blocks in (("ns_per_round", self.blocks), ("ns_per_round_one_block", 1)):
+                    self.machine[name] = worker.ask("calibrate", 60, blocks=blocks)["ns_per_round"]
+        return float(self.machine["ns_per_round"]), float(self.machine["ns_per_round_one_block"])
+
     # ---- time
 
     def pick(self, hardware: float, simulated: float) -> float:
@@ -145,9 +159,9 @@ class Kit:
         return self._places[name]
 
     def places(self) -> list[Place]:
-        """Return those that can be had here: nbgpu, the driver alone, HAMi-core."""
+        """Return those of `compared` that can be had here."""
         found: list[Place] = []
-        for name in ("nbgpu", "driver alone", "HAMi-core"):
+        for name in self.compared:
             try:
                 found.append(self.place(name))
             except Skip:

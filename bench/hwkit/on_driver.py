@@ -24,7 +24,7 @@ def machine(kit: Kit) -> dict[str, Any]:
     """What this machine is, and what of it changes what can be measured. Nothing is changed."""
     nvml = kit.nvml
     used, total = nvml.memory()
-    names = [Path(f"/proc/{pid}/comm").read_text().strip() for pid in os.listdir("/proc") if pid.isdigit() and _readable(pid)]
+    names = [_name(pid) for pid in os.listdir("/proc") if pid.isdigit()]
     mig = nvml.pair("nvmlDeviceGetMigMode")
     major = nvml.text("nvmlSystemGetDriverVersion", of_device=False)
     found: dict[str, Any] = {
@@ -111,8 +111,11 @@ def start(kit: Kit) -> dict[str, Any]:
     return found
 
 
-def _readable(pid: str) -> bool:
-    return os.access(f"/proc/{pid}/comm", os.R_OK) and Path(f"/proc/{pid}/comm").exists()
+def _name(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""  # it has ended
 
 
 def _cpu() -> str:
@@ -233,12 +236,9 @@ def driver_time(kit: Kit) -> dict[str, Any]:
     found: dict[str, Any] = {}
     blocks = kit.blocks
     long_ns = int(kit.pick(500e6, 60e6))
+    ns, lonely = kit.calibrate()
     with kit.place("driver alone").groups([Spec(1000), Spec(1000)]) as groups:
         one, two = kit.ready(groups)
-        ns = one.ask("calibrate", 60, blocks=blocks)["ns_per_round"]
-        kit.machine["ns_per_round"] = ns
-        lonely = one.ask("calibrate", 60, blocks=1)["ns_per_round"]
-        kit.machine["ns_per_round_one_block"] = lonely
         found["ns_per_round"], found["ns_per_round_one_block"] = ns, lonely
         for name, grid in (("full grid", blocks), ("one block", 1)):
             at = time.monotonic_ns() + 200_000_000

@@ -20,7 +20,7 @@ SIMULATED = {"numba"}
 def frameworks(kit: Kit) -> dict[str, Any]:
     """Run each framework that is installed in a slice of 6 GiB: what it is told, a result, its own out-of-memory error, life after it."""
     found: dict[str, Any] = kit.results.setdefault("frameworks", {})
-    limit = 6 * GIB
+    limit = kit.memory(6 * GIB, 6 * GIB)
     for name, title in NAMES.items():
         why = _why_not(kit, name)
         if why:
@@ -60,14 +60,14 @@ def training(kit: Kit) -> dict[str, Any]:
     if why:
         raise Skip(f"PyTorch: {why}")
     found: dict[str, Any] = kit.results.setdefault("training", {})
-    seconds, start_up = 6.0, 14.0
+    seconds, start_up, size = 6.0, 14.0, kit.memory(8 * GIB, 8 * GIB)
     alone = _train(kit, "driver alone", [Spec(1000)], 3.0, start_up)[0]
     found["alone_steps_per_second"] = alone["steps_per_second"]
     for place in kit.places():
         if kit.left() < seconds + start_up + 3:
             found[place.name] = {"skipped": "the time was over"}
             continue
-        rows = _train(kit, place.name, [Spec(700, memory=8 * GIB), Spec(300, memory=8 * GIB)], seconds, start_up)
+        rows = _train(kit, place.name, [Spec(700, memory=size), Spec(300, memory=size)], seconds, start_up)
         parts = [round(row["steps_per_second"] / alone["steps_per_second"] * 100, 1) for row in rows]
         found[place.name] = {"percent_of_alone": parts, "late_seconds": [row["late_seconds"] for row in rows]}
         kit.compare("two PyTorch trainings, 70 % and 30 %: of what one alone does", place.name, {"percent": parts})

@@ -9,7 +9,7 @@ from typing import Any
 from . import GIB, MIB
 from .analysis import done_at, median, percentile, rates, shares
 from .hub import Group, WorkerFailed
-from .kit import Kit, Skip
+from .kit import Kit
 from .places import Place, Spec
 
 SCENARIOS: dict[str, list[Spec]] = {
@@ -25,7 +25,7 @@ KERNEL_US = {"70/30": (1000, 100, 10_000)}
 
 def view(kit: Kit) -> dict[str, Any]:
     """What a program in a slice is told of its GPU, and what it is refused, in every way to ask for memory."""
-    limit = int(kit.pick(4 * GIB, 2 * GIB))
+    limit = kit.memory(4 * GIB, 2 * GIB)
     found: dict[str, Any] = {"limit": limit}
     place, before = kit.place("nbgpu"), kit.nvml.memory()[0]
     with place.groups([Spec(250, memory=limit)]) as [group]:
@@ -70,7 +70,7 @@ def view(kit: Kit) -> dict[str, Any]:
 
 def compute(kit: Kit, groups: list[Group], kernel_us: int, seconds: float) -> list[list[list[tuple[int, float]]]]:
     """Let all workers compute at once; return, for each group and worker, (ns, ns of GPU work done) at the end of each step."""
-    ns = float(kit.machine["ns_per_round"])
+    ns, _ = kit.calibrate()
     workers = [worker for group in groups for worker in group.workers]
     start = time.monotonic_ns() + 200_000_000
     end = start + int(seconds * 1e9)
@@ -93,15 +93,14 @@ def measure(kit: Kit, place: Place, specs: list[Spec], kernel_us: int, seconds: 
     steps = compute(kit, groups, kernel_us, warm + seconds)
     begin = max(worker[0][0] for group in steps for worker in group) + int(warm * 1e9)
     window = int(kit.pick(1e9, 0.5e9))
-    last = min(worker[-1][0] for group in steps for worker in group)
+    last = min(begin + int(seconds * 1e9), *[worker[-1][0] for group in steps for worker in group])
     columns = [summed(group, begin, max(last, begin + window), window) for group in steps]
     return shares(columns, alone, [spec.milli / 10 for spec in specs])
 
 
 def gpu_shares(kit: Kit) -> dict[str, Any]:
     """Each scenario under nbgpu, the driver alone and HAMi-core: how much of what one process alone gets done each slice gets done."""
-    if "ns_per_round" not in kit.machine:
-        raise Skip("the GPU kernel was not calibrated: the section driver-time did not get that far")
+    kit.calibrate()
     found = kit.results.setdefault("shares", {})
     seconds = kit.pick(4.0, 0.5)
     lengths = sorted({us for name in SCENARIOS for us in KERNEL_US.get(name, (1000,))}) if not kit.simulated else [2000]
@@ -161,10 +160,8 @@ def _share_facts(kit: Kit, found: dict[str, Any]) -> None:
 
 def small_work(kit: Kit) -> dict[str, Any]:
     """Who types in a notebook beside a training: how long a small GPU kernel takes from launch to answer, 30 % beside 70 %."""
-    if "ns_per_round" not in kit.machine:
-        raise Skip("the GPU kernel was not calibrated: the section driver-time did not get that far")
     seconds, found = kit.pick(4.0, 1.0), {}
-    ns, one = float(kit.machine["ns_per_round"]), float(kit.machine["ns_per_round_one_block"])
+    ns, one = kit.calibrate()
     for place in kit.places():
         with place.groups([Spec(300), Spec(700)]) as [small, large]:
             kit.ready([small, large])
@@ -207,7 +204,7 @@ class Sampler:
 
 def races(kit: Kit) -> dict[str, Any]:
     """Four processes of one slice allocate and free at random, each wanting most of it: does their sum ever exceed the limit?"""
-    limit, found = int(kit.pick(6 * GIB, 4 * GIB)), {}
+    limit, found = kit.memory(6 * GIB, 4 * GIB), {}
     seconds = kit.pick(8.0, 1.0)
     for place in kit.places():
         before = kit.nvml.memory()[0]

@@ -83,16 +83,19 @@ def test_every_section_runs_on_the_simulated_driver(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_plain_python_without_the_agents_packages_is_enough(tmp_path: Path) -> None:
     """``-S`` takes the packages away; a library that does nothing stands in for HAMi-core."""
-    words = ["--simulated", "--only", "view,races", "--hami-core", str(LIMITER), "--out", str(tmp_path)]
+    words = ["--simulated", "--only", "view,races,hami-core", "--hami-core", str(LIMITER), "--out", str(tmp_path)]
     done = subprocess.run([sys.executable, "-S", str(PROGRAM), *words], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "hardware.json").read_text())
     check_schema(report)
     assert "without an agent" in report["nbgpu_by"]
-    assert [section["status"] for section in report["sections"]] == ["done"] * 3
+    assert [section["status"] for section in report["sections"]] == ["done"] * 4
     assert verdicts(report)["no-overshoot"] == verdicts(report)["refusals"] == "holds"
     race = next(row for row in report["comparison"] if "race" in row["workload"])
     assert race["nbgpu"]["over_limit_mib"] <= 0 < race["HAMi-core"]["over_limit_mib"]
+    hami = by_name(report)["hami-core"]["results"]
+    assert {name: what["failed"] for name, what in hami.items() if "failed" in what} == {}
+    assert any(row["workload"].startswith("shares 70/30") and row["HAMi-core"]["busy_percent"] > 50 for row in report["comparison"])
 
 
 def test_without_a_driver_everything_is_skipped_and_said(tmp_path: Path) -> None:
