@@ -32,7 +32,7 @@ def main(step: str, pid: int) -> None:
     if step == "state":
         code = function(pid, c.byref(state))
     else:
-        arguments = (c.c_uint64 * 8)(5000 if step == "lock" else 0)  # the lock's time-out, ms; the rest is reserved
+        arguments = (c.c_uint64 * 16)(5000 if step == "lock" else 0)  # the lock's time-out, ms; the rest is reserved
         code = function(pid, arguments)
     print(json.dumps({"code": code, "seconds": time.monotonic() - begun, "state": state.value}))
 

@@ -63,7 +63,6 @@ class Kit:
         self._places: dict[str, Place] = {}
         self._why_not: dict[str, str] = {}
         self.env = clean(dict(os.environ))
-        self.env["PYTHONDONTWRITEBYTECODE"] = "1"
         if self.simulated:
             state = str(self.folder / "machine")
             ours = {"NBGPU_SIM_STATE": state, "NBGPU_SIM_DEVICES": "1", "NBGPU_HW_NVML": str(LIB / "sim" / "libnvidia-ml.so.1")}

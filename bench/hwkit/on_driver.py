@@ -99,8 +99,8 @@ def start(kit: Kit) -> dict[str, Any]:
     found: dict[str, Any] = {"how": kit.nbgpu_how, "seconds": round(time.monotonic() - begun, 2)}
     if isinstance(place, Nbgpu):
         node = place.agent.node()
-        found["devices"] = [device.model_dump(mode="json") for device in node.devices]
-        found["agent_log"] = place.log("agent")
+        found["devices"] = [device.model_dump(mode="json", exclude={"node"}) for device in node.devices]
+        found["agent_warnings"] = [line for line in place.log("agent") if " WARNING " in line or " ERROR " in line]
         begun = time.monotonic()
         done = place.run(Spec(100), [PYTHON, "-S", "-c", "import ctypes; print(ctypes.CDLL('libcuda.so.1').cuInit(0))"], 30)
         found["first_run"] = {
@@ -225,7 +225,7 @@ def contexts(kit: Kit) -> dict[str, Any]:
     )
     kit.fact(
         "overhead-cap",
-        "holds" if extra <= cap else "differs",
+        "unknown" if not context else "holds" if extra <= cap else "differs",
         f"module and first launches add {extra // MIB} MiB; the cap is {cap // MIB} MiB",
     )
     return found

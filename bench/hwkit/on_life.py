@@ -190,7 +190,7 @@ def checkpoint(kit: Kit) -> dict[str, Any]:
         "; ".join(f"{name}: {row['done_while_locked']} operations while locked, {row['done_after']} after" for name, row in worked.items())
         or f"codes {codes}",
     )
-    if first.get("checkpoint", {}).get("code") == 0:
+    if first.get("checkpoint", {}).get("code") == 0 and first["held_before_and_after"][0]:
         held, left = first["held_before_and_after"]
         speed = held / GIB / max(1e-9, first["checkpoint"]["seconds"])
         kit.fact(
@@ -329,14 +329,14 @@ def nvml_delays(kit: Kit) -> dict[str, Any]:
     """How long until NVML shows an allocation, how old its utilisation samples are, how near they are to the truth."""
     found: dict[str, Any] = {}
     nvml = kit.nvml
-    rounds = max(1, int(1e6 / kit.calibrate()[0]))
+    rounds, device = max(1, int(1e6 / kit.calibrate()[0])), nvml.memory()[0]
     with kit.place("driver alone").groups([Spec(1000)]) as groups:
         [worker] = kit.ready(groups)
         delays, asks = [], []
         for _ in range(5):
-            before = nvml.processes().get(worker.pid, 0)
+            before = kit.held([worker.pid], device)
             at = worker.ask("alloc", size=256 * MIB)["at"]
-            while nvml.processes().get(worker.pid, 0) <= before and time.monotonic_ns() - at < 3e9:
+            while kit.held([worker.pid], device) <= before and time.monotonic_ns() - at < 3e9:
                 pass
             delays.append((time.monotonic_ns() - at) / 1e6)
             begun = time.monotonic()

@@ -30,7 +30,7 @@ def build(kit: Kit, sections: list[dict[str, Any]], complete: bool) -> dict[str,
         "simulated": kit.simulated,
         "complete": complete,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": sys.argv,
+        "command": [word if word.startswith("-") else word.rpartition("/")[2] for word in sys.argv],  # folders may name a user
         "seconds": round(time.monotonic() - kit.started, 1),
         "budget_seconds": kit.budget,
         "nbgpu_by": kit.nbgpu_how,
