@@ -100,6 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
         return prepare.prepare(options.python)
     prepare.use_packages()
     options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "hardware.log").unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="nbgpu-hw-", dir="/tmp") as name:
         hami = options.hami_core.resolve() if options.hami_core else None
         kit = Kit(Path(name), options.device, options.simulated, hami, options.out, options.budget)

@@ -9,6 +9,7 @@ Needs nothing but Python: ``python -S`` runs it.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import signal
@@ -66,5 +67,6 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # a crash inside the driver or the limiter leaves where it was
     with contextlib.suppress(BrokenPipeError, ConnectionError, KeyboardInterrupt):
         main(sys.argv[1:])

@@ -25,6 +25,7 @@ FACTS: dict[str, tuple[str, str, str]] = {
     "slice-view": ("view", "limiter 3", "a program in a slice sees one GPU of the slice's size"),
     "refusals": ("view", "limiter 1, 3", "every kind of allocation beyond the limit is refused with CUDA_ERROR_OUT_OF_MEMORY"),
     "filled-slice": ("view", "architecture, invariant 2", "a full slice holds no more than its limit, by NVML"),
+    "usage-agrees": ("view", "architecture, usage", "the memory that the agent says a slice uses is what NVML says"),
     "no-overshoot": ("races", "limiter 5", "processes of a slice that allocate at once never hold more than its limit, by NVML"),
     "shares": ("shares", "limiter 6 [S]", "slices get their shares within 3 points in 1-s windows"),
     "turns-lose-less": ("shares", "limiter 6 [S]", "turns lose no more of the GPU than the driver's own time slices do"),

@@ -26,7 +26,8 @@ class WorkerFailed(Exception):
 class Worker:
     """One connected process."""
 
-    def __init__(self, door: socket.socket, hello: dict[str, Any]) -> None:
+    def __init__(self, door: socket.socket, hello: dict[str, Any], log: Path) -> None:
+        self.log = log
         self.door, self.pid, self.group, self.number = door, int(hello["pid"]), str(hello["group"]), int(hello["number"])
         self._buffer = b""
 
@@ -49,7 +50,7 @@ class Worker:
             except OSError:
                 data = b""
             if not data:
-                raise WorkerFailed(f"worker {self.number} of {self.group} ended")
+                raise WorkerFailed(f"worker {self.number} of {self.group} ended: {end_of(self.log) or 'it printed nothing'}")
             self._buffer += data
         line, self._buffer = self._buffer.split(b"\n", 1)
         answer: dict[str, Any] = json.loads(line)
@@ -80,6 +81,14 @@ def alive(pid: int) -> bool:
         return False
 
 
+def end_of(log: Path) -> str:
+    """Return the last lines of what was printed; of a crash its first ones."""
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    crash = next((number for number, line in enumerate(lines) if line.startswith("Fatal Python error")), None)
+    told = lines[-3:] if crash is None else lines[crash : crash + 6]
+    return " / ".join(line.strip() for line in told)[:500]
+
+
 class Group:
     """The workers of one slice, or of no slice."""
 
@@ -90,8 +99,7 @@ class Group:
 
     def said(self) -> str:
         """Return the end of what its processes printed."""
-        text = self.log.read_text(errors="replace").strip() if self.log.exists() else ""
-        return " / ".join(text.splitlines()[-3:])[-400:]
+        return end_of(self.log)
 
 
 class Hub:
@@ -152,8 +160,8 @@ class Hub:
                 return
             line += data
         hello = json.loads(line)
-        worker = Worker(door, hello)
-        owner = self._groups[worker.group]
+        owner = self._groups[str(hello["group"])]
+        worker = Worker(door, hello, owner.log)
         if worker.number == 0:
             owner.leader = worker
         else:

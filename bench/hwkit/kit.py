@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -134,8 +135,11 @@ class Kit:
         return self.end - time.monotonic()
 
     def say(self, text: str) -> None:
-        """Print one line of progress."""
-        print(f"[{time.monotonic() - self.started:5.0f} s] {text}", flush=True)
+        """Print one line of progress, and keep it beside the report."""
+        line = f"[{time.monotonic() - self.started:5.0f} s] {text}"
+        print(line, flush=True)
+        with open(self.out / "hardware.log", "a") as log:
+            log.write(line + "\n")
 
     # ---- places
 
@@ -242,6 +246,8 @@ class Kit:
         self.hub.close()
         for place in self._places.values():
             place.close()
+        for log in self.folder.glob("agent.log"):
+            shutil.copyfile(log, self.out / "agent.log")
 
 
 class Alarm:

@@ -101,6 +101,8 @@ def start(kit: Kit) -> dict[str, Any]:
         node = place.agent.node()
         found["devices"] = [device.model_dump(mode="json", exclude={"node"}) for device in node.devices]
         found["agent_warnings"] = [line for line in place.log("agent") if " WARNING " in line or " ERROR " in line]
+        probe = kit.folder / "run" / "probe.json"
+        found["probe"] = json.loads(probe.read_text())["context_bytes"] if probe.exists() else "no context could be measured"
         begun = time.monotonic()
         done = place.run(Spec(100), [PYTHON, "-S", "-c", "import ctypes; print(ctypes.CDLL('libcuda.so.1').cuInit(0))"], 30)
         found["first_run"] = {

@@ -10,7 +10,7 @@ from . import GIB, MIB
 from .analysis import done_at, median, percentile, rates, shares
 from .hub import Group, WorkerFailed
 from .kit import Kit
-from .places import Place, Spec
+from .places import Nbgpu, Place, Spec
 
 SCENARIOS: dict[str, list[Spec]] = {
     "50/50": [Spec(500), Spec(500)],
@@ -38,6 +38,9 @@ def view(kit: Kit) -> dict[str, Any]:
         time.sleep(1.5)  # a look of the agent at what the context really takes
         blocks = worker.ask("alloc", size=64 * MIB, count=1000)
         found["filled"] = {"blocks": blocks["done"], "code": blocks["code"], "nvml": kit.held([worker.pid], before)}
+        if isinstance(place, Nbgpu):
+            time.sleep(1.5)
+            found["agent_says"] = sum(device.memory_used_bytes for usage in place.agent.all_usage() for device in usage.devices)
         worker.ask("free")
     with kit.place("driver alone").groups([Spec(1000)]) as [group]:
         [worker] = group.workers
@@ -56,6 +59,13 @@ def view(kit: Kit) -> dict[str, Any]:
         "differs" if wrong else "holds",
         f"codes {found['refusals']}; without the limiter {found['control']}",
     )
+    if "agent_says" in found:
+        apart = found["agent_says"] - found["filled"]["nvml"]
+        kit.fact(
+            "usage-agrees",
+            "holds" if abs(apart) <= 64 * MIB else "differs",
+            f"the agent says {found['agent_says'] // MIB} MiB of a full slice, NVML {found['filled']['nvml'] // MIB} MiB",
+        )
     over = found["filled"]["nvml"] - limit
     kit.fact(
         "filled-slice",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from hwkit.analysis import done_at, percentile, rates, runs, shares, time_slices
-from hwkit.hub import alive
+from hwkit.hub import alive, end_of
 from hwkit.ptx import TARGETS, text
 from hwkit.resolution_probe import hooks
 
@@ -82,3 +82,13 @@ def test_the_gpu_kernels_are_text_that_ends() -> None:
 def test_who_does_not_exist_is_not_alive() -> None:
     assert alive(1)
     assert not alive(2**22 + 5)
+
+
+def test_of_a_crash_its_beginning_is_told(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert end_of(log) == ""
+    log.write_text("one\ntwo\nthree\nfour\n")
+    assert end_of(log) == "two / three / four"
+    log.write_text("noise\nFatal Python error: Segmentation fault\n\nCurrent thread:\n  File x, line 1 in call\n" + "deep\n" * 20)
+    assert end_of(log).startswith("Fatal Python error: Segmentation fault / ")
+    assert "File x, line 1 in call" in end_of(log)

@@ -70,7 +70,16 @@ def test_every_section_runs_on_the_simulated_driver(tmp_path: Path) -> None:
     for name in ("machine", "start", "resolution", "contexts", "driver-time", "view", "races"):
         assert sections[name]["status"] == "done", sections[name]
     facts = verdicts(report)
-    for name in ("nvml-pids", "proc-address", "resolution-escapes", "slice-view", "refusals", "filled-slice", "no-overshoot"):
+    for name in (
+        "nvml-pids",
+        "proc-address",
+        "resolution-escapes",
+        "slice-view",
+        "refusals",
+        "filled-slice",
+        "usage-agrees",
+        "no-overshoot",
+    ):
         assert facts[name] == "holds", [fact for fact in report["facts"] if fact["name"] == name]
     race = next(row for row in report["comparison"] if "race" in row["workload"])
     assert race["nbgpu"]["over_limit_mib"] <= 0
