@@ -112,7 +112,7 @@ def gpu_shares(kit: Kit) -> dict[str, Any]:
     """Each scenario under nbgpu, the driver alone and HAMi-core: how much of what one process alone gets done each slice gets done."""
     kit.calibrate()
     found = kit.results.setdefault("shares", {})
-    seconds = kit.pick(4.0, 0.5)
+    seconds = kit.pick(5.0, 0.5)
     lengths = sorted({us for name in SCENARIOS for us in KERNEL_US.get(name, (1000,))}) if not kit.simulated else [2000]
     alone: dict[int, float] = {}
     with kit.place("driver alone").groups([Spec(1000)]) as groups:
@@ -138,7 +138,11 @@ def gpu_shares(kit: Kit) -> dict[str, Any]:
                         got = measure(kit, place, specs, kernel_us, seconds, alone[kernel_us], groups)
                         label = f"shares {name}, {kernel_us / 1000:g} ms"
                         found.setdefault(label, {})[place.name] = got
-                        kit.compare(label, place.name, {key: got[key] for key in ("shares_percent", "error_mean_points", "busy_percent")})
+                        kit.compare(
+                            label,
+                            place.name,
+                            {key: got[key] for key in ("shares_percent", "error_mean_points", "ratio_error_points", "busy_percent")},
+                        )
                         kit.say(f"  {label}: {place.name}: {got['shares_percent']}, mean error {got['error_mean_points']} points")
             except WorkerFailed as error:
                 found.setdefault("failed", []).append(f"{name} under {place.name}: {error}")

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import os
 import shutil
@@ -37,6 +38,14 @@ class Spec:
     memory: int = 0
     strict: bool = False
     processes: int = 1
+
+
+LIBC = ctypes.CDLL(None)
+
+
+def end_with_us() -> None:
+    """In a child: be asked to end when the kit is gone, however that went (PR_SET_PDEATHSIG)."""
+    LIBC.prctl(1, int(signal.SIGTERM), 0, 0, 0)
 
 
 def missing_packages() -> list[str]:
@@ -144,7 +153,6 @@ class Nbgpu(Place):
     name = "nbgpu"
 
     def __init__(self, hub: Hub, env: dict[str, str], runtime: Path, device: int, simulated: bool) -> None:
-        # An agent may run for long: it is nobody's child but ours, and is ended with us.
         super().__init__(hub, {**env, "NBGPU_RUNTIME_DIR": str(runtime), "NBGPU_QUIET": "1"})
         self.env["PYTHONPATH"] = os.pathsep.join(
             [str(ROOT), str(ROOT / "nodeagent"), str(ROOT / "spawner"), *filter(None, [env.get("PYTHONPATH")])]
@@ -159,7 +167,15 @@ class Nbgpu(Place):
             for name, words in (("agent", options), ("pool", [])):
                 with open(runtime.parent / f"{name}.log", "wb") as log:
                     command = [PYTHON, "-m", "nbgpu", name, *words]
-                    part = subprocess.Popen(command, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+                    part = subprocess.Popen(
+                        command,
+                        env=self.env,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                        start_new_session=True,  # Ctrl-C is ours: we end it in order
+                        preexec_fn=end_with_us,
+                    )
                 self._parts.append(part)
                 self._wait(name, part)
         except BaseException:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +160,40 @@ def test_held_memory_where_nvml_knows_other_pids(tmp_path: Path, monkeypatch: py
         assert kit.held([7, 9], 250) == 750
     finally:
         kit.close()
+
+
+@pytest.mark.slow
+def test_nothing_is_left_when_the_kit_is_killed(tmp_path: Path) -> None:
+    """SIGKILL once its agent answers: agent, pool and workers end by themselves."""
+    mark = f"kit-{os.getpid()}-{tmp_path.name}"
+    command = [sys.executable, str(PROGRAM), "--simulated", "--out", str(tmp_path), "--budget", "90"]
+    kit = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"NBGPU_TEST_MARK": mark})
+    assert kit.stdout is not None
+    try:
+        for line in kit.stdout:
+            if "driver-time" in line:
+                break
+        seen = marked(mark)
+        assert len(seen) >= 3, "the control: kit, agent and pool must be seen"
+    finally:
+        kit.kill()
+        kit.communicate(timeout=10)
+    deadline = time.monotonic() + 20
+    while marked(mark) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert marked(mark) == {}
+    for folder in set(re.findall(r"/tmp/nbgpu-hw-\w+", " ".join(seen.values()))):
+        shutil.rmtree(folder)  # who is killed removes nothing
+
+
+def marked(mark: str) -> dict[int, str]:
+    """Return the processes that carry a mark in their environment: command by pid."""
+    found: dict[int, str] = {}
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            try:
+                if f"NBGPU_TEST_MARK={mark}".encode() in (path / "environ").read_bytes().split(b"\0"):
+                    found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+    return found
