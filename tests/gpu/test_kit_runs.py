@@ -187,13 +187,14 @@ def test_nothing_is_left_when_the_kit_is_killed(tmp_path: Path) -> None:
 
 
 def marked(mark: str) -> dict[int, str]:
-    """Return the processes that carry a mark in their environment: command by pid."""
+    """Return the processes that carry a mark in their environment, and that environment."""
     found: dict[int, str] = {}
     for path in Path("/proc").iterdir():
         if path.name.isdigit():
             try:
-                if f"NBGPU_TEST_MARK={mark}".encode() in (path / "environ").read_bytes().split(b"\0"):
-                    found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                environment = (path / "environ").read_bytes().decode(errors="replace").split("\0")
+                if f"NBGPU_TEST_MARK={mark}" in environment:
+                    found[int(path.name)] = " ".join(environment)
             except OSError:
                 continue
     return found
