@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -99,6 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.prepare:
         return prepare.prepare(options.python)
     prepare.use_packages()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "hardware.log").unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="nbgpu-hw-", dir="/tmp") as name:
@@ -118,6 +120,9 @@ def main(arguments: list[str] | None = None) -> int:
                 else:
                     entries.append(run_section(kit, section, seconds))
                 report.write(kit, entries, complete=section is wanted[-1])
+        except KeyboardInterrupt:
+            kit.say("ended from outside; the report has the sections before")
+            return 130
         finally:
             kit.close()
     print(f"Report: {options.out / 'hardware.md'} (raw data: hardware.json beside it)")

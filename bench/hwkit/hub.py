@@ -160,7 +160,10 @@ class Hub:
                 return
             line += data
         hello = json.loads(line)
-        owner = self._groups[str(hello["group"])]
+        owner = self._groups.get(str(hello["group"]))
+        if owner is None:  # its group was ended while it started
+            door.close()
+            return
         worker = Worker(door, hello, owner.log)
         if worker.number == 0:
             owner.leader = worker

@@ -78,8 +78,9 @@ def training(kit: Kit) -> dict[str, Any]:
 def _train(kit: Kit, place: str, specs: list[Spec], seconds: float, start_up: float) -> list[dict[str, Any]]:
     start = time.monotonic_ns() + int(start_up * 1e9)
     command = [PYTHON, str(BENCH / "hwkit" / "framework_probe.py"), "training", "0", str(seconds), str(start)]
+    most = min(seconds + start_up + 20, max(5.0, kit.left()))
     with ThreadPoolExecutor(len(specs)) as pool:
-        done = list(pool.map(lambda spec: kit.place(place).run(spec, command, seconds + start_up + 30), specs))
+        done = list(pool.map(lambda spec: kit.place(place).run(spec, command, most), specs))
     failed = next((one for one in done if one.returncode), None)
     if failed is not None:
         raise RuntimeError(f"a training under {place} ended with {failed.returncode}: {failed.stderr.strip()[-200:]}")
