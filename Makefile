@@ -10,7 +10,7 @@ PYTEST = NBGPU_HUB55_PYTHON="$(CURDIR)/.nbgpu/hub55/bin/python" $(VPY) -m pytest
 .DEFAULT_GOAL := help
 
 help: ## list the commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
 
 run: ## set everything up and start JupyterHub at http://127.0.0.1:8000 (another port: make run PORT=9000)
 	@$(PYTHON) tools/setup.py run
