@@ -6,11 +6,11 @@ IN_VENV = PATH="$(CURDIR)/.venv/bin:$(CURDIR)/node_modules/.bin:$$PATH" VIRTUAL_
 VPY = $(IN_VENV) .venv/bin/python
 PYTEST = NBGPU_HUB55_PYTHON="$(CURDIR)/.nbgpu/hub55/bin/python" $(VPY) -m pytest
 
-.PHONY: help run setup test test-fast bench lint format wheel soak clean
+.PHONY: help run setup test test-fast bench bench-hardware lint format wheel soak clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
 
 run: ## set everything up and start JupyterHub at http://127.0.0.1:8000 (another port: make run PORT=9000)
 	@$(PYTHON) tools/setup.py run
@@ -34,6 +34,10 @@ soak: ## the long kill storms and soaks, whole
 bench: ## the benchmarks, quick, with their baselines
 	@$(PYTHON) tools/setup.py test
 	@$(VPY) tools/bench.py $(ARGS)
+
+bench-hardware: ## on a real GPU: is what the design takes for granted so; shares, limits, costs, kills (ten minutes; writes a report)
+	@$(PYTHON) tools/setup.py run
+	@$(VPY) bench/hardware.py $(ARGS)
 
 lint: ## ruff, pyright, eslint, prettier, clang-format, C warnings as errors
 	@$(PYTHON) tools/setup.py lint
