@@ -91,6 +91,9 @@ bool sim_take_back(struct sim *sim, int client) {
 
 /* With `op` held: what somebody who died began. */
 static void settle(struct sim *sim, int client) {
+#ifdef NBGPU_CONTROL_UNFINISHED /* what its tests are to notice */
+    return;
+#endif
     switch (atomic_load(&record_of(sim, client)->state)) {
     case SIM_LOCKING:
         sim_process_state_set(sim, client, SIM_RUNNING);
