@@ -12,7 +12,6 @@ typedef uintptr_t word;
 #define WORDS                                                                                                                              \
     word a0, word a1, word a2, word a3, word a4, word a5, word a6, word a7, word a8, word a9, word a10, word a11, word a12, word a13
 #define PASSED a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13
-#define UNUSED __attribute__((unused))
 
 static __thread unsigned depth; /* calls within calls count once */
 static __thread bool counted;
@@ -39,11 +38,10 @@ void drv_gate_leave(void) {
 
 void drv_gate_attached(void) { counted = true; /* sim_attach has counted it */ }
 
-static CUresult not_supported(UNUSED word a0, UNUSED word a1, UNUSED word a2, UNUSED word a3, UNUSED word a4, UNUSED word a5, UNUSED word a6,
-                              UNUSED word a7, UNUSED word a8, UNUSED word a9, UNUSED word a10, UNUSED word a11, UNUSED word a12,
-                              UNUSED word a13) {
-    return CUDA_ERROR_NOT_SUPPORTED;
-}
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-parameter"
+static CUresult not_supported(WORDS) { return CUDA_ERROR_NOT_SUPPORTED; }
+#pragma GCC diagnostic pop
 
 /* Weak, both: API()'s function wins over "not supported", OPEN_API()'s over the wrapper. */
 #define GATED(symbol)                                                                                                                      \

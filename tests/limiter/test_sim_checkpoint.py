@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from subprocess import Popen, TimeoutExpired
 from typing import Any
 
 import pytest
-from limiter_kit import sim_driver
-from sim_machine import CONTEXT_BYTES, Machine, finish, line, wait_for
+from limiter_kit import environment, limiter, sim_driver
+from limiter_slice import SliceFiles
+from sim_machine import CONTEXT_BYTES, HERE, Machine, finish, line, wait_for
 
 MIB = 1 << 20
 RUNNING, LOCKED, CHECKPOINTED, FAILED = range(4)
@@ -138,7 +140,7 @@ assert n.nvmlDeviceGetHandleByIndex_v2(0, c.byref(h)) == 0
 assert n.nvmlDeviceGetComputeRunningProcesses_v3(h, c.byref(count), out) == 0
 print({out[i].pid: out[i].used for i in range(count.value)})
 """
-    found: dict[int, int] = eval(finish(machine.start_plain(script)))
+    found: dict[int, int] = ast.literal_eval(finish(machine.start_plain(script)))
     return found
 
 
@@ -369,6 +371,41 @@ def test_another_users_process_is_nobodys_but_roots(machine: Machine) -> None:
     ends_whole(target)
 
 
+def test_those_who_ask_at_once_take_turns(machine: Machine) -> None:
+    """Each answer is one that the order of operations allows, and the process is whole at the end."""
+    ask = """
+import ctypes as c, random, sys
+lib, pid, answers = c.CDLL("libcuda.so.1"), int(sys.stdin.readline()), set()
+for _ in range(300):
+    what = random.choice(["Lock", "Checkpoint", "Restore", "Unlock"])
+    answers.add(getattr(lib, "cuCheckpointProcess" + what)(pid, None))
+print(*sorted(answers))
+"""
+    target, caller = busy(machine), Caller(machine)
+    askers = [machine.start_plain(ask) for _ in range(3)]
+    for asker in askers:
+        assert asker.communicate(f"{target.pid}\n", timeout=60)[0].split() == ["0", str(ILLEGAL_STATE)]
+    bring_to_run(caller, target.pid)
+    assert moves(target, 0.2) == [True] * 3
+    ends_whole(target)
+    wait_for(lambda: machine.used() == 0, 5, "books return to zero")
+
+
+def test_the_limiter_passes_them_on_and_is_locked_with_its_process(make_slice: Callable[..., SliceFiles], machine: Machine) -> None:
+    script = "import ctypes as c\nb = (c.c_ubyte * 16)()\ncuda.call('cuDeviceGetUuid_v2', b, 0)\nprint(bytes(b).hex())"
+    h = machine.run(script).strip()
+    files = make_slice(mem_limit=1024 * MIB, uuids=(f"GPU-{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:]}",))
+    target = busy(machine, **environment(files, sim_driver(), preload=limiter(), NBGPU_SIM_STATE=str(machine.state), PYTHONPATH=str(HERE)))
+    caller, pid = Caller(machine), target.pid
+    assert [caller.do(what, pid) for what in ("Lock", "Checkpoint")] == [0, 0]
+    assert moves(target, 0.3) == [False] * 3
+    assert machine.used() == 0
+    assert sum(slot.used for slot in files.slots()) >= 100 * MIB  # nobody tells the limiter: it counts as before
+    assert [caller.do(what, pid) for what in ("Restore", "Unlock")] == [0, 0]
+    assert moves(target, 0.3) == [True] * 3
+    ends_whole(target)
+
+
 def test_a_failed_process_has_failed_for_good(machine: Machine) -> None:
     target = machine.start("print('up', flush=True); sys.stdin.readline(); print(cuda.lib.cuCtxSynchronize())")
     assert line(target) == "up"
@@ -406,6 +443,13 @@ def one_round(machine: Machine, pid: int, **env: str) -> Popen[str]:
     return process
 
 
+def dies_at(machine: Machine, pid: int, point: str, nth: int) -> bool:
+    """One round by a process that is to die on its way; only where there was nothing to wait for does it never come by."""
+    code = one_round(machine, pid, NBGPU_FAULT=f"{point}:{nth}").wait(30)
+    assert code == -signal.SIGKILL or (code == 0 and point == "sim.checkpoint_wait"), (point, nth, code)
+    return code != 0
+
+
 def bring_to_run(caller: Caller, pid: int) -> int:
     """What a new agent does with a process that it finds in any state; the state that it was."""
     found = caller.state(pid)
@@ -425,14 +469,7 @@ def test_who_asks_dies_anywhere_and_the_process_lives_on(machine: Machine) -> No
     pid = target.pid
     for point, most in ASKING.items():
         for nth in range(1, most + 1):
-            for _ in range(TRIES):
-                child = one_round(machine, pid, NBGPU_FAULT=f"{point}:{nth}")
-                child.wait(30)
-                if child.returncode == -signal.SIGKILL:
-                    break
-                assert child.returncode == 0  # it never came by: there was nothing to wait for
-                assert point == "sim.checkpoint_wait"
-            assert child.returncode == -signal.SIGKILL, (point, nth)
+            assert any(dies_at(machine, pid, point, nth) for _ in range(TRIES)), (point, nth)
             landed[point] += 1
             if dice.random() < 0.5:  # a look from outside, which must not be needed
                 assert machine.used() in (0, CONTEXT_BYTES + 100 * MIB, CONTEXT_BYTES + 103 * MIB, CONTEXT_BYTES + 104 * MIB)

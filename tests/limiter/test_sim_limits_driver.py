@@ -156,7 +156,10 @@ def test_a_limit_is_of_one_device(tree: Tree) -> None:
 def test_limits_change_while_processes_run_and_are_cleared(tree: Tree) -> None:
     tree.limit("a", 2000 * MIB)
     process = tree.machine.start(
-        "p = cuda.alloc(1000 << 20)\nfor size in sys.stdin: print(cuda.lib.cuMemAlloc_v2(c.byref(c.c_uint64()), c.c_size_t(int(size) << 20)), flush=True)",
+        """
+        p, q = cuda.alloc(1000 << 20), c.c_uint64()
+        for size in sys.stdin: print(cuda.lib.cuMemAlloc_v2(c.byref(q), c.c_size_t(int(size) << 20)), flush=True)
+        """,
         NBGPU_SIM_CGROUP="/a",
     )
 
@@ -185,7 +188,9 @@ def test_memory_is_reported_as_the_cgroup_has_it(tree: Tree) -> None:
         print(*(v >> 20 for v in (*cuda.memory(), old.free, old.total, new.free, new.total, new.used)))
         """
     used, physical = 150 + 600, (4096 - 750, 4096)
-    assert tree.machine.run(script, NBGPU_SIM_CGROUP="/a").split() == [str(v) for v in (1000 - used, 1000, *physical, 1000 - used, 1000, used)]
+    assert tree.machine.run(script, NBGPU_SIM_CGROUP="/a").split() == [
+        str(v) for v in (1000 - used, 1000, *physical, 1000 - used, 1000, used)
+    ]
     finish(other)
     wait_for(lambda: tree.machine.used() == 0, 5, "both ends")
     outside = (4096 - 350, 4096)
@@ -221,13 +226,24 @@ def test_what_is_no_cgroup_is_refused(tree: Tree) -> None:
     assert tree.ask(path, (200 * MIB, 100 * MIB)) == INVALID_ARGUMENT  # soft above hard
 
 
+MANY = """
+import os
+import pynvml as n
+n.nvmlInit(); device = n.nvmlDeviceGetHandleByIndex(0)
+for i in range(300):
+    one = f"{path}/{i}"; os.mkdir(one)
+    if i: os.rmdir(f"{path}/{i - 1}")
+    n.nvmlDeviceSetMemoryLimits_v1(device, n.c_nvmlSetMemoryLimits_v1_t(one.encode(), 0, 1 << 20))
+"""
+
+
 def test_a_removed_cgroup_has_no_limit_and_its_place_is_used_again(tree: Tree) -> None:
     tree.limit("a", 100 * MIB)
     shutil.rmtree(tree.path("a"))
     tree.path("filler")  # so that no inode number comes back
     assert tree.ask(tree.path("a")) == [0, MAX, 0]
-    script = ASK.replace("try:", "for i in range(300):\n    os.makedirs(f'{path}/{{i}}'); one = f'{path}/{{i}}'\n    if i: os.rmdir(f'{path}/{{i - 1}}')\n    n.nvmlDeviceSetMemoryLimits_v1(device, n.c_nvmlSetMemoryLimits_v1_t(one.encode(), 0, 1 << 20))\ntry:")
-    finish(tree.machine.start_plain(script.format(path=tree.path("many"), limits=(), device=0, become="")))
+    many = tree.path("many")
+    finish(tree.machine.start_plain(f"path = {many!r}\n" + MANY))
 
 
 def test_an_older_driver_has_no_limits(tmp_path: Path) -> None:
@@ -270,13 +286,19 @@ def test_a_real_cgroup_is_found_by_proc() -> None:
         cgroup.rmdir()
 
 
+CHECKPOINT = """
+import ctypes as c
+lib = c.CDLL("libcuda.so.1")
+print(*[getattr(lib, "cuCheckpointProcess" + w)({pid}, None) for w in {what!r}])
+"""
+
+
 def test_restoring_a_checkpoint_is_held_to_the_limit_too(tree: Tree) -> None:
     tree.limit("a", 1000 * MIB)
     first = tree.holder("a", 500)
-    call = "import ctypes as c, sys\nlib = c.CDLL('libcuda.so.1')\nprint(*[getattr(lib, 'cuCheckpointProcess' + w)({pid}, None) for w in {what!r}])"
 
     def do(*what: str) -> str:
-        return finish(tree.machine.start_plain(call.format(pid=first.pid, what=what))).strip()
+        return finish(tree.machine.start_plain(CHECKPOINT.format(pid=first.pid, what=what))).strip()
 
     assert do("Lock", "Checkpoint") == "0 0"
     second = tree.holder("a", 200)
@@ -321,7 +343,8 @@ def storm(tree: Tree, rounds: int) -> tuple[int, Counter[str]]:
     for start in range(0, rounds, len(POINTS)):
         children = []
         for i, point in enumerate(POINTS):
-            env = {"SEED": str(dice.randrange(1 << 30)), "NBGPU_FAULT": f"{point}:{dice.randint(1, POINTS[point])}", "NBGPU_SIM_CGROUP": "/a"}
+            fault = f"{point}:{dice.randint(1, POINTS[point])}"
+            env = {"SEED": str(dice.randrange(1 << 30)), "NBGPU_FAULT": fault, "NBGPU_SIM_CGROUP": "/a"}
             setter = ASK.format(path=tree.path(f"new{start + i}"), limits=(LIMIT, LIMIT), device=0, become="")
             children.append((point, tree.machine.start_plain(setter, **env) if "limit" in point else tree.machine.start(STORM, **env)))
         for point, child in children:
