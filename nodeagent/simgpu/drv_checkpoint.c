@@ -135,9 +135,8 @@ OPEN_API(cuCheckpointProcessCheckpoint, (int pid, CUcheckpointCheckpointArgs *ar
     struct sim_checkpoint *record = &drv.sim.m->checkpoint[c];
     if (state_of(c) != SIM_LOCKED)
         return end(c, CUDA_ERROR_ILLEGAL_STATE);
-    for (unsigned d = 0; d < drv.sim.m->devices; d++)
-        if (atomic_load(&record->managed[d]))
-            return end(c, CUDA_ERROR_NOT_SUPPORTED); /* still locked, and may be unlocked */
+    if (sim_cannot_be_moved(&drv.sim, c))
+        return end(c, CUDA_ERROR_NOT_SUPPORTED); /* still locked, and may be unlocked */
     if (fault("checkpoint")) {
         sim_process_state_set(&drv.sim, c, SIM_FAILED);
         return end(c, CUDA_ERROR_UNKNOWN);

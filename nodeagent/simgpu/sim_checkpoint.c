@@ -66,6 +66,13 @@ void sim_process_state_set(struct sim *sim, int client, uint32_t state) {
     syscall(SYS_futex, &record->state, FUTEX_WAKE, 1 << 20, NULL, NULL, 0);
 }
 
+bool sim_cannot_be_moved(struct sim *sim, int client) {
+    for (unsigned d = 0; d < sim->m->devices; d++)
+        if (atomic_load(&record_of(sim, client)->managed[d]))
+            return true;
+    return false;
+}
+
 void sim_put_away(struct sim *sim, int client) {
     for (unsigned d = 0; d < sim->m->devices; d++) {
         sim_lock(sim, d);

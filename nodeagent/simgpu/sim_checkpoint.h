@@ -34,9 +34,10 @@ bool sim_op_try(struct sim *sim, int client); /* false: somebody is at it */
 void sim_op_end(struct sim *sim, int client);
 bool sim_op_unfinished(struct sim *sim, int client); /* its state is one of an operation that may have died */
 void sim_process_state_set(struct sim *sim, int client, uint32_t state);
-void sim_put_away(struct sim *sim, int client);     /* gives back all that it holds; what that was is in saved[] */
-bool sim_take_back(struct sim *sim, int client);    /* all of saved[], or nothing */
-int sim_process_state(struct sim *sim, int client); /* as CUprocessState */
+bool sim_cannot_be_moved(struct sim *sim, int client); /* it holds memory that no checkpoint takes */
+void sim_put_away(struct sim *sim, int client);        /* gives back all that it holds; what that was is in saved[] */
+bool sim_take_back(struct sim *sim, int client);       /* all of saved[], or nothing */
+int sim_process_state(struct sim *sim, int client);    /* as CUprocessState */
 bool sim_client_alive(struct sim *sim, int client);
 
 #endif

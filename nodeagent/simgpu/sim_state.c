@@ -250,6 +250,9 @@ int sim_attach(struct sim *sim) {
     return found < 0 ? -EAGAIN : 0;
 }
 
+bool sim_mem_take(struct sim *sim, unsigned d, uint64_t bytes) { return sim_mem_take_for(sim, sim->client, d, bytes, false); }
+void sim_mem_give(struct sim *sim, unsigned d, uint64_t bytes) { sim_mem_give_for(sim, sim->client, d, bytes, false); }
+
 bool sim_mem_take_for(struct sim *sim, int c, unsigned d, uint64_t bytes, bool managed) {
     struct sim_device *device = &sim->m->device[d];
     struct sim_client *client = &sim->m->client[c];
@@ -282,9 +285,6 @@ void sim_mem_give_for(struct sim *sim, int c, unsigned d, uint64_t bytes, bool m
     atomic_fetch_sub_explicit(&sim->m->device[d].mem_used, bytes, memory_order_relaxed);
     sim_unlock(sim, d);
 }
-
-bool sim_mem_take(struct sim *sim, unsigned d, uint64_t bytes) { return sim_mem_take_for(sim, sim->client, d, bytes, false); }
-void sim_mem_give(struct sim *sim, unsigned d, uint64_t bytes) { sim_mem_give_for(sim, sim->client, d, bytes, false); }
 
 static void unlist(struct sim_device *device, unsigned channel) {
     uint32_t kept = 0;

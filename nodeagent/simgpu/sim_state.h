@@ -103,17 +103,17 @@ struct sim_machine {
     uint64_t size, base_ns; /* CLOCK_MONOTONIC at device time 0 */
     uint32_t time_scale, slice_us, switch_us, context_mib, teardown_ms, driver_version;
     _Atomic uint64_t reaped_ns;
-    uint32_t restore_oom_fatal;
-    _Atomic uint32_t groups; /* entries of group[] that were ever used */
-    char cgroup_root[SIM_PATH_BYTES];
     uint64_t reserved[32];
     _Alignas(64) pthread_mutex_t table; /* who becomes which client or channel; taken before a device's lock */
     struct sim_device device[SIM_DEVICES];
-    struct sim_client client[SIM_CLIENTS];
-    struct sim_channel channel[SIM_CHANNELS];
     struct sim_checkpoint checkpoint[SIM_CLIENTS];
+    uint32_t restore_oom_fatal;
+    _Atomic uint32_t groups; /* entries of group[] that were ever used */
+    char cgroup_root[SIM_PATH_BYTES];
     struct sim_member member[SIM_CLIENTS];
     struct sim_group group[SIM_GROUPS];
+    struct sim_client client[SIM_CLIENTS];
+    struct sim_channel channel[SIM_CHANNELS];
     /* Last, because they are large: pages of the file that nobody touches take no memory. */
     struct sim_bucket client_history[SIM_CLIENTS][SIM_DEVICES][SIM_BUCKETS];
     struct sim_entry queue[SIM_CHANNELS][SIM_QUEUE];
@@ -135,11 +135,11 @@ void sim_lock(struct sim *sim, unsigned device);
 void sim_unlock(struct sim *sim, unsigned device);
 void sim_lock_table(struct sim_machine *m);
 void sim_unlock_table(struct sim_machine *m);
-bool sim_mem_take(struct sim *sim, unsigned device, uint64_t bytes); /* false: the device has not that much */
-void sim_mem_give(struct sim *sim, unsigned device, uint64_t bytes);
-/* The same for managed memory, which no cgroup's limit holds and no checkpoint takes. */
+/* Of any client; managed memory is held by no cgroup's limit, and no checkpoint takes it. */
 bool sim_mem_take_for(struct sim *sim, int client, unsigned device, uint64_t bytes, bool managed);
 void sim_mem_give_for(struct sim *sim, int client, unsigned device, uint64_t bytes, bool managed);
+bool sim_mem_take(struct sim *sim, unsigned device, uint64_t bytes); /* false: the device has not that much */
+void sim_mem_give(struct sim *sim, unsigned device, uint64_t bytes);
 void sim_reap(struct sim *sim, bool now);               /* find the dead, free what they held after the teardown lag */
 int sim_channel_open(struct sim *sim, unsigned device); /* a channel's index, -1 when there is none left */
 void sim_channel_close(struct sim *sim, int channel);   /* drops its queue */
