@@ -7,6 +7,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -267,23 +269,44 @@ def test_without_cgroup_v2_there_are_no_limits() -> None:
         machine.close()
 
 
-@pytest.mark.skipif(not Path("/sys/fs/cgroup/cgroup.procs").exists(), reason="no cgroup v2 at /sys/fs/cgroup")
-def test_a_real_cgroup_is_found_by_proc() -> None:
-    machine, cgroup = Machine(memory_mib=4096, driver_version=13040), Path(f"/sys/fs/cgroup/nbgpu-test-{os.getpid()}")
+MOUNT = "{ stat -fc %T /sys/fs/cgroup | grep -q cgroup2fs || mount -t cgroup2 none /sys/fs/cgroup; }"
+ANEW = "umount -l /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup"
+# A program in a cgroup, as a machine with cgroup v2 has it; and as in a container, which sees its own cgroup as the root.
+IN_CGROUP = f'{MOUNT} && echo $$ >/sys/fs/cgroup/$0/cgroup.procs && exec "$@"'
+IN_CONTAINER = f'{MOUNT} && echo $$ >/sys/fs/cgroup/$0/cgroup.procs && exec unshare -m -C sh -c \'{ANEW} && exec "$@"\' sh "$@"'
+
+
+def with_cgroups(machine: Machine, shell: str, name: str, *command: str) -> str:
+    """What a shell script prints that has cgroup v2 to itself at its place."""
+    full = ["unshare", "-m", "sh", "-c", shell, name, *command]
+    done = subprocess.run(full, env=machine.env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def real_cgroup() -> Iterator[str]:
+    name = f"nbgpu-test-{os.getpid()}"
     try:
-        cgroup.mkdir()
-    except OSError as error:
+        subprocess.run(["unshare", "-m", "-C", "sh", "-c", f"{MOUNT} && mkdir /sys/fs/cgroup/{name}"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"no cgroup can be made here: {error}")
+    yield name
+    subprocess.run(["unshare", "-m", "sh", "-c", f"{MOUNT} && rmdir /sys/fs/cgroup/{name}"], check=True)
+
+
+def test_a_real_cgroup_is_found_by_proc_in_a_container_too(real_cgroup: str) -> None:
+    machine = Machine(memory_mib=4096, driver_version=13040, teardown_ms=0)
+    most = [sys.executable, "-c", "import ctypes as c\nfrom sim_client import *\ncuda = Cuda()" + MOST]
     try:
-        text = ASK.format(path=str(cgroup), limits=(0, 1000 * MIB), device=0, become="")
-        assert json.loads(finish(machine.start_plain(text))) == [0, 1000 * MIB, 0]
-        enter = f"open({str(cgroup / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))\n"
-        assert int(machine.run(enter + MOST)) == 700 * MIB
-        assert int(machine.run(MOST)) > 3000 * MIB
+        text = ASK.format(path=f"/sys/fs/cgroup/{real_cgroup}", limits=(0, 1000 * MIB), device=0, become="")
+        done = with_cgroups(machine, f'{MOUNT} && exec "$@"', "sh", sys.executable, "-c", text)
+        assert json.loads(done) == [0, 1000 * MIB, 0]
+        assert int(with_cgroups(machine, IN_CGROUP, real_cgroup, *most)) == 700 * MIB
+        assert int(with_cgroups(machine, IN_CONTAINER, real_cgroup, *most)) == 700 * MIB
+        assert int(with_cgroups(machine, f'{MOUNT} && exec "$@"', "sh", *most)) > 3000 * MIB
     finally:
         machine.close()
-        wait_for(lambda: not (cgroup / "cgroup.procs").read_text(), 5, "the processes' end")
-        cgroup.rmdir()
 
 
 CHECKPOINT = """
@@ -332,14 +355,14 @@ print(most, looks)
 """
 
 
-def storm(tree: Tree, rounds: int) -> tuple[int, Counter[str]]:
+def storm(tree: Tree, rounds: int, staying: int) -> tuple[int, Counter[str]]:
     """Processes of cgroup "a", and who sets limits of others, kill themselves; the most that "a" was seen to hold."""
     seed = int(os.environ.get("NBGPU_TEST_SEED", random.randrange(1 << 30)))
     print(f"NBGPU_TEST_SEED={seed}")
     dice, landed = random.Random(seed), Counter[str]()
     watcher = tree.machine.start_plain(WATCH.format(path=tree.path("a")))
     assert line(watcher) == "up"
-    stay = [tree.machine.start(STORM, SEED=str(i), NBGPU_SIM_CGROUP="/a") for i in range(2)]
+    stay = [tree.machine.start(STORM, SEED=str(i), NBGPU_SIM_CGROUP="/a") for i in range(staying)]
     for start in range(0, rounds, len(POINTS)):
         children = []
         for i, point in enumerate(POINTS):
@@ -367,7 +390,7 @@ def storm(tree: Tree, rounds: int) -> tuple[int, Counter[str]]:
 @pytest.mark.slow
 def test_kill_storm_never_holds_more_than_the_limit_and_leaves_nothing(tree: Tree) -> None:
     tree.limit("a", LIMIT)
-    most, landed = storm(tree, int(os.environ.get("NBGPU_TEST_STORM", "40")))
+    most, landed = storm(tree, int(os.environ.get("NBGPU_TEST_STORM", "40")), 2)
     assert set(landed) == set(POINTS)
     assert LIMIT * 3 // 4 < most <= LIMIT
     assert tree.most("a") == (LIMIT - CONTEXT_BYTES) // (10 * MIB) * 10 * MIB
@@ -376,5 +399,5 @@ def test_kill_storm_never_holds_more_than_the_limit_and_leaves_nothing(tree: Tre
 
 @pytest.mark.slow
 def test_control_without_a_limit_the_storm_holds_more(tree: Tree) -> None:
-    most, _ = storm(tree, 20)
+    most, _ = storm(tree, 10, 4)
     assert most > LIMIT
