@@ -130,6 +130,12 @@ def moves(process: Popen[str], seconds: float) -> list[bool]:
     return [b > a for a, b in zip(before, counts(process), strict=True)]
 
 
+def goes_on(process: Popen[str]) -> None:
+    """Each of its threads makes a step."""
+    before = counts(process)
+    wait_for(lambda: all(b > a for a, b in zip(before, counts(process), strict=True)), 10, "a step of every thread")
+
+
 def processes(machine: Machine) -> dict[int, int]:
     """Bytes by pid, as NVML has them."""
     script = """
@@ -148,13 +154,13 @@ def test_a_locked_process_makes_no_call_and_goes_on_when_unlocked(machine: Machi
     target, caller = busy(machine), Caller(machine)
     pid = target.pid
     assert caller.state(pid) == RUNNING
-    assert moves(target, 0.2) == [True] * 3  # the control
+    goes_on(target)  # the control
     assert caller.do("Lock", pid) == 0
     assert caller.state(pid) == LOCKED
     assert moves(target, 0.3) == [False] * 3  # not even those that only ask
     assert caller.do("Unlock", pid) == 0
     assert caller.state(pid) == RUNNING
-    assert moves(target, 0.2) == [True] * 3
+    goes_on(target)
     ends_whole(target)
 
 
@@ -176,7 +182,7 @@ def test_a_checkpoint_gives_the_memory_to_others_and_restore_brings_all_back(mac
     assert processes(machine) == {pid: held}
     assert moves(target, 0.2) == [False] * 3
     assert caller.do("Unlock", pid) == 0
-    assert moves(target, 0.2) == [True] * 3
+    goes_on(target)
     ends_whole(target)
 
 
@@ -257,10 +263,10 @@ def test_copying_takes_what_25_gb_a_second_take(machine: Machine) -> None:
     assert line(target) == "up"
     caller = Caller(machine)
     want = 256 * MIB / 25e9 * 1000 * 100  # ms, 100 times slower than the device
-    assert caller.took_ms("Lock", target.pid) < want / 5
+    assert caller.took_ms("Lock", target.pid) < want / 2
     for what in ("Checkpoint", "Restore"):
-        assert want <= caller.took_ms(what, target.pid) < want + 300
-    assert caller.took_ms("Unlock", target.pid) < want / 5
+        assert want <= caller.took_ms(what, target.pid) < 2 * want
+    assert caller.took_ms("Unlock", target.pid) < want / 2
     finish(target)
 
 
@@ -386,7 +392,7 @@ print(*sorted(answers))
     for asker in askers:
         assert asker.communicate(f"{target.pid}\n", timeout=60)[0].split() == ["0", str(ILLEGAL_STATE)]
     bring_to_run(caller, target.pid)
-    assert moves(target, 0.2) == [True] * 3
+    goes_on(target)
     ends_whole(target)
     wait_for(lambda: machine.used() == 0, 5, "books return to zero")
 
@@ -402,7 +408,23 @@ def test_the_limiter_passes_them_on_and_is_locked_with_its_process(make_slice: C
     assert machine.used() == 0
     assert sum(slot.used for slot in files.slots()) >= 100 * MIB  # nobody tells the limiter: it counts as before
     assert [caller.do(what, pid) for what in ("Restore", "Unlock")] == [0, 0]
-    assert moves(target, 0.3) == [True] * 3
+    goes_on(target)
+    ends_whole(target)
+
+
+def test_cuda_core_unmodified(machine: Machine) -> None:
+    pytest.importorskip("cuda.core.checkpoint")
+    target = busy(machine)
+    script = f"""
+from cuda.core import checkpoint
+process = checkpoint.Process({target.pid})
+def state(): return str(getattr(process.state, "value", process.state))
+seen = [state()]
+for step in (lambda: process.lock(timeout_ms=5000), process.checkpoint, process.restore, process.unlock): step(); seen.append(state())
+print(*seen, process.restore_thread_id)
+"""
+    expected = ["running", "locked", "checkpointed", "locked", "running", str(target.pid)]
+    assert finish(machine.start_plain(script)).split() == expected
     ends_whole(target)
 
 
@@ -475,7 +497,7 @@ def test_who_asks_dies_anywhere_and_the_process_lives_on(machine: Machine) -> No
             if dice.random() < 0.5:  # a look from outside, which must not be needed
                 assert machine.used() in (0, CONTEXT_BYTES + 100 * MIB, CONTEXT_BYTES + 103 * MIB, CONTEXT_BYTES + 104 * MIB)
             found[bring_to_run(caller, pid)] += 1
-            assert moves(target, 0.15) == [True] * 3, (point, nth)
+            goes_on(target)
             assert processes(machine)[pid] >= CONTEXT_BYTES + 100 * MIB, (point, nth)
     print(dict(landed), "found", dict(found))
     assert set(landed) == set(ASKING)
