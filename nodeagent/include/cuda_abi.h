@@ -365,4 +365,30 @@ typedef struct {
     char reserved[64];
 } CUipcHandle; /* CUipcMemHandle and CUipcEventHandle */
 
+typedef struct {
+    unsigned timeoutMs; /* 0: as long as it takes */
+    unsigned reserved0;
+    uint64_t reserved1[7];
+} CUcheckpointLockArgs;
+
+typedef struct {
+    void *customStorageInfo_out; /* since 13.4; before, reserved and zero */
+    char reserved[56];
+} CUcheckpointCheckpointArgs;
+
+typedef struct {
+    CUuuid oldUuid, newUuid;
+} CUcheckpointGpuPair;
+
+typedef struct {
+    CUcheckpointGpuPair *gpuPairs;
+    unsigned gpuPairsCount, padding0;
+    void *customStorageInfo_out;
+    char reserved[40];
+} CUcheckpointRestoreArgs;
+
+typedef struct {
+    uint64_t reserved[8];
+} CUcheckpointUnlockArgs;
+
 #endif

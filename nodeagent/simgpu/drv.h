@@ -14,13 +14,20 @@
 #include "sim_state.h"
 
 #define EXPORT __attribute__((visibility("default")))
-#define API(name, params) EXPORT CUresult name params
+/* A call of the driver: exported as `name` by drv_gate.c, which lets no call through while the process is locked for a checkpoint. */
+#define API(name, params)                                                                                                                  \
+    EXPORT CUresult name params;                                                                                                           \
+    CUresult name##_call params;                                                                                                           \
+    CUresult name##_call params
+
+/* One that such a lock does not hold up: it is exported as it is. */
+#define OPEN_API(name, params) EXPORT CUresult name params
 
 /* A call whose default stream may be the legacy or the thread's own one: exported as `name` and as `name<suffix>`. */
 #define STREAM_API(name, suffix, params, args)                                                                                             \
     static CUresult name##_body params;                                                                                                    \
-    EXPORT CUresult name params { return name##_body args; }                                                                               \
-    EXPORT CUresult name##suffix params {                                                                                                  \
+    API(name, params) { return name##_body args; }                                                                                         \
+    API(name##suffix, params) {                                                                                                            \
         drv_own_stream = true;                                                                                                             \
         CUresult result = name##_body args;                                                                                                \
         drv_own_stream = false;                                                                                                            \
@@ -209,10 +216,17 @@ extern struct drv drv;
 extern __thread bool drv_own_stream;
 
 /* drv_init.c */
+CUresult drv_open(void); /* the machine's file, which needs no cuInit */
 CUresult drv_ready(void);
 CUresult drv_device(CUdevice ordinal, int *device);
 int drv_ordinal(int device);
 int drv_driver_version(void);
+void drv_uuid(int device, CUuuid *out);
+
+/* drv_gate.c: calls that a checkpoint holds up */
+CUresult drv_gate_enter(void);
+void drv_gate_leave(void);
+void drv_gate_attached(void); /* the process became a client in this call */
 
 /* drv_resolve.c */
 CUresult drv_resolve(const char *name, void **out, int asked, uint64_t flags, int *status);

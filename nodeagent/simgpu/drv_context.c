@@ -32,7 +32,9 @@ CUresult drv_each_ctx(CUresult (*visit)(CUcontext ctx)) {
 CUresult drv_attach(void) {
     if (drv.sim.client >= 0)
         return CUDA_SUCCESS;
-    return sim_attach(&drv.sim) ? CUDA_ERROR_SYSTEM_NOT_READY : CUDA_SUCCESS;
+    NEED(sim_attach(&drv.sim) == 0, CUDA_ERROR_SYSTEM_NOT_READY);
+    drv_gate_attached();
+    return CUDA_SUCCESS;
 }
 
 static void fill_context(CUcontext ctx, int device, unsigned flags, unsigned api_version, bool primary) {

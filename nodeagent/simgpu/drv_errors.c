@@ -44,7 +44,7 @@ static const struct {
 #undef ROW
 };
 
-API(cuGetErrorName, (CUresult error, const char **out)) {
+OPEN_API(cuGetErrorName, (CUresult error, const char **out)) {
     NEED(out, CUDA_ERROR_INVALID_VALUE);
     for (size_t i = 0; i < sizeof errors / sizeof *errors; i++)
         if (errors[i].code == error) {
@@ -55,7 +55,7 @@ API(cuGetErrorName, (CUresult error, const char **out)) {
     return CUDA_ERROR_INVALID_VALUE;
 }
 
-API(cuGetErrorString, (CUresult error, const char **out)) {
+OPEN_API(cuGetErrorString, (CUresult error, const char **out)) {
     NEED(out, CUDA_ERROR_INVALID_VALUE);
     for (size_t i = 0; i < sizeof errors / sizeof *errors; i++)
         if (errors[i].code == error) {

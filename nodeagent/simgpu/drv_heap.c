@@ -127,14 +127,15 @@ struct block *block_take_locked(size_t span, int kind, bool charge, int device) 
     struct block *block = calloc(1, sizeof *block);
     if (!block)
         return NULL;
-    if (charge && !sim_mem_take(&drv.sim, (unsigned)device, span)) {
+    bool managed = kind == BLOCK_MANAGED;
+    if (charge && !sim_mem_take_for(&drv.sim, drv.sim.client, (unsigned)device, span, managed)) {
         free(block);
         return NULL;
     }
     CUdeviceptr base = addresses_take_locked(span >> PAGE_SHIFT);
     if (!base) {
         if (charge)
-            sim_mem_give(&drv.sim, (unsigned)device, span);
+            sim_mem_give_for(&drv.sim, drv.sim.client, (unsigned)device, span, managed);
         free(block);
         return NULL;
     }
@@ -153,7 +154,7 @@ void block_release_locked(struct block *block, bool charged) {
         backing_drop(block->host, block->span);
     addresses_give_locked(block->base, block->span >> PAGE_SHIFT);
     if (charged)
-        sim_mem_give(&drv.sim, (unsigned)block->device, block->span);
+        sim_mem_give_for(&drv.sim, drv.sim.client, (unsigned)block->device, block->span, block->kind == BLOCK_MANAGED);
     free(block);
 }
 

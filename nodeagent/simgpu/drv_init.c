@@ -49,11 +49,21 @@ static void choose_visible(void) {
     }
 }
 
+static pthread_once_t open_once = PTHREAD_ONCE_INIT;
+static CUresult open_result;
+
+static void open_machine(void) { open_result = sim_open(&drv.sim) ? CUDA_ERROR_SYSTEM_NOT_READY : CUDA_SUCCESS; }
+
+CUresult drv_open(void) {
+    NEED(!atomic_load(&drv.forked), CUDA_ERROR_NOT_INITIALIZED);
+    pthread_once(&open_once, open_machine);
+    return open_result;
+}
+
 static void initialize(void) {
-    if (sim_open(&drv.sim)) {
-        init_result = CUDA_ERROR_SYSTEM_NOT_READY;
+    init_result = drv_open();
+    if (init_result != CUDA_SUCCESS)
         return;
-    }
     choose_visible();
     pthread_atfork(NULL, NULL, in_child);
     init_result = drv.count ? CUDA_SUCCESS : CUDA_ERROR_NO_DEVICE;
@@ -78,24 +88,24 @@ int drv_driver_version(void) {
     return drv.sim.m ? (int)drv.sim.m->driver_version : wish && atoi(wish) > 0 ? atoi(wish) : 13000;
 }
 
-API(cuDriverGetVersion, (int *version)) {
+OPEN_API(cuDriverGetVersion, (int *version)) {
     NEED(version, CUDA_ERROR_INVALID_VALUE);
     *version = drv_driver_version();
     return CUDA_SUCCESS;
 }
 
-API(cuGetProcAddress_v2, (const char *name, void **out, int version, uint64_t flags, int *status)) {
+OPEN_API(cuGetProcAddress_v2, (const char *name, void **out, int version, uint64_t flags, int *status)) {
     int unused;
     return drv_resolve(name, out, version, flags, status ? status : &unused);
 }
 
-API(cuGetProcAddress, (const char *name, void **out, int version, uint64_t flags)) {
+OPEN_API(cuGetProcAddress, (const char *name, void **out, int version, uint64_t flags)) {
     int unused;
     return drv_resolve(name, out, version, flags, &unused);
 }
 
 /* Undocumented tables of functions: there are none here. */
-API(cuGetExportTable, (const void **table, const CUuuid *id)) {
+OPEN_API(cuGetExportTable, (const void **table, const CUuuid *id)) {
     NEED(table && id, CUDA_ERROR_INVALID_VALUE);
     *table = NULL;
     return CUDA_ERROR_NOT_FOUND;
@@ -138,10 +148,8 @@ API(cuDeviceGetName, (char *name, int length, CUdevice ordinal)) {
     return CUDA_SUCCESS;
 }
 
-API(cuDeviceGetUuid_v2, (CUuuid * out, CUdevice ordinal)) {
-    int device, digits = 0;
-    NEED(out, CUDA_ERROR_INVALID_VALUE);
-    TRY(drv_device(ordinal, &device));
+void drv_uuid(int device, CUuuid *out) {
+    int digits = 0;
     memset(out, 0, sizeof *out);
     for (const char *c = drv.sim.m->device[device].uuid + 4; *c && digits < 32; c++) {
         if (*c == '-')
@@ -150,6 +158,13 @@ API(cuDeviceGetUuid_v2, (CUuuid * out, CUdevice ordinal)) {
         out->bytes[digits / 2] = (char)(out->bytes[digits / 2] | (digits % 2 ? value : value << 4));
         digits++;
     }
+}
+
+API(cuDeviceGetUuid_v2, (CUuuid * out, CUdevice ordinal)) {
+    int device;
+    NEED(out, CUDA_ERROR_INVALID_VALUE);
+    TRY(drv_device(ordinal, &device));
+    drv_uuid(device, out);
     return CUDA_SUCCESS;
 }
 API(cuDeviceGetUuid, (CUuuid * out, CUdevice ordinal)) { return cuDeviceGetUuid_v2(out, ordinal); }

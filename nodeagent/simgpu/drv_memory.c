@@ -71,6 +71,12 @@ API(cuMemGetInfo_v2, (size_t *free_bytes, size_t *total)) {
     uint64_t used = sim_mem_used(&drv.sim, (unsigned)ctx->device);
     *total = device->mem_total;
     *free_bytes = used < device->mem_total ? device->mem_total - used : 0;
+    struct sim_limits limits; /* of the process's cgroup */
+    if (!sim_group_here(&drv.sim, (unsigned)ctx->device, &limits))
+        return CUDA_SUCCESS;
+    uint64_t room = limits.used < limits.hard ? limits.hard - limits.used : 0;
+    *total = limits.hard < *total ? limits.hard : *total;
+    *free_bytes = room < *free_bytes ? room : *free_bytes;
     return CUDA_SUCCESS;
 }
 API(cuMemGetInfo, (unsigned *free_bytes, unsigned *total)) {

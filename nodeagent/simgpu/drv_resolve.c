@@ -1,14 +1,11 @@
-/* cuGetProcAddress in its two forms, and an answer for every entry point that nothing here implements. */
+/* cuGetProcAddress in its two forms. */
 #include "drv.h"
 
-/* Weak: a source that implements the call wins. Every stub is the one function below, so "not implemented" can be seen. */
-CUresult drv_not_supported(void) { return CUDA_ERROR_NOT_SUPPORTED; }
-
-#define STUB(symbol) EXPORT __attribute__((weak, alias("drv_not_supported"))) CUresult symbol(void);
-#define E(name, version, symbol) STUB(symbol)
-#define P(name, version, symbol, own) STUB(symbol) STUB(own)
+#define DECLARE(symbol) EXPORT CUresult symbol(void);
+#define E(name, version, symbol) DECLARE(symbol)
+#define P(name, version, symbol, own) DECLARE(symbol) DECLARE(own)
 #define R(name, version, symbol)
-#define S(symbol) STUB(symbol)
+#define S(symbol)
 #include "drv_entry_points.inc"
 #undef E
 #undef P

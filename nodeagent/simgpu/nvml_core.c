@@ -128,13 +128,27 @@ NVML_API const char *nvmlErrorString(nvmlReturn_t result) {
 
 /* ---- system ---------------------------------------------------------------------------------------------------------------- */
 
+/* The driver's branch that came with a version of CUDA. */
+static unsigned branch(unsigned cuda) {
+    static const unsigned first[][2] = {{13050, 620}, {13040, 615}, {13030, 610}, {13020, 595}, {13010, 590}, {13000, 580}, {12080, 570}};
+    for (unsigned i = 0; i < sizeof first / sizeof *first; i++)
+        if (cuda >= first[i][0])
+            return first[i][1];
+    return 550;
+}
+
 NVML_API nvmlReturn_t nvmlSystemGetDriverVersion(char *version, unsigned length) {
+    char text[16];
     NVML_ENTER();
-    return nvml_text(version, length, NVML_DRIVER_VERSION);
+    snprintf(text, sizeof text, "%u.00", branch(nvml_sim.m->driver_version));
+    return nvml_text(version, length, text);
 }
 
 NVML_API nvmlReturn_t nvmlSystemGetNVMLVersion(char *version, unsigned length) {
-    return nvml_text(version, length, NVML_LIBRARY_VERSION); /* needs no init */
+    char text[24]; /* needs no init: then of the usual version */
+    unsigned cuda = nvml_sim.m ? nvml_sim.m->driver_version : 13000;
+    snprintf(text, sizeof text, "%u.%u.00", cuda / 1000, branch(cuda));
+    return nvml_text(version, length, text);
 }
 
 NVML_API nvmlReturn_t nvmlSystemGetCudaDriverVersion_v2(int *version) {

@@ -5,9 +5,6 @@
 #include "nvml_abi.h"
 #include "sim_state.h"
 
-#define NVML_DRIVER_VERSION "580.00"
-#define NVML_LIBRARY_VERSION "13.580.00"
-
 struct nvml_device {
     unsigned index;
 };

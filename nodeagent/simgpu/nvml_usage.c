@@ -26,7 +26,15 @@ NVML_API nvmlReturn_t nvmlDeviceGetMemoryInfo_v2(nvmlDevice_t device, nvmlMemory
     if (memory->version != NVML_STRUCT_VERSION(nvmlMemory_v2_t, 2))
         return NVML_ERROR_ARGUMENT_VERSION_MISMATCH;
     read_memory(index, &total, &used);
-    *memory = (nvmlMemory_v2_t){.version = memory->version, .total = total, .reserved = 0, .free = total - used, .used = used};
+    uint64_t free_bytes = total - used;
+    struct sim_limits limits; /* of the caller's cgroup: this call alone tells of them */
+    if (sim_group_here(&nvml_sim, index, &limits)) {
+        uint64_t room = limits.used < limits.hard ? limits.hard - limits.used : 0;
+        total = limits.hard < total ? limits.hard : total;
+        used = limits.used;
+        free_bytes = room < free_bytes ? room : free_bytes;
+    }
+    *memory = (nvmlMemory_v2_t){.version = memory->version, .total = total, .reserved = 0, .free = free_bytes, .used = used};
     return NVML_SUCCESS;
 }
 

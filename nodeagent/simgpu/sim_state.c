@@ -86,7 +86,12 @@ static void make_machine(struct sim_machine *m) {
     m->teardown_ms = (uint32_t)setting("NBGPU_SIM_TEARDOWN_MS", 50, 0, 60000);
     m->driver_version = (uint32_t)setting("NBGPU_SIM_DRIVER_VERSION", 13000, 11040, 99990);
     m->base_ns = sim_wall_ns();
+    m->restore_oom_fatal = (uint32_t)setting("NBGPU_SIM_RESTORE_OOM_FATAL", 0, 0, 1);
+    const char *root = getenv("NBGPU_SIM_CGROUP_ROOT");
+    snprintf(m->cgroup_root, sizeof m->cgroup_root, "%s", root && *root ? root : SIM_CGROUP_ROOT);
     make_mutex(&m->table);
+    for (unsigned c = 0; c < SIM_CLIENTS; c++)
+        make_mutex(&m->checkpoint[c].op);
     for (unsigned d = 0; d < m->devices; d++) {
         struct sim_device *device = &m->device[d];
         make_mutex(&device->lock);
@@ -165,6 +170,10 @@ int sim_client_pid(struct sim *sim, int client) {
     return holder == 0 ? -1 : holder < 0 ? 0 : holder;
 }
 
+bool sim_client_alive(struct sim *sim, int client) {
+    return atomic_load(&sim->m->client[client].state) == SIM_CLIENT_LIVE && lock_holder(sim, client) != 0;
+}
+
 static void repair(struct sim *sim, unsigned d) {
     struct sim_machine *m = sim->m;
     struct sim_device *device = &m->device[d];
@@ -191,10 +200,12 @@ void sim_lock(struct sim *sim, unsigned d) {
 
 void sim_unlock(struct sim *sim, unsigned d) { pthread_mutex_unlock(&sim->m->device[d].lock); }
 
-static void lock_table(struct sim_machine *m) {
+void sim_lock_table(struct sim_machine *m) {
     if (pthread_mutex_lock(&m->table) == EOWNERDEAD)
         pthread_mutex_consistent(&m->table); /* it guards single words only */
 }
+
+void sim_unlock_table(struct sim_machine *m) { pthread_mutex_unlock(&m->table); }
 
 static void read_name(char *out) {
     char line[512] = "";
@@ -210,7 +221,7 @@ int sim_attach(struct sim *sim) {
     struct sim_machine *m = sim->m;
     int found = -1;
     sim_reap(sim, true);
-    lock_table(m);
+    sim_lock_table(m);
     for (int c = 0; c < SIM_CLIENTS && found < 0; c++) {
         struct sim_client *client = &m->client[c];
         if (atomic_load(&client->state) != SIM_CLIENT_FREE)
@@ -227,23 +238,33 @@ int sim_attach(struct sim *sim) {
             atomic_store(&client->contexts[d], 0);
             atomic_store(&client->busy_ns[d], 0);
         }
+        sim_checkpoint_reset(&m->checkpoint[c]);
+        atomic_store(&m->checkpoint[c].calls, 1); /* the one that attaches */
+        sim_member_update(sim, c, true);
         NBGPU_POINT("sim.attach");
         atomic_store(&client->state, SIM_CLIENT_LIVE);
         found = c;
     }
-    pthread_mutex_unlock(&m->table);
+    sim_unlock_table(m);
     sim->client = found;
     return found < 0 ? -EAGAIN : 0;
 }
 
-bool sim_mem_take(struct sim *sim, unsigned d, uint64_t bytes) {
+bool sim_mem_take(struct sim *sim, unsigned d, uint64_t bytes) { return sim_mem_take_for(sim, sim->client, d, bytes, false); }
+void sim_mem_give(struct sim *sim, unsigned d, uint64_t bytes) { sim_mem_give_for(sim, sim->client, d, bytes, false); }
+
+bool sim_mem_take_for(struct sim *sim, int c, unsigned d, uint64_t bytes, bool managed) {
     struct sim_device *device = &sim->m->device[d];
-    struct sim_client *client = &sim->m->client[sim->client];
+    struct sim_client *client = &sim->m->client[c];
+    if (c == sim->client)
+        sim_member_update(sim, c, false);
     for (int attempt = 0;; attempt++) {
         sim_lock(sim, d);
         uint64_t used = atomic_load_explicit(&device->mem_used, memory_order_relaxed);
-        bool fits = bytes <= device->mem_total && used <= device->mem_total - bytes;
+        bool fits = bytes <= device->mem_total && used <= device->mem_total - bytes && (managed || sim_group_fits(sim->m, c, d, bytes));
         if (fits) {
+            if (managed)
+                atomic_fetch_add(&sim->m->checkpoint[c].managed[d], bytes);
             atomic_fetch_add_explicit(&client->mem[d], bytes, memory_order_relaxed);
             NBGPU_POINT("sim.mem_take");
             atomic_store_explicit(&device->mem_used, used + bytes, memory_order_relaxed);
@@ -255,10 +276,12 @@ bool sim_mem_take(struct sim *sim, unsigned d, uint64_t bytes) {
     }
 }
 
-void sim_mem_give(struct sim *sim, unsigned d, uint64_t bytes) {
+void sim_mem_give_for(struct sim *sim, int c, unsigned d, uint64_t bytes, bool managed) {
     sim_lock(sim, d);
-    atomic_fetch_sub_explicit(&sim->m->client[sim->client].mem[d], bytes, memory_order_relaxed);
+    atomic_fetch_sub_explicit(&sim->m->client[c].mem[d], bytes, memory_order_relaxed);
     NBGPU_POINT("sim.mem_give");
+    if (managed)
+        atomic_fetch_sub(&sim->m->checkpoint[c].managed[d], bytes);
     atomic_fetch_sub_explicit(&sim->m->device[d].mem_used, bytes, memory_order_relaxed);
     sim_unlock(sim, d);
 }
@@ -274,7 +297,7 @@ static void unlist(struct sim_device *device, unsigned channel) {
 int sim_channel_open(struct sim *sim, unsigned d) {
     struct sim_machine *m = sim->m;
     int found = -1;
-    lock_table(m);
+    sim_lock_table(m);
     for (int c = 0; c < SIM_CHANNELS && found < 0; c++)
         if (atomic_load(&m->channel[c].state) == SIM_CHANNEL_FREE)
             found = c;
@@ -292,7 +315,7 @@ int sim_channel_open(struct sim *sim, unsigned d) {
         atomic_fetch_add(&m->client[sim->client].contexts[d], 1);
         sim_unlock(sim, d);
     }
-    pthread_mutex_unlock(&m->table);
+    sim_unlock_table(m);
     return found;
 }
 
@@ -350,7 +373,7 @@ void sim_reap(struct sim *sim, bool now) {
         return;
     if (!now && !atomic_compare_exchange_strong(&m->reaped_ns, &last, wall))
         return;
-    lock_table(m);
+    sim_lock_table(m);
     for (int c = 0; c < SIM_CLIENTS; c++) {
         struct sim_client *client = &m->client[c];
         uint32_t state = atomic_load_explicit(&client->state, memory_order_relaxed);
@@ -358,13 +381,19 @@ void sim_reap(struct sim *sim, bool now) {
             client->dead_wall_ns = wall;
             atomic_store(&client->state, state = SIM_CLIENT_DYING);
         }
+        if (state == SIM_CLIENT_LIVE && sim_op_unfinished(sim, c) && sim_op_try(sim, c))
+            sim_op_end(sim, c); /* who was at it is dead */
         if (state != SIM_CLIENT_DYING)
             continue;
         drop_channels_of(sim, c);
         if (wall < client->dead_wall_ns + m->teardown_ms * 1000000ull)
             continue;
+        if (!sim_op_try(sim, c))
+            continue; /* who is at it will see that the process is dead */
         free_memory_of(sim, c);
+        sim_checkpoint_reset(&m->checkpoint[c]);
         atomic_store(&client->state, SIM_CLIENT_FREE);
+        sim_op_end(sim, c);
     }
-    pthread_mutex_unlock(&m->table);
+    sim_unlock_table(m);
 }

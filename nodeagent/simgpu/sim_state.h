@@ -21,8 +21,11 @@
 #include <stdint.h>
 #include <sys/types.h>
 
+#include "sim_checkpoint.h"
+#include "sim_group.h"
+
 enum {
-    SIM_VERSION = 1,
+    SIM_VERSION = 2,
     SIM_DEVICES = 16,
     SIM_CLIENTS = 512,
     SIM_CHANNELS = 1024,
@@ -103,6 +106,12 @@ struct sim_machine {
     uint64_t reserved[32];
     _Alignas(64) pthread_mutex_t table; /* who becomes which client or channel; taken before a device's lock */
     struct sim_device device[SIM_DEVICES];
+    struct sim_checkpoint checkpoint[SIM_CLIENTS];
+    uint32_t restore_oom_fatal;
+    _Atomic uint32_t groups; /* entries of group[] that were ever used */
+    char cgroup_root[SIM_PATH_BYTES];
+    struct sim_member member[SIM_CLIENTS];
+    struct sim_group group[SIM_GROUPS];
     struct sim_client client[SIM_CLIENTS];
     struct sim_channel channel[SIM_CHANNELS];
     /* Last, because they are large: pages of the file that nobody touches take no memory. */
@@ -124,6 +133,11 @@ int sim_attach(struct sim *sim); /* become a client: 0 or -errno (-EAGAIN: no sl
 uint64_t sim_wall_ns(void);
 void sim_lock(struct sim *sim, unsigned device);
 void sim_unlock(struct sim *sim, unsigned device);
+void sim_lock_table(struct sim_machine *m);
+void sim_unlock_table(struct sim_machine *m);
+/* Of any client; managed memory is held by no cgroup's limit, and no checkpoint takes it. */
+bool sim_mem_take_for(struct sim *sim, int client, unsigned device, uint64_t bytes, bool managed);
+void sim_mem_give_for(struct sim *sim, int client, unsigned device, uint64_t bytes, bool managed);
 bool sim_mem_take(struct sim *sim, unsigned device, uint64_t bytes); /* false: the device has not that much */
 void sim_mem_give(struct sim *sim, unsigned device, uint64_t bytes);
 void sim_reap(struct sim *sim, bool now);               /* find the dead, free what they held after the teardown lag */

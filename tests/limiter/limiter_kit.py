@@ -80,15 +80,21 @@ def program(name: str, *flags: str) -> Path:
 
 
 @functools.cache
-def sim_driver() -> Path:
-    """Folder with the simulated driver."""
+def sim_driver(*definitions: str) -> Path:
+    """Folder with the simulated driver, compiled with preprocessor definitions."""
+    import dataclasses
+
     build = build_module()
-    if build.find_compiler(None) is None:
+    compiler = build.find_compiler(None)
+    if compiler is None:
         pytest.skip("no C compiler")
-    done = build.build(["libcuda", "libnvml", "nvidia-smi"], out=BUILDS / "drivers")
-    if "no sources" in done.values():
-        pytest.skip("the simulated driver is not in this checkout")
-    return BUILDS / "drivers" / "sim"
+    out = BUILDS / "-".join(("drivers", *definitions))
+    for name in ("libcuda", "libnvml", "nvidia-smi"):
+        target = build.TARGETS[name]
+        more = tuple(f"-D{definition}" for definition in definitions)
+        if build.build_target(name, dataclasses.replace(target, cflags=target.cflags + more), compiler, out) == "no sources":
+            pytest.skip("the simulated driver is not in this checkout")
+    return out / "sim"
 
 
 def environment(slice_files: SliceFiles | None, driver: Path, *, preload: Path | None = None, **more: str) -> dict[str, str]:
