@@ -13,7 +13,7 @@ from nbgpu.models import DeviceBooks, Grant, GrantState, Owner, Request, Shape, 
 
 from . import quotas as quota_rules
 from .books import Books, Entry, adopted
-from .estimate import Sessions, queue_forecast
+from .estimate import Estimate, Kinds, queue_forecast
 from .held import Held
 from .queue import hopeless
 from .shapes import Want, want_of
@@ -36,7 +36,7 @@ class Core(Held):
         super().__init__()
         self.settings = settings or Settings()
         self.books = Books()
-        self.sessions = Sessions(self.settings.session_guess_seconds)
+        self.sessions = Kinds(self.settings.session_guess_seconds)
         self.ended: OrderedDict[str, Entry] = OrderedDict()
         self.cancelled_early: OrderedDict[str, tuple[str | None, float]] = OrderedDict()
         self.ready = False
@@ -54,10 +54,10 @@ class Core(Held):
         self._snapshot: Snapshot | None = None
         self._effects = Effects()
         self._served: tuple[int, float] = (0, 0.0)
-        self._ghosts: dict[Want, float | None] = {}
+        self._ghosts: dict[Want, Estimate | None] = {}
         self._places: tuple[int, dict[str, int]] = (0, {})
         self._possible: dict[Want, bool] = {}
-        self._forecast: dict[str, float] = {}
+        self._forecast: dict[str, Estimate] = {}
         self._forecast_age = (0, 0)
 
     # -- requests --------------------------------------------------------------------------------------------------
@@ -302,14 +302,14 @@ class Core(Held):
         """Return a request as the API shows it."""
         queued = entry.state == GrantState.queued
         position = self._position(entry) if queued else None
-        wait_seconds = self.forecast(now).get(entry.slice_id) if queued else None
+        wait = self.forecast(now).get(entry.slice_id) if queued else None
         return Grant(
             request=entry.request,
             state=entry.state,
             slice=None if queued else entry.slice,
             position=position,
-            wait_seconds=wait_seconds,
-            wait_guessed=wait_seconds is not None and self.sessions.guessing,
+            wait_seconds=wait.seconds if wait is not None else None,
+            wait_guessed=wait is not None and wait.guessed,
             expires_seconds=max(0.0, entry.expires - now) if entry.state == GrantState.reserved and entry.expires is not None else None,
             reason=self._why(entry) if queued else entry.reason,
             note=entry.note,
@@ -355,14 +355,14 @@ class Core(Held):
             if not room.coming
         ]
 
-    def forecast(self, now: float) -> dict[str, float]:
+    def forecast(self, now: float) -> dict[str, Estimate]:
         """Return, by request id, in how many seconds each queued request is likely granted; unknown ones are left out."""
         if not self.connected:
             return {}
         self._refresh(now)
         return self._forecast
 
-    def forecast_of(self, want: Want, now: float) -> float | None:
+    def forecast_of(self, want: Want, now: float) -> Estimate | None:
         """Return in how many seconds `want`, behind all that wait, would likely be granted; None when unknown."""
         self._refresh(now)
         if want not in self._ghosts:
@@ -425,7 +425,7 @@ class Core(Held):
 
     def _end(self, entry: Entry, reason: str, now: float) -> None:
         if entry.was_bound:
-            self.sessions.ended(now - entry.started)
+            self.sessions.ended(entry.request.owner.hub, now - entry.started)
         self.books.take_back(entry, GrantState.gone)
         entry.reason, entry.ended, entry.expires = reason, now, None
         self.books.entries.pop(entry.slice_id, None)
