@@ -17,6 +17,7 @@ from .client import SliceClient
 from .errors import NbgpuError
 from .paths import runtime_dir
 from .quantities import format_memory
+from .words import counted
 
 PROBE_SHARE = "5%"
 PROBE_SECONDS = 90
@@ -118,11 +119,14 @@ def _driver_seen(seen: dict[str, Any], api: SliceClient | None) -> Check:
         )
     if seen["init"] or not seen["count"]:
         return Check(
-            "GPU in a slice", "error", f"cuInit answers {seen['init']}, {seen['count']} devices", "Is /dev/nvidia* open to the user?"
+            "GPU in a slice",
+            "error",
+            f"cuInit answers {seen['init']}, {counted(seen['count'], 'device')}",
+            "Is /dev/nvidia* open to the user?",
         )
     if api is not None:
         limit = api.usage().devices[0].memory_limit_bytes
         if limit != seen["total"]:
             what = f"the driver says {format_memory(seen['total'])}, the slice has {format_memory(limit)}"
             return Check("GPU in a slice", "error", what, "Was LD_PRELOAD replaced in this program?")
-    return Check("GPU in a slice", "ok", f"a program sees {seen['count']} GPU of {format_memory(seen['total'])}")
+    return Check("GPU in a slice", "ok", f"a program sees {counted(seen['count'], 'GPU')} of {format_memory(seen['total'])}")

@@ -21,6 +21,7 @@ from .launch import environment
 from .logs import one_line
 from .models import Grant, GrantState, Owner, Request
 from .quantities import format_memory, format_share, parse_fraction, parse_memory
+from .words import counted
 
 HUB = "command-line"
 """The hub's place in the owner of a slice that no hub asked for."""
@@ -175,7 +176,7 @@ def say_place(grant: Grant, said: str) -> str:
 def in_words(seconds: float) -> str:
     """Return a time for people: ``20 seconds``, ``4 minutes``, ``2 hours``."""
     if seconds < 90:
-        return f"{max(1, round(seconds))} seconds"
+        return counted(max(1, round(seconds)), "second")
     return f"{round(seconds / 60)} minutes" if seconds < 5400 else f"{round(seconds / 3600)} hours"
 
 
@@ -185,7 +186,7 @@ def request_in_words(request: Request) -> str:
         part = f"{format_memory(request.memory_bytes)} of a GPU"
     else:
         part = f"{format_share(request.memory_milli or request.compute_milli or 0)} of a GPU"
-    return f"{part}, {request.device_count} times" if request.device_count > 1 else part
+    return f"{part}, on each of {request.device_count} GPUs" if request.device_count > 1 else part
 
 
 def slice_in_words(grant: Grant) -> str:

@@ -32,6 +32,7 @@ from .models import (
     Usage,
     read_answer,
 )
+from .words import counted
 
 TIMEOUT_SECONDS = 10.0
 _MAX_ANSWER_BYTES = 64 * 1024**2
@@ -99,8 +100,8 @@ class Client:
             return read_answer(TypeAdapter(kind), answer)
         except ValidationError as error:
             raise Unavailable(
-                f"The {self.name} at {self.socket_path} answered something else than expected ({error.error_count()} differences): "
-                "it is of another version. Restart it.",
+                f"The {self.name} at {self.socket_path} answered something else than expected "
+                f"({counted(error.error_count(), 'difference')}): it is of another version. Restart it.",
                 code="version",
             ) from error
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from nbgpu.quantities import format_memory
+from nbgpu.words import times
 
 from . import layout
 from .agent import Agent, short
@@ -335,8 +336,8 @@ class Monitor:
 def refusal_message(kernel_id: str, refused_bytes: int, count: int, which: str, allowed_bytes: int, used_bytes: int) -> str:
     """Return what a person should know of a refusal: who asked for what, whose limit refused, what to do."""
     who = f"Notebook kernel {short(kernel_id)}" if kernel_id else "A program of this server"
-    times = f" ({count} times)" if count > 1 else ""
-    refused = f"{who} was refused {format_memory(refused_bytes)}{times}"
+    often = f" ({times(count)})" if count > 1 else ""
+    refused = f"{who} was refused {format_memory(refused_bytes)}{often}"
     if which == "device":
         return f"{refused}: the GPU itself had no room, though this server's slice has. Try again; if it stays so, tell your administrator."
     limit = "its own limit" if which == "kernel" else "this server's slice"

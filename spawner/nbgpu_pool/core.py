@@ -10,6 +10,7 @@ from collections import OrderedDict
 
 from nbgpu.errors import NbgpuError, Refused, Unavailable
 from nbgpu.models import DeviceBooks, Grant, GrantState, Owner, Request, Shape, Slice
+from nbgpu.words import counted
 
 from . import quotas as quota_rules
 from .books import Books, Entry, adopted
@@ -114,7 +115,7 @@ class Core(Held):
                 raise Refused(why, code="quota")
         waiting = self.books.waiting()
         if len(waiting) >= self.settings.queue_total:
-            raise Unavailable(f"The queue is full ({len(waiting)} requests wait); try again later.", code="queue-full")
+            raise Unavailable(f"The queue is full ({counted(len(waiting), 'request')} in it); try again later.", code="queue-full")
         mine = sum((one.request.owner.hub, one.request.owner.user) == (request.owner.hub, request.owner.user) for one in waiting)
         if mine >= self.settings.queue_per_user:
             raise Refused(f"You have {mine} requests in the queue already; that is the most one user may have.", code="queue-full")

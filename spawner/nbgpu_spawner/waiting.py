@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from nbgpu.models import Grant
+from nbgpu.words import counted
 
 from .options import Wish
 
@@ -90,7 +91,7 @@ def about(seconds: float | None, guessed: bool = False) -> str:
     if seconds < 45:
         said = "less than a minute"
     elif minutes < 90:
-        said = f"about {minutes} minute{'s' if minutes != 1 else ''}"
+        said = f"about {counted(minutes, 'minute')}"
     else:
         said = f"about {round(minutes / 60)} hours"
     return f"{said} (a guess: too few servers have ended here to know)" if guessed else said
@@ -99,7 +100,7 @@ def about(seconds: float | None, guessed: bool = False) -> str:
 def duration(seconds: float) -> str:
     """Return a time span in words."""
     if seconds < 120:
-        return f"{round(seconds)} seconds"
+        return counted(round(seconds), "second")
     return f"{round(seconds / 60)} minutes"
 
 

@@ -163,5 +163,5 @@ def test_words_for_people() -> None:
     assert in_words(20) == "20 seconds"
     assert in_words(240) == "4 minutes"
     assert in_words(7200) == "2 hours"
-    assert request_in_words(wanted(gpu="1/4", memory=None, compute=None, count=2)) == "a quarter of a GPU, 2 times"
+    assert request_in_words(wanted(gpu="1/4", memory=None, compute=None, count=2)) == "a quarter of a GPU, on each of 2 GPUs"
     assert request_in_words(wanted(gpu=None, memory="20GiB", compute=None)) == "20 GiB of a GPU"
