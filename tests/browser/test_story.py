@@ -98,10 +98,10 @@ def test_a_notebook_with_a_quarter(chromium: Browser, hub: Hub) -> None:
     ada.wait_for_timeout(1200)  # a notice slides in; let the picture be still
     shot(ada, "4-second-notebook-at-its-limit")
     ada.locator(".lm-TabBar-tabLabel").filter(has_text="fractions.ipynb").click()
-    assert "SUCCESS" in run_cell(ada, "print(driver.cuMemAlloc(10 * GIB)[0].name)")
+    assert "SUCCESS" in run_cell(ada, "print(driver.cuMemAlloc(10 * 1024**3)[0].name)")
 
     # the second kernel is killed while it allocates: what it held is free for the first within a second
-    assert "OUT_OF_MEMORY" in run_cell(ada, "print(driver.cuMemAlloc(6 * GIB)[0].name)")
+    assert "OUT_OF_MEMORY" in run_cell(ada, "print(driver.cuMemAlloc(6 * 1024**3)[0].name)")
     without_notices(ada)
     ada.locator(".lm-TabBar-tabLabel").filter(has_text="Untitled.ipynb").click()
     run_cell(ada, "import os, threading\nthreading.Timer(1, os.kill, (os.getpid(), 9)).start()\nwhile True: gib(0.001)", waits=False)
@@ -109,7 +109,7 @@ def test_a_notebook_with_a_quarter(chromium: Browser, hub: Hub) -> None:
     expect(second).to_contain_text("\N{EN DASH}")
     without_notices(ada)
     ada.locator(".lm-TabBar-tabLabel").filter(has_text="fractions.ipynb").click()
-    assert "SUCCESS" in run_cell(ada, "print(driver.cuMemAlloc(6 * GIB)[0].name)")
+    assert "SUCCESS" in run_cell(ada, "print(driver.cuMemAlloc(6 * 1024**3)[0].name)")
     shot(ada, "5-after-the-kill")
     assert holders(hub) == {"ada"}
     stop(ada, hub)
