@@ -9,17 +9,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .cli_common import own_slice
+from .cli_common import own_slice, pool
 from .cli_doctor import Check, Facts
 from .cli_doctor_checks import libraries_dir
 from .cli_serve import command_of
 from .client import SliceClient
 from .errors import NbgpuError
 from .paths import runtime_dir
-from .quantities import format_memory
+from .quantities import GIB, format_memory
 from .words import counted
 
-PROBE_SHARE = "5%"
+PROBE_BYTES = GIB
 PROBE_SECONDS = 90
 FIRST_LINE = "nbgpu-probe "
 PROGRAM = """
@@ -72,7 +72,7 @@ def probe(facts: Facts) -> list[Check]:
         command_of("nbgpu_pool", "pool")
     except NbgpuError as error:
         return [Check("probe", "note", f"no slice to try here: {error.message}")]
-    command = [sys.executable, "-m", "nbgpu", "run", "--gpu", PROBE_SHARE, "--no-wait", "--", sys.executable, "-c", PROGRAM]
+    command = [sys.executable, "-m", "nbgpu", "run", "--memory", probe_memory(facts), "--no-wait", "--", sys.executable, "-c", PROGRAM]
     env = {**os.environ, "NBGPU_RUNTIME_DIR": str(runtime_dir())}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS, env=env)
@@ -81,6 +81,12 @@ def probe(facts: Facts) -> list[Check]:
     if done.returncode and "Nothing is free now" in done.stderr:
         return [Check("probe", "note", "every GPU is taken: nothing was tried; run this again later")]
     return judge(done, None)
+
+
+def probe_memory(facts: Facts) -> str:
+    """Return how much memory the tiny program is given: not less than a slice must have."""
+    least = max((books.least_bytes for books in pool().devices()), default=0) if facts.pool_answers else 0
+    return format_memory(max(PROBE_BYTES, least))
 
 
 def judge(done: subprocess.CompletedProcess[str], api: SliceClient | None) -> list[Check]:

@@ -29,6 +29,8 @@ BROUGHT = ("nvidia-smi",)
 """Programs that a slice's PATH may have and this terminal's not."""
 TRIES = 5
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
+OPTIONS = {"memory_milli": "--gpu", "memory_bytes": "--memory", "compute_milli": "--compute"}
+"""What the command line calls a request's fields."""
 
 
 def wanted(
@@ -81,7 +83,10 @@ def run_program(request: Request, command: list[str], *, wait: bool = True) -> N
         find_program(command[0], os.environ)  # a typing error is told now, not after the queue
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.default_int_handler)
-    pool, grant = acquire(request)
+    try:
+        pool, grant = acquire(request)
+    except NbgpuError as error:
+        raise in_options(error) from None
     try:
         grant = granted(pool, grant, wait=wait)
         launch = pool.prepare(request.request_id, None)
@@ -135,6 +140,14 @@ def acquire(request: Request) -> tuple[PoolClient, Grant]:
                 raise
             time.sleep(1.0)
     raise AssertionError("unreachable")
+
+
+def in_options(error: NbgpuError) -> NbgpuError:
+    """Return what the pool says of a request's field as said of the option that set it."""
+    option, allowed = OPTIONS.get(error.field or ""), error.message.partition("; it must be ")[2]
+    if error.status != 400 or option is None or not allowed:
+        return error
+    return NbgpuError(f"{option}: it must be {allowed}", code=error.code, status=error.status, field=option)
 
 
 def granted(pool: PoolClient, grant: Grant, *, wait: bool) -> Grant:

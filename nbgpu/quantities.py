@@ -84,6 +84,24 @@ def compute_for_memory_milli(memory_bytes: int, usable_bytes: int) -> int:
     return max(1, -(-whole_mib * WHOLE_MILLI // usable_bytes))
 
 
+def least_allowed(memory_bytes: int, usable_bytes: int, least_bytes: int) -> str | None:
+    """Return what a part of a GPU must be, in words, where `memory_bytes` of it are too few for a program to start; else None.
+
+    Parameters
+    ----------
+    usable_bytes : int
+        What the GPU has for slices: all of it is never too little.
+    least_bytes : int
+        The least that a slice may have.
+    """
+    least_bytes = min(least_bytes, usable_bytes)
+    if memory_bytes >= least_bytes:
+        return None
+    share = format_share(compute_for_memory_milli(least_bytes, usable_bytes))
+    amount = format_memory(least_bytes)
+    return f"at least {share} of a GPU here, {amount} of its memory: a program's CUDA context alone takes hundreds of MiB"
+
+
 def format_memory(memory_bytes: int) -> str:
     """Return `memory_bytes` for people: ``19.5 GiB``, ``512 MiB``; at most one decimal, rounded down.
 

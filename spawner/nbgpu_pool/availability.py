@@ -58,6 +58,9 @@ class _Looker:
         parts = by_model(want, core.books.kinds)
         if not core.can_ever(want):
             return Availability(state="impossible", reason=core.impossible(want.model, want.device_count))
+        allowed = core.too_small(want)
+        if allowed is not None:
+            return Availability(state="impossible", reason=f"too small; it must be {allowed}")
         memory = {model: part.memory_bytes for model, part in parts.items()}
         compute = {model: part.compute_milli for model, part in parts.items()}
         cost = core.books.cost(want)

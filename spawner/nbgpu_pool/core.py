@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from nbgpu.errors import NbgpuError, Refused, Unavailable
+from nbgpu.errors import InvalidValue, NbgpuError, Refused, Unavailable
 from nbgpu.models import DeviceBooks, Grant, GrantState, Owner, Request, Shape, Slice
 from nbgpu.words import counted
 
@@ -17,7 +17,7 @@ from .books import Books, Entry, adopted
 from .estimate import Estimate, Kinds, queue_forecast
 from .held import Held
 from .queue import hopeless
-from .shapes import Want, want_of
+from .shapes import Want, memory_field, too_small, want_of
 from .state import Effects, Seen, Settings, Snapshot
 
 STARTING = "The pool is starting: rebuilding the books from what runs. Try again in a few seconds."
@@ -107,6 +107,10 @@ class Core(Held):
         want = want_of(request)
         if not self.can_ever(want):
             raise Refused(self.impossible(request.model, request.device_count), code="impossible")
+        allowed = self.too_small(want)
+        if allowed is not None:
+            field = memory_field(want)
+            raise InvalidValue(field, getattr(want, field), allowed)
         cost = self.books.cost(want)
         holdings = self.books.holdings(frozenset(self.settings.quotas.groups), of=request.owner)
         if cost is not None:
@@ -128,6 +132,10 @@ class Core(Held):
                 self._possible.clear()
             known = self._possible[want] = not hopeless(self.books, want)
         return known
+
+    def too_small(self, want: Want) -> str | None:
+        """Return what `want` must be where a program could hardly start in it; None where it is enough."""
+        return too_small(want, self.books.kinds, self.settings.smallest_bytes)
 
     def impossible(self, model: str | None, device_count: int) -> str:
         """Return why no device could ever hold a request, in words."""
@@ -351,6 +359,7 @@ class Core(Held):
                 memory_granted_bytes=max(0, room.device.usable_bytes - room.free_bytes),
                 compute_granted_milli=min(1000, max(0, 1000 - room.free_milli)),
                 slices=slices[uuid],
+                least_bytes=self.settings.smallest_bytes,
             )
             for uuid, room in self.books.rooms.items()
             if not room.coming

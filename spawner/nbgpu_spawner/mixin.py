@@ -166,7 +166,7 @@ class GPUSliceMixin(_Spawner):
         if wish is not None:
             with suppress(PoolUnavailable, asyncio.TimeoutError):  # then the start says so
                 books = await asyncio.wait_for(self.pool.devices(), 2)
-                check_against(wish, [book.device for book in books])
+                check_against(wish, [book.device for book in books], max((book.least_bytes for book in books), default=0))
         return profile
 
     def _others_read_options(self) -> bool:

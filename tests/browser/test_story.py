@@ -70,7 +70,7 @@ def test_a_notebook_with_a_quarter(chromium: Browser, hub: Hub) -> None:
     menu(ada, "File", "Save Notebook")
     saved = hub.runtime.parent / "homes" / "ada" / "fractions.ipynb"
     wait_for("the notebook is saved with its outputs", lambda: "GiB free\\n" in saved.read_text().split("Give it back")[-1])
-    for text in ("CUDA driver: 19.50 GiB", "NVML: 19.50 GiB", "19968MiB", "CUDA_ERROR_OUT_OF_MEMORY"):
+    for text in ("CUDA driver: 19.5 GiB", "NVML: 19.5 GiB", "19968MiB", "CUDA_ERROR_OUT_OF_MEMORY"):
         assert saved.read_text().count(text) == 1, text
     run_cell(ada, "nbgpu.SliceMonitor()")
     monitor = ada.locator(f"{CELLS} .jp-OutputArea-output").last

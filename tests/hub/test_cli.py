@@ -183,6 +183,8 @@ def test_no_wait_refuses(place: Place) -> None:
 
 
 def test_more_than_there_is_is_refused_in_one_line(place: Place) -> None:
+    done = place.call("run", "--gpu", "0.3%", "--", "true")
+    assert (done.returncode, done.stderr.partition(", ")[0]) == (1, "nbgpu: --gpu: it must be at least 0.7 % of a GPU here")
     for options in (["--memory", "500GiB"], ["--gpu", "1/4", "--count", "9"], ["--gpu", "1/4", "--model", "None of these"]):
         done = place.call("run", *options, "--", "true")
         assert done.returncode == 1, options

@@ -13,8 +13,8 @@ import pytest
 from nbgpu import cli_doctor_checks
 from nbgpu.cli_common import find_slice, percent
 from nbgpu.cli_doctor import Facts
-from nbgpu.cli_run import in_words, request_in_words, wanted
-from nbgpu.errors import InvalidValue, NbgpuError
+from nbgpu.cli_run import in_options, in_words, request_in_words, wanted
+from nbgpu.errors import InvalidValue, NbgpuError, Refused
 from nbgpu.launch import environment
 from nbgpu.models import AgentSlice, Launch, Owner, Slice, SliceDevice
 from nbgpu.quantities import GIB
@@ -156,6 +156,13 @@ def test_a_slice_is_known_by_the_start_of_its_id() -> None:
             find_slice([first, second], start)
     with pytest.raises(NbgpuError, match="is no slice"):
         find_slice([], None)
+
+
+def test_what_the_pool_refuses_is_said_of_the_option() -> None:
+    said = in_options(InvalidValue("memory_milli", 3, "at least 0.7 % of a GPU here"))
+    assert (said.message, said.field, said.status) == ("--gpu: it must be at least 0.7 % of a GPU here.", "--gpu", 400)
+    other = Refused("Your quota is half a GPU.")
+    assert in_options(other) is other
 
 
 def test_words_for_people() -> None:
