@@ -16,7 +16,7 @@ from .cli_serve import command_of
 from .client import SliceClient
 from .errors import NbgpuError
 from .paths import runtime_dir
-from .quantities import GIB, format_memory
+from .quantities import GIB, MIB, format_memory
 from .words import counted
 
 PROBE_BYTES = GIB
@@ -86,7 +86,7 @@ def probe(facts: Facts) -> list[Check]:
 def probe_memory(facts: Facts) -> str:
     """Return how much memory the tiny program is given: not less than a slice must have."""
     least = max((books.least_bytes for books in pool().devices()), default=0) if facts.pool_answers else 0
-    return format_memory(max(PROBE_BYTES, least))
+    return f"{max(PROBE_BYTES, least) // MIB} MiB"
 
 
 def judge(done: subprocess.CompletedProcess[str], api: SliceClient | None) -> list[Check]:

@@ -98,7 +98,7 @@ def least_allowed(memory_bytes: int, usable_bytes: int, least_bytes: int) -> str
     if memory_bytes >= least_bytes:
         return None
     share = format_share(compute_for_memory_milli(least_bytes, usable_bytes))
-    amount = format_memory(least_bytes)
+    amount = format_memory(least_bytes) if least_bytes % (GIB // 2) == 0 else f"{-(-least_bytes // MIB)} MiB"  # rounded down it is refused
     return f"at least {share} of a GPU here, {amount} of its memory: a program's CUDA context alone takes hundreds of MiB"
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from nbgpu.errors import InvalidValue
 from nbgpu.models import AvailabilityQuery, Device, GrantState, Owner, Request, Resize, Shape
-from nbgpu.quantities import GIB, MIB, least_allowed
+from nbgpu.quantities import GIB, MIB, least_allowed, memory_share_bytes, parse_fraction, parse_memory
 from nbgpu_pool import availability
 from nbgpu_pool.config import Config
 from nbgpu_pool.core import Core
@@ -68,6 +68,15 @@ def test_the_smallest_gpu_that_it_could_get_decides() -> None:
 def test_a_whole_gpu_is_never_too_small() -> None:
     assert pool(device("tiny", TINY)).request(request(memory_milli=1000), 0.0).state is GrantState.reserved
     assert least_allowed(TINY - MIB, TINY, LEAST) is not None
+
+
+@pytest.mark.parametrize("least", [LEAST, 1587 * MIB, GIB, GIB + GIB // 2, GIB + MIB])
+def test_what_the_message_names_is_enough(least: int) -> None:
+    allowed = least_allowed(MIB, LARGE, least)
+    assert allowed is not None
+    share, amount = allowed.removeprefix("at least ").split(" of its memory")[0].split(" of a GPU here, ")
+    assert parse_memory(amount) == least
+    assert memory_share_bytes(LARGE, parse_fraction(share)) >= least
 
 
 def test_the_start_page_says_so_of_a_profile() -> None:
