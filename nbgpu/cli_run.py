@@ -1,4 +1,4 @@
-"""``nbgpu run``: wait for a slice, enter it, and become the program."""
+"""``nbgpu run``: wait for a slice, start the program in it, say what it was refused, and end as it did."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ import uuid
 from collections.abc import Mapping
 from typing import NoReturn
 
+from .cli_child import NOT_EXECUTABLE, Child, end_as
 from .cli_common import own_slice
 from .cli_serve import pool_on_demand
-from .client import PoolClient
+from .client import AgentClient, PoolClient
 from .errors import InvalidValue, NbgpuError, Refused, Unavailable
 from .launch import environment
 from .logs import one_line
-from .models import Grant, GrantState, Owner, Request
+from .models import Event, Grant, GrantState, Owner, Request
+from .paths import AGENT_SOCKET, runtime_dir
 from .quantities import format_memory, format_share, parse_fraction, parse_memory
 from .words import counted
 
@@ -28,7 +30,9 @@ HUB = "command-line"
 BROUGHT = ("nvidia-smi",)
 """Programs that a slice's PATH may have and this terminal's not."""
 TRIES = 5
-NOT_FOUND, NOT_EXECUTABLE = 127, 126
+LAST_WORDS_SECONDS = 1.0
+"""How long the agent is given to say what an ended program was refused."""
+NOT_FOUND = 127
 OPTIONS = {"memory_milli": "--gpu", "memory_bytes": "--memory", "compute_milli": "--compute"}
 """What the command line calls a request's fields."""
 
@@ -77,12 +81,13 @@ def user_name() -> str:
 
 
 def run_program(request: Request, command: list[str], *, wait: bool = True) -> NoReturn:
-    """Acquire `request`, join the slice, and exec `command` in it. Does not return."""
+    """Acquire `request`, run `command` in the slice, and end as it did. Does not return."""
     refuse_inside()
     if command[0] not in BROUGHT:
         find_program(command[0], os.environ)  # a typing error is told now, not after the queue
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, signal.default_int_handler)
     try:
         pool, grant = acquire(request)
     except NbgpuError as error:
@@ -92,17 +97,40 @@ def run_program(request: Request, command: list[str], *, wait: bool = True) -> N
         launch = pool.prepare(request.request_id, None)
         env = environment(os.environ, launch)
         program = find_program(command[0], env)
-        pool.bind(request.request_id, os.getpid())
-        tell(f"in a slice: {slice_in_words(grant)}")
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
-        os.execve(program, command, env)
-    except BaseException as error:
+        child = Child(program, command, env)
+        try:
+            pool.bind(request.request_id, child.pid)
+        except BaseException:
+            child.give_up()
+            raise
+    except BaseException:
         give_back(pool, request)
-        if isinstance(error, OSError):
-            print(f"nbgpu: {command[0]}: {error.strerror}", file=sys.stderr)
-            sys.exit(NOT_EXECUTABLE)
         raise
+    tell(f"in a slice: {slice_in_words(grant)}")
+    child.go()
+    status = child.wait()
+    refused = last_refusal(request.request_id)
+    if refused is not None:
+        tell(refused)
+    end_as(status)
+
+
+def last_refusal(slice_id: str) -> str | None:
+    """Return what the program of a slice was refused last, as the agent tells it; None when there was nothing."""
+    agent = AgentClient(runtime_dir() / AGENT_SOCKET, LAST_WORDS_SECONDS)
+    deadline = time.monotonic() + LAST_WORDS_SECONDS
+    events: list[Event] = []
+    try:
+        while not any(event.kind == "ended" for event in events) and time.monotonic() < deadline:  # what it left running goes on
+            time.sleep(0.02)
+            events = agent.events(slice_id=slice_id)
+    except NbgpuError:
+        pass  # the agent is away: its program has had its own error
+    messages = [event.message for event in events if event.kind == "refused"]
+    if not messages:
+        return None
+    # the agent knows no difference between a server and a program
+    return messages[-1].replace("A program of this server", "The program").replace("this server's slice", "its slice")
 
 
 def find_program(name: str, env: Mapping[str, str]) -> str:

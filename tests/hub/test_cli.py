@@ -135,6 +135,45 @@ def test_the_program_sees_its_slice_and_its_exit_status_is_its_own(place: Place)
     until(lambda: place.pool.devices()[0].memory_granted_bytes == 0, "the pool's books are empty")
 
 
+ASK_FOR = """
+import ctypes, os, sys
+cuda, context, block = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(), ctypes.c_uint64()
+assert not cuda.cuInit(0) and not cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) and not cuda.cuCtxSetCurrent(context)
+code = cuda.cuMemAlloc_v2(ctypes.byref(block), ctypes.c_size_t(int(sys.argv[1]) << 30))
+sys.stdout.write(f"{code}\\n")
+sys.stdout.flush()
+eval(sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize(("end", "status"), [("os._exit(7)", 7), ("sys.exit(0)", 0), ("os.kill(os.getpid(), 15)", -15)])
+@pytest.mark.parametrize("through", [[], ["sh", "-c", '"$@" || exit $?', "sh"]])
+def test_what_a_program_was_refused_is_said_when_it_has_ended(place: Place, through: list[str], end: str, status: int) -> None:
+    """However short it lived; and only then."""
+    program = [*through, sys.executable, "-c", ASK_FOR]
+    done = place.call("run", "--gpu", "1/4", "--", *program, "30", end)
+    assert done.stdout == f"{OUT_OF_MEMORY}\n"
+    lines = [line for line in done.stderr.splitlines() if line.startswith("nbgpu: ")]
+    assert lines[1:] == [
+        "nbgpu: The program was refused 30 GiB: its slice of 19.5 GiB has 19.2 GiB left. Free some or restart with a larger fraction."
+    ]
+    expected = status if not through or status >= 0 else 128 - status
+    assert done.returncode == expected
+    fits = place.call("run", "--gpu", "1/4", "--", *program, "3", end)
+    assert (fits.stdout, fits.returncode) == ("0\n", expected)
+    assert "refused" not in fits.stderr, "control"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_reaches_the_program(place: Place, number: signal.Signals) -> None:
+    catch = f"import signal, sys; signal.signal({int(number)}, lambda *_: sys.exit(9)); print('ready', flush=True); signal.pause()"
+    process = place.start("run", "--gpu", "1/4", "--", sys.executable, "-c", catch)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    assert process.wait(SECONDS) == 9
+
+
 def test_control_without_nbgpu_run_the_program_sees_the_whole_device(place: Place) -> None:
     env = place.env | {"LD_LIBRARY_PATH": str(SIM)}
     asked = f"total\nalloc {memory_share_bytes(usable(place), 250) + MIB}\nexit 0\n"
