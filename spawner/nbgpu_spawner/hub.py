@@ -49,7 +49,8 @@ def setup(
     embedded : bool, optional
         Start the node agent and the pool as services of this hub. By default: yes, unless `pool_url` is given.
     profiles : list, dict or callable, optional
-        What the start page offers, in the format of KubeSpawner's `profile_list`. By default CPU only, 1/8, 1/4, 1/2, 1, custom.
+        What the start page offers, in the format of KubeSpawner's `profile_list`. By default CPU only, 1/8, 1/4, 1/2, 1, custom;
+        a new user begins with CPU only, or with ``c.GPUSliceMixin.gpu_fraction``.
     quotas : mapping, optional
         The pool's quotas, as in its configuration: ``{"default": {"limit": 1}, "groups": {"students": {"per_user": "1/4"}}}``.
         Only where the pool is embedded.

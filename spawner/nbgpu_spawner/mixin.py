@@ -71,6 +71,7 @@ class GPUSliceMixin(_Spawner):
         allow_none=True,
         config=True,
         help="""Share of one GPU, of its memory and of its compute time: 0.25, "1/4" or "25%". None: no GPU, unless `gpu_memory` is set.
+        Where no profiles are set, a user's first start page begins with it; later ones begin with the user's last choice.
 
         For example::
 

@@ -62,9 +62,10 @@ def in_line(wish: Wish, grant: Grant, leave_url: str) -> tuple[str, str]:
     text = f"Waiting for {wish}: {place}, {about(grant.wait_seconds, grant.wait_guessed)}."
     if grant.reason:
         text += f" {grant.reason[:1].upper()}{grant.reason[1:].rstrip('.')}."
-    # The page puts each event into its log too: the button is of use only outside. The token is filled in by the page that shows it.
+    # The page puts each event into its log too: the button is of use only outside. JupyterHub 6's own "Stop Server" would end the wait as
+    # well, of a named server another one: it is back when the wait is over. The token is filled in by the page that shows it.
     html = (
-        "<style>#progress-log .nbgpu-leave{display:none}</style>"
+        "<style>#progress-log .nbgpu-leave,body:has(#progress-message .nbgpu-leave) #stop-server-btn{display:none}</style>"
         f"<span>{escape(text)}</span>"
         f'<form class="nbgpu-leave mt-2" method="post" action="{escape(leave_url)}"'
         " onsubmit=\"this.elements['_xsrf'].value=(window.jhdata||{}).xsrf_token||''\">"
