@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from nbgpu.cli_serve import is_served
 from nbgpu.client import AgentClient, PoolClient
 from nbgpu.quantities import GIB, MIB, memory_share_bytes
 
@@ -322,6 +324,33 @@ def test_serve_starts_again_what_was_killed(place: Place) -> None:
     until(place.agent.healthy, "the agent is back")
     assert [known.slice.devices[0].compute_milli for known in place.agent.slices().slices] == [250]
     assert ask(program, f"alloc {memory_share_bytes(usable(place), 250)}") == str(OUT_OF_MEMORY)
+
+
+def test_doctor_ends_what_it_started() -> None:
+    with tempfile.TemporaryDirectory(prefix="nbgpu-cli-", dir="/tmp") as name:
+        state = Path("/dev/shm") / Path(name).name
+        place = Place(Path(name), state)
+        place.env["NBGPU_IDLE_SECONDS"] = "60"
+        try:
+            checks = {check["name"]: check for check in json.loads(place.call("doctor", "--json").stdout)["checks"]}
+            assert (checks["limits"]["level"], checks["limiter version"]["level"]) == ("ok", "ok"), "a slice was tried"
+            assert (place.agent.healthy(), place.pool.healthy()) == (False, False)
+            assert not is_served(Path(name))
+            assert place.call("run", "--gpu", "1/4", "--", "true").returncode == 0
+            assert place.call("doctor", "--json").returncode == 0
+            assert (place.agent.healthy(), place.pool.healthy()) == (True, True), "control: what another has started goes on"
+        finally:
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                os.kill(server_of(Path(name)), signal.SIGTERM)
+            until(lambda: not is_served(Path(name)), "it has ended")
+            place.end()
+            state.unlink(missing_ok=True)
+
+
+def server_of(runtime: Path) -> int:
+    """Return the parent of the agent: `nbgpu serve`."""
+    agent = (runtime / "agent.lock").read_text().split()[0]
+    return int(Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def test_on_demand_it_starts_alone_and_ends_when_idle() -> None:
