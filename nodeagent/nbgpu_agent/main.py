@@ -32,7 +32,7 @@ from .monitor import Monitor, stop
 from .native import Native
 from .nvml import Nvml, driver_present
 from .probe import context_bytes
-from .runtime import RuntimeLock, StartError, built_libraries, install_libraries, prepare
+from .runtime import RuntimeLock, StartError, built_libraries, install_libraries, prepare, remove_unused
 from .simulated import find_machine
 
 log = logging.getLogger("nbgpu.agent")
@@ -145,6 +145,8 @@ async def _serve(options: Options) -> None:
             await asyncio.to_thread(lock.acquire, options.takeover)
             agent, nvml = await _make(options, runtime)
             await _work(agent, nvml, ended, contextlib.nullcontext(), page)
+            machine = agent.settings.machine
+            remove_unused(runtime, machine.directory if machine is not None else None)
     finally:
         page.close()
     lock.release()
