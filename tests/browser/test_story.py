@@ -118,6 +118,7 @@ def test_a_notebook_with_a_quarter(chromium: Browser, hub: Hub) -> None:
 def test_a_refused_value_can_be_mended(chromium: Browser, hub: Hub) -> None:
     """It comes back once, with the message at its field; a fresh page knows nothing of it."""
     mary = log_in(chromium, hub, "mary")
+    expect(mary.locator(".nbgpu-row[data-slug=quarter] input[type=radio]")).to_be_checked()  # what this hub's configuration begins with
     custom = mary.locator(".nbgpu-row[data-slug=custom]")
     share = custom.get_by_label("Share of a GPU")
     share.fill("7/2")
@@ -125,6 +126,7 @@ def test_a_refused_value_can_be_mended(chromium: Browser, hub: Hub) -> None:
     expect(custom.locator(".invalid-feedback")).to_contain_text(
         "Share of a GPU is '7/2'; it must be a fraction of one GPU above 0 and up to 1"
     )
+    expect(mary.get_by_text("Share of a GPU is '7/2'").locator("visible=true")).to_have_count(1)
     expect(share).to_have_value("7/2")
     expect(custom.locator("input[type=radio]")).to_be_checked()
     share.scroll_into_view_if_needed()
@@ -194,6 +196,7 @@ def test_the_queue(chromium: Browser, hub: Hub) -> None:
     progress = lin.locator("#progress-message")
     expect(progress).to_contain_text(re.compile(r"an eighth of a GPU: 1st in line, about \d+ minutes \(a guess: too few servers"))
     shot(lin, "7-in-the-queue")
+    expect(lin.locator("#stop-server-btn")).to_be_hidden()  # JupyterHub 6's "Stop Server" would do the same, or end another server
     lin.locator("form.nbgpu-leave button:visible").first.click()
     wait_for("lin has left the queue", lambda: not waiting(hub))
     shot(lin, "8-left-the-queue")
@@ -201,6 +204,8 @@ def test_the_queue(chromium: Browser, hub: Hub) -> None:
     lin.goto(hub.url + "/hub/spawn")
     start(lin, "eighth")
     expect(progress).to_contain_text(re.compile("1st|next", re.IGNORECASE))
+    progress.evaluate("one => one.textContent = 'Got it.'")
+    expect(lin.locator("#stop-server-btn")).to_be_visible()  # the control: only while one waits
     stop(pages["barbara"], hub)
     lin.wait_for_url(re.compile(r".*/user/lin/.*"), timeout=120 * SECOND)
     wait_for("lin has barbara's place", lambda: holders(hub) == {"grace", "edsger", "lin"})
