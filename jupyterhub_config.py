@@ -49,6 +49,7 @@ def bring_example(spawner):
 
 
 c.Spawner.pre_spawn_hook = bring_example
+c.GPUSliceMixin.gpu_fraction = "1/4"  # what a new user's start page begins with; without it: CPU only
 c.Spawner.args = ["--allow-root"] if os.geteuid() == 0 else []
 # -- end of the demo
 

@@ -16,6 +16,7 @@ from .cli_common import SHORT_ID, console, owner_name, percent, print_json
 from .errors import NbgpuError, Unavailable
 from .models import DeviceBooks, Grant, GrantState
 from .quantities import format_memory
+from .words import counted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -58,7 +59,8 @@ def cluster_tables(found: Cluster) -> list[RenderableType]:
     from .cli_status import make_table
     from .cluster_look import granted
 
-    head = f"Kubernetes {found.version}: {len(found.devices)} GPUs on {len({one.node for one in found.devices})} nodes"
+    nodes = {one.node for one in found.devices}
+    head = f"Kubernetes {found.version}: {counted(len(found.devices), 'GPU')} on {counted(len(nodes), 'node')}"
     parts: list[RenderableType] = [found.problem or head]
     devices = make_table("node", "GPU", "model", "memory", "granted", "time granted", "slices")
     sums = granted(found)

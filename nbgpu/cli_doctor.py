@@ -10,6 +10,7 @@ from .cli_common import console, own_slice, print_json
 from .errors import NbgpuError
 from .logs import one_line
 from .models import AgentSlice, Grant, Node
+from .words import counted
 
 Level = Literal["ok", "note", "warning", "error"]
 IDLE = "a hub or `nbgpu run` starts them when they are needed, `nbgpu serve` now"
@@ -106,7 +107,7 @@ def show(checks: list[Check]) -> None:
         if check.remedy and check.level in ("warning", "error"):
             out.print(f"{'->':>12} {check.remedy}", soft_wrap=True)
     errors, warnings = (sum(check.level == level for check in checks) for level in ("error", "warning"))
-    out.print("All is well." if not errors and not warnings else f"{errors} errors, {warnings} warnings.", end="")
+    out.print("All is well." if not errors and not warnings else f"{counted(errors, 'error')}, {counted(warnings, 'warning')}.", end="")
     idle = not_running(checks)
     out.print(f" Not running: {' and '.join(idle)}; {IDLE}." if idle else "")
 

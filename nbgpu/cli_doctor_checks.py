@@ -20,6 +20,7 @@ from .errors import NbgpuError
 from .models import GrantState
 from .paths import AGENT_SOCKET, POOL_SOCKET, SYSTEM_RUNTIME, runtime_dir
 from .quantities import MIB, WHOLE_MILLI, format_memory
+from .words import counted
 
 LAB_NAME = "nbgpu-lab"
 SERVER_CONFIG = "etc/jupyter/jupyter_server_config.d/nbgpu_lab.json"
@@ -106,8 +107,8 @@ def agent_and_pool(facts: Facts) -> list[Check]:
     try:
         facts.node = agent().node()
         facts.slices = agent().slices().slices
-        kind = "simulated GPUs" if facts.node.simulated else "GPUs"
-        found.append(Check("agent", "ok", f"serves {len(facts.node.devices)} {kind}; memory is held by: {facts.node.backend}"))
+        kind = "simulated GPU" if facts.node.simulated else "GPU"
+        found.append(Check("agent", "ok", f"serves {counted(len(facts.node.devices), kind)}; memory is held by: {facts.node.backend}"))
         for device in facts.node.devices:
             if not device.healthy:
                 remedy = "Look at `nvidia-smi -q` and the kernel log (Xid); nothing new is placed on it."
@@ -117,7 +118,7 @@ def agent_and_pool(facts: Facts) -> list[Check]:
     try:
         facts.grants = pool().grants()
         facts.pool_answers = True
-        found.append(Check("pool", "ok", f"answers; {sum(grant.state in _HOLDING for grant in facts.grants)} slices held"))
+        found.append(Check("pool", "ok", f"answers; {counted(sum(grant.state in _HOLDING for grant in facts.grants), 'slice')} held"))
     except NbgpuError as error:
         found.append(_silent("pool", (folder / POOL_SOCKET).exists() or facts.node is not None, error))
     return found
@@ -154,9 +155,9 @@ def books(facts: Facts) -> list[Check]:
     strange = sorted(in_force ^ held)
     if strange and strange == sorted(_still_different()):
         short = ", ".join(name[:8] for name in strange[:5])
-        what = f"pool and agent disagree on {len(strange)} slices: {short}"
+        what = f"pool and agent disagree on {counted(len(strange), 'slice')}: {short}"
         found.append(Check("books", "error", what, "Restart the pool: it rebuilds its books from the agent."))
-    return found or [Check("books", "ok", f"pool and agent agree on {len(in_force)} slices")]
+    return found or [Check("books", "ok", f"pool and agent agree on {counted(len(in_force), 'slice')}")]
 
 
 def _still_different() -> set[str]:
@@ -243,7 +244,7 @@ def leftovers(facts: Facts) -> list[Check]:
         return []
     if facts.node is None:
         if present:
-            what = f"{len(present)} slices in {folder}, and no agent that serves them: their kernels keep their limits"
+            what = f"{counted(len(present), 'slice')} in {folder}, and no agent that serves them: their kernels keep their limits"
             return [Check("leftovers", "warning", what, "Start the agent: it takes them over, or removes what has ended.")]
         return []
     strange = {name for name in present - {known.slice.slice_id for known in facts.slices} if (folder / name).is_dir()}

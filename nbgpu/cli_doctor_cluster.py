@@ -8,6 +8,7 @@ from .claims import DRIVER
 from .cli_doctor import Check
 from .cluster_look import COMPONENT, Cluster, as_dict, as_dicts, granted
 from .quantities import WHOLE_MILLI, format_memory
+from .words import counted
 
 _CDI = re.compile(r"unresolvable CDI devices|CDI device injection failed|CDI.*(not enabled|disabled)", re.IGNORECASE)
 _PREPARE = "FailedPrepareDynamicResources"
@@ -99,8 +100,8 @@ def _devices(cluster: Cluster) -> list[Check]:
             ),
         ]
     nodes = {device.node for device in cluster.devices}
-    kind = "simulated GPUs" if all(device.simulated for device in cluster.devices) else "GPUs"
-    found.append(Check("devices", "ok", f"{len(cluster.devices)} {kind} on {len(nodes)} nodes"))
+    kind = "simulated GPU" if all(device.simulated for device in cluster.devices) else "GPU"
+    found.append(Check("devices", "ok", f"{counted(len(cluster.devices), kind)} on {counted(len(nodes), 'node')}"))
     for device in cluster.devices:
         if not device.healthy:
             remedy = "Look at `nvidia-smi -q` and the kernel log (Xid) there; nothing new is placed on it."

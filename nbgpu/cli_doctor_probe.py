@@ -6,20 +6,25 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-from .cli_common import own_slice
+from .cli_common import own_slice, pool
 from .cli_doctor import Check, Facts
 from .cli_doctor_checks import libraries_dir
-from .cli_serve import command_of
+from .cli_serve import command_of, is_served
 from .client import SliceClient
 from .errors import NbgpuError
 from .paths import runtime_dir
-from .quantities import format_memory
+from .quantities import GIB, MIB, format_memory
+from .words import counted
 
-PROBE_SHARE = "5%"
+PROBE_BYTES = GIB
 PROBE_SECONDS = 90
+OURS_IDLE_SECONDS = "1"
+"""Agent and pool that were started for the probe alone end by themselves when idle so long: another may have a slice there by then."""
+END_SECONDS = 10.0
 FIRST_LINE = "nbgpu-probe "
 PROGRAM = """
 import ctypes, json, os
@@ -71,15 +76,33 @@ def probe(facts: Facts) -> list[Check]:
         command_of("nbgpu_pool", "pool")
     except NbgpuError as error:
         return [Check("probe", "note", f"no slice to try here: {error.message}")]
-    command = [sys.executable, "-m", "nbgpu", "run", "--gpu", PROBE_SHARE, "--no-wait", "--", sys.executable, "-c", PROGRAM]
-    env = {**os.environ, "NBGPU_RUNTIME_DIR": str(runtime_dir())}
+    command = [sys.executable, "-m", "nbgpu", "run", "--memory", probe_memory(facts), "--no-wait", "--", sys.executable, "-c", PROGRAM]
+    runtime = runtime_dir()
+    ours = not facts.pool_answers and not (runtime.is_dir() and is_served(runtime))
+    env = {**os.environ, "NBGPU_RUNTIME_DIR": str(runtime)} | ({"NBGPU_IDLE_SECONDS": OURS_IDLE_SECONDS} if ours else {})
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS, env=env)
+        if done.returncode and "Nothing is free now" in done.stderr:
+            return [Check("probe", "note", "every GPU is taken: nothing was tried; run this again later")]
+        return judge(done, None)
     except subprocess.TimeoutExpired:
         return [Check("probe", "error", f"a program in a slice did not end within {PROBE_SECONDS} s", "Look at the agent's log.")]
-    if done.returncode and "Nothing is free now" in done.stderr:
-        return [Check("probe", "note", "every GPU is taken: nothing was tried; run this again later")]
-    return judge(done, None)
+    finally:
+        if ours:
+            wait_for_end(runtime)
+
+
+def wait_for_end(runtime: Path) -> None:
+    """Wait until the agent and the pool that the probe started have ended; where somebody took a slice meanwhile they stay."""
+    deadline = time.monotonic() + END_SECONDS
+    while runtime.is_dir() and is_served(runtime) and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def probe_memory(facts: Facts) -> str:
+    """Return how much memory the tiny program is given: not less than a slice must have."""
+    least = max((books.least_bytes for books in pool().devices()), default=0) if facts.pool_answers else 0
+    return f"{max(PROBE_BYTES, least) // MIB} MiB"
 
 
 def judge(done: subprocess.CompletedProcess[str], api: SliceClient | None) -> list[Check]:
@@ -118,11 +141,14 @@ def _driver_seen(seen: dict[str, Any], api: SliceClient | None) -> Check:
         )
     if seen["init"] or not seen["count"]:
         return Check(
-            "GPU in a slice", "error", f"cuInit answers {seen['init']}, {seen['count']} devices", "Is /dev/nvidia* open to the user?"
+            "GPU in a slice",
+            "error",
+            f"cuInit answers {seen['init']}, {counted(seen['count'], 'device')}",
+            "Is /dev/nvidia* open to the user?",
         )
     if api is not None:
         limit = api.usage().devices[0].memory_limit_bytes
         if limit != seen["total"]:
             what = f"the driver says {format_memory(seen['total'])}, the slice has {format_memory(limit)}"
             return Check("GPU in a slice", "error", what, "Was LD_PRELOAD replaced in this program?")
-    return Check("GPU in a slice", "ok", f"a program sees {seen['count']} GPU of {format_memory(seen['total'])}")
+    return Check("GPU in a slice", "ok", f"a program sees {counted(seen['count'], 'GPU')} of {format_memory(seen['total'])}")

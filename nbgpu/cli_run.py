@@ -1,4 +1,4 @@
-"""``nbgpu run``: wait for a slice, enter it, and become the program."""
+"""``nbgpu run``: wait for a slice, start the program in it, say what it was refused, and end as it did."""
 
 from __future__ import annotations
 
@@ -13,21 +13,28 @@ import uuid
 from collections.abc import Mapping
 from typing import NoReturn
 
+from .cli_child import NOT_EXECUTABLE, Child, end_as
 from .cli_common import own_slice
 from .cli_serve import pool_on_demand
-from .client import PoolClient
+from .client import AgentClient, PoolClient
 from .errors import InvalidValue, NbgpuError, Refused, Unavailable
 from .launch import environment
 from .logs import one_line
-from .models import Grant, GrantState, Owner, Request
+from .models import Event, Grant, GrantState, Owner, Request
+from .paths import AGENT_SOCKET, runtime_dir
 from .quantities import format_memory, format_share, parse_fraction, parse_memory
+from .words import counted
 
 HUB = "command-line"
 """The hub's place in the owner of a slice that no hub asked for."""
 BROUGHT = ("nvidia-smi",)
 """Programs that a slice's PATH may have and this terminal's not."""
 TRIES = 5
-NOT_FOUND, NOT_EXECUTABLE = 127, 126
+LAST_WORDS_SECONDS = 1.0
+"""How long the agent is given to say what an ended program was refused."""
+NOT_FOUND = 127
+OPTIONS = {"memory_milli": "--gpu", "memory_bytes": "--memory", "compute_milli": "--compute"}
+"""What the command line calls a request's fields."""
 
 
 def wanted(
@@ -74,29 +81,56 @@ def user_name() -> str:
 
 
 def run_program(request: Request, command: list[str], *, wait: bool = True) -> NoReturn:
-    """Acquire `request`, join the slice, and exec `command` in it. Does not return."""
+    """Acquire `request`, run `command` in the slice, and end as it did. Does not return."""
     refuse_inside()
     if command[0] not in BROUGHT:
         find_program(command[0], os.environ)  # a typing error is told now, not after the queue
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.default_int_handler)
-    pool, grant = acquire(request)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, signal.default_int_handler)
+    try:
+        pool, grant = acquire(request)
+    except NbgpuError as error:
+        raise in_options(error) from None
     try:
         grant = granted(pool, grant, wait=wait)
         launch = pool.prepare(request.request_id, None)
         env = environment(os.environ, launch)
         program = find_program(command[0], env)
-        pool.bind(request.request_id, os.getpid())
-        tell(f"in a slice: {slice_in_words(grant)}")
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
-        os.execve(program, command, env)
-    except BaseException as error:
+        child = Child(program, command, env)
+        try:
+            pool.bind(request.request_id, child.pid)
+        except BaseException:
+            child.give_up()
+            raise
+    except BaseException:
         give_back(pool, request)
-        if isinstance(error, OSError):
-            print(f"nbgpu: {command[0]}: {error.strerror}", file=sys.stderr)
-            sys.exit(NOT_EXECUTABLE)
         raise
+    tell(f"in a slice: {slice_in_words(grant)}")
+    child.go()
+    status = child.wait()
+    refused = last_refusal(request.request_id)
+    if refused is not None:
+        tell(refused)
+    end_as(status)
+
+
+def last_refusal(slice_id: str) -> str | None:
+    """Return what the program of a slice was refused last, as the agent tells it; None when there was nothing."""
+    agent = AgentClient(runtime_dir() / AGENT_SOCKET, LAST_WORDS_SECONDS)
+    deadline = time.monotonic() + LAST_WORDS_SECONDS
+    events: list[Event] = []
+    try:
+        while not any(event.kind == "ended" for event in events) and time.monotonic() < deadline:  # what it left running goes on
+            time.sleep(0.02)
+            events = agent.events(slice_id=slice_id)
+    except NbgpuError:
+        pass  # the agent is away: its program has had its own error
+    messages = [event.message for event in events if event.kind == "refused"]
+    if not messages:
+        return None
+    # the agent knows no difference between a server and a program
+    return messages[-1].replace("A program of this server", "The program").replace("this server's slice", "its slice")
 
 
 def find_program(name: str, env: Mapping[str, str]) -> str:
@@ -134,6 +168,14 @@ def acquire(request: Request) -> tuple[PoolClient, Grant]:
                 raise
             time.sleep(1.0)
     raise AssertionError("unreachable")
+
+
+def in_options(error: NbgpuError) -> NbgpuError:
+    """Return what the pool says of a request's field as said of the option that set it."""
+    option, allowed = OPTIONS.get(error.field or ""), error.message.partition("; it must be ")[2]
+    if error.status != 400 or option is None or not allowed:
+        return error
+    return NbgpuError(f"{option}: it must be {allowed}", code=error.code, status=error.status, field=option)
 
 
 def granted(pool: PoolClient, grant: Grant, *, wait: bool) -> Grant:
@@ -175,7 +217,7 @@ def say_place(grant: Grant, said: str) -> str:
 def in_words(seconds: float) -> str:
     """Return a time for people: ``20 seconds``, ``4 minutes``, ``2 hours``."""
     if seconds < 90:
-        return f"{max(1, round(seconds))} seconds"
+        return counted(max(1, round(seconds)), "second")
     return f"{round(seconds / 60)} minutes" if seconds < 5400 else f"{round(seconds / 3600)} hours"
 
 
@@ -185,7 +227,7 @@ def request_in_words(request: Request) -> str:
         part = f"{format_memory(request.memory_bytes)} of a GPU"
     else:
         part = f"{format_share(request.memory_milli or request.compute_milli or 0)} of a GPU"
-    return f"{part}, {request.device_count} times" if request.device_count > 1 else part
+    return f"{part}, on each of {request.device_count} GPUs" if request.device_count > 1 else part
 
 
 def slice_in_words(grant: Grant) -> str:

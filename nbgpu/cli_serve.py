@@ -15,6 +15,7 @@ from .client import AgentClient, PoolClient
 from .errors import NbgpuError, Unavailable
 from .models import GrantState
 from .paths import AGENT_SOCKET, POOL_SOCKET, SYSTEM_RUNTIME, runtime_dir
+from .words import counted
 
 START_SECONDS = 60.0
 STOP_SECONDS = 10.0
@@ -53,8 +54,8 @@ def serve_both(idle_exit_seconds: float) -> int:
     try:
         both.start()
         node = AgentClient(runtime / AGENT_SOCKET).node()
-        kind = "simulated GPUs" if node.simulated else "GPUs"
-        print(f"nbgpu serves {len(node.devices)} {kind} in {runtime}; `nbgpu run --gpu 1/4 -- PROGRAM` uses them.", flush=True)
+        kind = "simulated GPU" if node.simulated else "GPU"
+        print(f"nbgpu serves {counted(len(node.devices), kind)} in {runtime}; `nbgpu run --gpu 1/4 -- PROGRAM` uses them.", flush=True)
         both.watch(idle_exit_seconds)
     except KeyboardInterrupt:
         pass

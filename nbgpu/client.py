@@ -32,6 +32,7 @@ from .models import (
     Usage,
     read_answer,
 )
+from .words import counted
 
 TIMEOUT_SECONDS = 10.0
 _MAX_ANSWER_BYTES = 64 * 1024**2
@@ -99,8 +100,8 @@ class Client:
             return read_answer(TypeAdapter(kind), answer)
         except ValidationError as error:
             raise Unavailable(
-                f"The {self.name} at {self.socket_path} answered something else than expected ({error.error_count()} differences): "
-                "it is of another version. Restart it.",
+                f"The {self.name} at {self.socket_path} answered something else than expected "
+                f"({counted(error.error_count(), 'difference')}): it is of another version. Restart it.",
                 code="version",
             ) from error
 
@@ -215,9 +216,10 @@ class AgentClient(Client):
         """Set a kernel's limit inside a slice; both None removes it."""
         return self.ask(KernelLimit, "PUT", f"/v1/slices/{slice_id}/kernels/{kernel_id}", limit)
 
-    def events(self, after: int = 0, wait_seconds: float = 0) -> list[Event]:
-        """Return the events after the one numbered `after`."""
-        return self.ask(list[Event], "GET", f"/v1/events?after={after}&wait_seconds={wait_seconds:g}", wait_seconds=wait_seconds)
+    def events(self, after: int = 0, wait_seconds: float = 0, slice_id: str | None = None) -> list[Event]:
+        """Return the events after the one numbered `after`; those of one slice, which may have ended, without waiting for any."""
+        query = f"after={after}&wait_seconds={wait_seconds:g}" if slice_id is None else f"after={after}&slice_id={slice_id}"
+        return self.ask(list[Event], "GET", f"/v1/events?{query}", wait_seconds=wait_seconds)
 
 
 class SliceClient(Client):

@@ -355,3 +355,5 @@ class DeviceBooks(Model):
     memory_granted_bytes: Bytes
     compute_granted_milli: Annotated[int, Field(ge=0, le=1000)]
     slices: list[SliceId]
+    least_bytes: Bytes = 0
+    """The least memory that a new slice may have, of this GPU or any other (`smallest_memory` of the pool's configuration)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
 
@@ -45,10 +46,10 @@ def parse_fraction(value: object, field: str = "gpu_fraction") -> int:
     InvalidValue
         Not a number, not above 0, above 1, or below one milli-GPU.
     """
-    exact = _exact(value)
-    if exact is None or exact <= 0 or exact > 1 or exact * WHOLE_MILLI < 1:
-        raise InvalidValue(field, value, _FRACTION_RANGE)
-    return math.floor(exact * WHOLE_MILLI)
+    milli = _milli(value)
+    if milli is None:
+        raise InvalidValue(field, value, _FRACTION_RANGE + _comma(value, _milli))
+    return milli
 
 
 def parse_memory(value: object, field: str = "gpu_memory") -> int:
@@ -66,18 +67,10 @@ def parse_memory(value: object, field: str = "gpu_memory") -> int:
     InvalidValue
         No such amount, or below one MiB.
     """
-    if isinstance(value, bool):
-        raise InvalidValue(field, value, _MEMORY_RANGE)
-    if isinstance(value, int):
-        exact = Fraction(value)
-    else:
-        match = _MEMORY.match(value.strip()) if isinstance(value, str) else None
-        if match is None:
-            raise InvalidValue(field, value, _MEMORY_RANGE)
-        exact = Fraction(match[1]) * _UNITS[match[2].upper()]
-    if exact < MIB or exact > 2**60:
-        raise InvalidValue(field, value, _MEMORY_RANGE)
-    return math.floor(exact / MIB) * MIB
+    amount = _memory_bytes(value)
+    if amount is None:
+        raise InvalidValue(field, value, _MEMORY_RANGE + _comma(value, _memory_bytes))
+    return amount
 
 
 def memory_share_bytes(usable_bytes: int, milli: int) -> int:
@@ -89,6 +82,24 @@ def compute_for_memory_milli(memory_bytes: int, usable_bytes: int) -> int:
     """Return the smallest share, in milli-GPU, whose part of the memory is at least `memory_bytes`."""
     whole_mib = -(-memory_bytes // MIB) * MIB  # a share is rounded down to a MiB, so what is wanted is rounded up
     return max(1, -(-whole_mib * WHOLE_MILLI // usable_bytes))
+
+
+def least_allowed(memory_bytes: int, usable_bytes: int, least_bytes: int) -> str | None:
+    """Return what a part of a GPU must be, in words, where `memory_bytes` of it are too few for a program to start; else None.
+
+    Parameters
+    ----------
+    usable_bytes : int
+        What the GPU has for slices: all of it is never too little.
+    least_bytes : int
+        The least that a slice may have.
+    """
+    least_bytes = min(least_bytes, usable_bytes)
+    if memory_bytes >= least_bytes:
+        return None
+    share = format_share(compute_for_memory_milli(least_bytes, usable_bytes))
+    amount = format_memory(least_bytes) if least_bytes % (GIB // 2) == 0 else f"{-(-least_bytes // MIB)} MiB"  # rounded down it is refused
+    return f"at least {share} of a GPU here, {amount} of its memory: a program's CUDA context alone takes hundreds of MiB"
 
 
 def format_memory(memory_bytes: int) -> str:
@@ -118,6 +129,32 @@ def format_share(milli: int) -> str:
 def _trim(value: Fraction) -> str:
     tenths = math.floor(value * 10)
     return str(tenths // 10) if tenths % 10 == 0 else f"{tenths // 10}.{tenths % 10}"
+
+
+def _milli(value: object) -> int | None:
+    exact = _exact(value)
+    if exact is None or exact <= 0 or exact > 1 or exact * WHOLE_MILLI < 1:
+        return None
+    return math.floor(exact * WHOLE_MILLI)
+
+
+def _memory_bytes(value: object) -> int | None:
+    if isinstance(value, int) and not isinstance(value, bool):
+        exact = Fraction(value)
+    else:
+        match = _MEMORY.match(value.strip()) if isinstance(value, str) else None
+        if match is None:
+            return None
+        exact = Fraction(match[1]) * _UNITS[match[2].upper()]
+    return math.floor(exact / MIB) * MIB if MIB <= exact <= 2**60 else None
+
+
+def _comma(value: object, parse: Callable[[object], int | None]) -> str:
+    """Return what to add to an allowed range where a decimal comma is all that is wrong with `value`."""
+    if not isinstance(value, str) or "," not in value:
+        return ""
+    meant = value.strip().replace(",", ".")
+    return f", with a point in place of the comma: {meant}" if parse(meant) is not None else ""
 
 
 def _exact(value: object) -> Fraction | None:

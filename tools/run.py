@@ -24,6 +24,7 @@ from nbgpu.errors import NbgpuError
 from nbgpu.models import Node
 from nbgpu.paths import AGENT_SOCKET, POOL_SOCKET, runtime_dir
 from nbgpu.quantities import GIB
+from nbgpu.words import counted
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".nbgpu"
@@ -184,9 +185,9 @@ def gpus(node: Node) -> str:
     sizes = sorted({device.memory_bytes for device in node.devices})
     size = " or ".join(f"{size / GIB:.0f} GiB" for size in sizes) + (" each" if count > 1 else "")
     if node.simulated:
-        return f"{count} simulated GPU{'s' if count != 1 else ''}, {size}: no NVIDIA driver on this machine"
+        return f"{counted(count, 'simulated GPU')}, {size}: no NVIDIA driver on this machine"
     models = ", ".join(sorted({device.model for device in node.devices}))
-    return f"{count} GPU{'s' if count != 1 else ''} ({models}), {size}; driver {node.driver_version}"
+    return f"{counted(count, 'GPU')} ({models}), {size}; driver {node.driver_version}"
 
 
 def say(url: str, log: Path) -> None:

@@ -202,8 +202,10 @@ def _add_rest(app: FastAPI, agent: Agent, metrics: Metrics) -> None:
         return [live.usage(agent.settings.backend) for live in list(agent.slices.values())]
 
     @app.get("/v1/events")
-    async def events(after: After = -1, wait_seconds: Seconds = 0) -> list[Event]:  # pyright: ignore[reportUnusedFunction]
-        """Events of all slices above the id `after`; waits for one when there is none."""
+    async def events(after: After = -1, wait_seconds: Seconds = 0, slice_id: SliceId | None = None) -> list[Event]:  # pyright: ignore[reportUnusedFunction]
+        """Events of all slices above the id `after`; waits for one when there is none. With `slice_id` that slice's, at once."""
+        if slice_id is not None:
+            return agent.events.after(after, slice_id)
         return await agent.events.wait(after, wait_seconds)
 
     @app.get("/metrics", response_class=PlainTextResponse)

@@ -19,7 +19,7 @@ from .books import Conflict, check_fits, check_kernel_limit, check_slice, resize
 from .cgroups import Cgroups
 from .events import EventLog, Signal, first_id
 from .live import LiveSlice
-from .native import Native
+from .native import Native, UseRow
 from .probe import overhead_cap_bytes
 from .runtime import SOCKET_PATH_MAX
 from .simulated import Machine
@@ -80,6 +80,8 @@ class Agent:
         self.changed = Signal()
         self.on_slice_added: Callable[[LiveSlice], None] = lambda _: None
         self.on_slice_ended: Callable[[LiveSlice], None] = lambda _: None
+        self.before_reap: Callable[[LiveSlice], None] = lambda _: None
+        """A last look at what processes that are gone have left."""
 
     # ---- life of a slice
 
@@ -204,8 +206,13 @@ class Agent:
     def slice_lost_process(self, live: LiveSlice) -> None:
         """A process of the slice has ended: free its slots, end the slice when it was the last."""
         if live.id in self.slices:
-            live.reap()
+            self.reap(live)
             self.end_if_over(live)
+
+    def reap(self, live: LiveSlice) -> list[UseRow]:
+        """Free the slots of a slice's processes that are gone; return those in use after it."""
+        self.before_reap(live)
+        return live.reap()
 
     def end_if_over(self, live: LiveSlice) -> bool:
         """End a slice whose last process is gone; return whether it ended."""

@@ -118,11 +118,13 @@ class EventLog:
         return event
 
     def after(self, event_id: int, slice_id: str | None = None) -> list[Event]:
-        """Return the events above `event_id`, of one slice or of all, oldest first."""
+        """Return the events above `event_id`, of one slice, ended or not, or of all, oldest first."""
         if event_id >= self._next - 1:
             return []
         if slice_id is not None:
-            return [event for event in self._events.get(slice_id, ()) if event.id > event_id]
+            known = self._events.get(slice_id)
+            of_slice = known if known is not None else (event for event in self._ended if event.slice_id == slice_id)
+            return [event for event in of_slice if event.id > event_id]
         found = [event for events in (*self._events.values(), self._ended) for event in events if event.id > event_id]
         return sorted(found, key=lambda event: event.id)
 

@@ -21,6 +21,7 @@ from nbgpu import logs
 from nbgpu.errors import NbgpuError
 from nbgpu.paths import AGENT_SOCKET, runtime_dir
 from nbgpu.quantities import format_memory, parse_memory
+from nbgpu.words import counted
 
 from . import admin_api, slice_api
 from .agent import Agent, Settings
@@ -31,7 +32,7 @@ from .monitor import Monitor, stop
 from .native import Native
 from .nvml import Nvml, driver_present
 from .probe import context_bytes
-from .runtime import RuntimeLock, StartError, built_libraries, install_libraries, prepare
+from .runtime import RuntimeLock, StartError, built_libraries, install_libraries, prepare, remove_unused
 from .simulated import find_machine
 
 log = logging.getLogger("nbgpu.agent")
@@ -144,6 +145,8 @@ async def _serve(options: Options) -> None:
             await asyncio.to_thread(lock.acquire, options.takeover)
             agent, nvml = await _make(options, runtime)
             await _work(agent, nvml, ended, contextlib.nullcontext(), page)
+            machine = agent.settings.machine
+            remove_unused(runtime, machine.directory if machine is not None else None)
     finally:
         page.close()
     lock.release()
@@ -202,9 +205,10 @@ async def _work(
     admin = Door(agent.settings.runtime / AGENT_SOCKET, admin_app, {}, ADMIN_BOUNDS)
     watch = asyncio.create_task(monitor.run())
     first = next(iter(agent.devices.values()))
-    kind = "simulated GPUs" if agent.settings.simulated else "GPUs"
+    kind = "simulated GPU" if agent.settings.simulated else "GPU"
     usable = format_memory(first.usable_bytes)
-    log.info("ready: %d %s, %s for slices on the first, %d slices, %s", len(agent.devices), kind, usable, len(agent.slices), admin.path)
+    gpus, slices = counted(len(agent.devices), kind), counted(len(agent.slices), "slice")
+    log.info("ready: %s, %s for slices on the first, %s, %s", gpus, usable, slices, admin.path)
     # What was imported stays: the collector need not look through it again and again.
     gc.collect()
     gc.freeze()
@@ -212,7 +216,7 @@ async def _work(
         async with beside:
             await ended.wait()
     finally:
-        log.info("ending; %d slices keep their limits", len(agent.slices))
+        log.info("ending; slices that keep their limits: %d", len(agent.slices))
         await stop(watch)
         agent.end_waits()
         answering = set[asyncio.Task[Any]]().union(*(door.close() for door in (admin, *doors.values())))

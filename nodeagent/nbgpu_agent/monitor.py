@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from nbgpu.quantities import format_memory
+from nbgpu.words import times
 
 from . import layout
 from .agent import Agent, short
@@ -66,6 +67,7 @@ class Monitor:
         """Slices with refusals that no event has told of yet."""
         self._ticks = 0
         self.samples: dict[str, DeviceSample] = {}
+        agent.before_reap = self._look_at_refusals
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -105,7 +107,7 @@ class Monitor:
         if self._confirmed.waits():
             await asyncio.sleep(CONFIRM_SECONDS)
             self.samples = await loop.run_in_executor(self._pool, self._sample)
-            rows_of = {live.id: live.reap() for live in list(agent.slices.values())}
+            rows_of = {live.id: agent.reap(live) for live in list(agent.slices.values())}
             for finding in self._confirmed.pass_again(self._judge(rows_of)):
                 self._report(finding)
         agent.sweep()
@@ -122,7 +124,7 @@ class Monitor:
             agent.touch()
         if self._ticks % DESCENDANTS_TICKS == 0:
             live.learn_descendants()
-        rows = live.reap()
+        rows = agent.reap(live)
         if live.state != "prepared":
             live.tick(wall, rows)
         if self._ticks % SIZE_TICKS == 0:
@@ -273,20 +275,25 @@ class Monitor:
 
     def _look_for_refusals(self) -> None:
         for live in list(self._agent.slices.values()):
-            if live.tenant.refused():
-                self._collect(live, self._memory.setdefault(live.id, SliceMemory()))
-                self._untold.add(live.id)
+            self._look_at_refusals(live)
+        self._untold &= self._agent.slices.keys()
+
+    def _look_at_refusals(self, live: LiveSlice) -> None:
+        """Tell of new refusals: once in `BURST_SECONDS` for each kernel, all of them when the process that the slice was for is gone."""
+        if live.tenant.refused():
+            self._collect(live, self._memory.setdefault(live.id, SliceMemory()))
+            self._untold.add(live.id)
+        if live.id not in self._untold:
+            return
         now = time.monotonic()
-        for slice_id in list(self._untold):
-            live, memory = self._agent.slices.get(slice_id), self._memory.get(slice_id)
-            untold = [burst for burst in memory.bursts.values() if burst.count] if live is not None and memory is not None else []
-            if live is None or not untold:
-                self._untold.discard(slice_id)
-                continue
-            for burst in untold:
-                if burst.row is not None and now - burst.last_event >= BURST_SECONDS:
-                    self._tell_refusal(live, burst.row, burst.count)
-                    burst.count, burst.last_event = 0, now
+        last = live.record.claim is None and live.state != "prepared" and not live.has_root()
+        untold = [burst for burst in self._memory[live.id].bursts.values() if burst.count]
+        for burst in untold:
+            if burst.row is not None and (last or now - burst.last_event >= BURST_SECONDS):
+                self._tell_refusal(live, burst.row, burst.count)
+                burst.count, burst.last_event = 0, now
+        if not untold:
+            self._untold.discard(live.id)
 
     @staticmethod
     def _collect(live: LiveSlice, memory: SliceMemory) -> None:
@@ -335,8 +342,8 @@ class Monitor:
 def refusal_message(kernel_id: str, refused_bytes: int, count: int, which: str, allowed_bytes: int, used_bytes: int) -> str:
     """Return what a person should know of a refusal: who asked for what, whose limit refused, what to do."""
     who = f"Notebook kernel {short(kernel_id)}" if kernel_id else "A program of this server"
-    times = f" ({count} times)" if count > 1 else ""
-    refused = f"{who} was refused {format_memory(refused_bytes)}{times}"
+    often = f" ({times(count)})" if count > 1 else ""
+    refused = f"{who} was refused {format_memory(refused_bytes)}{often}"
     if which == "device":
         return f"{refused}: the GPU itself had no room, though this server's slice has. Try again; if it stays so, tell your administrator."
     limit = "its own limit" if which == "kernel" else "this server's slice"

@@ -99,6 +99,22 @@ class RuntimeLock:
         os.close(self._fd)
 
 
+def remove_unused(runtime: Path, machine: Path | None) -> None:
+    """Where no slice is left, remove what processes of slices map; the next agent makes it again. The lock must be held.
+
+    Parameters
+    ----------
+    machine : Path, optional
+        Directory of the simulated machine.
+    """
+    slices = runtime / "slices"
+    if slices.is_dir() and any(slices.iterdir()):
+        return
+    for directory in (runtime / "lib", machine):
+        if directory is not None:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
 def built_libraries() -> Path:
     """Return where `nodeagent/build.py` puts the compiled libraries."""
     return Path(__file__).parent / "_lib"

@@ -26,6 +26,8 @@ class Machine:
     """For ``NBGPU_SIM_STATE``."""
     libraries: Path
     """Directory of ``libcuda.so.1``, ``libnvidia-ml.so.1`` and ``nvidia-smi``."""
+    directory: Path | None = None
+    """That of the state, where it was made for this machine alone."""
 
 
 def find_machine(runtime: Path, libraries: Path, node: str | None = None) -> Machine:
@@ -55,12 +57,12 @@ def find_machine(runtime: Path, libraries: Path, node: str | None = None) -> Mac
     if before != wanted:
         theirs = _libraries_of(before, libraries)
         if any((runtime / "slices").iterdir()) and theirs is not None:
-            return Machine(directory / "state", theirs)
+            return Machine(directory / "state", theirs, directory)
         shutil.rmtree(directory, ignore_errors=True)  # who has it mapped still keeps it
     if not directory.exists():
         directory.mkdir(mode=0o755)
         made.write_text(wanted)
-    return Machine(directory / "state", ours)
+    return Machine(directory / "state", ours, directory)
 
 
 def _directory(runtime: Path) -> Path:

@@ -19,6 +19,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from nbgpu.models import KernelId, KernelLimit, Model, Slice
+from nbgpu.words import counted
 
 from . import layout
 
@@ -90,7 +91,7 @@ def read_record(directory: Path) -> Record | None:
     try:
         return Record.model_validate_json(text)
     except ValidationError as error:
-        raise ValueError(f"{directory / RECORD}: {error.error_count()} errors, the first: {error.errors()[0]['msg']}") from None
+        raise ValueError(f"{directory / RECORD}: {counted(error.error_count(), 'error')}, the first: {error.errors()[0]['msg']}") from None
 
 
 def create(directory: Path) -> None:

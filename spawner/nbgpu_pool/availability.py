@@ -11,6 +11,7 @@ from nbgpu.models import Availability, AvailabilityQuery, GrantState, Shape
 from . import quotas as quota_rules
 from .books import Entry
 from .core import Core
+from .estimate import Estimate
 from .quotas import Holding
 from .shapes import by_model, want_of
 
@@ -57,6 +58,9 @@ class _Looker:
         parts = by_model(want, core.books.kinds)
         if not core.can_ever(want):
             return Availability(state="impossible", reason=core.impossible(want.model, want.device_count))
+        allowed = core.too_small(want)
+        if allowed is not None:
+            return Availability(state="impossible", reason=f"too small; it must be {allowed}")
         memory = {model: part.memory_bytes for model, part in parts.items()}
         compute = {model: part.compute_milli for model, part in parts.items()}
         cost = core.books.cost(want)
@@ -73,17 +77,18 @@ class _Looker:
             return Availability(state="wait", reason=words, wait_seconds=starts, memory=memory, compute_milli=compute)
         if found is not None:
             return Availability(state="free", reason="free now", memory=memory, compute_milli=compute)
-        seconds = None if ghost.holder else core.forecast_of(want, self.now)
+        wait = None if ghost.holder else core.forecast_of(want, self.now)
+        seconds = wait.seconds if wait is not None else None
         return Availability(
-            state="wait", reason=self._words(ghost.holder, seconds), wait_seconds=seconds, memory=memory, compute_milli=compute
+            state="wait", reason=self._words(ghost.holder, wait), wait_seconds=seconds, memory=memory, compute_milli=compute
         )
 
-    def _words(self, holder: str, seconds: float | None) -> str:
+    def _words(self, holder: str, wait: Estimate | None) -> str:
         if holder:
             return f"in use by your group: {holder} is used up until someone stops"
         words = ["in use"]
-        if seconds is not None:
-            words.append(f"{'perhaps' if self.core.sessions.guessing else 'usually'} free within {rough_time(seconds)}")
+        if wait is not None:
+            words.append(f"{'perhaps' if wait.guessed else 'usually'} free within {rough_time(wait.seconds)}")
         if self.waiting:
             words.append(f"{self.waiting} {'waits' if self.waiting == 1 else 'wait'} before you")
         head, *rest = words

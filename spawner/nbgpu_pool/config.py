@@ -6,6 +6,7 @@ Example
 
     reservation_ttl_seconds: 120
     session_guess_seconds: 3600           # how long servers run here, until enough have ended to know: for estimates
+    smallest_memory: 512 MiB              # less is refused: no program could start in such a slice
     quotas:
       default: {limit: 1}                 # each user, all servers together, in GPUs
       users:
@@ -34,7 +35,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from nbgpu.claims import FOREIGN_HUB
 from nbgpu.errors import InvalidValue, NbgpuError
-from nbgpu.quantities import WHOLE_MILLI, parse_memory
+from nbgpu.quantities import MIB, WHOLE_MILLI, parse_memory
 
 from .auth import Principal, Token
 from .coming import Coming
@@ -199,6 +200,8 @@ class Config(Closed):
     """A queued request that nobody has asked for so long is dropped."""
     session_guess_seconds: Seconds = 3600.0
     """How long a server is taken to run while too few have ended to know: for the estimates of a wait, which then say so."""
+    smallest_memory: Annotated[int, BeforeValidator(_memory)] = 512 * MIB
+    """Least memory of a slice on each of its GPUs: a program's CUDA context takes some hundred MiB of it, by GPU and driver."""
     quotas: QuotaConfig = QuotaConfig()
     queue: QueueConfig = QueueConfig()
     coming: list[ComingConfig] = []
@@ -224,6 +227,7 @@ class Config(Closed):
             reservation_ttl_seconds=self.reservation_ttl_seconds,
             queue_ttl_seconds=self.queue_ttl_seconds,
             session_guess_seconds=self.session_guess_seconds,
+            smallest_bytes=self.smallest_memory,
             queue_total=self.queue.total,
             queue_per_user=self.queue.per_user,
             start_seconds={group.name: group.start_seconds for group in self.coming},

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from nbgpu.errors import NbgpuError, Refused, Unavailable
+from nbgpu.errors import InvalidValue, NbgpuError, Refused, Unavailable
 from nbgpu.models import DeviceBooks, Grant, GrantState, Owner, Request, Shape, Slice
+from nbgpu.words import counted
 
 from . import quotas as quota_rules
 from .books import Books, Entry, adopted
-from .estimate import Sessions, queue_forecast
+from .estimate import Estimate, Kinds, queue_forecast
 from .held import Held
 from .queue import hopeless
-from .shapes import Want, want_of
+from .shapes import Want, memory_field, too_small, want_of
 from .state import Effects, Seen, Settings, Snapshot
 
 STARTING = "The pool is starting: rebuilding the books from what runs. Try again in a few seconds."
@@ -36,7 +37,7 @@ class Core(Held):
         super().__init__()
         self.settings = settings or Settings()
         self.books = Books()
-        self.sessions = Sessions(self.settings.session_guess_seconds)
+        self.sessions = Kinds(self.settings.session_guess_seconds)
         self.ended: OrderedDict[str, Entry] = OrderedDict()
         self.cancelled_early: OrderedDict[str, tuple[str | None, float]] = OrderedDict()
         self.ready = False
@@ -54,10 +55,10 @@ class Core(Held):
         self._snapshot: Snapshot | None = None
         self._effects = Effects()
         self._served: tuple[int, float] = (0, 0.0)
-        self._ghosts: dict[Want, float | None] = {}
+        self._ghosts: dict[Want, Estimate | None] = {}
         self._places: tuple[int, dict[str, int]] = (0, {})
         self._possible: dict[Want, bool] = {}
-        self._forecast: dict[str, float] = {}
+        self._forecast: dict[str, Estimate] = {}
         self._forecast_age = (0, 0)
 
     # -- requests --------------------------------------------------------------------------------------------------
@@ -106,6 +107,10 @@ class Core(Held):
         want = want_of(request)
         if not self.can_ever(want):
             raise Refused(self.impossible(request.model, request.device_count), code="impossible")
+        allowed = self.too_small(want)
+        if allowed is not None:
+            field = memory_field(want)
+            raise InvalidValue(field, getattr(want, field), allowed)
         cost = self.books.cost(want)
         holdings = self.books.holdings(frozenset(self.settings.quotas.groups), of=request.owner)
         if cost is not None:
@@ -114,7 +119,7 @@ class Core(Held):
                 raise Refused(why, code="quota")
         waiting = self.books.waiting()
         if len(waiting) >= self.settings.queue_total:
-            raise Unavailable(f"The queue is full ({len(waiting)} requests wait); try again later.", code="queue-full")
+            raise Unavailable(f"The queue is full ({counted(len(waiting), 'request')} in it); try again later.", code="queue-full")
         mine = sum((one.request.owner.hub, one.request.owner.user) == (request.owner.hub, request.owner.user) for one in waiting)
         if mine >= self.settings.queue_per_user:
             raise Refused(f"You have {mine} requests in the queue already; that is the most one user may have.", code="queue-full")
@@ -127,6 +132,10 @@ class Core(Held):
                 self._possible.clear()
             known = self._possible[want] = not hopeless(self.books, want)
         return known
+
+    def too_small(self, want: Want) -> str | None:
+        """Return what `want` must be where a program could hardly start in it; None where it is enough."""
+        return too_small(want, self.books.kinds, self.settings.smallest_bytes)
 
     def impossible(self, model: str | None, device_count: int) -> str:
         """Return why no device could ever hold a request, in words."""
@@ -302,14 +311,14 @@ class Core(Held):
         """Return a request as the API shows it."""
         queued = entry.state == GrantState.queued
         position = self._position(entry) if queued else None
-        wait_seconds = self.forecast(now).get(entry.slice_id) if queued else None
+        wait = self.forecast(now).get(entry.slice_id) if queued else None
         return Grant(
             request=entry.request,
             state=entry.state,
             slice=None if queued else entry.slice,
             position=position,
-            wait_seconds=wait_seconds,
-            wait_guessed=wait_seconds is not None and self.sessions.guessing,
+            wait_seconds=wait.seconds if wait is not None else None,
+            wait_guessed=wait is not None and wait.guessed,
             expires_seconds=max(0.0, entry.expires - now) if entry.state == GrantState.reserved and entry.expires is not None else None,
             reason=self._why(entry) if queued else entry.reason,
             note=entry.note,
@@ -350,19 +359,20 @@ class Core(Held):
                 memory_granted_bytes=max(0, room.device.usable_bytes - room.free_bytes),
                 compute_granted_milli=min(1000, max(0, 1000 - room.free_milli)),
                 slices=slices[uuid],
+                least_bytes=self.settings.smallest_bytes,
             )
             for uuid, room in self.books.rooms.items()
             if not room.coming
         ]
 
-    def forecast(self, now: float) -> dict[str, float]:
+    def forecast(self, now: float) -> dict[str, Estimate]:
         """Return, by request id, in how many seconds each queued request is likely granted; unknown ones are left out."""
         if not self.connected:
             return {}
         self._refresh(now)
         return self._forecast
 
-    def forecast_of(self, want: Want, now: float) -> float | None:
+    def forecast_of(self, want: Want, now: float) -> Estimate | None:
         """Return in how many seconds `want`, behind all that wait, would likely be granted; None when unknown."""
         self._refresh(now)
         if want not in self._ghosts:
@@ -425,7 +435,7 @@ class Core(Held):
 
     def _end(self, entry: Entry, reason: str, now: float) -> None:
         if entry.was_bound:
-            self.sessions.ended(now - entry.started)
+            self.sessions.ended(entry.request.owner.hub, now - entry.started)
         self.books.take_back(entry, GrantState.gone)
         entry.reason, entry.ended, entry.expires = reason, now, None
         self.books.entries.pop(entry.slice_id, None)

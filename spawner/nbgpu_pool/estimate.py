@@ -8,6 +8,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from nbgpu.models import GrantState
 
@@ -22,8 +23,16 @@ MAX_EVENTS = 300
 MAX_TRIES = 400
 
 
+class Estimate(NamedTuple):
+    """When a request likely gets its place."""
+
+    seconds: float
+    guessed: bool
+    """It rests on a session of a kind of which too few have ended here."""
+
+
 class Sessions:
-    """Lengths of the last sessions, in seconds.
+    """Lengths of the last sessions of one kind, in seconds.
 
     Parameters
     ----------
@@ -58,65 +67,99 @@ class Sessions:
         return self._sorted[first + count // 2] - age_seconds if count else age_seconds
 
 
-def queue_forecast(books: Books, sessions: Sessions, now: float, ghosts: Sequence[Want] = ()) -> dict[str, float]:
+class Kinds:
+    """The sessions of each hub by themselves: how long programs of the command line run says nothing of how long notebooks do.
+
+    Parameters
+    ----------
+    guess_seconds : float
+        As of `Sessions`.
+    """
+
+    def __init__(self, guess_seconds: float = GUESS_SECONDS):
+        self._guess_seconds = guess_seconds
+        self._kinds: dict[str, Sessions] = {}
+        self._unknown = Sessions(guess_seconds)
+
+    def of(self, hub: str) -> Sessions:
+        """Return the sessions of a hub."""
+        return self._kinds.get(hub, self._unknown)
+
+    def ended(self, hub: str, length_seconds: float) -> None:
+        """Note that a session of a hub has ended."""
+        if hub not in self._kinds:
+            self._kinds[hub] = Sessions(self._guess_seconds)
+        self._kinds[hub].ended(length_seconds)
+
+
+Waiting = tuple[str, Want, str]
+"""Who waits, for what, of which hub."""
+End = tuple[float, int, bool, list[tuple[str, Part]]]
+"""When a session ends, a number that tells those of one moment apart, whether that is a guess, what it gives back."""
+
+
+def queue_forecast(books: Books, kinds: Kinds, now: float, ghosts: Sequence[Want] = ()) -> dict[str, Estimate]:
     """Return in how many seconds each queued request, and each of `ghosts` behind them, likely gets its place.
 
     Plays the known sessions to their likely ends, serving the queue in order. Keys: request ids; ``"ghost:<n>"`` for ghosts.
     What is not reached within the bounds of the play is left out.
     """
-    typical = sessions.remaining_seconds(0.0)
     rooms = {uuid: replace(room) for uuid, room in books.rooms.items()}
-    ends: list[tuple[float, int, list[tuple[str, Part]]]] = []
+    ends: list[End] = []
     for number, entry in enumerate(books.entries.values()):
-        if entry.holds and entry.state != GrantState.reserved:
-            left = 0.0 if entry.state == GrantState.releasing else sessions.remaining_seconds(max(0.0, now - entry.started))
-            ends.append((left, number, entry.parts()))
-        elif entry.state == GrantState.reserved:
-            ends.append((typical, number, entry.parts()))
+        if not entry.holds:
+            continue
+        sessions = kinds.of(entry.request.owner.hub)
+        if entry.state == GrantState.releasing:
+            ends.append((0.0, number, False, entry.parts()))
+        else:
+            age = 0.0 if entry.state == GrantState.reserved else max(0.0, now - entry.started)
+            ends.append((sessions.remaining_seconds(age), number, sessions.guessing, entry.parts()))
     heapq.heapify(ends)
-    waiting = [(entry.slice_id, entry.want) for entry in books.waiting()]
-    waiting += [(f"ghost:{number}", want) for number, want in enumerate(ghosts)]
-    return _play(rooms, ends, waiting, typical)
+    waiting: list[Waiting] = [(entry.slice_id, entry.want, entry.request.owner.hub) for entry in books.waiting()]
+    waiting += [(f"ghost:{number}", want, "") for number, want in enumerate(ghosts)]
+    return _play(rooms, ends, waiting, kinds)
 
 
-def _play(
-    rooms: dict[str, Room], ends: list[tuple[float, int, list[tuple[str, Part]]]], waiting: list[tuple[str, Want]], typical: float
-) -> dict[str, float]:
+def _play(rooms: dict[str, Room], ends: list[End], waiting: list[Waiting], kinds: Kinds) -> dict[str, Estimate]:
     nodes: dict[str, list[Room]] = {}
     for room in rooms.values():
         nodes.setdefault(room.device.node, []).append(room)
-    found: dict[str, float] = {}
-    at, tries, number = 0.0, 0, 10**6
+    found: dict[str, Estimate] = {}
+    at, guessed, tries, number = 0.0, False, 0, 10**6
     look = list(rooms.values())
     for _ in range(MAX_EVENTS):
         misfits: set[Want] = set()
-        still: list[tuple[str, Want]] = []
-        for key, want in waiting:
+        still: list[Waiting] = []
+        for key, want, hub in waiting:
             if want in misfits:
-                still.append((key, want))
+                still.append((key, want, hub))
                 continue
             tries += 1
             spot = place(look, want)
             if spot is None:
                 misfits.add(want)
-                still.append((key, want))
+                still.append((key, want, hub))
                 continue
-            found[key] = at
+            found[key] = Estimate(at, guessed)
             if not key.startswith("ghost:"):
                 for room, part in spot:
                     room.take(part)
                 number += 1
-                heapq.heappush(ends, (at + typical, number, [(room.device.uuid, part) for room, part in spot]))
+                lasts = kinds.of(hub)
+                parts = [(room.device.uuid, part) for room, part in spot]
+                heapq.heappush(ends, (at + lasts.remaining_seconds(0.0), number, lasts.guessing, parts))
         waiting = still
         if not waiting or not ends or tries > MAX_TRIES:
             break
+        guessed = guessed or ends[0][2]
         at, freed = _end_next(rooms, ends, at)
         look = [room for node in sorted(freed) for room in nodes[node]]  # what did not fit before can only fit where something came free
-    return {key: float(seconds) for key, seconds in found.items() if math.isfinite(seconds)}
+    return {key: estimate for key, estimate in found.items() if math.isfinite(estimate.seconds)}
 
 
-def _end_next(rooms: dict[str, Room], ends: list[tuple[float, int, list[tuple[str, Part]]]], at: float) -> tuple[float, set[str]]:
-    time, _, parts = heapq.heappop(ends)
+def _end_next(rooms: dict[str, Room], ends: list[End], at: float) -> tuple[float, set[str]]:
+    time, _, _, parts = heapq.heappop(ends)
     freed: set[str] = set()
     for uuid, part in parts:
         if uuid in rooms:

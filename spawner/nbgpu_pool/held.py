@@ -10,7 +10,7 @@ from nbgpu.models import GrantState, Resize, Slice
 
 from .books import Books, Entry, Unplaced, slice_at
 from .queue import Pass
-from .resize import RESIZE_SECONDS, above_quota, grows, must_fit, same_limits, target_of
+from .resize import RESIZE_SECONDS, above_quota, grows, must_fit, must_hold_a_program, same_limits, target_of
 from .shapes import Part, Want
 from .state import Effects, Seen, Settings, Snapshot
 
@@ -67,6 +67,7 @@ class Held(ABC):
         target = target_of(entry, asked, self.books)
         if same_limits(target, entry.wanted or entry.slice) and (entry.wanted is None or entry.wanted_acked):
             return None
+        must_hold_a_program(asked, target, self.books, self.settings.smallest_bytes)
         must_fit(entry, target, self.books, self.settings.quotas)
         return self._tell(entry, target, now, note=None)
 

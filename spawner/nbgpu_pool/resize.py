@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from nbgpu.errors import InvalidValue, NbgpuError, Refused
 from nbgpu.models import Resize, Slice, SliceDevice
-from nbgpu.quantities import MIB, format_memory, memory_share_bytes
+from nbgpu.quantities import MIB, format_memory, least_allowed, memory_share_bytes
 
 from . import quotas as quota_rules
 from .books import Books, Entry
 from .quotas import Holding, Quotas, Tally, format_gpus
-from .shapes import Part
+from .shapes import Part, memory_field
 
 RESIZE_SECONDS = 60.0
 """A growth that the node has not brought in force by then is taken back, so that its room is not kept for nothing."""
@@ -45,6 +45,18 @@ def _part(part: SliceDevice, asked: Resize, books: Books) -> SliceDevice:
     if memory < MIB:
         raise InvalidValue("memory_milli", asked.memory_milli, "at least 1 MiB of memory")
     return part.model_copy(update={"memory_bytes": memory, "compute_milli": asked.compute_milli or part.compute_milli})
+
+
+def must_hold_a_program(asked: Resize, target: Slice, books: Books, least_bytes: int) -> None:
+    """Raise InvalidValue where `asked` leaves less memory than a program needs to start."""
+    if asked.memory_bytes is None and asked.memory_milli is None:
+        return
+    for part in target.devices:
+        device = books.devices.get(part.uuid)
+        allowed = least_allowed(part.memory_bytes, device.usable_bytes, least_bytes) if device is not None else None
+        if allowed is not None:
+            field = memory_field(asked)
+            raise InvalidValue(field, getattr(asked, field), allowed)
 
 
 def must_fit(entry: Entry, target: Slice, books: Books, quotas: Quotas) -> None:

@@ -7,8 +7,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from nbgpu.errors import InvalidValue
-from nbgpu.models import Device, Request, Shape
-from nbgpu.quantities import MIB, compute_for_memory_milli, memory_share_bytes
+from nbgpu.models import Device, Request, Resize, Shape
+from nbgpu.quantities import MIB, compute_for_memory_milli, least_allowed, memory_share_bytes
 
 MAX_DEVICES = 16
 """Most devices that one slice may span (`nbgpu.models.Slice`)."""
@@ -68,6 +68,23 @@ def _resolve(want: Want, model: str, usable_bytes: int) -> Part | None:
         return Part(memory, want.compute_milli or compute_for_memory_milli(memory, usable_bytes))
     share = want.memory_milli or want.compute_milli or 0
     return Part(memory_share_bytes(usable_bytes, share), want.compute_milli or share)
+
+
+def too_small(want: Want, devices: Iterable[Device], least_bytes: int) -> str | None:
+    """Return what `want` must be where its part of some device, even one, would be less than `least_bytes`; None where it is enough.
+
+    Of the smallest device that it could be placed on: it goes wherever there is room.
+    """
+    parts = [(device.usable_bytes, part) for device in devices if (part := resolve(want, device)) is not None]
+    if not parts:
+        return None
+    usable, part = min(parts)
+    return least_allowed(part.memory_bytes, usable, least_bytes)
+
+
+def memory_field(asked: Want | Resize) -> str:
+    """Return the name of the input that says how much memory there shall be."""
+    return next((name for name in ("memory_bytes", "memory_milli") if getattr(asked, name) is not None), "compute_milli")
 
 
 def by_model(want: Want, devices: Iterable[Device]) -> dict[str, Part]:

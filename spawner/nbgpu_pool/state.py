@@ -26,6 +26,8 @@ class Settings:
     """A queued request that nobody has asked for so long is dropped."""
     session_guess_seconds: float = GUESS_SECONDS
     """How long a session is taken to last until enough have ended."""
+    smallest_bytes: int = 0
+    """Least memory of a slice."""
     queue_total: int = 1000
     queue_per_user: int = 10
     policy: Policy = DEFAULT_POLICY

@@ -255,7 +255,7 @@ def _largest_free(books: list[DeviceBooks]) -> str:
     ]
     free = [(memory, milli) for memory, milli in free if memory > 0 and milli > 0]
     if not free:
-        return "No GPU has room now. You can start it and wait in line." if books else "Say how much you need"
+        return "No GPU has room now. You can start it and wait in line." if books else "Nobody knows now what is free"
     memory, milli = max(free)
     return f"The most that is free on one GPU now: {format_memory(memory)} and {_share(milli)} of its time"
 

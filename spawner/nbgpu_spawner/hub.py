@@ -35,6 +35,7 @@ def setup(
     embedded: bool | None = None,
     profiles: Any = None,
     quotas: Mapping[str, Any] | None = None,
+    pool_config: Mapping[str, Any] | None = None,
     runtime: str | os.PathLike[str] | None = None,
     pool_url: str = "",
     pool_token: str = "",
@@ -48,10 +49,13 @@ def setup(
     embedded : bool, optional
         Start the node agent and the pool as services of this hub. By default: yes, unless `pool_url` is given.
     profiles : list, dict or callable, optional
-        What the start page offers, in the format of KubeSpawner's `profile_list`. By default CPU only, 1/8, 1/4, 1/2, 1, custom.
+        What the start page offers, in the format of KubeSpawner's `profile_list`. By default CPU only, 1/8, 1/4, 1/2, 1, custom;
+        a new user begins with CPU only, or with ``c.GPUSliceMixin.gpu_fraction``.
     quotas : mapping, optional
         The pool's quotas, as in its configuration: ``{"default": {"limit": 1}, "groups": {"students": {"per_user": "1/4"}}}``.
         Only where the pool is embedded.
+    pool_config : mapping, optional
+        What else the pool's configuration has, such as ``{"smallest_memory": "1 GiB"}``. Only where the pool is embedded.
     runtime : path, optional
         Directory of sockets and slices, where it is not the usual one.
     pool_url, pool_token : str
@@ -76,9 +80,11 @@ def setup(
         c.GPUSliceMixin.pool_socket = str(directory / POOL_SOCKET)
     _extend(c.JupyterHub, "extra_handlers", HANDLERS)
     if embedded:
-        _extend(c.JupyterHub, "services", services(directory, quotas))
-    elif quotas is not None:
-        raise ValueError("nbgpu: quotas are the pool's; set them where that pool is configured, or start it here with embedded=True")
+        _extend(c.JupyterHub, "services", services(directory, quotas, pool_config))
+    elif quotas is not None or pool_config is not None:
+        raise ValueError(
+            "nbgpu: quotas and pool_config are the pool's: set them where it is configured, or start it here with embedded=True"
+        )
 
 
 def gpu_spawner_class(configured: Any) -> type:
@@ -118,7 +124,9 @@ def _named_class(name: str) -> type:
     return found[0].load()
 
 
-def services(directory: Path, quotas: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+def services(
+    directory: Path, quotas: Mapping[str, Any] | None = None, pool_config: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
     """Return the hub's services for one machine: the node agent, and the pool that speaks to it. Writes the pool's configuration."""
     directory.mkdir(mode=0o755, parents=True, exist_ok=True)
     # a hub that was killed leaves its services running: the new hub's take their place
@@ -126,9 +134,9 @@ def services(directory: Path, quotas: Mapping[str, Any] | None = None) -> list[d
     kept = [sys.executable, "-m", "nbgpu.keep", sys.executable, "-m"]
     agent = [*kept, "nbgpu_agent", *common]
     pool = [*kept, "nbgpu_pool", *common]
-    if quotas is not None:
+    if quotas is not None or pool_config is not None:
         settings = directory / "pool.json"
-        settings.write_text(json.dumps({"quotas": quotas}, indent=2))
+        settings.write_text(json.dumps({**(pool_config or {}), **({"quotas": quotas} if quotas is not None else {})}, indent=2))
         pool += ["--config", str(settings)]
     environment = {name: value for name, value in os.environ.items() if name in _PASSED_ON or name.startswith("NBGPU_")}
     environment["NBGPU_RUNTIME_DIR"] = str(directory)

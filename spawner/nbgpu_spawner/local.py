@@ -49,7 +49,7 @@ class LocalGPUMixin(GPUSliceMixin):
 
     @default("profile_list")
     def _default_profile_list(self) -> list[Profile]:
-        return default_profiles()
+        return default_profiles(self._gpu_configured)
 
     gpu_login_terminals = Bool(
         False,

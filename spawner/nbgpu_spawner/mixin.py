@@ -71,6 +71,7 @@ class GPUSliceMixin(_Spawner):
         allow_none=True,
         config=True,
         help="""Share of one GPU, of its memory and of its compute time: 0.25, "1/4" or "25%". None: no GPU, unless `gpu_memory` is set.
+        Where no profiles are set, a user's first start page begins with it; later ones begin with the user's last choice.
 
         For example::
 
@@ -166,7 +167,7 @@ class GPUSliceMixin(_Spawner):
         if wish is not None:
             with suppress(PoolUnavailable, asyncio.TimeoutError):  # then the start says so
                 books = await asyncio.wait_for(self.pool.devices(), 2)
-                check_against(wish, [book.device for book in books])
+                check_against(wish, [book.device for book in books], max((book.least_bytes for book in books), default=0))
         return profile
 
     def _others_read_options(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from nbgpu.errors import InvalidValue
 from nbgpu.models import Device, Mode, Owner, Request, Shape
-from nbgpu.quantities import format_memory, format_share, parse_fraction, parse_memory
+from nbgpu.quantities import format_memory, format_share, least_allowed, memory_share_bytes, parse_fraction, parse_memory
 
 FIELDS = ("gpu_fraction", "gpu_memory", "gpu_compute", "gpu_count", "gpu_model", "gpu_mode")
 """The spawner's traits that say how much GPU a server gets; also the names in ``user_options`` of a custom choice."""
@@ -89,7 +89,7 @@ def wish_from(values: Mapping[str, Any]) -> Wish | None:
     return Wish(shape=shape, mode=mode, asked=asked)
 
 
-def check_against(wish: Wish, devices: Iterable[Device]) -> None:
+def check_against(wish: Wish, devices: Iterable[Device], least_bytes: int = 0) -> None:
     """Refuse what no machine of the pool could ever hold.
 
     Parameters
@@ -98,6 +98,8 @@ def check_against(wish: Wish, devices: Iterable[Device]) -> None:
         What is asked for.
     devices : iterable of Device
         All devices of the pool; none known means nothing can be said.
+    least_bytes : int
+        The least memory that a slice may have.
 
     Raises
     ------
@@ -117,6 +119,12 @@ def check_against(wish: Wish, devices: Iterable[Device]) -> None:
         most = max(device.usable_bytes for device in known)
         if shape.memory_bytes > most:
             raise wrong("gpu_memory", wish.asked.get("gpu_memory"), f"at most {format_memory(most)}, what one GPU has")
+    smallest = min(device.usable_bytes for device in known if device.usable_bytes >= (shape.memory_bytes or 0))
+    part = shape.memory_bytes or memory_share_bytes(smallest, shape.memory_milli or shape.compute_milli or 0)
+    allowed = least_allowed(part, smallest, least_bytes)
+    if allowed is not None:
+        field = next(name for name in ("gpu_memory", "gpu_fraction", "gpu_compute") if name in wish.asked)
+        raise wrong(field, wish.asked[field], allowed)
     nodes = [device.node for device in known if device.usable_bytes >= (shape.memory_bytes or 0)]
     most = max(nodes.count(node) for node in nodes)
     if shape.device_count > most:

@@ -16,18 +16,42 @@ from .options import FIELDS, LABELS, Wish, wish_from, wrong
 
 Profile = dict[str, Any]
 OVERRIDE = "kubespawner_override"
+AMOUNTS = ("gpu_fraction", "gpu_memory", "gpu_compute")
 UNLISTED = "--unlisted-choice"
 
 
-def default_profiles() -> list[Profile]:
-    """Return the profiles of an installation whose admin set none."""
+def default_profiles(configured: Mapping[str, Any] | None = None) -> list[Profile]:
+    """Return the profiles of an installation whose admin set none.
+
+    Parameters
+    ----------
+    configured : mapping, optional
+        The spawner's own `options.FIELDS`. The amount that they name is chosen at a user's first visit; without one it is CPU only.
+    """
+    usual = {name: value for name in AMOUNTS if (value := (configured or {}).get(name)) is not None}
     shares = [("eighth", "One eighth of a GPU", "1/8"), ("quarter", "A quarter of a GPU", "1/4"), ("half", "Half a GPU", "1/2")]
-    return [
-        {"slug": "cpu", "display_name": "CPU only", "description": "No GPU.", "default": True, OVERRIDE: {"gpu_fraction": None}},
+    found: list[Profile] = [
+        {"slug": "cpu", "display_name": "CPU only", "description": "No GPU.", OVERRIDE: {}},
         *({"slug": slug, "display_name": name, OVERRIDE: {"gpu_fraction": share}} for slug, name, share in shares),
         {"slug": "whole", "display_name": "A whole GPU", OVERRIDE: {"gpu_fraction": 1}},
-        {"slug": "custom", "display_name": "Custom", "description": "Say how much you need.", "gpu_custom": True},
+        {"slug": "custom", "display_name": "Custom", "description": "Say how much you need.", "gpu_custom": True, OVERRIDE: {}},
     ]
+    for profile in found:  # each says all of the amount, or what is configured would be mixed in
+        profile[OVERRIDE] = {**dict.fromkeys(AMOUNTS), **profile[OVERRIDE]}
+    first = next((profile for profile in found if not profile.get("gpu_custom") and _same_amount(profile[OVERRIDE], usual)), None)
+    if first is None:
+        first = {"slug": "usual", "display_name": "The usual share", OVERRIDE: {}}
+        found.insert(1, first)
+    first["default"] = True
+    return found
+
+
+def _same_amount(override: Mapping[str, Any], usual: Mapping[str, Any]) -> bool:
+    """Return whether a profile stands for what is configured; what is configured wrongly is like no other."""
+    try:
+        return wish_from(override) == wish_from(usual)
+    except InvalidValue:
+        return False
 
 
 def initialise(profile_list: Any) -> list[Profile]:
@@ -136,7 +160,7 @@ def custom_fields(profile: Profile | None, options: Mapping[str, Any]) -> dict[s
     if profile is not None and not profile.get("gpu_custom"):
         return {}
     given = {name: options[name] for name in FIELDS if options.get(name) not in (None, "")}
-    if profile is not None and not any(name in given for name in ("gpu_fraction", "gpu_memory", "gpu_compute")):
+    if profile is not None and not any(name in given for name in AMOUNTS):
         allowed = f"a fraction of one GPU such as 0.25, 1/4 or 25%, unless {LABELS['gpu_memory']} says an amount such as 20 GiB"
         raise wrong("gpu_fraction", "", allowed)
     return given

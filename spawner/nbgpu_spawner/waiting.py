@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from nbgpu.models import Grant
+from nbgpu.words import counted
 
 from .options import Wish
 
@@ -61,9 +62,10 @@ def in_line(wish: Wish, grant: Grant, leave_url: str) -> tuple[str, str]:
     text = f"Waiting for {wish}: {place}, {about(grant.wait_seconds, grant.wait_guessed)}."
     if grant.reason:
         text += f" {grant.reason[:1].upper()}{grant.reason[1:].rstrip('.')}."
-    # The page puts each event into its log too: the button is of use only outside. The token is filled in by the page that shows it.
+    # The page puts each event into its log too: the button is of use only outside. JupyterHub 6's own "Stop Server" would end the wait as
+    # well, of a named server another one: it is back when the wait is over. The token is filled in by the page that shows it.
     html = (
-        "<style>#progress-log .nbgpu-leave{display:none}</style>"
+        "<style>#progress-log .nbgpu-leave,body:has(#progress-message .nbgpu-leave) #stop-server-btn{display:none}</style>"
         f"<span>{escape(text)}</span>"
         f'<form class="nbgpu-leave mt-2" method="post" action="{escape(leave_url)}"'
         " onsubmit=\"this.elements['_xsrf'].value=(window.jhdata||{}).xsrf_token||''\">"
@@ -90,7 +92,7 @@ def about(seconds: float | None, guessed: bool = False) -> str:
     if seconds < 45:
         said = "less than a minute"
     elif minutes < 90:
-        said = f"about {minutes} minute{'s' if minutes != 1 else ''}"
+        said = f"about {counted(minutes, 'minute')}"
     else:
         said = f"about {round(minutes / 60)} hours"
     return f"{said} (a guess: too few servers have ended here to know)" if guessed else said
@@ -99,7 +101,7 @@ def about(seconds: float | None, guessed: bool = False) -> str:
 def duration(seconds: float) -> str:
     """Return a time span in words."""
     if seconds < 120:
-        return f"{round(seconds)} seconds"
+        return counted(round(seconds), "second")
     return f"{round(seconds / 60)} minutes"
 
 

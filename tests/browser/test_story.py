@@ -70,7 +70,7 @@ def test_a_notebook_with_a_quarter(chromium: Browser, hub: Hub) -> None:
     menu(ada, "File", "Save Notebook")
     saved = hub.runtime.parent / "homes" / "ada" / "fractions.ipynb"
     wait_for("the notebook is saved with its outputs", lambda: "GiB free\\n" in saved.read_text().split("Give it back")[-1])
-    for text in ("CUDA driver: 19.50 GiB", "NVML: 19.50 GiB", "19968MiB", "CUDA_ERROR_OUT_OF_MEMORY"):
+    for text in ("CUDA driver: 19.5 GiB", "NVML: 19.5 GiB", "19968MiB", "CUDA_ERROR_OUT_OF_MEMORY"):
         assert saved.read_text().count(text) == 1, text
     run_cell(ada, "nbgpu.SliceMonitor()")
     monitor = ada.locator(f"{CELLS} .jp-OutputArea-output").last
@@ -98,10 +98,10 @@ def test_a_notebook_with_a_quarter(chromium: Browser, hub: Hub) -> None:
     ada.wait_for_timeout(1200)  # a notice slides in; let the picture be still
     shot(ada, "4-second-notebook-at-its-limit")
     ada.locator(".lm-TabBar-tabLabel").filter(has_text="fractions.ipynb").click()
-    assert "SUCCESS" in run_cell(ada, "print(driver.cuMemAlloc(10 * GIB)[0].name)")
+    assert "SUCCESS" in run_cell(ada, "print(driver.cuMemAlloc(10 * 1024**3)[0].name)")
 
     # the second kernel is killed while it allocates: what it held is free for the first within a second
-    assert "OUT_OF_MEMORY" in run_cell(ada, "print(driver.cuMemAlloc(6 * GIB)[0].name)")
+    assert "OUT_OF_MEMORY" in run_cell(ada, "print(driver.cuMemAlloc(6 * 1024**3)[0].name)")
     without_notices(ada)
     ada.locator(".lm-TabBar-tabLabel").filter(has_text="Untitled.ipynb").click()
     run_cell(ada, "import os, threading\nthreading.Timer(1, os.kill, (os.getpid(), 9)).start()\nwhile True: gib(0.001)", waits=False)
@@ -109,7 +109,7 @@ def test_a_notebook_with_a_quarter(chromium: Browser, hub: Hub) -> None:
     expect(second).to_contain_text("\N{EN DASH}")
     without_notices(ada)
     ada.locator(".lm-TabBar-tabLabel").filter(has_text="fractions.ipynb").click()
-    assert "SUCCESS" in run_cell(ada, "print(driver.cuMemAlloc(6 * GIB)[0].name)")
+    assert "SUCCESS" in run_cell(ada, "print(driver.cuMemAlloc(6 * 1024**3)[0].name)")
     shot(ada, "5-after-the-kill")
     assert holders(hub) == {"ada"}
     stop(ada, hub)
@@ -118,6 +118,7 @@ def test_a_notebook_with_a_quarter(chromium: Browser, hub: Hub) -> None:
 def test_a_refused_value_can_be_mended(chromium: Browser, hub: Hub) -> None:
     """It comes back once, with the message at its field; a fresh page knows nothing of it."""
     mary = log_in(chromium, hub, "mary")
+    expect(mary.locator(".nbgpu-row[data-slug=quarter] input[type=radio]")).to_be_checked()  # what this hub's configuration begins with
     custom = mary.locator(".nbgpu-row[data-slug=custom]")
     share = custom.get_by_label("Share of a GPU")
     share.fill("7/2")
@@ -125,6 +126,7 @@ def test_a_refused_value_can_be_mended(chromium: Browser, hub: Hub) -> None:
     expect(custom.locator(".invalid-feedback")).to_contain_text(
         "Share of a GPU is '7/2'; it must be a fraction of one GPU above 0 and up to 1"
     )
+    expect(mary.get_by_text("Share of a GPU is '7/2'").locator("visible=true")).to_have_count(1)
     expect(share).to_have_value("7/2")
     expect(custom.locator("input[type=radio]")).to_be_checked()
     share.scroll_into_view_if_needed()
@@ -194,6 +196,7 @@ def test_the_queue(chromium: Browser, hub: Hub) -> None:
     progress = lin.locator("#progress-message")
     expect(progress).to_contain_text(re.compile(r"an eighth of a GPU: 1st in line, about \d+ minutes \(a guess: too few servers"))
     shot(lin, "7-in-the-queue")
+    expect(lin.locator("#stop-server-btn")).to_be_hidden()  # JupyterHub 6's "Stop Server" would do the same, or end another server
     lin.locator("form.nbgpu-leave button:visible").first.click()
     wait_for("lin has left the queue", lambda: not waiting(hub))
     shot(lin, "8-left-the-queue")
@@ -201,6 +204,8 @@ def test_the_queue(chromium: Browser, hub: Hub) -> None:
     lin.goto(hub.url + "/hub/spawn")
     start(lin, "eighth")
     expect(progress).to_contain_text(re.compile("1st|next", re.IGNORECASE))
+    progress.evaluate("one => one.textContent = 'Got it.'")
+    expect(lin.locator("#stop-server-btn")).to_be_visible()  # the control: only while one waits
     stop(pages["barbara"], hub)
     lin.wait_for_url(re.compile(r".*/user/lin/.*"), timeout=120 * SECOND)
     wait_for("lin has barbara's place", lambda: holders(hub) == {"grace", "edsger", "lin"})

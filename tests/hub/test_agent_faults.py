@@ -64,11 +64,36 @@ def test_open_questions_get_a_clean_answer_when_it_ends(agent: AgentProcess, pat
     assert "Traceback" not in agent.log.read_text()
 
 
+def test_an_agent_that_ends_leaves_only_what_is_of_use(agent: AgentProcess) -> None:
+    """Libraries and machine stay while a slice has them mapped, and go with the agent that has none."""
+    del agent.env["NBGPU_SIM_STATE"]
+    directory, libraries = _directory(agent.runtime), agent.runtime / "lib"
+    try:
+        agent.start()
+        launch = agent.put(wanted := agent.slice(250))
+        process = subprocess.Popen(["sleep", "60"], env={**os.environ, **launch.env})
+        agent.adopt(wanted.slice_id, process.pid)
+        agent.stop()
+        assert directory.exists(), "control: a slice lives"
+        assert any(libraries.iterdir())
+        agent.start()
+        process.kill()
+        process.wait()
+        until(lambda: not agent.slices(), 2, "the end of the slice")
+        agent.stop()
+        assert not directory.exists()
+        assert {path.name for path in agent.runtime.iterdir()} == {"agent.lock", "agent.log", "probe.json", "slices"}
+        agent.start()
+        assert agent.put(agent.slice(250)), "the next one makes them again"
+    finally:
+        subprocess.run(["rm", "-rf", str(directory)], check=True)
+
+
 def test_a_machine_of_another_version_is_never_met(agent: AgentProcess) -> None:
     del agent.env["NBGPU_SIM_STATE"]
     directory = _directory(agent.runtime)
     try:
-        agent.start().stop()
+        agent.start().kill()
         state, made = directory / "state", directory / MADE_WITH
         good, ours = state.read_bytes(), made.read_text()
         libraries = ours.partition("\n")[0].removeprefix("libraries=")
@@ -78,7 +103,7 @@ def test_a_machine_of_another_version_is_never_met(agent: AgentProcess) -> None:
         agent.start()
         assert state.stat().st_size == len(good)
         assert made.read_text() == ours
-        agent.stop()
+        agent.kill()
         # the control: were it taken for its own, it could not start, and says why
         state.write_bytes(good[:-4096])
         done = subprocess.run(agent.command(), env=agent.env, capture_output=True, text=True, timeout=30, check=False)

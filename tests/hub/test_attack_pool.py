@@ -121,7 +121,7 @@ def nothing_left(place: Place) -> Iterator[None]:
 def body_of(path: str, hub: str, request_id: str) -> object:
     """Return a body that the route takes."""
     owner = {"hub": hub, "user": "ada"}
-    request = {"request_id": request_id, "owner": owner, "compute_milli": 1}
+    request = {"request_id": request_id, "owner": owner, "compute_milli": 10}
     return {
         "/v1/requests": request,
         "/v1/launches": {"request": request},
@@ -217,7 +217,7 @@ def test_no_token_is_ever_shown(place: Place) -> None:
                 answers += [answer.text, str(answer.headers)]
         for body in (
             {"token": token},
-            {"request_id": uuid4().hex, "owner": {"hub": "hub-a", "user": "ada", "token": token}, "compute_milli": 1},
+            {"request_id": uuid4().hex, "owner": {"hub": "hub-a", "user": "ada", "token": token}, "compute_milli": 10},
             {"request_id": uuid4().hex, "owner": {"hub": "hub-a", "user": "ada"}, "compute_milli": token},
             [token],
         ):
@@ -248,12 +248,12 @@ BOMBS: list[tuple[str, bytes, set[int]]] = [
     ("a huge key", b'{"' + b"k" * 1_000_000 + b'":1}', {400}),
     (
         "a huge key more",
-        b'{"request_id":"aaaaaaaa","owner":{"hub":"hub-a","user":"u"},"compute_milli":1,"' + b"k" * 1_000_000 + b'":1}',
+        b'{"request_id":"aaaaaaaa","owner":{"hub":"hub-a","user":"u"},"compute_milli":10,"' + b"k" * 1_000_000 + b'":1}',
         {400},
     ),
-    ("a huge user", b'{"request_id":"aaaaaaaa","owner":{"hub":"hub-a","user":"' + b"u" * 1_000_000 + b'"},"compute_milli":1}', {400}),
+    ("a huge user", b'{"request_id":"aaaaaaaa","owner":{"hub":"hub-a","user":"' + b"u" * 1_000_000 + b'"},"compute_milli":10}', {400}),
     ("100,000 groups", b'{"request_id":"aaaaaaaa","owner":{"hub":"hub-a","user":"u"},"groups":[' + b'"g",' * 100_000 + b'"g"]}', {400}),
-    ("half a surrogate", b'{"request_id":"aaaaaaaa","owner":{"hub":"hub-a","user":"\\ud800"},"compute_milli":1}', {400}),
+    ("half a surrogate", b'{"request_id":"aaaaaaaa","owner":{"hub":"hub-a","user":"\\ud800"},"compute_milli":10}', {400}),
     ("no UTF-8", b'{"request_id":"\xff\xfe"}', {400}),
     ("UTF-16", '{"request_id":"aaaaaaaa"}'.encode("utf-16"), {400}),
     ("nothing", b"", {400}),
@@ -324,7 +324,7 @@ def test_no_answer_waits_for_an_acknowledgement(place: Place) -> None:
 def test_twice_the_same_key_is_one_word(place: Place) -> None:
     """The last one counts, for the check of the hub as for what is done: there is one reader only."""
     made = uuid4().hex
-    text = f'{{"request_id":"{made}","owner":{{"hub":"hub-b","user":"u"}},"owner":{{"hub":"hub-a","user":"u"}},"compute_milli":1}}'
+    text = f'{{"request_id":"{made}","owner":{{"hub":"hub-b","user":"u"}},"owner":{{"hub":"hub-a","user":"u"}},"compute_milli":10}}'
     said = {"Content-Type": "application/json"}
     turned = text.replace("hub-b", "hub-?").replace("hub-a", "hub-b").replace("hub-?", "hub-a")
     assert place.ask("POST", "/v1/requests", TOKENS["hub"], content=turned, headers=said)[0] == 403

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from nbgpu.cli_serve import is_served
 from nbgpu.client import AgentClient, PoolClient
 from nbgpu.quantities import GIB, MIB, memory_share_bytes
 
@@ -135,6 +137,45 @@ def test_the_program_sees_its_slice_and_its_exit_status_is_its_own(place: Place)
     until(lambda: place.pool.devices()[0].memory_granted_bytes == 0, "the pool's books are empty")
 
 
+ASK_FOR = """
+import ctypes, os, sys
+cuda, context, block = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(), ctypes.c_uint64()
+assert not cuda.cuInit(0) and not cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) and not cuda.cuCtxSetCurrent(context)
+code = cuda.cuMemAlloc_v2(ctypes.byref(block), ctypes.c_size_t(int(sys.argv[1]) << 30))
+sys.stdout.write(f"{code}\\n")
+sys.stdout.flush()
+eval(sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize(("end", "status"), [("os._exit(7)", 7), ("sys.exit(0)", 0), ("os.kill(os.getpid(), 15)", -15)])
+@pytest.mark.parametrize("through", [[], ["sh", "-c", '"$@" || exit $?', "sh"]])
+def test_what_a_program_was_refused_is_said_when_it_has_ended(place: Place, through: list[str], end: str, status: int) -> None:
+    """However short it lived; and only then."""
+    program = [*through, sys.executable, "-c", ASK_FOR]
+    done = place.call("run", "--gpu", "1/4", "--", *program, "30", end)
+    assert done.stdout == f"{OUT_OF_MEMORY}\n"
+    lines = [line for line in done.stderr.splitlines() if line.startswith("nbgpu: ")]
+    assert lines[1:] == [
+        "nbgpu: The program was refused 30 GiB: its slice of 19.5 GiB has 19.2 GiB left. Free some or restart with a larger fraction."
+    ]
+    expected = status if not through or status >= 0 else 128 - status
+    assert done.returncode == expected
+    fits = place.call("run", "--gpu", "1/4", "--", *program, "3", end)
+    assert (fits.stdout, fits.returncode) == ("0\n", expected)
+    assert "refused" not in fits.stderr, "control"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_reaches_the_program(place: Place, number: signal.Signals) -> None:
+    catch = f"import signal, sys; signal.signal({int(number)}, lambda *_: sys.exit(9)); print('ready', flush=True); signal.pause()"
+    process = place.start("run", "--gpu", "1/4", "--", sys.executable, "-c", catch)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    assert process.wait(SECONDS) == 9
+
+
 def test_control_without_nbgpu_run_the_program_sees_the_whole_device(place: Place) -> None:
     env = place.env | {"LD_LIBRARY_PATH": str(SIM)}
     asked = f"total\nalloc {memory_share_bytes(usable(place), 250) + MIB}\nexit 0\n"
@@ -183,6 +224,8 @@ def test_no_wait_refuses(place: Place) -> None:
 
 
 def test_more_than_there_is_is_refused_in_one_line(place: Place) -> None:
+    done = place.call("run", "--gpu", "0.3%", "--", "true")
+    assert (done.returncode, done.stderr.partition(", ")[0]) == (1, "nbgpu: --gpu: it must be at least 0.7 % of a GPU here")
     for options in (["--memory", "500GiB"], ["--gpu", "1/4", "--count", "9"], ["--gpu", "1/4", "--model", "None of these"]):
         done = place.call("run", *options, "--", "true")
         assert done.returncode == 1, options
@@ -281,6 +324,33 @@ def test_serve_starts_again_what_was_killed(place: Place) -> None:
     until(place.agent.healthy, "the agent is back")
     assert [known.slice.devices[0].compute_milli for known in place.agent.slices().slices] == [250]
     assert ask(program, f"alloc {memory_share_bytes(usable(place), 250)}") == str(OUT_OF_MEMORY)
+
+
+def test_doctor_ends_what_it_started() -> None:
+    with tempfile.TemporaryDirectory(prefix="nbgpu-cli-", dir="/tmp") as name:
+        state = Path("/dev/shm") / Path(name).name
+        place = Place(Path(name), state)
+        place.env["NBGPU_IDLE_SECONDS"] = "60"
+        try:
+            checks = {check["name"]: check for check in json.loads(place.call("doctor", "--json").stdout)["checks"]}
+            assert (checks["limits"]["level"], checks["limiter version"]["level"]) == ("ok", "ok"), "a slice was tried"
+            assert (place.agent.healthy(), place.pool.healthy()) == (False, False)
+            assert not is_served(Path(name))
+            assert place.call("run", "--gpu", "1/4", "--", "true").returncode == 0
+            assert place.call("doctor", "--json").returncode == 0
+            assert (place.agent.healthy(), place.pool.healthy()) == (True, True), "control: what another has started goes on"
+        finally:
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                os.kill(server_of(Path(name)), signal.SIGTERM)
+            until(lambda: not is_served(Path(name)), "it has ended")
+            place.end()
+            state.unlink(missing_ok=True)
+
+
+def server_of(runtime: Path) -> int:
+    """Return the parent of the agent: `nbgpu serve`."""
+    agent = (runtime / "agent.lock").read_text().split()[0]
+    return int(Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def test_on_demand_it_starts_alone_and_ends_when_idle() -> None:

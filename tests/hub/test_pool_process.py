@@ -233,7 +233,7 @@ def test_no_input_makes_it_fail(address: str) -> None:
             case.body["owner"]["hub"] = "hub"
             if "request_id" in case.body and mode is GenerationMode.POSITIVE:
                 # Nearly all that is made up is more than the devices have.
-                case.body.update(model=None, memory_bytes=None, device_count=1, compute_milli=1)
+                case.body.update(model=None, memory_bytes=None, memory_milli=None, device_count=1, compute_milli=10)
         if known and "request_id" in case.path_parameters and sum(statuses.values()) % 3:
             case.path_parameters["request_id"] = known[sum(statuses.values()) % len(known)]
         response = case.call(headers=headers)

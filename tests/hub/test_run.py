@@ -20,6 +20,7 @@ from hub_process import ROOT, Browser, proxy_command, until
 from ports import free_port
 
 from nbgpu.client import AgentClient
+from nbgpu_agent.simulated import _directory  # pyright: ignore[reportPrivateUsage]
 
 LIB = ROOT / "nodeagent" / "nbgpu_agent" / "_lib"
 pytestmark = [
@@ -110,6 +111,8 @@ def test_it_says_how_to_log_in_and_ends_all_that_it_started(place: Path) -> None
         start_server(first, password)
         agent = AgentClient(place / "run" / "agent.sock", 10)
         until(lambda: any(one.state == "running" for one in agent.slices().slices), 60, "ada's server runs in its slice")
+        simulated_machine = _directory(place / "run")
+        assert simulated_machine.exists() == ("simulated" in first.text), "control"
         kinds = " ".join(first.left().values())
         for part in ("tools/run.py", "-m jupyterhub", "configurable-http-proxy", "nbgpu_agent", "nbgpu_pool", "singleuser"):
             assert part in kinds, f"control: {part} runs now"
@@ -122,6 +125,8 @@ def test_it_says_how_to_log_in_and_ends_all_that_it_started(place: Path) -> None
         until(lambda: "All stopped." in first.text, 5, f"it says that all has ended: {first.text[-500:]}")
         assert first.left() == {}
         assert list((place / "run" / "slices").iterdir()) == [], "no slice is left"
+        assert not (place / "run" / "lib").exists(), "nor what its programs map"
+        assert not simulated_machine.exists()
 
         again = Running(place, port)
         try:

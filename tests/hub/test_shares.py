@@ -84,9 +84,10 @@ class SharedGPU:
     def shares(self) -> list[float]:
         """Return each program's part of the device's time, in percent, over `SECONDS`."""
         time.sleep(1)  # the first turns
-        before = [self._busy(program.pid) for program in self.programs]
+        pids = [pid_of(program) for program in self.programs]
+        before = [self._busy(pid) for pid in pids]
         time.sleep(SECONDS)
-        after = [self._busy(program.pid) for program in self.programs]
+        after = [self._busy(pid) for pid in pids]
         return [(b[0] - a[0]) / (b[1] - a[1]) * 100 for a, b in zip(before, after, strict=True)]
 
     def close(self) -> None:
@@ -99,6 +100,12 @@ class SharedGPU:
             program.kill()
             program.communicate()
         self.programs.clear()
+
+
+def pid_of(started: subprocess.Popen[str]) -> int:
+    """Return the pid of a program: that of the child, where `nbgpu run` was started."""
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    return int(children[0]) if children else started.pid
 
 
 @pytest.fixture(scope="module")

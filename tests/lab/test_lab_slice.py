@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 from jupyter_client.blocking.client import BlockingKernelClient
 
+from nbgpu.quantities import format_memory
+
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = ROOT / "nodeagent" / "nbgpu_agent" / "_lib"
 EXAMPLE = ROOT / "examples" / "fractions.ipynb"
@@ -162,13 +164,13 @@ def server() -> Iterator[Server]:
 def test_the_example_on_a_quarter(server: Server) -> None:
     code, kernel = cells(), server.open("fractions.ipynb")
     (device,) = server.usage()["devices"]
-    limit = f"{device['memory_limit_bytes'] / GIB:.2f} GiB"
+    limit = format_memory(device["memory_limit_bytes"])
     kernel.run(code["setup"])
     assert kernel.run(code["ask-driver"]).startswith(f"CUDA driver: {limit}, ")
     assert kernel.run(code["ask-nvml"]).startswith(f"NVML: {limit}, ")
     assert f"{device['memory_limit_bytes'] // 1024**2}MiB" in kernel.run(code["ask-smi"])
 
-    kernel.run(code["allocate"])
+    free = kernel.run(code["allocate"]).rpartition(", ")[2].removesuffix(" free\n")
     held = int(device["memory_limit_bytes"] * 0.7)
     seen = wait_for("its memory", lambda: (use := server.kernel(kernel.id)) and use["devices"] and use, 2)
     wait_for("all of it", lambda: server.kernel(kernel.id)["devices"][0]["memory_used_bytes"] > held, 2)
@@ -179,6 +181,7 @@ def test_the_example_on_a_quarter(server: Server) -> None:
     notices = wait_for("the notice", lambda: server.call(f"nbgpu/api/events?after={before}"), 1)
     assert notices[0]["kind"] == "refused"
     assert notices[0]["message"].startswith("fractions.ipynb was refused ")
+    assert f" has {free} left." in notices[0]["message"], "the notice says what the driver says"
 
     kernel.run(code["module"])
     assert "launches of 2 ms" in kernel.run(code["launch"])
@@ -192,10 +195,10 @@ def test_limits_of_one_notebook(server: Server) -> None:
     code, kernel = cells(), server.open("capped.ipynb")
     assert server.kernel(kernel.id)["limit"]["memory_bytes"] == 5 * GIB, server.call("nbgpu/api/events?after=0")
     kernel.run(code["setup"])
-    assert kernel.run(code["ask-driver"]).startswith("CUDA driver: 5.00 GiB, ")
-    take = "blocks = [check(driver.cuMemAlloc(GIB)) for _ in range(COUNT)]\n" + code["release"]
+    assert kernel.run(code["ask-driver"]).startswith("CUDA driver: 5 GiB, ")
+    take = "blocks = [check(driver.cuMemAlloc(1024**3)) for _ in range(COUNT)]\n" + code["release"]
     kernel.run(take.replace("COUNT", "4"))
-    attempt = "try:\n    blocks = [check(driver.cuMemAlloc(GIB)) for _ in range(6)]\nexcept RuntimeError as error:\n    print(error)"
+    attempt = "try:\n    blocks = [check(driver.cuMemAlloc(1024**3)) for _ in range(6)]\nexcept RuntimeError as error:\n    print(error)"
     assert kernel.run(attempt) == "CUDA_ERROR_OUT_OF_MEMORY\n"
 
     # control: without its limit the same kernel gets what it was refused

@@ -177,6 +177,9 @@ async def test_events_wake_who_waits_and_ids_go_on_rising() -> None:
     assert await waiting == [first]
     assert await log.wait(first.id, 0.01, "slice-00") == []
     assert len(log.after(-1)) == 2
+    log.forget("slice-00")
+    assert log.after(-1, "slice-00") == [first], "a slice that has ended is remembered for a while"
+    assert log.after(first.id, "slice-00") == log.after(-1, "slice-01") == []
     assert EventLog()._next >= first.id - 1, "an agent that starts later counts from the clock"
 
 

@@ -13,8 +13,8 @@ import pytest
 from nbgpu import cli_doctor_checks
 from nbgpu.cli_common import find_slice, percent
 from nbgpu.cli_doctor import Facts
-from nbgpu.cli_run import in_words, request_in_words, wanted
-from nbgpu.errors import InvalidValue, NbgpuError
+from nbgpu.cli_run import in_options, in_words, request_in_words, wanted
+from nbgpu.errors import InvalidValue, NbgpuError, Refused
 from nbgpu.launch import environment
 from nbgpu.models import AgentSlice, Launch, Owner, Slice, SliceDevice
 from nbgpu.quantities import GIB
@@ -158,10 +158,17 @@ def test_a_slice_is_known_by_the_start_of_its_id() -> None:
         find_slice([], None)
 
 
+def test_what_the_pool_refuses_is_said_of_the_option() -> None:
+    said = in_options(InvalidValue("memory_milli", 3, "at least 0.7 % of a GPU here"))
+    assert (said.message, said.field, said.status) == ("--gpu: it must be at least 0.7 % of a GPU here.", "--gpu", 400)
+    other = Refused("Your quota is half a GPU.")
+    assert in_options(other) is other
+
+
 def test_words_for_people() -> None:
     assert percent(125) == "12.5 %"
     assert in_words(20) == "20 seconds"
     assert in_words(240) == "4 minutes"
     assert in_words(7200) == "2 hours"
-    assert request_in_words(wanted(gpu="1/4", memory=None, compute=None, count=2)) == "a quarter of a GPU, 2 times"
+    assert request_in_words(wanted(gpu="1/4", memory=None, compute=None, count=2)) == "a quarter of a GPU, on each of 2 GPUs"
     assert request_in_words(wanted(gpu=None, memory="20GiB", compute=None)) == "20 GiB of a GPU"

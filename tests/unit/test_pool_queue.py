@@ -249,13 +249,32 @@ def test_an_estimate_is_called_a_guess_until_enough_servers_have_ended() -> None
     pool.wait(6)
     assert (estimate(), guessed()) == (pytest.approx(3594), True)
     for length in (100, 200, 300, 400, 500):
-        pool.core.sessions.ended(length)
+        pool.core.sessions.ended("h", length)
     pool.wait(6)
     assert (estimate(), guessed()) == (pytest.approx(300 - 12), False)
     pool.wait(238)
     assert estimate() == pytest.approx(400 - 250), "of those that lasted longer than 250 s, the median has 150 s left"
     pool.end(running)
     assert pool.state(waiting) == GrantState.reserved
+
+
+def test_programs_of_the_command_line_teach_nothing_about_notebooks() -> None:
+    pool = Pool()
+    pool.started(1000)
+    waiting = pool.ask(500, user="w").request.request_id
+
+    def wait() -> tuple[float | None, bool]:
+        grant = pool.core.grant(pool.core.known(waiting), pool.now)
+        return grant.wait_seconds, grant.wait_guessed
+
+    for _ in range(20):
+        pool.core.sessions.ended("command-line", 2)
+    pool.wait(6)
+    assert wait() == (pytest.approx(3594), True), "of servers nothing is known yet"
+    for _ in range(5):
+        pool.core.sessions.ended("h", 2)
+    pool.wait(6)
+    assert wait() == (pytest.approx(12), False), "the control: servers of this hub do teach it"
 
 
 def test_remaining_time_of_a_session() -> None:

@@ -27,6 +27,23 @@ from nbgpu.quantities import (
 USABLE = 80 * GIB - 512 * MIB
 
 
+@pytest.mark.parametrize(("parse", "written", "meant"), [
+    (parse_fraction, "0,3", "0.3"), (parse_fraction, " 12,5 % ", "12.5 %"), (parse_fraction, "0,5/2", "0.5/2"),
+    (parse_memory, "1,5 GiB", "1.5 GiB"),
+])  # fmt: skip
+def test_a_decimal_comma_is_named(parse, written, meant):  # type: ignore[no-untyped-def]
+    with pytest.raises(InvalidValue) as caught:
+        parse(written, "field")
+    assert caught.value.message.endswith(f", with a point in place of the comma: {meant}.")
+
+
+@pytest.mark.parametrize(("parse", "written"), [(parse_fraction, "3,5"), (parse_fraction, "0,3,3"), (parse_memory, "5,5")])
+def test_a_comma_is_not_named_where_it_is_not_the_fault(parse, written):  # type: ignore[no-untyped-def]
+    with pytest.raises(InvalidValue) as caught:
+        parse(written, "field")
+    assert "comma" not in caught.value.message
+
+
 @pytest.mark.parametrize(
     ("written", "milli"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,38 @@ def test_fields_without_a_profile_are_the_custom_choice() -> None:
         profiles.custom_fields(found[5], {"gpu_mode": "strict"})
 
 
+@pytest.mark.parametrize(
+    ("configured", "slug", "asked"),
+    [
+        ({}, "cpu", "None"),
+        ({"gpu_fraction": None, "gpu_count": 1, "gpu_mode": "burst"}, "cpu", "None"),
+        ({"gpu_fraction": "25%"}, "quarter", "a quarter of a GPU"),
+        ({"gpu_fraction": 1}, "whole", "a whole GPU"),
+        ({"gpu_fraction": 0.3}, "usual", "30 % of a GPU"),
+        ({"gpu_memory": "20 GiB"}, "usual", "20 GiB of a GPU"),
+        ({"gpu_fraction": "1/4", "gpu_compute": "1/2"}, "usual", "a quarter of a GPU"),
+    ],
+)
+def test_what_the_admin_configured_is_chosen_at_the_first_visit(configured: dict[str, Any], slug: str, asked: str) -> None:
+    found = profiles.initialise(profiles.default_profiles(configured))
+    first, custom = profiles.selected(found, {}), profiles.selected(found, {"gpu_memory": "10 GiB"})
+    assert first is not None
+    assert first["slug"] == slug
+    assert str(profiles.wish_of(first, {}, configured)) == asked
+    cpu = profiles.selected(found, {"profile": "cpu"})
+    assert profiles.wish_of(cpu, {}, configured) is None, "CPU only is no GPU, whatever is configured"
+    wish = profiles.wish_of(custom, {"gpu_memory": "10 GiB"}, configured)
+    assert wish is not None
+    assert (str(wish), wish.shape.compute_milli) == ("10 GiB of a GPU", None), "a custom choice is what was typed"
+
+
+def test_the_last_choice_is_chosen_at_later_visits() -> None:
+    listed = profiles.default_profiles({"gpu_fraction": "1/4"})
+    for last, slug in (({}, "quarter"), ({"profile": "cpu"}, "cpu"), ({"profile": "gone"}, "quarter"), ({"gpu_memory": "9 GiB"}, "custom")):
+        page = " ".join(form.render(state(profile_list=listed), last, "/x").split())
+        assert re.findall(r'value="(\w+)" required aria-describedby="[^"]*" checked', page) == [slug], last
+
+
 def test_form_fields_become_options() -> None:
     fields = {"profile": ["custom"], "profile-option-custom--gpu_fraction": ["1/3"], "profile-option-custom--gpu_memory": [""], "x": ["y"]}
     assert profiles.options_from_form(fields) == {"profile": "custom", "gpu_fraction": "1/3"}
@@ -202,6 +235,13 @@ def test_everything_on_the_page_is_escaped() -> None:
     custom = form.render(state(problem=evil), {"profile": "custom", "gpu_fraction": evil}, evil)
     assert "<script>alert" not in custom
     assert 'value="&lt;script&gt;' in custom
+
+
+@pytest.mark.parametrize(("field", "once"), [("gpu_fraction", True), ("gpu_count", False), ("profile", False)])
+def test_a_refusal_at_its_field_is_not_said_above_the_form_too(field: str, once: bool) -> None:
+    """The hub's own paragraph stays where no field of the page has the message (here one GPU: nobody is asked how many)."""
+    page = form.render(state(), {}, "/x", form.Refused({"profile": "custom"}, "It is wrong.", field))
+    assert ("It is wrong." in page, ".spawn-error-msg { display: none; }" in page) == (once, once)
 
 
 def test_one_profile_is_always_checked() -> None:

@@ -278,7 +278,7 @@ class NodeClaims:
             claim = live.record.claim
             named = f"{claim.namespace}/{claim.name}" if claim is not None else live.id
             some = ", ".join(map(str, sorted(pids)[:5]))
-            raise Occupied(f"{len(pids)} processes of ResourceClaim {named} still run ({some}): its slice stays until they are gone.")
+            raise Occupied(f"ResourceClaim {named} has processes that still run ({some}): its slice stays until they are gone.")
         await asyncio.to_thread(cdi.remove, self._cdi_dir, uid)
         mark("unprepare-hidden")
         if live is not None and self._agent.slices.get(live.id) is live:
