@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from .errors import InvalidValue
 from .quantities import MIB, format_memory, memory_share_bytes, parse_fraction, parse_memory
@@ -38,12 +38,13 @@ def kernel_limit(asked: object, devices: list[dict[str, Any]], labels: Mapping[s
     """
     if not isinstance(asked, Mapping):
         raise InvalidValue("nbgpu", asked, 'an object such as {"memory": "5 GiB", "compute": "1/2"}')
-    unknown = sorted(set(map(str, asked)) - {"memory", "memory_bytes", "compute", "compute_milli"})
+    words = cast("Mapping[str, Any]", asked)
+    unknown = sorted(set(map(str, words)) - {"memory", "memory_bytes", "compute", "compute_milli"})
     if unknown:
-        raise InvalidValue(unknown[0], asked[unknown[0]], "left out; memory and compute are the limits that a kernel has")
+        raise InvalidValue(unknown[0], words[unknown[0]], "left out; memory and compute are the limits that a kernel has")
     return {
-        "memory_bytes": _memory(asked, min(int(device["memory_limit_bytes"]) for device in devices), labels["memory"]),
-        "compute_milli": _compute(asked, min(int(device["compute_limit_milli"]) for device in devices), labels["compute"]),
+        "memory_bytes": _memory(words, min(int(device["memory_limit_bytes"]) for device in devices), labels["memory"]),
+        "compute_milli": _compute(words, min(int(device["compute_limit_milli"]) for device in devices), labels["compute"]),
     }
 
 
