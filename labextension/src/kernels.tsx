@@ -119,11 +119,13 @@ function Kernel(props: IKernelProps): JSX.Element {
       </tr>
       {over && (
         <tr>
-          <td colSpan={3} className="nbgpu-Kernels-over">
-            {trans.__(
-              'Over its limit (%1): it keeps what it holds and is given no more until it frees some.',
-              formatMemoryOf(over.usedBytes, over.limitBytes)
-            )}
+          <td colSpan={3}>
+            <div className="nbgpu-Kernels-over">
+              {trans.__(
+                'Over its limit (%1): it keeps what it holds and is given no more until it frees some.',
+                formatMemoryOf(over.usedBytes, over.limitBytes)
+              )}
+            </div>
           </td>
         </tr>
       )}
@@ -144,7 +146,9 @@ function limitWords(
   devices: IDeviceUsage[],
   trans: TranslationBundle
 ): string {
-  const words = Object.values(limitTexts(kernel, devices)).filter(Boolean);
+  const words = Object.values(limitTexts(kernel, devices))
+    .filter(Boolean)
+    .map(text => text.replace(' ', '\u00a0')); // a number stays with its unit
   return words.length > 0 ? words.join(', ') : trans.__('none');
 }
 
