@@ -17,6 +17,7 @@ from agent_harness import AgentProcess, Tenant, missing_libraries, own_agent, sl
 
 from nbgpu.errors import NbgpuError
 from nbgpu.quantities import GIB, MIB
+from nbgpu_agent import layout
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.skipif(missing_libraries() is not None, reason=str(missing_libraries()))]
 
@@ -311,6 +312,29 @@ def test_a_refusal_is_told_within_a_second_and_a_burst_once_a_second(agent: Agen
 
     until(lambda: sum(event["data"]["count"] for event in told()) == 200, 4, "all refusals told", every=0.1)
     assert len(told()) <= 3
+
+
+def test_a_refusal_by_the_slice_names_the_kernels_own_limit_where_that_forbids_it_anyway(
+    agent: AgentProcess, tenant: Callable[..., Tenant]
+) -> None:
+    launch = agent.put(agent.slice(250))
+    own = slice_client(launch)
+    one, two = tenant(launch, "kernel-a"), tenant(launch, "kernel-b")
+    one.do("used", 4 * GIB)
+    two.do("used", 10 * GIB)
+    own.call("PUT", "/v1/kernels/kernel-a", {"memory_bytes": 5 * GIB})
+    until(lambda: len(usage(launch).kernels) == 2, 2, "both kernels")
+
+    def refused(process: Tenant, amount: int) -> tuple[str, str]:
+        seen = own.call("GET", "/v1/events")[-1]["id"]
+        process.do("refuse", amount, layout.REFUSED_SLICE)
+        (event,) = own.call("GET", f"/v1/events?after={seen}&wait_seconds=5", wait_seconds=5)
+        return event["data"]["limit"], event["message"]
+
+    which, message = refused(one, 20 * GIB)
+    assert which == "kernel"
+    assert message.endswith("its own limit of 5 GiB has 1 GiB left. Free memory: the slice has no room either.")
+    assert refused(two, 20 * GIB)[0] == "slice", "the control: a kernel without a limit"
 
 
 # ---- restarts

@@ -130,6 +130,19 @@ def test_resized_while_it_runs(house: House) -> None:
         assert house.error(a=milli / 10, b=100 - milli / 10) <= BAR_POINTS
 
 
+def test_the_slice_is_resized_around_its_kernels(house: House) -> None:
+    house.add(Share(600, strict=True), "a", "b")
+    house.limit(a=150)
+    house.go()
+    assert house.error(a=15, b=45) <= BAR_POINTS
+    house.scheduler.set(house.slices[0][0], 300, layout.MODE_STRICT)
+    time.sleep(0.3 * SCALE)
+    assert house.error(a=15, b=15) <= BAR_POINTS
+    house.scheduler.set(house.slices[0][0], 200, layout.MODE_STRICT)
+    time.sleep(0.3 * SCALE)
+    assert house.error(a=10, b=10) <= BAR_POINTS, "a limit is no share: within a smaller slice both have alike"
+
+
 def test_killed_at_any_moment_leaves_the_slice_to_the_others(house: House) -> None:
     house.add(Share(1000), "b")
     house.go()
