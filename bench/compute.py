@@ -131,9 +131,11 @@ class SliceFiles:
             os.close(use_fd)
 
 
-def start_client(machine: Machine, kernel_ns: int, slice_folder: Path | None) -> subprocess.Popen[str]:
-    """Start one computing process, in a slice or free."""
+def start_client(machine: Machine, kernel_ns: int, slice_folder: Path | None, kernel_id: str = "") -> subprocess.Popen[str]:
+    """Start one computing process, in a slice (as the process of a notebook kernel, when one is named) or free."""
     env = dict(machine.env)
+    if kernel_id:
+        env["NBGPU_KERNEL_ID"] = kernel_id
     if slice_folder is not None:
         env |= {"LD_PRELOAD": str(LIB / "libnbgpu.so"), "NBGPU_SLICE_DIR": str(slice_folder)}
     command = [sys.executable, "-S", str(ROOT / "bench" / "compute_client.py"), str(kernel_ns)]

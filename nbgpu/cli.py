@@ -81,9 +81,16 @@ def run(
 
 @app.command()
 def limit(
-    kernel: Annotated[str | None, typer.Argument(help="The kernel's id, or the start of it. Without it, kernels are listed.")] = None,
-    memory: Annotated[str | None, typer.Option("--memory", "-m", help="Most GPU memory that it may hold, such as 5GiB.")] = None,
-    clear: Annotated[bool, typer.Option("--clear", help="Take its limit away: only the slice's own holds.")] = False,
+    kernel: Annotated[
+        str | None, typer.Argument(help="The kernel: its notebook's name or path, or the start of its id. Without it, kernels are listed.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", "-m", help="Most GPU memory that it may hold: 5GiB, or a part of the slice, 1/2 or 50%.")
+    ] = None,
+    compute: Annotated[
+        str | None, typer.Option("--compute", "-c", help="Most of the slice's GPU time that it may take, such as 1/2 or 25%.")
+    ] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Take its limits away: only the slice's own hold.")] = False,
     slice_id: Annotated[str | None, typer.Option("--slice", "-s", help="As admin: the slice, or the start of its id.")] = None,
     as_json: Annotated[bool, AS_JSON] = False,
 ) -> None:
@@ -91,11 +98,11 @@ def limit(
     from .cli_limit import list_kernels, set_limit
 
     if kernel is None:
-        if memory or clear:
-            raise typer.BadParameter("which kernel? Name it by its id; `nbgpu limit` lists them.", param_hint="KERNEL")
+        if memory or compute or clear:
+            raise typer.BadParameter("which kernel? Name it by its notebook or its id; `nbgpu limit` lists them.", param_hint="KERNEL")
         list_kernels(slice_id, as_json=as_json)
     else:
-        set_limit(kernel, slice_id, memory=memory, clear=clear, as_json=as_json)
+        set_limit(kernel, slice_id, memory=memory, compute=compute, clear=clear, as_json=as_json)
 
 
 @app.command()

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .cli_common import SHORT_ID, agent, console, find_slice, own_slice, percent, print_json
 from .client import AgentClient, SliceClient
 from .errors import NbgpuError
+from .kernel_limits import kernel_limit
+from .kernel_names import KernelName, read_names
 from .models import KernelLimit, KernelUsage, Usage
-from .quantities import format_memory, format_memory_of, parse_memory
+from .quantities import format_memory, format_memory_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+LABELS = {"memory": "--memory", "compute": "--compute"}
+OVER = "bold red"
 
 
 @dataclass(frozen=True)
@@ -45,60 +51,142 @@ def target(slice_start: str | None) -> Target:
 def list_kernels(slice_start: str | None, *, as_json: bool) -> None:
     """Print the kernels of a slice."""
     usage = target(slice_start).usage()
+    names = read_names(usage.slice_id)
+    kernels = all_kernels(usage, names)
     if as_json:
-        print_json({"slice_id": usage.slice_id, "kernels": [kernel.model_dump(mode="json") for kernel in usage.kernels]})
-    elif usage.kernels:
-        console().print(kernels_table(usage))
+        found = [kernel.model_dump(mode="json") | name_json(names, kernel.kernel_id) for kernel in kernels]
+        print_json({"slice_id": usage.slice_id, "kernels": found})
+    elif kernels:
+        console().print(kernels_table(usage, names))
     else:
-        console().print(f"No process of slice {usage.slice_id[:SHORT_ID]} uses the GPU yet.")
+        console().print(f"No process of slice {usage.slice_id[:SHORT_ID]} uses the GPU yet, and no kernel of it is known.")
 
 
-def set_limit(start: str, slice_start: str | None, *, memory: str | None, clear: bool, as_json: bool) -> None:
-    """Set or clear the limit of the kernel whose id begins with `start`."""
-    if clear and memory:
-        raise NbgpuError("--clear takes the limit away: give it without --memory.", code="invalid", status=400, field="--clear")
-    if not (clear or memory):
-        raise NbgpuError("Say what it may have: --memory 5GiB, or --clear.", code="invalid")
+def set_limit(start: str, slice_start: str | None, *, memory: str | None, compute: str | None, clear: bool, as_json: bool) -> None:
+    """Set or clear the limits of one kernel; one that is not named stays."""
+    if clear and (memory or compute):
+        given = "--memory" if memory else "--compute"
+        raise NbgpuError(f"--clear takes the limits away: give it without {given}.", code="invalid", status=400, field="--clear")
+    if not (clear or memory or compute):
+        raise NbgpuError("Say what it may have: --memory 5GiB, --compute 1/2, or --clear.", code="invalid")
     chosen = target(slice_start)
-    kernel = find_kernel(chosen.usage().kernels, start)
+    usage = chosen.usage()
+    names = read_names(usage.slice_id)
+    kernel = find_kernel(all_kernels(usage, names), start, names)
     assert kernel.kernel_id is not None
-    limit = KernelLimit(memory_bytes=parse_memory(memory, "--memory")) if memory else KernelLimit()
+    limit = KernelLimit() if clear else wanted(kernel.limit, memory, compute, usage)
     limit = chosen.set_kernel_limit(kernel.kernel_id, limit)
     if as_json:
-        print_json({"slice_id": chosen.slice_id, "kernel_id": kernel.kernel_id, "limit": limit.model_dump(mode="json")})
-    else:
-        print(f"Kernel {kernel.kernel_id[:SHORT_ID]}: memory {memory_words(limit)}.")
+        found = {"kernel_id": kernel.kernel_id, "limit": limit.model_dump(mode="json")} | name_json(names, kernel.kernel_id)
+        print_json({"slice_id": chosen.slice_id} | found)
+        return
+    what = f"{kernel_name(kernel.kernel_id, names)}: memory {memory_words(limit)}, time {compute_words(limit)}."
+    console().print(what, soft_wrap=True)
+    held = max((use.memory_used_bytes for use in kernel.devices), default=0)
+    if limit.memory_bytes is not None and held > limit.memory_bytes:
+        print(f"It holds {format_memory(held)}, more than that: it keeps what it holds and is refused more until it frees some.")
 
 
-def find_kernel(kernels: list[KernelUsage], start: str) -> KernelUsage:
-    """Return the kernel whose id begins with `start`."""
-    found = [kernel for kernel in kernels if kernel.kernel_id is not None and kernel.kernel_id.startswith(start)]
-    if len(found) != 1:
-        count = "More than one" if found else "No"
-        raise NbgpuError(f"{count} kernel's id begins with {start!r}; `nbgpu limit` lists them.", code="kernel")
-    return found[0]
+def wanted(now: KernelLimit, memory: str | None, compute: str | None, usage: Usage) -> KernelLimit:
+    """Return a kernel's limits as they shall be: what is not named stays as it is `now`."""
+    asked: dict[str, Any] = {"memory": memory, "compute": compute}
+    written = kernel_limit({name: text for name, text in asked.items() if text}, [use.model_dump() for use in usage.devices], LABELS)
+    return now.model_copy(update={name: value for name, value in written.items() if value is not None})
 
 
-def kernels_table(usage: Usage) -> RenderableType:
+def all_kernels(usage: Usage, names: dict[str, KernelName]) -> list[KernelUsage]:
+    """Return the kernels that hold or are limited, then those that the server alone knows, then everything else in the slice."""
+    seen = {kernel.kernel_id for kernel in usage.kernels}
+    quiet = [
+        KernelUsage(kernel_id=one, pids=[], limit=KernelLimit(), devices=[], refusals=0, launches=0, idle_seconds=None)
+        for one in names
+        if one not in seen
+    ]
+    return sorted([*usage.kernels, *quiet], key=lambda kernel: kernel.kernel_id is None)
+
+
+def find_kernel(kernels: list[KernelUsage], start: str, names: dict[str, KernelName]) -> KernelUsage:
+    """Return the kernel of a notebook (its name, with or without ``.ipynb``, or its path), or whose id begins with `start`."""
+    known = [kernel for kernel in kernels if kernel.kernel_id is not None]
+    named = [kernel for kernel in known if kernel.kernel_id in names and start in _words(names[kernel.kernel_id])]
+    found = named or [kernel for kernel in known if kernel.kernel_id is not None and kernel.kernel_id.startswith(start)]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        try:  # the whole id of a kernel that has used no GPU yet, of a server that told us no names
+            kernel_id = str(uuid.UUID(start))
+        except ValueError:
+            raise NbgpuError(
+                f"No kernel is called {start!r} or has an id that begins so; `nbgpu limit` lists them.", code="kernel"
+            ) from None
+        return KernelUsage(kernel_id=kernel_id, pids=[], limit=KernelLimit(), devices=[], refusals=0, launches=0, idle_seconds=None)
+    which = ", ".join(f"{kernel_name(kernel.kernel_id, names)} ({kernel.kernel_id})" for kernel in found[:5])
+    raise NbgpuError(f"More than one kernel is called {start!r} or has an id that begins so: {which}.", code="kernel")
+
+
+def _words(name: KernelName) -> set[str]:
+    return {word for full in (name.name, name.path) if full for word in (full, full.removesuffix(".ipynb"))}
+
+
+def kernel_name(kernel_id: str | None, names: dict[str, KernelName]) -> str:
+    """Return a kernel for people: its notebook's path, what its server calls it, its id."""
+    if kernel_id is None:
+        return "(other)"
+    name = names.get(kernel_id)
+    return f"Kernel {kernel_id[:SHORT_ID]}" if name is None else name.path or name.name
+
+
+def name_json(names: dict[str, KernelName], kernel_id: str | None) -> dict[str, str | None]:
+    """Return a kernel's name and path for programs."""
+    name = names.get(kernel_id or "")
+    return {"name": name.name if name else None, "path": name.path if name else None}
+
+
+def kernels_table(usage: Usage, names: dict[str, KernelName]) -> RenderableType:
     """Return one row a kernel: what it holds, and its limits."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
+
+    from .logs import one_line
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("kernel", "processes", "GPU", "memory", "peak", "time used", "memory limit", "refused"):
-        table.add_column(name, no_wrap=name in ("kernel", "memory", "peak"))
+    for name in ("kernel", "notebook", "processes", "GPU", "memory", "peak", "time used", "memory limit", "time limit", "refused"):
+        table.add_column(name, no_wrap=name in ("kernel", "memory", "peak"), overflow="fold")
     index = {use.uuid: (use.index, use.memory_limit_bytes) for use in usage.devices}
-    for kernel in usage.kernels:
+    for kernel in all_kernels(usage, names):
+        named = names.get(kernel.kernel_id or "")
+        notebook = (named.path or named.name) if named else ""
+        head = [kernel.kernel_id or "(other)", notebook, " ".join(map(str, kernel.pids[:5]))]
+        tail = [memory_words(kernel.limit), compute_words(kernel.limit), str(kernel.refusals)]
+        if not kernel.devices:
+            table.add_row(*head, "", "-", "", "", *tail)
         for number, use in enumerate(kernel.devices):
             device, slice_limit = index.get(use.uuid, (-1, 0))
-            limit = kernel.limit.memory_bytes if kernel.limit.memory_bytes is not None else slice_limit
-            head = [kernel.kernel_id or "(other)", " ".join(map(str, kernel.pids[:5]))] if number == 0 else ["", ""]
-            tail = [memory_words(kernel.limit), str(kernel.refusals)] if number == 0 else ["", ""]
-            held = [format_memory_of(use.memory_used_bytes, limit), format_memory(use.memory_peak_bytes), percent(use.compute_used_milli)]
-            table.add_row(*head, str(device), *held, *tail)
+            limit = slice_limit if kernel.limit.memory_bytes is None else min(kernel.limit.memory_bytes, slice_limit)
+            held = memory_of(use.memory_used_bytes, limit)
+            cells = [format_memory(use.memory_peak_bytes), percent(use.compute_used_milli)]
+            first = number == 0
+            table.add_row(
+                *(head if first else ["", "", ""]),
+                str(device),
+                Text(one_line(held), style=OVER if use.memory_used_bytes > limit else ""),
+                *cells,
+                *(tail if first else ["", "", ""]),
+            )
     return table
+
+
+def memory_of(used_bytes: int, limit_bytes: int) -> str:
+    """Return memory used of a limit for people, with the word when it is more."""
+    return format_memory_of(used_bytes, limit_bytes) + (", over" if used_bytes > limit_bytes else "")
 
 
 def memory_words(limit: KernelLimit) -> str:
     """Return a kernel's memory limit for people."""
     return "the slice's" if limit.memory_bytes is None else format_memory(limit.memory_bytes)
+
+
+def compute_words(limit: KernelLimit) -> str:
+    """Return a kernel's limit of GPU time for people."""
+    return "the slice's" if limit.compute_milli is None else percent(limit.compute_milli)

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 from .cli_common import SHORT_ID, agent, console, own_slice, owner_name, percent, pool, print_json
 from .client import SliceClient
 from .errors import NbgpuError, Unavailable
+from .kernel_names import read_names
 from .logs import one_line
 from .models import AgentSlice, DeviceBooks, Grant, GrantState, Node, Usage
-from .quantities import format_memory, format_memory_of
+from .quantities import format_memory
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
+    from rich.text import Text
 
 EVERY_SECONDS = 1.0
 
@@ -133,7 +135,7 @@ def slices_table(machine: Machine) -> RenderableType:
             tail = [known.slice.mode, known.state, str(known.process_count)] if number == 0 else ["", "", ""]
             limit, share = (use.memory_limit_bytes, use.compute_limit_milli) if use else (part.memory_bytes, part.compute_milli)
             table.add_row(
-                *head, str(part.index), format_memory_of(use.memory_used_bytes if use else 0, limit), percent(share),
+                *head, str(part.index), memory_text(use.memory_used_bytes if use else 0, limit), percent(share),
                 percent(use.compute_used_milli) if use else "", *tail,
             )  # fmt: skip
     return table
@@ -157,16 +159,26 @@ def slice_picture(usage: Usage) -> RenderableType:
     devices = make_table("GPU", "model", "memory", "share", "time used", "of the share")
     for use in usage.devices:
         devices.add_row(
-            str(use.index), use.model, format_memory_of(use.memory_used_bytes, use.memory_limit_bytes), percent(use.compute_limit_milli),
+            str(use.index), use.model, memory_text(use.memory_used_bytes, use.memory_limit_bytes), percent(use.compute_limit_milli),
             percent(use.compute_used_milli), f"{use.utilization_percent} %",
         )  # fmt: skip
     simulated = " on a simulated GPU" if usage.simulated else ""
     parts: list[RenderableType] = [f"Slice {usage.slice_id[:SHORT_ID]}{simulated}, {usage.mode}", devices]
-    if usage.kernels:
+    names = read_names(usage.slice_id)
+    if usage.kernels or names:
         from .cli_limit import kernels_table
 
-        parts.append(kernels_table(usage))
+        parts.append(kernels_table(usage, names))
     return Group(*parts)
+
+
+def memory_text(used_bytes: int, limit_bytes: int) -> Text:
+    """Return memory used of a limit; over it, it says so and stands out."""
+    from rich.text import Text
+
+    from .cli_limit import OVER, memory_of
+
+    return Text(memory_of(used_bytes, limit_bytes), style=OVER if used_bytes > limit_bytes else "")
 
 
 def make_table(*columns: str) -> Table:

@@ -211,13 +211,11 @@ class LaunchGrant(Model):
 
 
 class KernelLimit(Model):
-    """A kernel's limit inside its server's slice, on each of its devices; None = the slice's own.
-
-    No agent holds `compute_milli` of a kernel yet: it refuses any but None.
-    """
+    """A kernel's limit inside its server's slice, on each of its devices; None = the slice's own."""
 
     memory_bytes: Bytes | None = None
     compute_milli: Milli | None = None
+    """Of the whole device's time, and never more than this, however idle the device is."""
 
 
 class DeviceUsage(Model):

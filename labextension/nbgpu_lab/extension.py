@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 from datetime import datetime, timezone
 from importlib.metadata import entry_points
@@ -13,6 +14,7 @@ from jupyter_client.provisioning.factory import KernelProvisionerFactory
 from jupyter_core.utils import ensure_async
 
 from nbgpu.errors import NbgpuError
+from nbgpu.kernel_names import write_names
 
 from .client import SliceClient
 from .handlers import routes
@@ -23,6 +25,9 @@ SCHEMA_ID = "https://schema.nbgpu.io/slice/v1"
 PROVISIONER = "nbgpu-provisioner"
 _SCHEMA = Path(__file__).with_name("event_schemas") / "slice-v1.yaml"
 _ACTIVITY_SECONDS = 60
+KERNEL_ACTIONS = "https://events.jupyter.org/jupyter_server/kernel_actions/v1"
+SESSION_SECONDS = 1.0
+"""A kernel's session is saved after the kernel has started."""
 
 
 def load(serverapp: Any) -> None:
@@ -34,13 +39,47 @@ def load(serverapp: Any) -> None:
     if not socket_path:
         web_app.add_handlers(".*$", routes(web_app.settings["base_url"], None, SERVER))
         return
-    sampler = Sampler(SliceClient(socket_path), lambda: kernels_of(serverapp), SERVER)
+    sampler = Sampler(SliceClient(socket_path), lambda: kernels_of(serverapp), SERVER, tell_names=NameFile(serverapp.log).write)
     web_app.add_handlers(".*$", routes(web_app.settings["base_url"], sampler, SERVER))
     _emit_notices(serverapp)
+    _follow_kernels(serverapp, sampler)
     _use_provisioner(serverapp)
     tasks = [sampler.follow_events(), _keep_busy_server(sampler, web_app.settings)]
     web_app.settings["nbgpu_tasks"] = [_start(serverapp, task) for task in tasks]
     serverapp.log.info("nbgpu: this server has a GPU slice, its agent is asked at %s", socket_path)
+
+
+class NameFile:
+    """The file in which the command line finds the notebooks' names; it goes with the server."""
+
+    def __init__(self, log: Any):
+        self._log = log
+        self._path: Path | None = None
+
+    def write(self, slice_id: str, names: dict[str, Json]) -> None:
+        """Write what the kernels are called now; a directory that cannot be written costs the names only."""
+        try:
+            path = write_names(slice_id, names)
+        except OSError as error:
+            self._log.debug("nbgpu: kernels' names for `nbgpu limit` were not written: %s", error)
+            return
+        if self._path is None and path is not None:
+            atexit.register(path.unlink, missing_ok=True)
+        self._path = path
+
+
+def _follow_kernels(serverapp: Any, sampler: Sampler) -> None:
+    """Look at the kernels again soon after one has come or gone, also when no page is open."""
+
+    async def heard(logger: Any, schema_id: str, data: dict[str, Any]) -> None:
+        if data.get("action") in ("start", "shutdown"):
+            await asyncio.sleep(SESSION_SECONDS)
+            await sampler.usage()
+
+    try:
+        serverapp.event_logger.add_listener(schema_id=KERNEL_ACTIONS, listener=heard)
+    except Exception as error:  # another version of the server: names are as of the last look at the panel
+        serverapp.log.debug("nbgpu: kernels that come and go are not followed: %s", error)
 
 
 async def kernels_of(serverapp: Any) -> dict[str, Json]:

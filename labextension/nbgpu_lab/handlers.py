@@ -13,8 +13,8 @@ from jupyter_server.utils import url_path_join
 from tornado import web
 
 from nbgpu.errors import InvalidValue, NbgpuError, Unavailable
+from nbgpu.kernel_limits import kernel_limit
 
-from .limits import kernel_limit
 from .notices import Notices
 from .sampler import NO_SLICE, Sampler
 
@@ -98,7 +98,7 @@ class EventsHandler(SliceHandler):
 
 
 class KernelHandler(SliceHandler):
-    """``PUT nbgpu/api/kernels/{kernel_id}``: a ``KernelLimit``, or the same as text (`limits.kernel_limit`)."""
+    """``PUT nbgpu/api/kernels/{kernel_id}``: a ``KernelLimit``, or the same as text (`nbgpu.kernel_limits`)."""
 
     _track_activity = True
 

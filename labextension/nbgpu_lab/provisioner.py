@@ -11,10 +11,10 @@ from typing import Any
 from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 
 from nbgpu.errors import NbgpuError
+from nbgpu.kernel_limits import kernel_limit
 from nbgpu.logs import one_line
 
 from .client import SliceClient
-from .limits import kernel_limit
 from .notices import SERVER
 
 _MAX_NOTEBOOK_BYTES = 256 * 1024**2
@@ -23,9 +23,9 @@ _MAX_NOTEBOOK_BYTES = 256 * 1024**2
 class SliceProvisioner(LocalProvisioner):
     """A local kernel that carries ``NBGPU_KERNEL_ID``; its limit comes from the notebook's metadata.
 
-    ``"nbgpu": {"memory": "5 GiB"}`` in a notebook's metadata limits its kernel before the process starts; a fraction is of
-    the server's slice. Junk there becomes a notice, and so does ``"compute"``, which one kernel alone cannot be limited in
-    yet: the kernel starts in any case. A limit that was set since (from the panel) outlives a restart of the kernel.
+    ``"nbgpu": {"memory": "5 GiB", "compute": "1/2"}`` in a notebook's metadata limits its kernel before the process starts; a fraction
+    is of the server's slice. Junk there becomes a notice: the kernel starts in any case. A limit that was set since (from the panel)
+    outlives a restart of the kernel.
     """
 
     _limited = False
@@ -56,10 +56,6 @@ class SliceProvisioner(LocalProvisioner):
             if asked is None:
                 return
             usage = await client.get("/v1/usage")
-            if isinstance(asked, dict) and asked.get("memory") and asked.pop("compute", None):
-                self._tell(
-                    f"{name} asks in its metadata (nbgpu) for compute of its own: that cannot be limited yet. Its memory limit holds."
-                )
             limit = kernel_limit(asked, usage["devices"])
             if any(value is not None for value in limit.values()):
                 await client.put(f"/v1/kernels/{self.kernel_id}", limit)

@@ -30,6 +30,8 @@ class Sampler:
         Where the agent's events go.
     keep_seconds : float
         How old an answer may be.
+    tell_names : callable, optional
+        Called with the slice's id and the server's kernels whenever those have changed (`nbgpu.kernel_names`).
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Sampler:
         *,
         keep_seconds: float = 0.5,
         clock: Callable[[], float] = time.monotonic,
+        tell_names: Callable[[str, dict[str, Json]], object] | None = None,
     ):
         self.client = client
         self.notices = notices
@@ -47,6 +50,8 @@ class Sampler:
         self._sessions = sessions
         self._keep_seconds = keep_seconds
         self._clock = clock
+        self._tell_names = tell_names
+        self._told: dict[str, Json] | None = None
         self._usage: Json = NO_SLICE
         self._kept: dict[str, tuple[float, Any]] = {}
         self._pending: dict[str, asyncio.Task[Any]] = {}
@@ -94,6 +99,7 @@ class Sampler:
             if not isinstance(usage, dict) or "kernels" not in usage:
                 raise Unavailable("The GPU's node agent sent no usage.")
             sessions = await self._sessions()
+            self._tell(str(usage.get("slice_id")), sessions)
             idle = sessions.keys() - {kernel["kernel_id"] for kernel in usage["kernels"]}
             limits = await self.client.get("/v1/kernels") if idle else {}
             self._usage = {**usage, "kernels": join(usage["kernels"], sessions, limits)}
@@ -101,6 +107,12 @@ class Sampler:
         except NbgpuError:
             self._heard(False)
         return {**self._usage, "agent": self.agent, "last_event": self.notices.last_id}
+
+    def _tell(self, slice_id: str, sessions: dict[str, Json]) -> None:
+        names = {kernel_id: {"name": one.get("name"), "path": one.get("path")} for kernel_id, one in sessions.items()}
+        if self._tell_names is not None and names != self._told:
+            self._told = names
+            self._tell_names(slice_id, names)
 
     def _heard(self, ok: bool) -> None:
         if self.agent["ok"] != ok:

@@ -83,9 +83,15 @@ export interface IHistoryAnswer {
   };
 }
 
-/** A limit as a person writes it: "5 GiB", or a fraction of the slice; empty = none of its own. */
+/**
+ * Limits as a person writes them: "5 GiB", or a fraction of the slice; empty = none of its own. What was not touched goes back as the
+ * number that it is.
+ */
 export interface IWrittenLimit {
-  memory: string;
+  memory?: string;
+  memory_bytes?: number | null;
+  compute?: string;
+  compute_milli?: number | null;
 }
 
 /** What the model asks of the server; a test passes its own. */

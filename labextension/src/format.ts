@@ -61,16 +61,43 @@ export function fullest(devices: IDeviceUsage[]): IDeviceUsage {
   );
 }
 
-export type Level = 'ok' | 'warning' | 'full';
+export type Level = 'ok' | 'warning' | 'full' | 'over';
 
-/** How near memory is to its limit. */
+/** How near memory is to its limit; more than that it holds where the limit was lowered since. */
 export function memoryLevel(
   usedBytes: number,
   limitBytes: number,
   warnPercent: number
 ): Level {
+  if (usedBytes > limitBytes) {
+    return 'over';
+  }
   const now = percent(usedBytes, limitBytes);
   return now >= 99 ? 'full' : now >= warnPercent ? 'warning' : 'ok';
+}
+
+/** A part of the slice's time: "50 %", "2.5 %", never "0 %" for a part that there is. */
+export function formatPart(milli: number, sliceMilli: number): string {
+  const part = sliceMilli > 0 ? (milli * 100) / sliceMilli : 0;
+  return `${part >= 10 ? Math.round(part) : Math.max(0.1, Math.round(part * 10) / 10)} %`;
+}
+
+/** The most that a kernel holds beyond what it may on one device, null where it is within: its own limit, or the slice's. */
+export function overLimit(
+  kernel: IKernelUsage,
+  devices: IDeviceUsage[]
+): { usedBytes: number; limitBytes: number } | null {
+  for (const use of kernel.devices) {
+    const device = devices.find(({ uuid }) => uuid === use.uuid);
+    const limitBytes = Math.min(
+      kernel.limit.memory_bytes ?? Infinity,
+      device?.memory_limit_bytes ?? Infinity
+    );
+    if (use.memory_used_bytes > limitBytes) {
+      return { usedBytes: use.memory_used_bytes, limitBytes };
+    }
+  }
+  return null;
 }
 
 /** What a kernel holds on all devices of the slice. */

@@ -3,7 +3,14 @@ import { closeIcon, editIcon } from '@jupyterlab/ui-components';
 import * as React from 'react';
 
 import type { IDeviceUsage, IKernelUsage, IWrittenLimit } from './api';
-import { formatMemory, kernelTotals, percent } from './format';
+import {
+  formatMemory,
+  formatMemoryOf,
+  formatPart,
+  kernelTotals,
+  overLimit,
+  percent
+} from './format';
 import { kernelName } from './words';
 
 interface IKernelsProps {
@@ -13,7 +20,7 @@ interface IKernelsProps {
   setLimit: (kernelId: string, limit: IWrittenLimit) => Promise<void>;
 }
 
-/** The server's kernels by notebook: what each holds, and its limit, which can be set here. */
+/** The server's kernels by notebook: what each holds, and its limits, which can be set here. */
 export function Kernels(props: IKernelsProps): JSX.Element {
   const { kernels, devices, trans } = props;
   const [editing, setEditing] = React.useState<string | null>(null);
@@ -69,6 +76,8 @@ function Kernel(props: IKernelProps): JSX.Element {
     0
   );
   const name = kernelName(kernel, trans);
+  const over = overLimit(kernel, devices);
+  const limit = limitWords(kernel, devices, trans);
   return (
     <tbody data-kernel={kernel.kernel_id ?? 'other'}>
       <tr>
@@ -98,20 +107,28 @@ function Kernel(props: IKernelProps): JSX.Element {
             <button
               className="nbgpu-Kernels-limit"
               aria-expanded={props.editing}
-              aria-label={trans.__(
-                'Limit of %1: %2. Change it',
-                name,
-                limitWords(kernel, trans)
-              )}
+              aria-label={trans.__('Limit of %1: %2. Change it', name, limit)}
               title={trans.__('Change the limit of %1', name)}
               onClick={() => props.edit(!props.editing)}
             >
-              {limitWords(kernel, trans)}
+              {limit}
               <editIcon.react tag="span" width="12px" />
             </button>
           )}
         </td>
       </tr>
+      {over && (
+        <tr>
+          <td colSpan={3}>
+            <div className="nbgpu-Kernels-over">
+              {trans.__(
+                'Over its limit (%1): it keeps what it holds and is given no more until it frees some.',
+                formatMemoryOf(over.usedBytes, over.limitBytes)
+              )}
+            </div>
+          </td>
+        </tr>
+      )}
       {props.editing && (
         <tr>
           <td colSpan={3}>
@@ -123,18 +140,37 @@ function Kernel(props: IKernelProps): JSX.Element {
   );
 }
 
-function limitWords(kernel: IKernelUsage, trans: TranslationBundle): string {
-  const { memory_bytes } = kernel.limit;
-  return memory_bytes !== null ? formatMemory(memory_bytes) : trans.__('none');
+/** "5 GiB, 50 %": of its own, the time as a part of the slice's. */
+function limitWords(
+  kernel: IKernelUsage,
+  devices: IDeviceUsage[],
+  trans: TranslationBundle
+): string {
+  const words = Object.values(limitTexts(kernel, devices))
+    .filter(Boolean)
+    .map(text => text.replace(' ', '\u00a0')); // a number stays with its unit
+  return words.length > 0 ? words.join(', ') : trans.__('none');
 }
 
-/** The limit of one kernel as text; the server checks it and says what is wrong. */
+/** A kernel's limits as texts that the form takes back; empty: none of its own. */
+function limitTexts(
+  kernel: IKernelUsage,
+  devices: IDeviceUsage[]
+): { memory: string; compute: string } {
+  const { memory_bytes, compute_milli } = kernel.limit;
+  const sliceMilli = Math.min(...devices.map(d => d.compute_limit_milli));
+  return {
+    memory: memory_bytes !== null ? formatMemory(memory_bytes) : '',
+    compute: compute_milli !== null ? formatPart(compute_milli, sliceMilli) : ''
+  };
+}
+
+/** The limits of one kernel as text; the server checks them and says what is wrong. */
 function LimitForm(props: IKernelProps & { name: string }): JSX.Element {
   const { kernel, trans } = props;
-  const { memory_bytes } = kernel.limit;
-  const [memory, setMemory] = React.useState(
-    memory_bytes !== null ? formatMemory(memory_bytes) : ''
-  );
+  const [before] = React.useState(() => limitTexts(kernel, props.devices));
+  const [memory, setMemory] = React.useState(before.memory);
+  const [compute, setCompute] = React.useState(before.compute);
   const [error, setError] = React.useState('');
   const first = React.useRef<HTMLInputElement>(null);
   React.useEffect(() => first.current?.focus(), []);
@@ -153,7 +189,14 @@ function LimitForm(props: IKernelProps & { name: string }): JSX.Element {
       aria-label={trans.__('Limit of %1', props.name)}
       onSubmit={event => {
         event.preventDefault();
-        void save({ memory });
+        void save({
+          ...(memory === before.memory
+            ? { memory_bytes: kernel.limit.memory_bytes }
+            : { memory }),
+          ...(compute === before.compute
+            ? { compute_milli: kernel.limit.compute_milli }
+            : { compute })
+        });
       }}
       onKeyDown={event => event.key === 'Escape' && props.edit(false)}
     >
@@ -175,16 +218,25 @@ function LimitForm(props: IKernelProps & { name: string }): JSX.Element {
           onChange={event => setMemory(event.target.value)}
         />
       </label>
+      <label>
+        {trans.__('Compute limit')}
+        <input
+          className="jp-mod-styled"
+          value={compute}
+          placeholder={trans.__('such as 1/2 or 25 %')}
+          onChange={event => setCompute(event.target.value)}
+        />
+      </label>
       <p className="nbgpu-quiet">
         {trans.__('A fraction is of this slice. Empty: no limit of its own.')}
       </p>
       {error && <p role="alert">{error}</p>}
       <div className="nbgpu-LimitForm-buttons">
-        {memory_bytes !== null && (
+        {(before.memory || before.compute) && (
           <button
             type="button"
             className="jp-mod-styled jp-mod-reject"
-            onClick={() => void save({ memory: '' })}
+            onClick={() => void save({})}
           >
             {trans.__('Remove')}
           </button>

@@ -6,6 +6,7 @@ import {
   formatMemory,
   formatMemoryOf,
   kernelTotals,
+  overLimit,
   percent
 } from './format';
 import { HISTORY_SECONDS, type ISample, linePoints } from './history';
@@ -121,7 +122,11 @@ function deviceRows(
   ];
 }
 
-function kernelLine(kernel: IKernelUsage, ownId: string): string {
+function kernelLine(
+  kernel: IKernelUsage,
+  devices: IDeviceUsage[],
+  ownId: string
+): string {
   const used = formatMemory(kernelTotals(kernel).usedBytes);
   const cap = kernel.limit.memory_bytes;
   const name =
@@ -130,7 +135,8 @@ function kernelLine(kernel: IKernelUsage, ownId: string): string {
       : (kernel.name ?? kernel.kernel_id.slice(0, 8));
   const mine = kernel.kernel_id === ownId ? ' (this notebook)' : '';
   const limit = cap === null ? '' : ` of its own limit of ${formatMemory(cap)}`;
-  return `${name}${mine}: ${used}${limit}`;
+  const over = overLimit(kernel, devices) ? ', over' : '';
+  return `${name}${mine}: ${used}${limit}${over}`;
 }
 
 function sliceParts(
@@ -146,7 +152,7 @@ function sliceParts(
   usage.kernels
     .filter(({ devices, kernel_id }) => devices.length || kernel_id === ownId)
     .forEach(kernel =>
-      list.append(element('li', '', kernelLine(kernel, ownId)))
+      list.append(element('li', '', kernelLine(kernel, usage.devices, ownId)))
     );
   return [
     element('div', 'nbgpu-monitor-title', title),

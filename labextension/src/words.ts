@@ -26,6 +26,9 @@ export function warningWords(
   level: Level,
   trans: TranslationBundle
 ): string | null {
+  if (level === 'over') {
+    return trans.__('GPU memory over its limit');
+  }
   if (level === 'full') {
     return trans.__('GPU memory full');
   }

@@ -9,7 +9,7 @@
 
 #include "../limiter/nbgpu_layout.h"
 
-#define NBGPU_AGENT_ABI 1u
+#define NBGPU_AGENT_ABI 2u
 #define NBGPU_EXPORT __attribute__((visibility("default")))
 
 NBGPU_EXPORT uint32_t nbgpu_agent_abi(void);
@@ -57,6 +57,8 @@ NBGPU_EXPORT int nbgpu_sched_add(NbgpuSched *sched, int ctl_fd, int use_fd, uint
                                  uint32_t mode);
 /* New share (1..1000 milli-GPU) and mode (NBGPU_MODE_*), from the next turn on. */
 NBGPU_EXPORT int nbgpu_sched_set(NbgpuSched *sched, int id, uint32_t compute_milli, uint32_t mode);
+/* Read the limits of compute of the slice's kernels in ctl (`kernel[].compute_milli`) again: somebody changed them. */
+NBGPU_EXPORT int nbgpu_sched_kernels(NbgpuSched *sched, int id);
 /* 1: the gate becomes SUSPENDED and the slice gets no turns; 0: it waits for its turn again. */
 NBGPU_EXPORT int nbgpu_sched_suspend(NbgpuSched *sched, int id, int suspended);
 /* Forget it; its gate becomes GATE_NONE. */

@@ -80,6 +80,7 @@ static void release(NbgpuSched *s, Entry *e) {
         munmap((void *)e->page, PAGE);
     if (e->use_fd >= 0)
         close(e->use_fd);
+    free(e->kernels);
     *e = (Entry){0};
 }
 
@@ -104,6 +105,42 @@ static int map_files(Entry *e, int ctl_fd, int use_fd) {
     return e->ctl->magic == NBGPU_CTL_MAGIC ? 0 : -EBADMSG;
 }
 
+/* All gates of kernels, as where none has a limit. */
+static void no_kernel_gates(Entry *e) {
+    for (uint32_t i = 0; i < KERNELS_MEMBERS; i++) {
+        uint32_t *word = sched_kernel_gate(e, i);
+        if (__atomic_exchange_n(word, NBGPU_GATE_NONE, __ATOMIC_SEQ_CST) != NBGPU_GATE_NONE)
+            futex_wake(word);
+    }
+}
+
+/* Take over the kernels' limits of compute from ctl. */
+static int read_kernels(Entry *e) {
+    bool any = false;
+    for (uint32_t i = 0; i < NBGPU_KERNELS; i++)
+        any |= e->ctl->kernel[i].id[0] && e->ctl->kernel[i].compute_milli;
+    if (any && !e->kernels) {
+        no_kernel_gates(e);
+        e->kernels = calloc(1, sizeof *e->kernels);
+        if (!e->kernels)
+            return -ENOMEM;
+        kernels_init(&e->kernels->turns, &e->gpu->policy.config, now_ns());
+        for (uint32_t i = 0; i < KERNELS_MEMBERS; i++)
+            e->kernels->gate[i] = NBGPU_GATE_NONE;
+    }
+    if (!any) {
+        no_kernel_gates(e);
+        free(e->kernels);
+        e->kernels = NULL;
+        return 0;
+    }
+    for (uint32_t i = 0; i < NBGPU_KERNELS; i++) {
+        const NbgpuCtlKernel *k = &e->ctl->kernel[i];
+        kernels_set(&e->kernels->turns, i, k->id, k->id[0] ? k->compute_milli : 0, now_ns());
+    }
+    return 0;
+}
+
 static int add_locked(NbgpuSched *s, Entry *e, int ctl_fd, int use_fd, uint32_t physical, uint32_t compute_milli, uint32_t mode) {
     e->index = -1;
     e->use_fd = -1;
@@ -120,8 +157,9 @@ static int add_locked(NbgpuSched *s, Entry *e, int ctl_fd, int use_fd, uint32_t 
     e->gate = UINT32_MAX; /* unlike any: the first step writes it */
     e->ctl->heartbeat_ns = now_ns();
     choose_bells(s);
+    rc = read_kernels(e);
     sched_look(e, now_ns());
-    return 0;
+    return rc;
 }
 
 int nbgpu_sched_add(NbgpuSched *s, int ctl_fd, int use_fd, uint32_t device, uint32_t physical, uint32_t compute_milli, uint32_t mode) {
@@ -174,6 +212,16 @@ int nbgpu_sched_set(NbgpuSched *s, int id, uint32_t compute_milli, uint32_t mode
     return 0;
 }
 
+int nbgpu_sched_kernels(NbgpuSched *s, int id) {
+    Entry *e = hold(s, id);
+    if (!e)
+        return -ENOENT;
+    int rc = read_kernels(e);
+    sched_look(e, now_ns());
+    let_go(s);
+    return rc;
+}
+
 int nbgpu_sched_suspend(NbgpuSched *s, int id, int suspended) {
     Entry *e = hold(s, id);
     if (!e)
@@ -192,6 +240,7 @@ int nbgpu_sched_remove(NbgpuSched *s, int id) {
     __atomic_store_n(&out->gate, NBGPU_GATE_NONE, __ATOMIC_SEQ_CST);
     __atomic_add_fetch(&out->gate_generation, 1, __ATOMIC_SEQ_CST);
     futex_wake(&out->gate);
+    no_kernel_gates(e);
     release(s, e);
     choose_bells(s);
     let_go(s);

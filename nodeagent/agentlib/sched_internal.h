@@ -9,7 +9,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "sched_policy.h"
+#include "sched_kernels.h"
 
 #define WAITERS 128u  /* most that futex_waitv takes */
 #define ENTRIES 1024u /* (slice, device) pairs of a node */
@@ -26,6 +26,12 @@ typedef struct {
     bool due; /* something of it was seen anew */
     SchedDevice policy;
 } Device;
+
+/* The kernels of a slice that has limited ones, on one device. */
+typedef struct {
+    KernelTurns turns;
+    uint32_t gate[KERNELS_MEMBERS]; /* as last written */
+} Kernels;
 
 typedef struct {
     bool used;
@@ -45,6 +51,7 @@ typedef struct {
     uint64_t junk;
     uint32_t rings;    /* seen since the last heartbeat */
     uint64_t ask_from; /* before this, who is busy counts as alive */
+    Kernels *kernels;  /* NULL: no kernel of the slice has a limit of compute */
 } Entry;
 
 struct NbgpuSched {
@@ -71,6 +78,8 @@ static inline void futex_wake(const void *word) { syscall(SYS_futex, word, FUTEX
 
 /* Look at a slice's words now. */
 void sched_look(Entry *e, uint64_t now);
+/* The address of a member's gate word. */
+uint32_t *sched_kernel_gate(Entry *e, uint32_t member);
 /* No futex_waitv here, or more slices than it takes. */
 bool sched_polls(const NbgpuSched *s);
 /* The thread; returns when told to stop. */

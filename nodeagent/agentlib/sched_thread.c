@@ -50,8 +50,27 @@ static bool is_dead(Entry *e, uint32_t slot, uint64_t *spent) {
     return dead;
 }
 
-/* The state of the slice on its device, from the slots. */
-static bool read_slots(Entry *e, uint32_t high, SchedSeen *seen) {
+static uint64_t meter(const NbgpuUseSlot *slot, bool busy, uint64_t now) {
+    return slot->busy_ns + (busy && slot->busy_since < now ? now - slot->busy_since : 0);
+}
+
+/* What one slot says, into what its kernel says. */
+static void add_to_kernel(const Entry *e, const NbgpuUseSlot *slot, bool alive, uint64_t now, KernelSeen *seen) {
+    const uint32_t index = kernels_find(&e->kernels->turns, slot->kernel_id);
+    KernelSeen *k = &seen[index];
+    const bool busy = alive && slot->busy_since, want = alive && slot->want;
+    k->meter_ns += meter(slot, busy, now);
+    if (busy)
+        k->near = (!k->busy || k->near) && slot->near == 1;
+    k->busy |= busy;
+    k->want |= want;
+    k->kernels += busy || want; /* processes, of which a kernel has one as a rule */
+    if (index != KERNELS_REST)
+        k->kernels = 1;
+}
+
+/* The state of the slice on its device, from the slots, and that of its kernels where they have turns of their own. */
+static bool read_slots(Entry *e, uint32_t high, SchedSeen *seen, KernelSeen *kernels, uint64_t now) {
     uint64_t spent = 0;
     NbgpuUseSlot slot[8];
     uint32_t busy = 0, near = 0;
@@ -62,7 +81,11 @@ static bool read_slots(Entry *e, uint32_t high, SchedSeen *seen) {
         for (uint32_t i = 0; i < n; i++) {
             if (!slot[i].owner || !slot[i].ready || slot[i].device != e->device)
                 continue;
-            if (!(slot[i].want || slot[i].busy_since) || is_dead(e, first + i, &spent))
+            const bool active = slot[i].want || slot[i].busy_since;
+            const bool alive = active && !is_dead(e, first + i, &spent);
+            if (kernels)
+                add_to_kernel(e, &slot[i], alive, now, kernels);
+            if (!alive)
                 continue;
             seen->want |= slot[i].want != 0;
             if (!slot[i].busy_since)
@@ -76,17 +99,29 @@ static bool read_slots(Entry *e, uint32_t high, SchedSeen *seen) {
     return true;
 }
 
+/* A slice whose waiting kernels have all spent their limits wants no turn. */
+static void look_at_kernels(Entry *e, const KernelSeen *kernels, uint64_t now, SchedSeen *seen) {
+    KernelTurns *turns = &e->kernels->turns;
+    kernels_observe(turns, kernels, now);
+    seen->want = false;
+    for (uint32_t i = 0; i < KERNELS_MEMBERS; i++)
+        seen->want |= kernels_wants(turns, i);
+}
+
 void sched_look(Entry *e, uint64_t now) {
     Head head;
     SchedSeen seen = {0};
+    KernelSeen kernels[KERNELS_MEMBERS] = {0};
     uint32_t high;
     bool good = read_all(e->use_fd, &head, sizeof head, 0);
     if (good) {
         memcpy(&high, head.before_bell + offsetof(NbgpuUse, high_water), sizeof high);
         e->bell = head.bell;
         seen.edges = head.bell;
-        good = read_slots(e, high < NBGPU_SLOTS ? high : NBGPU_SLOTS, &seen);
+        good = read_slots(e, high < NBGPU_SLOTS ? high : NBGPU_SLOTS, &seen, e->kernels ? kernels : NULL, now);
     }
+    if (good && e->kernels)
+        look_at_kernels(e, kernels, now, &seen);
     if (!good) {
         seen = (SchedSeen){0};
         if (!e->broken)
@@ -155,6 +190,28 @@ static bool write_gate(Entry *e) {
     return true;
 }
 
+uint32_t *sched_kernel_gate(Entry *e, uint32_t member) {
+    return member == KERNELS_REST ? &e->ctl->device[e->device].rest_gate : &e->ctl->kernel[member].gate[e->device];
+}
+
+/* Decide whose turn it is inside the slice. Returns whether a gate was closed, or came into force: its kernel need not have rung before. */
+static bool settle_kernels(Entry *e) {
+    bool closed = false;
+    kernels_step(&e->kernels->turns, e->gate == NBGPU_GATE_OPEN);
+    for (uint32_t i = 0; i < KERNELS_MEMBERS; i++) {
+        const uint32_t gate = kernels_gate(&e->kernels->turns, i), was = e->kernels->gate[i];
+        if (gate == was)
+            continue;
+        uint32_t *word = sched_kernel_gate(e, i);
+        __atomic_store_n(word, gate, __ATOMIC_SEQ_CST);
+        if (gate != NBGPU_GATE_CLOSED)
+            futex_wake(word);
+        closed |= gate == NBGPU_GATE_CLOSED || was == NBGPU_GATE_NONE;
+        e->kernels->gate[i] = gate;
+    }
+    return closed;
+}
+
 /* Step a device until nothing changes. After a gate was closed or got an end the slice is read again: it need not have rung for what it
  * did just before. */
 static void settle(NbgpuSched *s, Device *gpu) {
@@ -170,6 +227,10 @@ static void settle(NbgpuSched *s, Device *gpu) {
                 sched_look(e, now_ns());
                 again = true;
             }
+            if (e->kernels && settle_kernels(e)) {
+                sched_look(e, now_ns());
+                again = true;
+            }
         }
         if (!again)
             break;
@@ -182,6 +243,19 @@ static bool is_busy(const SchedDevice *d) {
         if (d->slice[i].phase == PHASE_DRAIN || (d->slice[i].phase == PHASE_OPEN && d->slice[i].turn_end))
             return true;
     return false;
+}
+
+/* When the slices' kernels need the next decision. */
+static uint64_t kernels_wake(const NbgpuSched *s, const Device *gpu, bool *watched) {
+    uint64_t at = SCHED_NEVER;
+    for (uint32_t i = 0; i < s->high; i++) {
+        const Entry *e = &s->entry[i];
+        if (!e->used || e->gpu != gpu || !e->kernels)
+            continue;
+        at = e->kernels->turns.wake_at < at ? e->kernels->turns.wake_at : at;
+        *watched |= kernels_watched(&e->kernels->turns);
+    }
+    return at;
 }
 
 static void heartbeat(NbgpuSched *s, uint64_t now) {
@@ -210,14 +284,16 @@ static uint64_t work(NbgpuSched *s) {
     for (uint32_t i = 0; i < s->devices; i++) {
         Device *gpu = s->device[i];
         bool timed = now >= gpu->policy.wake_at;
-        if (!gpu->due && !timed && !is_busy(&gpu->policy))
-            continue;
         if (gpu->due || timed) {
             /* An owner without an end does not ring: ask everybody before deciding. */
             observe_device(s, gpu, now);
             settle(s, gpu);
         }
-        uint64_t check = is_busy(&gpu->policy) ? now_ns() + DRAIN_CHECK_NS : SCHED_NEVER;
+        bool watched = is_busy(&gpu->policy);
+        uint64_t kernels = kernels_wake(s, gpu, &watched);
+        if (kernels < gpu->policy.wake_at)
+            gpu->policy.wake_at = kernels;
+        uint64_t check = watched ? now_ns() + DRAIN_CHECK_NS : SCHED_NEVER;
         if (check < gpu->policy.wake_at)
             gpu->policy.wake_at = check;
         if (gpu->policy.wake_at < at)

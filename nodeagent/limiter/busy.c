@@ -464,7 +464,7 @@ static double too_much_ns(int device, const Busy *b, uint64_t now) {
     const NbgpuCtlDevice *ctl = &nbgpu_ctl->device[device];
     uint32_t launches;
     const double work = nbgpu_outstanding_ns(b, now, &launches);
-    if (!b->fences || !launches || __atomic_load_n(&ctl->gate, __ATOMIC_ACQUIRE) == NBGPU_GATE_CLOSED)
+    if (!b->fences || !launches || nbgpu_gate_closed(device))
         return 0;
     const uint64_t end = __atomic_load_n(&ctl->turn_end_ns, __ATOMIC_ACQUIRE);
     if (end && now < end + TURN_LATE_NS && (double)now + work >= (double)end)

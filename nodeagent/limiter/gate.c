@@ -110,12 +110,20 @@ static void take_word(NbgpuUseSlot *slot) {
     }
 }
 
+/* The gate of this process's kernel, or the one of all kernels without a limit of compute; NULL: none is in force. */
 static const uint32_t *kernel_gate(int device) {
     const NbgpuCtlKernel *kernel = nbgpu_kernel_limit();
-    if (!kernel)
-        return NULL;
-    const uint32_t word = __atomic_load_n(&kernel->gate[device], __ATOMIC_ACQUIRE);
-    return word == NBGPU_GATE_SUSPENDED || (kernel->compute_milli && word != NBGPU_GATE_NONE) ? &kernel->gate[device] : NULL;
+    const uint32_t *gate = NULL;
+    if (kernel && (LOAD(kernel->compute_milli) || LOAD(kernel->gate[device]) == NBGPU_GATE_SUSPENDED))
+        gate = &kernel->gate[device];
+    else if (LOAD(nbgpu_ctl->kernels_limited))
+        gate = &nbgpu_ctl->device[device].rest_gate;
+    return gate && __atomic_load_n(gate, __ATOMIC_ACQUIRE) != NBGPU_GATE_NONE ? gate : NULL;
+}
+
+static bool kernel_gate_closed(int device) {
+    const uint32_t *gate = kernel_gate(device);
+    return gate && __atomic_load_n(gate, __ATOMIC_ACQUIRE) == NBGPU_GATE_CLOSED;
 }
 
 /* Let the fast path look at this device, if it is the only one and no gate of a kernel is in the way. */
@@ -123,7 +131,7 @@ static void arm(int device, NbgpuUseSlot *slot) {
     if (nbgpu_devices != 1)
         return;
     const uint64_t generation = __atomic_load_n(&nbgpu_ctl->generation, __ATOMIC_ACQUIRE);
-    const bool plain = kernel_gate(device) == NULL && nbgpu_kernel_limit() == NULL;
+    const bool plain = nbgpu_kernel_limit() == NULL && !LOAD(nbgpu_ctl->kernels_limited);
     hot.gate = plain ? &nbgpu_ctl->device[device].gate : &never;
     hot.generation = &nbgpu_ctl->generation;
     hot.seen = generation;
@@ -179,12 +187,15 @@ void nbgpu_publish(int device) {
 static uint32_t gate_word(int device) { return __atomic_load_n(&nbgpu_ctl->device[device].gate, __ATOMIC_ACQUIRE); }
 
 bool nbgpu_contended(int device) {
-    return gate_word(device) != NBGPU_GATE_OPEN || __atomic_load_n(&nbgpu_ctl->device[device].turn_end_ns, __ATOMIC_ACQUIRE) != 0;
+    return gate_word(device) != NBGPU_GATE_OPEN || __atomic_load_n(&nbgpu_ctl->device[device].turn_end_ns, __ATOMIC_ACQUIRE) != 0 ||
+           kernel_gate(device) != NULL;
 }
+
+bool nbgpu_gate_closed(int device) { return gate_word(device) == NBGPU_GATE_CLOSED || kernel_gate_closed(device); }
 
 bool nbgpu_turn_over(int device, uint64_t now) {
     const uint64_t end = __atomic_load_n(&nbgpu_ctl->device[device].turn_end_ns, __ATOMIC_ACQUIRE);
-    return gate_word(device) == NBGPU_GATE_CLOSED || (end != 0 && now >= end);
+    return nbgpu_gate_closed(device) || (end != 0 && now >= end);
 }
 
 /* ---- waiting ---- */
@@ -206,21 +217,40 @@ static const uint32_t *in_the_way(int device, uint32_t *value) {
     return *value == NBGPU_GATE_CLOSED || *value == NBGPU_GATE_SUSPENDED ? kernel : NULL;
 }
 
-/* With no scheduler a strict slice keeps to its share by itself: time that its launches are estimated to take, refilled by its weight. */
+static uint32_t sharers_of(int device, const char *kernel_id) {
+    uint32_t sharers = 0;
+    for (uint32_t i = 0; i < nbgpu_use->high_water && i < NBGPU_SLOTS; i++) {
+        const NbgpuUseSlot *slot = &nbgpu_use->slot[i];
+        if (kernel_id && strncmp(slot->kernel_id, kernel_id, NBGPU_KERNEL_ID_BYTES) != 0)
+            continue;
+        sharers +=
+            LOAD(slot->owner) && LOAD(slot->device) == (uint32_t)device && (LOAD(slot->busy_since) || slot == nbgpu_device[device].slot);
+    }
+    return sharers ? sharers : 1;
+}
+
+/* What this process may take of the device with no scheduler: its part of a strict slice, and of its kernel's limit. 1: it runs free. */
+static double local_rate(int device) {
+    const NbgpuCtlDevice *ctl = &nbgpu_ctl->device[device];
+    const NbgpuCtlKernel *kernel = nbgpu_kernel_limit();
+    const uint32_t limit = kernel ? LOAD(kernel->compute_milli) : 0;
+    double rate = 1;
+    if (ctl->mode == NBGPU_MODE_STRICT)
+        rate = (double)ctl->compute_milli / 1000.0 / sharers_of(device, NULL);
+    const double own = limit ? (double)limit / 1000.0 / sharers_of(device, kernel->id) : 1;
+    return own < rate ? own : rate;
+}
+
+/* With no scheduler a strict slice and a limited kernel keep to their shares by themselves: time that their launches are estimated to
+ * take, refilled at that rate. */
 static void local_bucket(const Launch *launch) {
     static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
     static double tokens[NBGPU_DEVICES];
     static uint64_t filled[NBGPU_DEVICES];
     const int d = launch->device;
-    const double most = 30.0 * (double)MS;
-    if (nbgpu_ctl->device[d].mode != NBGPU_MODE_STRICT)
+    const double most = 30.0 * (double)MS, rate = local_rate(d);
+    if (rate >= 1)
         return;
-    uint32_t sharers = 0;
-    for (uint32_t i = 0; i < nbgpu_use->high_water && i < NBGPU_SLOTS; i++) {
-        const NbgpuUseSlot *slot = &nbgpu_use->slot[i];
-        sharers += LOAD(slot->owner) && LOAD(slot->device) == (uint32_t)d && (LOAD(slot->busy_since) || slot == nbgpu_device[d].slot);
-    }
-    const double rate = (double)nbgpu_ctl->device[d].compute_milli / 1000.0 / (sharers ? sharers : 1);
     pthread_mutex_lock(&lock);
     const uint64_t now = nbgpu_now();
     if (filled[d])
@@ -249,16 +279,19 @@ static void wait_turn(Launch *launch, NbgpuUseSlot *slot) {
     MARK("wanting");
     nbgpu_publish(d);
     nbgpu_ring();
-    while ((word = in_the_way(d, &value)) != NULL) {
-        if (nbgpu_scheduler_dead(nbgpu_now())) {
-            local_bucket(launch);
-            break;
+    bool dead = false;
+    do { /* a gate that opens often is no leave to queue ever more: the window holds behind it too */
+        while (!dead && (word = in_the_way(d, &value)) != NULL) {
+            dead = nbgpu_scheduler_dead(nbgpu_now());
+            if (dead) {
+                local_bucket(launch);
+            } else if (futex(word, FUTEX_WAIT, value, &limit) != 0 &&
+                       in_the_way(d, &value)) { /* 20 ms: a bell may have been lost, or our lock */
+                nbgpu_hold_slots();
+                nbgpu_ring();
+            }
         }
-        if (futex(word, FUTEX_WAIT, value, &limit) != 0 && in_the_way(d, &value)) { /* 20 ms: a bell may have been lost, or our lock */
-            nbgpu_hold_slots();
-            nbgpu_ring();
-        }
-    }
+    } while (!dead && nbgpu_busy_wait_window(d) && in_the_way(d, &value));
     nbgpu_busy_begin(launch); /* busy before it stops wanting: the slice is never seen idle in between */
     MARK("granted");
     __atomic_fetch_sub(&slot->want, 1, __ATOMIC_SEQ_CST);

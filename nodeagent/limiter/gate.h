@@ -46,7 +46,8 @@ double nbgpu_busy_estimate(int device, CUgraphExec exec);
 /* gate.c */
 void nbgpu_publish(int device); /* the slice's want, near and idle, from its slots */
 void nbgpu_ring(void);
-bool nbgpu_contended(int device); /* the gate is not open, or its turn has an end */
+bool nbgpu_contended(int device);   /* the gate is not open, or its turn has an end, or its kernels have turns of their own */
+bool nbgpu_gate_closed(int device); /* the slice's or the kernel's */
 bool nbgpu_turn_over(int device, uint64_t now);
 bool nbgpu_scheduler_dead(uint64_t now);
 bool nbgpu_capturing(CUstream stream, bool ptsz);

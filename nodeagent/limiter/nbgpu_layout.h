@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define NBGPU_VERSION 1u
+#define NBGPU_VERSION 2u
 #define NBGPU_CTL_MAGIC 0x314c54435047424eull
 #define NBGPU_USE_MAGIC 0x314553555047424eull
 #define NBGPU_DEVICES 16u
@@ -41,7 +41,8 @@ typedef struct {
     uint8_t reserved0[36];
     uint32_t gate;
     uint32_t gate_generation;
-    uint8_t reserved1[56];
+    uint32_t rest_gate;
+    uint8_t reserved1[52];
 } NbgpuCtlDevice;
 _Static_assert(sizeof(NbgpuCtlDevice) == 192, "size of NbgpuCtlDevice");
 _Static_assert(offsetof(NbgpuCtlDevice, uuid) == 0, "NbgpuCtlDevice.uuid");
@@ -55,7 +56,8 @@ _Static_assert(offsetof(NbgpuCtlDevice, compute_used_milli) == 88, "NbgpuCtlDevi
 _Static_assert(offsetof(NbgpuCtlDevice, reserved0) == 92, "NbgpuCtlDevice.reserved0");
 _Static_assert(offsetof(NbgpuCtlDevice, gate) == 128, "NbgpuCtlDevice.gate");
 _Static_assert(offsetof(NbgpuCtlDevice, gate_generation) == 132, "NbgpuCtlDevice.gate_generation");
-_Static_assert(offsetof(NbgpuCtlDevice, reserved1) == 136, "NbgpuCtlDevice.reserved1");
+_Static_assert(offsetof(NbgpuCtlDevice, rest_gate) == 136, "NbgpuCtlDevice.rest_gate");
+_Static_assert(offsetof(NbgpuCtlDevice, reserved1) == 140, "NbgpuCtlDevice.reserved1");
 
 typedef struct {
     char id[40];
@@ -80,7 +82,8 @@ typedef struct {
     uint64_t generation;
     uint64_t heartbeat_ns;
     uint32_t backend;
-    uint8_t reserved0[28];
+    uint32_t kernels_limited;
+    uint8_t reserved0[24];
     NbgpuCtlDevice device[16];
     NbgpuCtlKernel kernel[64];
     uint64_t overhead[256];
@@ -92,7 +95,8 @@ _Static_assert(offsetof(NbgpuCtl, size) == 12, "NbgpuCtl.size");
 _Static_assert(offsetof(NbgpuCtl, generation) == 16, "NbgpuCtl.generation");
 _Static_assert(offsetof(NbgpuCtl, heartbeat_ns) == 24, "NbgpuCtl.heartbeat_ns");
 _Static_assert(offsetof(NbgpuCtl, backend) == 32, "NbgpuCtl.backend");
-_Static_assert(offsetof(NbgpuCtl, reserved0) == 36, "NbgpuCtl.reserved0");
+_Static_assert(offsetof(NbgpuCtl, kernels_limited) == 36, "NbgpuCtl.kernels_limited");
+_Static_assert(offsetof(NbgpuCtl, reserved0) == 40, "NbgpuCtl.reserved0");
 _Static_assert(offsetof(NbgpuCtl, device) == 64, "NbgpuCtl.device");
 _Static_assert(offsetof(NbgpuCtl, kernel) == 3136, "NbgpuCtl.kernel");
 _Static_assert(offsetof(NbgpuCtl, overhead) == 11328, "NbgpuCtl.overhead");

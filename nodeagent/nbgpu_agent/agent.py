@@ -268,16 +268,31 @@ class Agent:
         first = wanted.devices[0]
         what = f"{format_memory(first.memory_bytes)}, {format_share(first.compute_milli)} of the GPU's time, {wanted.mode}"
         self.events.add("limit-changed", "info", f"This server's slice is now {what}.", live.id, owner=live.owner)
+        for part, used_bytes in zip(live.slice.devices, live.memory_by_device(), strict=True):
+            if used_bytes > part.memory_bytes:
+                self._tell_over(live, "This server", used_bytes, part.memory_bytes, None)
+                break
 
     def set_kernel_limit(self, live: LiveSlice, kernel_id: str, limit: KernelLimit) -> KernelLimit:
         """Limit a kernel inside its slice; both None removes its limit."""
         check_kernel_limit(limit, live.slice)
-        if live.record.kernel_limits.get(kernel_id, KernelLimit()) != limit:
-            live.set_kernel_limit(kernel_id, limit)
-            amount = limit.memory_bytes
-            what = "has no limit of its own any more" if amount is None else f"is limited to {format_memory(amount)}"
-            self.events.add("limit-changed", "info", f"Notebook kernel {short(kernel_id)} {what}.", live.id, kernel_id, live.owner)
+        if live.record.kernel_limits.get(kernel_id, KernelLimit()) == limit:
+            return limit
+        live.set_kernel_limit(kernel_id, limit)
+        self.turns.change_kernels(live)
+        who = f"Notebook kernel {short(kernel_id)}"
+        self.events.add("limit-changed", "info", f"{who} {limit_words(limit)}.", live.id, kernel_id, live.owner)
+        used_bytes = max(live.memory_by_device(kernel_id))
+        if limit.memory_bytes is not None and used_bytes > limit.memory_bytes:
+            self._tell_over(live, who, used_bytes, limit.memory_bytes, kernel_id)
         return limit
+
+    def _tell_over(self, live: LiveSlice, who: str, used_bytes: int, limit_bytes: int, kernel_id: str | None) -> None:
+        """Say that a limit was set below what is held: nobody loses anything, and nobody gets more."""
+        held = f"{who} holds {format_memory(used_bytes)}, its limit is now {format_memory(limit_bytes)}"
+        remedy = "Until it frees some, it is refused more."  # short: JupyterLab cuts a notice after 140 characters
+        what = {"used_bytes": used_bytes, "limit_bytes": limit_bytes, "limit": "slice" if kernel_id is None else "kernel"}
+        self.events.add("over-limit", "warning", f"{held}. {remedy}", live.id, kernel_id, live.owner, **what)
 
     # ---- answers
 
@@ -339,6 +354,16 @@ class Agent:
         self.turns.close()
         for live in self.slices.values():
             live.close()
+
+
+def limit_words(limit: KernelLimit) -> str:
+    """Return what holds for a kernel from now on."""
+    amounts: list[str] = []
+    if limit.memory_bytes is not None:
+        amounts.append(format_memory(limit.memory_bytes))
+    if limit.compute_milli is not None:
+        amounts.append(f"{format_share(limit.compute_milli)} of the GPU's time")
+    return f"is limited to {' and '.join(amounts)}" if amounts else "has no limit of its own any more"
 
 
 def short(kernel_id: str) -> str:

@@ -65,12 +65,13 @@ def check_fits(wanted: Slice, others: Iterable[Slice], devices: Mapping[str, Dev
 
 
 def check_kernel_limit(limit: KernelLimit, within: Slice) -> None:
-    """Raise InvalidValue when a kernel's limit is nothing, above its slice's on any device, or not in force on this agent."""
+    """Raise InvalidValue when a kernel's limit is nothing, or above its slice's on any device."""
     memory = min(part.memory_bytes for part in within.devices)
     if limit.memory_bytes is not None and not MIB <= limit.memory_bytes <= memory:
         raise InvalidValue("memory_bytes", limit.memory_bytes, f"between 1 MiB and the slice's {format_memory(memory)} ({memory} bytes)")
-    if limit.compute_milli is not None:
-        raise InvalidValue("compute_milli", limit.compute_milli, "null: a slice's kernels share its time, one alone cannot be limited yet")
+    compute = min(part.compute_milli for part in within.devices)
+    if limit.compute_milli is not None and not 1 <= limit.compute_milli <= compute:
+        raise InvalidValue("compute_milli", limit.compute_milli, f"from 1 to {compute}, the slice's share in thousandths of the GPU's time")
 
 
 def resized(current: Slice, memory_bytes: int | None, compute_milli: int | None, mode: str | None) -> Slice:

@@ -30,8 +30,10 @@ The scheduler only reads, and decides by the slots themselves; any change of `be
 * The file starts as zeros: ``idle[d]`` is 0 until the first work on a device is done. Who wants nothing and has no busy slot has nothing
   outstanding, whatever the words say. A process that died leaves its slot's words behind until it is reaped (`owner` back to 0).
 * Waiting threads wait on ``CtlDevice.gate`` (futex, at most 20 ms a time) and on ``CtlKernel.gate[d]`` where their kernel has an entry with
-  `compute_milli` not 0 (or whose gate is `GATE_SUSPENDED`). The scheduler wakes the gate's address after it changed the word. When
-  ``heartbeat_ns`` is older than 0.5 s gates are not obeyed: strict slices keep to their share by themselves, burst slices run free.
+  `compute_milli` not 0 (or whose gate is `GATE_SUSPENDED`); all others on ``CtlDevice.rest_gate`` while `kernels_limited` is not 0.
+  At a gate of kernels that is not `GATE_NONE` a process rings for ``near`` and ``idle`` too, whatever ``turn_end_ns`` is. The scheduler
+  wakes the gate's address after it changed the word. When ``heartbeat_ns`` is older than 0.5 s gates are not obeyed: strict slices and
+  limited kernels keep to their shares by themselves, all others run free.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from __future__ import annotations
 import ctypes as c
 from typing import Any
 
-VERSION = 1
+VERSION = 2
 CTL_MAGIC = 0x314C5443_5047424E  # "NBGPCTL1"
 USE_MAGIC = 0x31455355_5047424E  # "NBGPUSE1"
 DEVICES = 16
@@ -77,7 +79,8 @@ class CtlDevice(c.LittleEndianStructure):
         ("reserved0", c.c_uint8 * 36),
         ("gate", c.c_uint32),  # futex: GATE_*
         ("gate_generation", c.c_uint32),  # rises each time the gate word changes
-        ("reserved1", c.c_uint8 * 56),
+        ("rest_gate", c.c_uint32),  # futex: GATE_* of the kernels without a limit of compute, while another has one (Ctl.kernels_limited)
+        ("reserved1", c.c_uint8 * 52),
     ]
 
 
@@ -104,7 +107,8 @@ class Ctl(c.LittleEndianStructure):
         ("generation", c.c_uint64),  # rises after each change of limits
         ("heartbeat_ns", c.c_uint64),  # CLOCK_MONOTONIC of the scheduler's last sign of life
         ("backend", c.c_uint32),
-        ("reserved0", c.c_uint8 * 28),
+        ("kernels_limited", c.c_uint32),  # how many kernels have a limit of compute; not 0: the others obey rest_gate
+        ("reserved0", c.c_uint8 * 24),
         ("device", CtlDevice * DEVICES),
         ("kernel", CtlKernel * KERNELS),
         ("overhead", c.c_uint64 * SLOTS),  # bytes NVML sees of a slot's process beyond what is tracked, granted

@@ -317,9 +317,14 @@ class LiveSlice:
         slots = self.slots(self.tenant.read(), now_ns)
         return slice_usage(self.slice, slots, self.record.kernel_limits, self.seen_milli, backend, time.time(), now_ns)
 
+    def memory_by_device(self, kernel_id: str | None = None) -> list[int]:
+        """Return the memory that the slice, or one kernel of it, uses on each of its devices."""
+        slots = self.slots(self.tenant.read(), time.monotonic_ns())
+        return memory_by_device(self.slice, [slot for slot in slots if kernel_id in (None, slot.kernel_id)])
+
     def memory_used_bytes(self) -> int:
         """Return the memory that the slice uses on all its devices together."""
-        return sum(memory_by_device(self.slice, self.slots(self.tenant.read(), time.monotonic_ns())))
+        return sum(self.memory_by_device())
 
     def tick(self, wall: float, rows: list[UseRow]) -> None:
         """Once a second: add a point to the history of what was just read."""

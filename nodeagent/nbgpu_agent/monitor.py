@@ -313,16 +313,19 @@ class Monitor:
 
     def _tell_refusal(self, live: LiveSlice, row: UseRow, count: int) -> None:
         part = live.slice.devices[row.device]
-        own = [slot for slot in live.slots(live.tenant.read(), time.monotonic_ns()) if slot.device == row.device]
+        slots = [slot for slot in live.slots(live.tenant.read(), time.monotonic_ns()) if slot.device == row.device]
         limit = live.record.kernel_limits.get(row.kernel_id)
+        slice_used = used = sum(slot.memory_bytes for slot in slots)
         allowed, which = part.memory_bytes, "slice"
-        if row.refused_by == layout.REFUSED_KERNEL and limit is not None and limit.memory_bytes is not None:
-            allowed, which = limit.memory_bytes, "kernel"
-            own = [slot for slot in own if slot.kernel_id == row.kernel_id]
-        elif row.refused_by == layout.REFUSED_DRIVER:
+        if row.refused_by == layout.REFUSED_DRIVER:
             which = "device"
-        used = sum(slot.memory_bytes for slot in own)
-        message = refusal_message(row.kernel_id, row.refused_bytes, count, which, allowed, used)
+        elif limit is not None and limit.memory_bytes is not None:
+            own = sum(slot.memory_bytes for slot in slots if slot.kernel_id == row.kernel_id)
+            # The limiter looks at the slice first: where the kernel's own limit forbids it too, a larger slice would not help.
+            if row.refused_by == layout.REFUSED_KERNEL or own + row.refused_bytes > limit.memory_bytes < part.memory_bytes:
+                allowed, which, used = limit.memory_bytes, "kernel", own
+        both = which == "kernel" and slice_used + row.refused_bytes > part.memory_bytes
+        message = refusal_message(row.kernel_id, row.refused_bytes, count, which, allowed, used, both)
         self._agent.events.add(
             "refused",
             "warning",
@@ -339,15 +342,22 @@ class Monitor:
         )
 
 
-def refusal_message(kernel_id: str, refused_bytes: int, count: int, which: str, allowed_bytes: int, used_bytes: int) -> str:
-    """Return what a person should know of a refusal: who asked for what, whose limit refused, what to do."""
+def refusal_message(
+    kernel_id: str, refused_bytes: int, count: int, which: str, allowed_bytes: int, used_bytes: int, both: bool = False
+) -> str:
+    """Return what a person should know of a refusal: who asked for what, whose limit refused, what to do.
+
+    `both`: the kernel's own limit is in the way, and without it the slice would be.
+    """
     who = f"Notebook kernel {short(kernel_id)}" if kernel_id else "A program of this server"
     often = f" ({times(count)})" if count > 1 else ""
     refused = f"{who} was refused {format_memory(refused_bytes)}{often}"
     if which == "device":
         return f"{refused}: the GPU itself had no room, though this server's slice has. Try again; if it stays so, tell your administrator."
     limit = "its own limit" if which == "kernel" else "this server's slice"
-    remedy = "Free memory in it, or raise its limit." if which == "kernel" else REMEDY
+    remedy = REMEDY
+    if which == "kernel":
+        remedy = "Free memory: the slice has no room either." if both else "Free memory in it, or raise its limit."
     left = allowed_bytes - used_bytes
     if left >= refused_bytes:  # freed since, or its holder died
         return f"{refused}: {limit} of {format_memory(allowed_bytes)} was too full then ({format_memory(used_bytes)} in use now). {remedy}"

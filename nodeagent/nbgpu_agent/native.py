@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from . import layout
 
-ABI = 1
+ABI = 2
 LOCKED_ELSEWHERE = 0x7FFFFFFF
 JUNK_DEVICE, JUNK_KERNEL_ID, JUNK_MEMORY, JUNK_COMPUTE, JUNK_OWNER = 1, 2, 4, 8, 16
 
@@ -132,6 +132,7 @@ def _load(path: Path) -> c.CDLL:
         "nbgpu_sched_open": (c.c_void_p, [c.c_void_p]),
         "nbgpu_sched_add": (c.c_int, [c.c_void_p, c.c_int, c.c_int, c.c_uint32, c.c_uint32, c.c_uint32, c.c_uint32]),
         "nbgpu_sched_set": (c.c_int, [c.c_void_p, c.c_int, c.c_uint32, c.c_uint32]),
+        "nbgpu_sched_kernels": (c.c_int, [c.c_void_p, c.c_int]),
         "nbgpu_sched_suspend": (c.c_int, [c.c_void_p, c.c_int, c.c_int]),
         "nbgpu_sched_remove": (c.c_int, [c.c_void_p, c.c_int]),
         "nbgpu_sched_stats": (c.c_int, [c.c_void_p, c.c_int, c.c_void_p]),
@@ -220,6 +221,10 @@ class Scheduler:
     def set(self, entry: int, compute_milli: int, mode: int) -> None:
         """Give an entry another share or mode."""
         _check(self._lib.nbgpu_sched_set(self._handle, entry, compute_milli, mode), "scheduler set")
+
+    def kernels(self, entry: int) -> None:
+        """Take over the kernels' limits of compute that were written into an entry's ctl."""
+        _check(self._lib.nbgpu_sched_kernels(self._handle, entry), "scheduler kernels")
 
     def suspend(self, entry: int, suspended: bool) -> None:
         """Close an entry's gate until it is resumed."""

@@ -215,14 +215,18 @@ class CtlFile:
         os.fchmod(self.fd, 0o644)
         self._map = mmap.mmap(self.fd, layout.CTL_SIZE)
         self.words = layout.Ctl.from_buffer(self._map)
-        if fresh or self.words.magic != layout.CTL_MAGIC:
-            self.words.version = layout.VERSION
+        fresh = fresh or self.words.magic != layout.CTL_MAGIC
+        if fresh:
             self.words.size = layout.CTL_SIZE
             for device in self.words.device:
                 device.gate = layout.GATE_NONE
             for kernel in self.words.kernel:
                 for index in range(layout.DEVICES):
                     kernel.gate[index] = layout.GATE_NONE
+        if fresh or self.words.version < layout.VERSION:  # an older agent's: its fields are where they were, new ones are zeros
+            for device in self.words.device:
+                device.rest_gate = layout.GATE_NONE
+            self.words.version = layout.VERSION
 
     def set_slice(self, part_of: Slice, context_bytes: dict[str, int], overhead_caps: dict[str, int], backend: int) -> None:
         """Write the limits of a slice; `context_bytes` and `overhead_caps` in bytes by device uuid."""
@@ -254,6 +258,7 @@ class CtlFile:
             entry.compute_milli = limit.compute_milli or 0
             if index is None:
                 entry.id = kernel_id.encode()
+        words.kernels_limited = sum(limit.compute_milli is not None for limit in limits.values())
         words.generation += 1
 
     def close(self) -> None:

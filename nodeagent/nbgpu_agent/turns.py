@@ -53,6 +53,11 @@ class Turns:
         for entry, part in zip(live.entries, live.slice.devices, strict=False):
             self._scheduler.set(entry, part.compute_milli, self._mode(live))
 
+    def change_kernels(self, live: LiveSlice) -> None:
+        """Tell the scheduler that limits of the slice's kernels are others now (`LiveSlice.set_kernel_limit` has written them)."""
+        for entry in live.entries:
+            self._scheduler.kernels(entry)
+
     def remove(self, live: LiveSlice) -> None:
         """Forget a slice."""
         for entry in live.entries:

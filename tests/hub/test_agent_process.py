@@ -17,6 +17,7 @@ from agent_harness import AgentProcess, Tenant, missing_libraries, own_agent, sl
 
 from nbgpu.errors import NbgpuError
 from nbgpu.quantities import GIB, MIB
+from nbgpu_agent import layout
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.skipif(missing_libraries() is not None, reason=str(missing_libraries()))]
 
@@ -237,13 +238,15 @@ def test_busy_time_becomes_compute(agent: AgentProcess, tenant: Callable[..., Te
 def test_a_kernel_is_limited_inside_its_slice(agent: AgentProcess) -> None:
     launch = agent.put(agent.slice(250))
     own = slice_client(launch)
-    limit = {"memory_bytes": 5 * GIB, "compute_milli": None}
+    limit = {"memory_bytes": 5 * GIB, "compute_milli": 100}
     assert own.call("PUT", "/v1/kernels/kernel-a", limit) == limit
     assert own.call("GET", "/v1/kernels") == {"kernel-a": limit}
+    assert own.call("GET", "/v1/usage")["kernels"][0]["limit"] == limit
     for body, field in [
         ({"memory_bytes": 20 * GIB}, "memory_bytes"),
         ({"memory_bytes": 0}, "memory_bytes"),
-        ({"compute_milli": 100}, "compute_milli"),
+        ({"compute_milli": 251}, "compute_milli"),
+        ({"compute_milli": 0}, "compute_milli"),
         ({"memory_bytes": "5 GiB"}, "memory_bytes"),
         ({"mem": 1}, "mem"),
     ]:
@@ -252,7 +255,38 @@ def test_a_kernel_is_limited_inside_its_slice(agent: AgentProcess) -> None:
         assert (refused.value.status, refused.value.field) == (400, field)
     own.call("PUT", "/v1/kernels/kernel-a", {})
     assert own.call("GET", "/v1/kernels") == {}
-    assert [event["kind"] for event in own.call("GET", "/v1/events")] == ["limit-changed"] * 2
+    told = own.call("GET", "/v1/events")
+    assert [event["kind"] for event in told] == ["limit-changed"] * 2
+    assert told[0]["message"] == "Notebook kernel kernel-a is limited to 5 GiB and 10 % of the GPU's time."
+
+
+def test_both_apis_refuse_a_kernels_compute_above_the_slice_alike(agent: AgentProcess) -> None:
+    wanted = agent.slice(250)
+    own = slice_client(agent.put(wanted))
+    for client, path in ((own, "/v1/kernels/k"), (agent.client, f"/v1/slices/{wanted.slice_id}/kernels/k")):
+        with pytest.raises(NbgpuError) as refused:
+            client.call("PUT", path, {"compute_milli": 251})
+        assert (refused.value.status, refused.value.field) == (400, "compute_milli")
+        assert "from 1 to 250" in refused.value.message
+        assert client.call("PUT", path, {"compute_milli": 250}) == {"memory_bytes": None, "compute_milli": 250}
+
+
+def test_a_limit_below_what_is_held_is_said(agent: AgentProcess, tenant: Callable[..., Tenant]) -> None:
+    wanted = agent.slice(250)
+    launch = agent.put(wanted)
+    tenant(launch, "kernel-a").do("used", 6 * GIB)
+    own = slice_client(launch)
+    until(lambda: usage(launch).kernels[0].devices[0].memory_used_bytes >= 6 * GIB, what="its use to be shown")
+    own.call("PUT", "/v1/kernels/kernel-a", {"memory_bytes": 7 * GIB})
+    assert not [one for one in own.call("GET", "/v1/events") if one["kind"] == "over-limit"], "above what it holds there is nothing to say"
+    own.call("PUT", "/v1/kernels/kernel-a", {"memory_bytes": 5 * GIB})
+    (event,) = [one for one in own.call("GET", "/v1/events") if one["kind"] == "over-limit"]
+    assert event["kernel_id"] == "kernel-a"
+    assert event["message"].endswith("its limit is now 5 GiB. Until it frees some, it is refused more.")
+    agent.client.call("PATCH", f"/v1/slices/{wanted.slice_id}", {"memory_bytes": 4 * GIB})
+    event = [one for one in own.call("GET", "/v1/events") if one["kind"] == "over-limit"][-1]
+    assert event["kernel_id"] is None
+    assert "This server holds 6" in event["message"]
 
 
 def test_a_refusal_is_told_within_a_second_and_a_burst_once_a_second(agent: AgentProcess, tenant: Callable[..., Tenant]) -> None:
@@ -278,6 +312,29 @@ def test_a_refusal_is_told_within_a_second_and_a_burst_once_a_second(agent: Agen
 
     until(lambda: sum(event["data"]["count"] for event in told()) == 200, 4, "all refusals told", every=0.1)
     assert len(told()) <= 3
+
+
+def test_a_refusal_by_the_slice_names_the_kernels_own_limit_where_that_forbids_it_anyway(
+    agent: AgentProcess, tenant: Callable[..., Tenant]
+) -> None:
+    launch = agent.put(agent.slice(250))
+    own = slice_client(launch)
+    one, two = tenant(launch, "kernel-a"), tenant(launch, "kernel-b")
+    one.do("used", 4 * GIB)
+    two.do("used", 10 * GIB)
+    own.call("PUT", "/v1/kernels/kernel-a", {"memory_bytes": 5 * GIB})
+    until(lambda: len(usage(launch).kernels) == 2, 2, "both kernels")
+
+    def refused(process: Tenant, amount: int) -> tuple[str, str]:
+        seen = own.call("GET", "/v1/events")[-1]["id"]
+        process.do("refuse", amount, layout.REFUSED_SLICE)
+        (event,) = own.call("GET", f"/v1/events?after={seen}&wait_seconds=5", wait_seconds=5)
+        return event["data"]["limit"], event["message"]
+
+    which, message = refused(one, 20 * GIB)
+    assert which == "kernel"
+    assert message.endswith("its own limit of 5 GiB has 1 GiB left. Free memory: the slice has no room either.")
+    assert refused(two, 20 * GIB)[0] == "slice", "the control: a kernel without a limit"
 
 
 # ---- restarts

@@ -280,11 +280,13 @@ def test_limit_caps_one_kernel_and_clears_it(place: Place) -> None:
     assert [kernel["kernel_id"] for kernel in listed["kernels"]] == ["kernel-one"]
 
     done = place.call("limit", "kernel", "--memory", "1GiB")
-    assert (done.returncode, done.stdout) == (0, "Kernel kernel-o: memory 1 GiB.\n")
+    assert (done.returncode, done.stdout) == (0, "Kernel kernel-o: memory 1 GiB, time the slice's.\n")
     assert ask(program, f"alloc {2 * GIB}") == str(OUT_OF_MEMORY)
     too_much = place.call("limit", "kernel", "--memory", "70GiB")
     assert too_much.returncode == 1
     assert len(too_much.stderr.strip().splitlines()) == 1
+
+    assert place.call("limit", "kernel", "--compute", "1/2").stdout == "Kernel kernel-o: memory 1 GiB, time 25 %.\n"
 
     socket = ask(program, "env NBGPU_SOCKET")
     assert place.call("limit", "kernel", "--clear", NBGPU_SOCKET=socket).returncode == 0

@@ -205,6 +205,29 @@ def test_the_slice_in_jupyterlab(lab: Lab, page: Any, theme: str, shot: str) -> 
     assert row.get_by_text("4 GiB", exact=True).count() == 1
     assert lab.agent.limits[lab.kernels[1]] == {"memory_bytes": 10 * GIB, "compute_milli": None}
 
+    # a limit of time beside it: what was not touched stays to the byte; both are shown, and what they hint at is not cut off
+    lab.agent.limits[lab.kernels[1]]["memory_bytes"] = exact = 9 * GIB + 777 * 1024**2
+    row.get_by_text("9.7 GiB").wait_for()
+    row.get_by_role("button").click()
+    for field in ("Memory limit", "Compute limit"):
+        row.get_by_label(field).fill("")
+        assert row.get_by_label(field).evaluate(PLACEHOLDER_FITS), field
+    page.screenshot(path=SHOTS / f"lab-{shot}-limit.png")
+    page.keyboard.press("Escape")
+    row.get_by_role("button").click()
+    row.get_by_label("Compute limit").fill("1/2")
+    page.keyboard.press("Enter")
+    row.get_by_text("9.7 GiB, 50 %").wait_for()
+    assert lab.agent.limits[lab.kernels[1]] == {"memory_bytes": exact, "compute_milli": 125}
+
+    # below what it holds: words, not colour alone
+    assert row.get_by_text("Over its limit").count() == 0
+    row.get_by_role("button").click()
+    row.get_by_label("Memory limit").fill("3 GiB")
+    page.keyboard.press("Enter")
+    row.get_by_text("Over its limit (4 of 3 GiB)").wait_for()
+    page.screenshot(path=SHOTS / f"lab-{shot}-over.png")
+
     # near the limit: words, not colour alone; seen within two seconds
     lab.agent.used_bytes = 19 * GIB
     page.get_by_text("GPU memory almost full").first.wait_for(timeout=2000)
@@ -220,6 +243,13 @@ def test_the_slice_in_jupyterlab(lab: Lab, page: Any, theme: str, shot: str) -> 
     page.get_by_text("The node agent does not answer").wait_for(state="detached", timeout=35_000)
 
 
+PLACEHOLDER_FITS = """input => {
+    const canvas = document.createElement('canvas').getContext('2d');
+    const style = getComputedStyle(input);
+    canvas.font = style.font;
+    const room = input.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
+    return canvas.measureText(input.placeholder).width <= room;
+}"""
 HIDDEN = """hidden => {
     Object.defineProperty(document, 'hidden', {configurable: true, get: () => hidden});
     Object.defineProperty(document, 'visibilityState', {configurable: true, get: () => hidden ? 'hidden' : 'visible'});

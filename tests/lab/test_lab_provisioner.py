@@ -82,7 +82,7 @@ async def test_a_restart_keeps_the_limit_of_the_panel(agent: FakeAgent, manager:
         {"nbgpu": "everything"},
         {"nbgpu": {"memory": "5 apples"}},
         {"nbgpu": {"memory": "900 GiB"}},
-        {"nbgpu": {"compute": "1/2"}},
+        {"nbgpu": {"compute": "5 GiB"}},
         {"nbgpu": [1]},
     ],
 )
@@ -115,12 +115,10 @@ def test_paths_that_are_none(session: str) -> None:
     assert read_metadata(session) is None
 
 
-async def test_compute_in_the_metadata_is_a_notice_and_memory_is_limited(agent: FakeAgent, manager: Any, tmp_path: Path) -> None:
+async def test_compute_in_the_metadata_is_a_part_of_the_slice(agent: FakeAgent, manager: Any, tmp_path: Path) -> None:
     await start(manager, tmp_path, notebook(tmp_path, {"nbgpu": {"memory": "5 GiB", "compute": "1/2"}}))
-    (notice,) = notices.SERVER.after(0)
-    assert "compute" in notice["message"]
-    assert "memory limit holds" in notice["message"]
-    assert agent.limits == {manager.kernel_id: {"memory_bytes": 5 * GIB, "compute_milli": None}}
+    assert notices.SERVER.after(0) == []
+    assert agent.limits == {manager.kernel_id: {"memory_bytes": 5 * GIB, "compute_milli": 125}}
     await stop(manager)
 
 

@@ -11,6 +11,7 @@ from fake_slice_agent import GIB, FakeAgent
 from lab_helpers import until
 from tornado.httpclient import HTTPClientError
 
+from nbgpu.kernel_names import KernelName, read_names
 from nbgpu_lab import extension
 from nbgpu_lab.client import SliceClient
 from nbgpu_lab.notices import Notices
@@ -130,12 +131,24 @@ async def test_limits_a_kernel(agent: FakeAgent, jp_fetch: Any) -> None:
     assert agent.limits == {"abc": {"memory_bytes": 5 * GIB, "compute_milli": None}}
     await jp_fetch("nbgpu/api/kernels/abc", method="PUT", body='{"memory": "1/2"}')
     assert agent.limits == {"abc": {"memory_bytes": 10 * GIB, "compute_milli": None}}
+    await jp_fetch("nbgpu/api/kernels/abc", method="PUT", body='{"memory": "", "compute": "1/2"}')
+    assert agent.limits == {"abc": {"memory_bytes": None, "compute_milli": 125}}
     await jp_fetch("nbgpu/api/kernels/abc", method="PUT", body='{"memory_bytes": null, "compute_milli": null}')
     assert agent.limits == {}
 
 
+async def test_the_command_line_is_told_the_notebooks_names(agent: FakeAgent, jp_fetch: Any, jp_serverapp: Any) -> None:
+    """Nobody looks at the panel: that a kernel starts is enough."""
+    asked = {"path": "work/train.ipynb", "name": "train.ipynb", "type": "notebook", "kernel": {"name": "python3"}}
+    session = json.loads((await jp_fetch("api", "sessions", method="POST", body=json.dumps(asked))).body)
+    named = {session["kernel"]["id"]: KernelName("train.ipynb", "work/train.ipynb")}
+    await until(lambda: read_names("fakeslice") == named)
+    await jp_fetch("api", "sessions", session["id"], method="DELETE")
+    await until(lambda: read_names("fakeslice") == {})
+
+
 @pytest.mark.parametrize(
-    "body", ["[]", "junk", '{"memory": "5 apples"}', '{"memory_bytes": -1}', "x" * 10_000, '{"other": 1}', '{"compute": "1/2"}']
+    "body", ["[]", "junk", '{"memory": "5 apples"}', '{"memory_bytes": -1}', "x" * 10_000, '{"other": 1}', '{"compute": "5 GiB"}']
 )
 async def test_junk_limit_is_a_plain_400(agent: FakeAgent, jp_fetch: Any, body: str) -> None:
     with pytest.raises(HTTPClientError) as refusal:
@@ -150,7 +163,7 @@ async def test_limit_above_the_slice_says_what_may_be_written(agent: FakeAgent, 
         await jp_fetch("nbgpu/api/kernels/abc", method="PUT", body='{"memory": "30 GiB"}')
     assert refusal.value.code == 400
     error = json.loads(refusal.value.response.body)["error"]
-    most = "at most 20 GiB, this server's slice, or a fraction of it such as 0.5 or 1/2"
+    most = "at most 20 GiB, this server's slice, or a fraction of it such as 0.5, 1/2 or 25%"
     assert (error["field"], error["message"]) == ("memory", f"Memory limit is '30 GiB'; it must be {most}.")
     assert agent.count("/v1/kernels/") == 0
 

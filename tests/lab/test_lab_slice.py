@@ -213,6 +213,44 @@ def test_limits_of_one_notebook(server: Server) -> None:
     assert abs(server.kernel(kernel.id)["limit"]["memory_bytes"] - half) <= 1024**2
 
 
+TERMINAL = """
+import subprocess, sys
+done = subprocess.run([sys.executable, "-m", "nbgpu", *WORDS], capture_output=True, text=True, cwd=HOME)
+print(done.stdout + done.stderr, end="")
+"""
+
+
+def test_the_command_line_knows_notebooks_by_name_and_limits_them_while_they_run(server: Server) -> None:
+    shutil.copy(server.base / "notebooks" / "fractions.ipynb", server.base / "notebooks" / "quiet.ipynb")
+    kernel = server.open("quiet.ipynb")
+
+    def nbgpu(*words: str) -> str:
+        return kernel.run(TERMINAL.replace("WORDS", repr(words)).replace("HOME", repr(str(ROOT))))
+
+    def listed() -> dict[str, Any]:
+        return {one["name"]: one for one in json.loads(nbgpu("limit", "--json"))["kernels"]}
+
+    quiet = wait_for("a kernel that has used no GPU, by its notebook's name", lambda: listed().get("quiet.ipynb"), 10)
+    assert (quiet["kernel_id"], quiet["path"], quiet["devices"]) == (kernel.id, "quiet.ipynb", [])
+    assert nbgpu("limit", "quiet", "--memory", "50%", "--compute", "1/2") == "quiet.ipynb: memory 9.7 GiB, time 12.5 %.\n"
+    assert server.kernel(kernel.id)["limit"]["compute_milli"] == 125
+    assert "at most 19.5 GiB" in nbgpu("limit", "quiet.ipynb", "--memory", "900GiB")
+
+    # below what it holds: nothing is lost, nothing more is given, and all three places say so
+    code = cells()
+    kernel.run(code["setup"])
+    kernel.run("blocks = [check(driver.cuMemAlloc(GIB)) for _ in range(4)]")
+    before = server.usage()["last_event"]
+    assert "It holds 4" in nbgpu("limit", "quiet", "--memory", "2GiB")
+    assert "of 2 GiB, over" in nbgpu("status")
+    (notice,) = [one for one in server.call(f"nbgpu/api/events?after={before}") if one["kind"] == "over-limit"]
+    assert notice["message"].startswith("quiet.ipynb holds 4")
+    attempt = "try:\n    check(driver.cuMemAlloc(GIB))\nexcept RuntimeError as error:\n    print(error)"
+    assert kernel.run(attempt) == "CUDA_ERROR_OUT_OF_MEMORY\n"
+    assert nbgpu("limit", "quiet", "--memory", "6GiB").endswith("memory 6 GiB, time 12.5 %.\n")
+    assert kernel.run(attempt) == "", "the control: above what it holds there is room again"
+
+
 def test_a_limit_above_the_slice_is_refused(server: Server) -> None:
     with pytest.raises(urllib.error.HTTPError) as refusal:
         server.call("nbgpu/api/kernels/abc", {"memory": "900 GiB"}, "PUT")

@@ -58,6 +58,7 @@ static void make(const char *folder, unsigned i) {
     s->use->high_water = 1;
     s->use->slot[0].owner = (uint64_t)getpid() << 32 | 1;
     s->use->slot[0].ready = 1;
+    snprintf(s->use->slot[0].kernel_id, sizeof s->use->slot[0].kernel_id, "k%u", i % 2 ? i : 0);
     struct flock lock = {.l_type = F_WRLCK, .l_start = offsetof(NbgpuUse, slot), .l_len = 1};
     if (fcntl(s->use_fd, F_OFD_SETLK, &lock) != 0)
         fail("no lock");
@@ -135,6 +136,14 @@ static void *reader(void *argument) {
     return NULL;
 }
 
+/* Kernels that are limited, limited otherwise, and not any more. */
+static void limit_kernels(Slice *s, unsigned round) {
+    NbgpuCtlKernel *k = &s->ctl->kernel[round % 3 ? 0 : NBGPU_KERNELS - 1];
+    snprintf(k->id, sizeof k->id, "k%u", round % 4);
+    k->compute_milli = round % 5 * 300;
+    nbgpu_sched_kernels(scheduler, s->id);
+}
+
 int main(int argc, char **argv) {
     if (argc != 3)
         return 2;
@@ -153,6 +162,7 @@ int main(int argc, char **argv) {
         const int id = nbgpu_sched_add(scheduler, extra.ctl_fd, extra.use_fd, 1, 5, 10, NBGPU_MODE_BURST);
         nbgpu_sched_set(scheduler, slices[i % SLICES].id, 1 + i % 1000, i % 2 ? NBGPU_MODE_STRICT : NBGPU_MODE_BURST);
         nbgpu_sched_suspend(scheduler, slices[i % SLICES].id, i % 5 == 0);
+        limit_kernels(&slices[i % SLICES], i);
         pause_us(1000);
         nbgpu_sched_suspend(scheduler, slices[i % SLICES].id, 0);
         if (id >= 0 && nbgpu_sched_remove(scheduler, id) != 0)

@@ -167,6 +167,30 @@ def test_a_kernels_own_gate(make_slice: Make) -> None:
         other.end()
 
 
+def test_who_has_no_limit_obeys_the_gate_of_the_rest_while_another_has_one(make_slice: Make) -> None:
+    files = make_slice(mem_limit=MIB, gate=layout.GATE_OPEN)
+    device = files.ctl.device[0]
+    device.rest_gate = layout.GATE_CLOSED
+    with beating(files):
+        child = Child(files, NBGPU_KERNEL_ID="o")
+        child.launch()
+        wait_for(lambda: len(child.answers) == 1, "nobody is limited: no gate of the rest")
+        files.kernel(5, "k", 0, compute_milli=100)
+        files.ctl.kernels_limited = 1
+        files.ctl.generation += 1
+        child.launch()
+        wait_for(lambda: files.use.want[0] == 1, "it waits")
+        time.sleep(0.1)
+        assert len(child.answers) == 1
+        device.rest_gate = layout.GATE_OPEN
+        wait_for(lambda: len(child.answers) == 2, "the launch goes through")
+        wait_for(lambda: files.slots()[0].busy_since == 0, "idle")
+        before = files.use.bell
+        child.launch()
+        wait_for(lambda: len(child.answers) == 3 and files.use.bell > before, "its idle end is rung, though nobody waits for the slice")
+        child.end()
+
+
 def test_a_limit_set_while_running_is_obeyed(make_slice: Make) -> None:
     """The fast path must notice that turns begin, and that its kernel has got a gate."""
     files = make_slice(mem_limit=MIB, gate=layout.GATE_NONE)

@@ -63,11 +63,25 @@ def test_ctl_is_written_over_restarts_and_never_replaced(directory: Path) -> Non
     assert (device.context_bytes, device.overhead_cap, device.gate) == (300, 500, layout.GATE_OPEN)
     assert words.device[1].uuid == b""
     assert words.device[1].gate == layout.GATE_NONE
+    assert (words.kernels_limited, words.device[0].rest_gate) == (1, layout.GATE_NONE)
     # A kernel keeps its entry; one that goes leaves its place to the next.
     again.set_kernels({"b": KernelLimit(memory_bytes=9), "c": KernelLimit(memory_bytes=8)})
     entries = [(entry.id, entry.mem_limit, entry.compute_milli) for entry in words.kernel if entry.id]
     assert entries == [(b"c", 8, 0), (b"b", 9, 0)]
     assert words.generation > generation
+    assert words.kernels_limited == 0
+    again.close()
+
+
+def test_the_ctl_of_an_older_agent_is_brought_up_to_date_in_its_place(directory: Path) -> None:
+    """Where version 2 has the gate of kernels without a limit, version 1 had zeros, which would be a closed gate."""
+    ctl = CtlFile(directory)
+    ctl.set_slice(SLICE, {}, {}, layout.BACKEND_LIMITER)
+    ctl.words.version, ctl.words.device[0].gate, ctl.words.device[0].rest_gate = 1, layout.GATE_OPEN, 0
+    ctl.close()
+    again = CtlFile(directory)
+    words = again.words
+    assert (words.version, words.device[0].gate, words.device[0].rest_gate) == (layout.VERSION, layout.GATE_OPEN, layout.GATE_NONE)
     again.close()
 
 

@@ -77,8 +77,8 @@ def test_slices_that_cannot_be(wanted: Slice, field: str) -> None:
 
 def test_a_kernels_limit_is_within_every_device_of_the_slice() -> None:
     within = make("slice-00", (0, 1024, 250), (1, 2048, 500))
-    check_kernel_limit(KernelLimit(memory_bytes=GIB), within)
-    for limit in (KernelLimit(memory_bytes=GIB + 1), KernelLimit(compute_milli=100), KernelLimit(memory_bytes=0)):
+    check_kernel_limit(KernelLimit(memory_bytes=GIB, compute_milli=250), within)
+    for limit in (KernelLimit(memory_bytes=GIB + 1), KernelLimit(compute_milli=251), KernelLimit(memory_bytes=0)):
         with pytest.raises(InvalidValue):
             check_kernel_limit(limit, within)
 

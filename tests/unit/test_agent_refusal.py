@@ -36,3 +36,9 @@ def test_a_refusal_fits_a_notice_of_jupyterlab() -> None:
         shown = text.replace("Notebook kernel 3f2a0000…", "fractions.ipynb")
         assert shown.endswith("larger fraction.")
         assert len(shown) <= 140, shown
+
+
+def test_where_the_slice_has_no_room_either_raising_the_kernels_limit_is_no_advice() -> None:
+    text = refusal_message("k", 4 * GIB, 1, "kernel", 5 * GIB, 2 * GIB, both=True)
+    assert "its own limit of 5 GiB has 3 GiB left" in text
+    assert text.endswith("Free memory: the slice has no room either.")

@@ -4,7 +4,9 @@ import {
   formatMemoryOf,
   fullest,
   kernelTotals,
+  formatPart,
   memoryLevel,
+  overLimit,
   percent
 } from '../../../labextension/src/format';
 import words from '../../data/memory_words.json';
@@ -39,15 +41,52 @@ test('percent has no division by zero', () => {
   expect(percent(199, 200)).toBe(99);
 });
 
-test('warns from its threshold, and says full at the end', () => {
+test('warns from its threshold, says full at the end, and over beyond it', () => {
   const level = (used: number) => memoryLevel(used, 1000, 90);
-  expect([899, 900, 989, 990, 1200].map(level)).toEqual([
+  expect([899, 900, 989, 990, 1000, 1001].map(level)).toEqual([
     'ok',
     'warning',
     'warning',
     'full',
-    'full'
+    'full',
+    'over'
   ]);
+});
+
+test.each([
+  [125, 250, '50 %'],
+  [62, 250, '25 %'],
+  [5, 250, '2 %'],
+  [1, 1000, '0.1 %'],
+  [1, 0, '0.1 %']
+])('%s of %s milli-GPU is %s of the slice', (milli, slice, text) => {
+  expect(formatPart(milli, slice)).toBe(text);
+});
+
+test("a kernel is over its own limit, or the slice's where that is lower", () => {
+  const { devices } = answer(1);
+  const holds = (gib: number, limitGib: number | null) =>
+    kernel({
+      limit: {
+        memory_bytes: limitGib && limitGib * GIB,
+        compute_milli: null
+      },
+      devices: [
+        {
+          uuid: 'GPU-1',
+          memory_used_bytes: gib * GIB,
+          memory_peak_bytes: gib * GIB,
+          compute_used_milli: 0
+        }
+      ]
+    });
+  expect(overLimit(holds(5, 5), devices!)).toBeNull();
+  expect(overLimit(holds(6, 5), devices!)).toEqual({
+    usedBytes: 6 * GIB,
+    limitBytes: 5 * GIB
+  });
+  expect(overLimit(holds(19, null), devices!)).toBeNull();
+  expect(overLimit(holds(21, 30), devices!)?.limitBytes).toBe(20 * GIB);
 });
 
 test('shows the device that is nearest to its limit, not the one that holds most', () => {
