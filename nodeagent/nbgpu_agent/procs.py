@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import signal
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from functools import lru_cache
 
 MOUNTS_BYTES = 64 * 1024
 """So much of a process's list of mounts is read: a tenant may make it as long as it likes."""
+_PF_EXITING = 4
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,32 @@ def start_time(pid: int) -> int | None:
     """Return when a process started, in clock ticks since boot; None when it is gone or a zombie."""
     fields = _stat(pid)
     return int(fields[19]) if fields is not None and _lives(fields) else None
+
+
+def exiting(pid: int) -> bool:
+    """Return whether a process is on its way out or gone: what it holds goes with it, and it writes no word any more."""
+    fields = _stat(pid)
+    return fields is None or not _lives(fields) or bool(int(fields[6]) & _PF_EXITING)
+
+
+def stopped(pid: int) -> bool:
+    """Return whether a process is stopped by a signal."""
+    fields = _stat(pid)
+    return fields is not None and fields[0] in (b"T", b"t")
+
+
+def send(process: Process, number: int) -> bool:
+    """Send a signal to exactly this process; False when it has ended, or may not be signalled from here."""
+    fd = open_pidfd(process)
+    if fd is None:
+        return False
+    try:
+        signal.pidfd_send_signal(fd, number)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
 
 
 def find(pid: int) -> Process | None:

@@ -31,7 +31,7 @@ class SlotSeen(NamedTuple):
 class Finding:
     """Something that is not as it should be, on one device."""
 
-    kind: Literal["unlimited", "overhead", "over-limit", "foreign"]
+    kind: Literal["unlimited", "overhead", "over-limit", "over-share", "foreign"]
     slice_id: str | None
     key: tuple[object, ...]
     """The same for the same case in the next sample."""
@@ -101,7 +101,7 @@ def judge_slice(
     busy = sum(compute.values())
     if strict_milli is not None and busy > strict_milli + COMPUTE_TOLERANCE_MILLI:
         key = ("compute", slice_id, device)
-        found.append(Finding("over-limit", slice_id, key, None, total, limit_bytes, busy, COMPUTE_CONFIRM_SAMPLES))
+        found.append(Finding("over-share", slice_id, key, None, total, limit_bytes, busy, COMPUTE_CONFIRM_SAMPLES))
     return found
 
 
