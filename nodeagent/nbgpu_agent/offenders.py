@@ -63,6 +63,19 @@ class Books:
     settled_at: float = 0.0
     good: dict[Process, int] = field(default_factory=dict[Process, int])
     """What each process held when all was as it should be."""
+    told: dict[Process, int] = field(default_factory=dict[Process, int])
+    """The most that each has told. Who shares a slice may wipe another's slot: what was once there is not forgotten for that."""
+
+    def remember(self, held: Sequence[Held]) -> list[Held]:
+        """Return what each process has told by now, those whose slot is gone or empty among them."""
+        known = [
+            one._replace(told_bytes=one.told_bytes or 0, peak_bytes=max(one.peak_bytes, one.told_bytes or 0, self.told.get(one.process, 0)))
+            if one.told_bytes is not None or one.process in self.told
+            else one
+            for one in held
+        ]
+        self.told = {one.process: one.peak_bytes for one in known if one.told_bytes is not None}
+        return known
 
     def look(self, limit_bytes: int, total_bytes: int, now: float) -> None:
         """Take note of the limit and of all that is held, at CLOCK_MONOTONIC `now`."""
@@ -92,9 +105,10 @@ def judge(
     """
     found: list[Offence] = []
     allowed = books.allowed_bytes
+    held = books.remember(held)
     for one in held:
         # What it has ever told, not what it tells now: it may have freed between the driver's number and its own.
-        beyond = one.memory_bytes - min(max(one.peak_bytes, one.told_bytes or 0), allowed)
+        beyond = one.memory_bytes - min(one.peak_bytes, allowed)
         if one.told_bytes is None and one.memory_bytes:
             found.append(Offence(slice_id, "unlimited", device, one.process, one.memory_bytes, 0, one.compute_milli))
         elif one.told_bytes is not None and beyond > cap_bytes:

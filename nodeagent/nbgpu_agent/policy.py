@@ -52,7 +52,7 @@ def parse_actions(text: str, name: str = "--watchdog") -> dict[Kind, Action]:
     for word in filter(None, (part.strip() for part in text.split(","))):
         named, equals, wanted = word.rpartition("=")
         action = _ACTION_OF.get(wanted)
-        kinds = list(_KIND_OF.values()) if not equals else [_KIND_OF[named]] if named in _KIND_OF else []
+        kinds: list[Kind] = list(_KIND_OF.values()) if not equals else [_KIND_OF[named]] if named in _KIND_OF else []
         if named == "foreign" and action == "event":
             continue
         if action is None or not kinds:

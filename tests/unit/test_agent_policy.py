@@ -84,6 +84,8 @@ def test_over_the_limit_the_one_that_lies_is_to_blame_not_the_one_that_grew() ->
     liar = Held(EVE, 8 * GIB, 0, 100 * MIB, 9 * GIB)
     assert offences([liar, honest(ADA, GIB)], books) == []
     assert offences([liar, honest(ADA, 9 * GIB)], books) == [("over-limit", 8)]
+    books = Books(LIMIT, LIMIT)
+    assert offences([untold(EVE, 8 * GIB), honest(ADA, GIB)], books) == [("unlimited", 8)]
     assert offences([untold(EVE, 8 * GIB), honest(ADA, 9 * GIB)], books) == [("unlimited", 8), ("over-limit", 8)]
 
 
@@ -93,6 +95,14 @@ def test_over_the_limit_with_all_told_the_only_one_that_grew_is_to_blame() -> No
     assert offences([honest(ADA, 8 * GIB), honest(EVE, 6 * GIB)], books) == [("over-limit", 8)]
     assert offences([honest(ADA, 9 * GIB), honest(EVE, 6 * GIB)], books) == [], "both grew: nobody can say who went on"
     assert offences([honest(ADA, 8 * GIB), honest(EVE, 15 * GIB)], books) == [("overhead", 8), ("over-limit", 8)], "more than the slice"
+
+
+def test_whose_slot_another_has_wiped_is_not_to_blame() -> None:
+    books = Books(LIMIT, LIMIT)
+    assert offences([honest(ADA, 5 * GIB)], books) == []
+    assert offences([honest(ADA, 0, at_nvml=5 * GIB)], books) == [], "emptied"
+    assert offences([untold(ADA, 5 * GIB)], books) == [], "taken away"
+    assert offences([untold(ADA, 5 * GIB)]) == [("unlimited", 7)], "control: it never had one"
 
 
 def test_a_lowered_limit_makes_no_offence_of_what_was_held_before() -> None:
