@@ -256,7 +256,7 @@ class Monitor:
     def _seen(live: LiveSlice, row: UseRow) -> SlotSeen:
         state = live.tenant.states[row.slot]
         pid = state.process.pid if state.process is not None else None
-        return SlotSeen(row.slot, pid, row.used, row.context, state.elsewhere)
+        return SlotSeen(row.slot, pid, row.used, row.context, state.elsewhere, row.peak)
 
     @staticmethod
     def _pid(live: LiveSlice, row: UseRow) -> int | None:
