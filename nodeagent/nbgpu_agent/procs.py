@@ -13,6 +13,7 @@ from functools import lru_cache
 
 MOUNTS_BYTES = 64 * 1024
 """So much of a process's list of mounts is read: a tenant may make it as long as it likes."""
+ENVIRONMENT_BYTES = 64 * 1024
 _PF_EXITING = 4
 
 
@@ -165,6 +166,16 @@ def inner_pid(pid: int) -> int:
     except OSError:
         pass
     return pid
+
+
+def environment(pid: int, name: str) -> str:
+    """Return a variable of the environment that a process was started with; "" where there is none, or it cannot be read."""
+    wanted = name.encode() + b"="
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb", buffering=0) as file:
+        for word in file.read(ENVIRONMENT_BYTES).split(b"\0"):
+            if word.startswith(wanted):
+                return word[len(wanted) :].decode(errors="replace")
+    return ""
 
 
 @lru_cache(maxsize=1)

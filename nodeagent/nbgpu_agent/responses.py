@@ -6,6 +6,7 @@ Only the process itself is ever touched, by a descriptor that cannot come to mea
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -13,10 +14,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from pydantic import TypeAdapter, ValidationError
+
+from nbgpu.models import KernelId
 from nbgpu.quantities import format_memory
 
 from . import procs
-from .agent import Agent
+from .agent import Agent, short
 from .live import LiveSlice
 from .offenders import Offence, Sure
 from .procs import Process
@@ -31,19 +35,26 @@ REPEATS = 3
 REPEATS_SECONDS = 60.0
 END_PASSES = 50
 END_PAUSE_SECONDS = 0.02
-ASK = "Ask your administrator to let it go on, or restart it."
+_KERNEL_ID: TypeAdapter[str] = TypeAdapter(KernelId)
 
 
 def reason(one: Offence) -> str:
-    """Return what a process did, for people."""
+    """Return what a process did, for people; short, because JupyterLab cuts a notice after 140 characters."""
     held, allowed = format_memory(one.memory_bytes), format_memory(one.allowed_bytes)
     if one.kind == "unlimited":
         return f"it used the GPU ({held}) without nbgpu's limiter"
     if one.kind == "overhead":
-        return f"it held {held} of GPU memory that it did not ask for"
+        return f"it held {held} of the GPU past nbgpu's limiter"
     if one.kind == "over-limit":
-        return f"it took this server to {held} of GPU memory; the limit is {allowed}"
+        return f"it took the server to {held} of its {allowed}"
     return f"it used {one.compute_milli / 10:.0f} % of the GPU's time past nbgpu's limiter"
+
+
+def action_message(process: Process, kernel_id: str, done: str, why: str) -> str:
+    """Return what was done to a process, why, and what its user can do."""
+    who = f"Process {process.pid}" + (f" (Notebook kernel {short(kernel_id)})" if kernel_id else "")
+    what = "Restart it, or ask your administrator." if done == "stopped" else "Restart its kernel or program."
+    return f"{who} was {done}: {why}. {what}"
 
 
 class Responses:
@@ -116,11 +127,11 @@ class Responses:
         return done
 
     def _kill(self, live: LiveSlice, process: Process, kind: str, why: str, memory_bytes: int = 0) -> bool:
+        kernel = self._kernel(live, process)
         if not procs.send(process, signal.SIGKILL):
             return self._failed(live, process, kind)
         self._agent.count_action(kind, "kill")
-        message = f"Process {process.pid} was ended: {why}. Restart its kernel or program as nbgpu starts it."
-        self._tell("killed", live, process, message, kind, memory_bytes)
+        self._tell("killed", live, process, kernel, "ended", why, kind, memory_bytes)
         return True
 
     def _suspend(self, live: LiveSlice, one: Offence) -> bool:
@@ -133,25 +144,37 @@ class Responses:
             live.save(suspended=tuple(entry for entry in live.record.suspended if not _same(entry, process)))
             return self._failed(live, process, one.kind)
         self._agent.count_action(one.kind, "suspend")
-        again = "" if known is None else " again"
-        message = f"Process {process.pid} was stopped{again}: {reason(one)}. {ASK}"
-        self._tell("suspended", live, process, message, one.kind, one.memory_bytes)
+        self._tell("suspended", live, process, self._kernel(live, process), "stopped", reason(one), one.kind, one.memory_bytes)
         return True
 
     def _failed(self, live: LiveSlice, process: Process, kind: str) -> bool:
         if process.alive():
             self._agent.count_action(kind, "failed")
-            message = f"Process {process.pid} is to be stopped or ended, and this agent may not: it runs as {os.geteuid()}."
-            self._tell("not-permitted", live, process, message, kind, 0)
+            who = f"Process {process.pid} is to be stopped or ended by the agent's policy"
+            message = f"{who}, and the agent, which runs as user {os.geteuid()}, may not. Run it as root."
+            self._agent.events.add("not-permitted", "error", message, live.id, None, live.owner, pid=process.pid, for_kind=kind)
         return False
 
-    def _tell(self, what: str, live: LiveSlice, process: Process, message: str, kind: str, memory_bytes: int) -> None:
-        level = "warning" if what == "suspended" else "error"
-        names = {row.kernel_id for row in live.tenant.read() if live.tenant.states[row.slot].process == process}
-        kernel = next(iter(names), "")
+    def _tell(self, what: str, live: LiveSlice, process: Process, kernel: str, done: str, why: str, kind: str, memory_bytes: int) -> None:
         self._agent.events.add(
-            what, level, message, live.id, kernel or None, live.owner, pid=process.pid, for_kind=kind, memory_bytes=memory_bytes
+            what,
+            "warning" if what == "suspended" else "error",
+            action_message(process, kernel, done, why),
+            live.id,
+            kernel or None,
+            live.owner,
+            pid=process.pid,
+            for_kind=kind,
+            memory_bytes=memory_bytes,
         )
+
+    @staticmethod
+    def _kernel(live: LiveSlice, process: Process) -> str:
+        """Return the notebook kernel that a process says it is of: by its slot, else by its environment; "" for none."""
+        held = [row.kernel_id for row in live.tenant.read() if live.tenant.states[row.slot].process == process and row.kernel_id]
+        with contextlib.suppress(ValidationError):
+            return _KERNEL_ID.validate_python((held or [procs.environment(process.pid, "NBGPU_KERNEL_ID")])[0])
+        return ""
 
     def _end_all(self, live: LiveSlice) -> None:
         """Kill all processes of a slice that offends again and again, however fast it makes new ones."""

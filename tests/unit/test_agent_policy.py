@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 
 import pytest
 from hypothesis import given
@@ -15,8 +16,9 @@ from nbgpu.quantities import GIB, MIB
 from nbgpu_agent import procs
 from nbgpu_agent.main import parse
 from nbgpu_agent.offenders import Books, Held, Offence, Sure, judge
-from nbgpu_agent.policy import KINDS, Policy, parse_actions
+from nbgpu_agent.policy import KINDS, Kind, Policy, parse_actions
 from nbgpu_agent.procs import Process
+from nbgpu_agent.responses import action_message, reason
 
 CAP = 300 * MIB
 LIMIT = 10 * GIB
@@ -171,6 +173,21 @@ def test_gpu_time_needs_five_seconds() -> None:
     assert not sure.waits()
 
 
+# ---- what people read
+
+
+@pytest.mark.parametrize("done", ["ended", "stopped"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_message_says_what_happened_to_whom_and_what_to_do(kind: Kind, done: str) -> None:
+    one = Offence("slice-00", kind, "GPU-0", Process(1234567, 1), 123 * GIB + GIB // 2, 9 * GIB + GIB // 4, 1000)
+    message = action_message(one.process, "1a2b3c4d-0000", done, reason(one))
+    shown = message.replace("Notebook kernel 1a2b3c4d…", "Untitled12.ipynb")  # as JupyterLab does, which cuts a notice after 140 characters
+    assert len(shown) <= 140, shown
+    assert message.startswith(f"Process 1234567 (Notebook kernel 1a2b3c4d…) was {done}: it ")
+    assert "estart" in message
+    assert action_message(one.process, "", done, reason(one)).startswith(f"Process 1234567 was {done}: it ")
+
+
 # ---- processes
 
 
@@ -179,6 +196,12 @@ def test_a_signal_reaches_the_process_and_no_later_one_with_its_pid() -> None:
         process = procs.find(child.pid)
         assert process is not None
         assert not procs.exiting(child.pid)
+        for _ in range(100):  # the kernel is at its exec for a moment yet
+            if procs.environment(child.pid, "PATH"):
+                break
+            time.sleep(0.01)
+        assert procs.environment(child.pid, "PATH") == os.environ["PATH"]
+        assert procs.environment(child.pid, "PAT") == ""
         assert not procs.send(Process(child.pid, process.start_time + 1), signal.SIGKILL)
         assert child.poll() is None
         assert procs.send(process, signal.SIGSTOP)
