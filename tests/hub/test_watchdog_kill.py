@@ -143,3 +143,38 @@ def test_wiping_anothers_slot_ends_nobody(agent: AgentProcess, tenancy: Make, la
     assert alive(kernel.pid)
     assert agent.events(last, kind="unlimited"), "control: it looks like one without the limiter"
     assert agent.events(last, kind="killed") == []
+
+
+SPIN = """
+module, function = ctypes.c_void_p(), ctypes.c_void_p()
+assert libcuda.cuModuleLoadData(ctypes.byref(module), b"simulated") == 0
+assert libcuda.cuModuleGetFunction(ctypes.byref(function), module, b"spin_1000us") == 0
+def spin():
+    libcuda.cuCtxSetCurrent(context)
+    while True:
+        for _ in range(20):
+            libcuda.cuLaunchKernel(function, 1, 1, 1, 1, 1, 1, 0, None, None, None)
+        libcuda.cuCtxSynchronize()
+context = ctypes.c_void_p()
+libcuda.cuCtxGetCurrent(ctypes.byref(context))
+threading.Thread(target=spin, daemon=True).start()
+"""
+
+
+def test_who_computes_past_a_strict_share_is_ended_not_who_waits_for_its_turns(agent: AgentProcess, tenancy: Make, last: int) -> None:
+    mallory = tenancy(mode="strict")
+    kernel = mallory.enter()
+    assert kernel.run("result = cuda() or alloc(GIB)") == 0
+    kernel.run(SPIN)
+    one = mallory.enter(limited=False)
+    one.run("fd = use(); lock(fd, 9); forge(fd, 9, os.getpid(), started(os.getpid()), used=2 * GIB, peak=2 * GIB)")
+    assert one.run("result = cuda() or alloc(GIB)") == 0
+    time.sleep(2.5)
+    assert agent.events(last, kind="killed") == [], "control: its memory is as it says"
+    one.run(SPIN)
+    until(lambda: not alive(one.pid), 10, "its end", every=0.05)
+    event = until(lambda: agent.events(last, kind="killed"), 1, "the event")[0]
+    assert (event["data"]["pid"], event["data"]["for_kind"]) == (one.pid, "over-share")
+    time.sleep(7)
+    assert alive(kernel.pid)
+    assert len(agent.events(last, kind="killed")) == 1
