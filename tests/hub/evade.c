@@ -80,6 +80,8 @@ static int take(char **arguments, size_t bytes) {
 int main(int count, char **arguments) {
     if (count < 3)
         return 1;
+    if (geteuid() == 0 && setresuid(0, 0, 0)) /* where it is set-user-id: root for good, as sudo makes one */
+        return 1;
     const int failed = take(arguments, strtoull(arguments[2], NULL, 10));
     printf(failed ? "failed %d\n" : "ok\n", failed);
     fflush(stdout);
