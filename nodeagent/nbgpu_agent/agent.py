@@ -109,7 +109,7 @@ class Agent:
     def _after_boot(self, directory: Path, record: Record) -> Record:
         """No process of an earlier boot lives: a running slice is over, a prepared one gets a fresh `use` file."""
         os.close(slicedir.create_use(directory, record.uid, record.claim is not None))
-        changes: dict[str, object] = {"roots": (), "cgroup": None, "boot_id": procs.boot_id()}
+        changes: dict[str, object] = {"roots": (), "cgroup": None, "boot_id": procs.boot_id(), "suspended": (), "use_since": 0}
         if record.claim is not None:
             changes["state"] = "prepared"  # its pod's containers start again
         record = record.model_copy(update=changes)

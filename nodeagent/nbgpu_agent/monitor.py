@@ -74,6 +74,8 @@ class Monitor:
         self._untold: set[str] = set()
         """Slices with refusals that no event has told of yet."""
         self._ticks = 0
+        self._inherited: set[str] = set()
+        """Slices that were here before this agent."""
         self.samples: dict[str, DeviceSample] = {}
 
     async def run(self) -> None:
@@ -102,6 +104,8 @@ class Monitor:
     async def _tick(self) -> None:
         self._ticks += 1
         agent = self._agent
+        if self._ticks == 1:
+            self._inherited = set(agent.slices)
         loop = asyncio.get_running_loop()
         self.samples = await loop.run_in_executor(self._pool, self._sample)
         wall = time.time()
@@ -221,7 +225,7 @@ class Monitor:
 
     def _blame(self, live: LiveSlice, index: int, rows: list[UseRow], processes: list[Process], sample: DeviceSample) -> None:
         """Note who of a slice does on its `index`-th device what no process under the limiter can."""
-        if not self._responses.needed:
+        if not self._responses.needed or sample.error is not None:
             return
         part = live.slice.devices[index]
         now, now_ns = time.monotonic(), time.monotonic_ns()
@@ -232,8 +236,8 @@ class Monitor:
                 continue
             # A slot that only names it counts too: its lock may have been lost.
             own = [row for row in rows if row.device == index and (self._holds(live, row, process) or _names(row, process))]
-            if not own and elsewhere:  # one of the slots that nobody here holds may be its
-                continue
+            if not own and (elsewhere or process.start_time <= live.record.use_since):
+                continue  # one of the slots that nobody here holds may be its, or it had one in the file that is gone
             busy = sum(live.tenant.compute_milli(row, now_ns) for row in own)
             told = sum(row.used + row.context for row in own) if own else None
             compute = sample.compute.get(process.pid, 0)
@@ -242,7 +246,8 @@ class Monitor:
         memory = self._memory.setdefault(live.id, SliceMemory())
         if part.uuid not in memory.books:
             # What an agent finds when it starts may be from before a limit was lowered: nobody knows any more.
-            memory.books[part.uuid] = Books(part.memory_bytes, max(part.memory_bytes, total) if self._ticks == 1 else part.memory_bytes)
+            held_before = total if live.id in self._inherited else 0
+            memory.books[part.uuid] = Books(part.memory_bytes, max(part.memory_bytes, held_before))
         memory.books[part.uuid].look(part.memory_bytes, total, now)
         cap = self._agent.overhead_caps.get(part.uuid, 0)
         strict = part.compute_milli if live.slice.mode == "strict" else None

@@ -78,6 +78,8 @@ class Record(Model):
     """With one the files are for whatever user the pod's processes run as, and the slice ends when the kubelet says so."""
     kernel_limits: dict[KernelId, KernelLimit] = Field(default_factory=dict[KernelId, KernelLimit])
     suspended: tuple[Suspended, ...] = ()
+    use_since: int = 0
+    """When the agent started that found a running slice's `use` file gone, clock ticks since boot: older processes write on into that one."""
 
 
 def write_record(directory: Path, record: Record) -> None:

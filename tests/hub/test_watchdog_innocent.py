@@ -6,8 +6,10 @@ Each test lives it for some seconds, then shows that the watchdog is awake.
 # ruff: noqa: F811 (fixtures by import)
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from agent_harness import AgentProcess, usage
@@ -186,6 +188,30 @@ def test_a_limit_that_is_lowered_under_what_is_held(agent: AgentProcess, innocen
     time.sleep(2.5)
     assert usage(mallory.launch).devices[0].memory_used_bytes > 8 * GIB
     assert all(alive(kernel.pid) for kernel in kernels)
+
+
+def test_an_agent_that_finds_the_slots_file_gone(agent: AgentProcess, tenancy: Make, last: int) -> None:
+    """The kernels write on into a file that nobody sees any more: as far as the new agent can tell none of them is limited."""
+    mallory = tenancy()
+    kernel, shell = mallory.enter(), mallory.enter(limited=False)
+    assert kernel.run("result = cuda() or alloc(4 * GIB)") == 0
+    agent.kill()
+    use = Path(mallory.launch.slice_dir) / "use"
+    subprocess.run(["umount", "-l", str(use)], check=False, capture_output=True)
+    use.unlink()
+    for _ in range(2):
+        agent.start(*POLICY)
+        time.sleep(2.5)
+        agent.kill()
+    agent.start(*POLICY)
+    time.sleep(2.5)
+    assert kernel.run("result = alloc(GIB)") == 0
+    assert agent.events(last, kind="unlimited"), "it is told of"
+    assert agent.events(last, kind="killed") == []
+    since = time.monotonic()
+    later = shell.run("result = os.fork()\nif result == 0:\n    cuda() or alloc(GIB)\n    time.sleep(60)")
+    ended(later, since + 0.5)  # control: one that started since is ended
+    shell.run("os.wait()")
 
 
 def test_eight_slices_on_a_device_at_once(innocent: None, tenancy: Make, tenants: tuple[str, str]) -> None:
