@@ -79,7 +79,7 @@ class Record(Model):
     kernel_limits: dict[KernelId, KernelLimit] = Field(default_factory=dict[KernelId, KernelLimit])
     suspended: tuple[Suspended, ...] = ()
     use_since: int = 0
-    """When the agent started that found a running slice's `use` file gone, clock ticks since boot: older processes write on into that one."""
+    """When the agent started that found a running slice's `use` file gone, ticks since boot: older processes write on into that one."""
 
 
 def write_record(directory: Path, record: Record) -> None:
