@@ -33,6 +33,7 @@ from .native import Native
 from .nvml import Nvml, driver_present
 from .policy import ACTIONS, KINDS, Policy, parse_actions
 from .probe import context_bytes
+from .procs import sees_the_hosts_pids
 from .runtime import RuntimeLock, StartError, built_libraries, install_libraries, prepare
 from .simulated import find_machine
 
@@ -142,11 +143,17 @@ def _reserve_bytes(text: str | None) -> int | None:
     return 0 if text.strip() == "0" else parse_memory(text, "--reserve")
 
 
-def _policy(options: Options) -> Policy:
+def policy_of(options: Options, simulate: bool) -> Policy:
+    """Return what the watchdog does, by a command line."""
     grace = options.watchdog_grace
     if not 0 <= grace < math.inf:
         raise InvalidValue("--watchdog-grace", grace, "a number of seconds, 0 for never")
-    return Policy(parse_actions(options.watchdog), grace or None, options.watchdog_resume, options.watchdog_escalate)
+    policy = Policy(parse_actions(options.watchdog), grace or None, options.watchdog_resume, options.watchdog_escalate)
+    if policy.acts and not simulate and not sees_the_hosts_pids():
+        raise StartError(
+            "--watchdog would end the wrong processes here: the driver tells the host's pids. Start the agent with them (hostPID)."
+        )
+    return policy
 
 
 def _raise_file_limit() -> None:
@@ -190,8 +197,8 @@ def _metrics_page(address: str | None, health_only: bool) -> MetricsPage:
 
 async def _make(options: Options, runtime: Path) -> tuple[Agent, Nvml]:
     """Return the agent of a runtime directory whose lock is held."""
-    policy = _policy(options)
     simulate = not driver_present() if options.simulate is None else options.simulate
+    policy = policy_of(options, simulate)
     libraries = install_libraries(built_libraries(), runtime)
     if options.sim_devices is not None:
         os.environ["NBGPU_SIM_DEVICES"] = str(options.sim_devices)

@@ -15,6 +15,7 @@ MOUNTS_BYTES = 64 * 1024
 """So much of a process's list of mounts is read: a tenant may make it as long as it likes."""
 ENVIRONMENT_BYTES = 64 * 1024
 _PF_EXITING = 4
+_INITIAL_PID_NAMESPACE = 0xEFFFFFFC
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,11 @@ def environment(pid: int, name: str) -> str:
             if word.startswith(wanted):
                 return word[len(wanted) :].decode(errors="replace")
     return ""
+
+
+def sees_the_hosts_pids() -> bool:
+    """Return whether pids here are those of the whole machine, as a driver tells them: it does not know pid namespaces."""
+    return os.stat("/proc/self/ns/pid").st_ino == _INITIAL_PID_NAMESPACE
 
 
 @lru_cache(maxsize=1)

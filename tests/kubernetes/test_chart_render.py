@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from chart_kit import CHART, KUBE_VERSION, helm, options, pick, render
 
-from nbgpu_agent.main import parse
-from nbgpu_agent.policy import KINDS, Policy, parse_actions
+from nbgpu_agent.main import parse, policy_of
+from nbgpu_agent.policy import KINDS, Policy
 from nbgpu_pool.config import Config
 
 pytestmark = pytest.mark.kubernetes
@@ -158,8 +158,7 @@ def test_what_the_watchdog_does() -> None:
     def policy(**values: Any) -> Policy:
         template = pick(render(values), "DaemonSet", "nbgpu-agent")["spec"]["template"]
         arguments = [one for one in template["spec"]["containers"][0]["args"] if "watchdog" in one]
-        options = parse(arguments)
-        return Policy(parse_actions(options.watchdog), options.watchdog_grace or None, options.watchdog_resume, options.watchdog_escalate)
+        return policy_of(parse(arguments), simulate=True)
 
     plain = policy()
     assert not plain.acts

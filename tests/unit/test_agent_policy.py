@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from nbgpu.errors import InvalidValue
 from nbgpu.quantities import GIB, MIB
-from nbgpu_agent import procs
+from nbgpu_agent import main, procs
 from nbgpu_agent.main import parse
 from nbgpu_agent.offenders import Books, Held, Offence, Sure, judge
 from nbgpu_agent.policy import KINDS, Kind, Policy, parse_actions
 from nbgpu_agent.procs import Process
 from nbgpu_agent.responses import action_message, reason
+from nbgpu_agent.runtime import StartError
 
 CAP = 300 * MIB
 LIMIT = 10 * GIB
@@ -57,6 +58,26 @@ def test_actions_are_named_by_kind_or_for_all() -> None:
 def test_what_is_no_policy_is_refused_by_name(text: str) -> None:
     with pytest.raises(InvalidValue, match="--watchdog"):
         parse_actions(text)
+
+
+def test_where_pids_are_not_the_hosts_nobody_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    for sees in (True, False):
+        monkeypatch.setattr(main, "sees_the_hosts_pids", lambda sees=sees: sees)
+        assert not main.policy_of(parse([]), False).acts
+        assert main.policy_of(parse(["--watchdog", "kill"]), True).acts, "the simulated driver tells them as they are here"
+        if sees:
+            assert main.policy_of(parse(["--watchdog", "kill"]), False).acts
+        else:
+            with pytest.raises(StartError, match="hostPID"):
+                main.policy_of(parse(["--watchdog", "kill"]), False)
+
+
+def test_a_grace_time_is_a_number_of_seconds() -> None:
+    assert main.policy_of(parse(["--watchdog-grace", "30"]), True).grace_seconds == 30
+    assert main.policy_of(parse([]), True).grace_seconds is None
+    for text in ("-1", "nan", "inf"):
+        with pytest.raises(InvalidValue, match="--watchdog-grace"):
+            main.policy_of(parse([f"--watchdog-grace={text}"]), True)
 
 
 # ---- who is to blame
