@@ -278,7 +278,21 @@ class Event(Model):
     """Unix time, seconds."""
     slice_id: SliceId | None
     kernel_id: str | None = None
-    kind: Literal["refused", "unlimited", "overhead", "over-limit", "foreign", "hostile", "limit-changed", "ended"]
+    kind: Literal[
+        "refused",
+        "unlimited",
+        "overhead",
+        "over-limit",
+        "over-share",
+        "foreign",
+        "hostile",
+        "killed",
+        "suspended",
+        "resumed",
+        "not-permitted",
+        "limit-changed",
+        "ended",
+    ]
     level: Literal["info", "warning", "error"]
     message: str
     """What happened, and what to do."""

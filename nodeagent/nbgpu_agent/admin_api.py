@@ -31,6 +31,7 @@ from nbgpu.models import (
 
 from .agent import Agent
 from .metrics import Metrics
+from .slicedir import Suspended
 
 MAX_ID = 2**53
 Seconds = Annotated[float, Query(ge=0, le=30, allow_inf_nan=False)]
@@ -60,6 +61,13 @@ class PatchSlice(Model):
     memory_bytes: Bytes | None = None
     compute_milli: Milli | None = None
     mode: Mode | None = None
+
+
+class Resume(Model):
+    """Body of ``POST /v1/slices/{slice_id}/resume``."""
+
+    pid: Pid | None = None
+    """null = all that are suspended."""
 
 
 class Gone(Model):
@@ -183,6 +191,16 @@ def _add_slices(app: FastAPI, agent: Agent) -> None:
     async def usage(slice_id: SlicePath) -> Usage:  # pyright: ignore[reportUnusedFunction]
         """What one slice uses, now."""
         return agent.find(slice_id).usage(agent.settings.backend)
+
+    @app.get("/v1/slices/{slice_id}/suspended", responses=NOT_FOUND)
+    async def suspended(slice_id: SlicePath) -> list[Suspended]:  # pyright: ignore[reportUnusedFunction]
+        """Processes that the watchdog has stopped, and those that an administrator has excused since."""
+        return list(agent.find(slice_id).record.suspended)
+
+    @app.post("/v1/slices/{slice_id}/resume", responses=NOT_FOUND | CONFLICT)
+    async def resume(slice_id: SlicePath, body: Resume) -> list[Suspended]:  # pyright: ignore[reportUnusedFunction]
+        """Let suspended processes go on; the watchdog leaves them alone until they end."""
+        return agent.resume(slice_id, body.pid)
 
     @app.put("/v1/slices/{slice_id}/kernels/{kernel_id}", responses=NOT_FOUND | CONFLICT)
     async def kernel(slice_id: SlicePath, kernel_id: Annotated[KernelId, Path()], body: KernelLimit) -> KernelLimit:  # pyright: ignore[reportUnusedFunction]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nbgpu.errors import InvalidValue, NbgpuError
@@ -20,10 +21,11 @@ from .cgroups import Cgroups
 from .events import EventLog, Signal, first_id
 from .live import LiveSlice
 from .native import Native, UseRow
+from .policy import Policy
 from .probe import overhead_cap_bytes
 from .runtime import SOCKET_PATH_MAX
 from .simulated import Machine
-from .slicedir import ClaimOf, Record
+from .slicedir import ClaimOf, Record, Suspended
 from .turns import Turns
 
 log = logging.getLogger("nbgpu.agent")
@@ -54,6 +56,8 @@ class Settings:
     machine: Machine | None
     """The simulated machine; None on a real one."""
     backend: Backend = "limiter"
+    policy: Policy = field(default_factory=Policy)
+    """What the watchdog does about what it finds."""
 
 
 class Agent:
@@ -75,6 +79,8 @@ class Agent:
         self.turns = Turns(native, devices)
         self.events = EventLog()
         self.slices: dict[str, LiveSlice] = {}
+        self.actions: dict[tuple[str, str], int] = {}
+        """What the watchdog did, by the kind of finding and what was done."""
         self._old_cgroups: list[Path] = []
         self.generation = first_id()
         self.changed = Signal()
@@ -105,7 +111,7 @@ class Agent:
     def _after_boot(self, directory: Path, record: Record) -> Record:
         """No process of an earlier boot lives: a running slice is over, a prepared one gets a fresh `use` file."""
         os.close(slicedir.create_use(directory, record.uid, record.claim is not None))
-        changes: dict[str, object] = {"roots": (), "cgroup": None, "boot_id": procs.boot_id()}
+        changes: dict[str, object] = {"roots": (), "cgroup": None, "boot_id": procs.boot_id(), "suspended": (), "use_since": 0}
         if record.claim is not None:
             changes["state"] = "prepared"  # its pod's containers start again
         record = record.model_copy(update=changes)
@@ -293,6 +299,34 @@ class Agent:
         remedy = "Until it frees some, it is refused more."  # short: JupyterLab cuts a notice after 140 characters
         what = {"used_bytes": used_bytes, "limit_bytes": limit_bytes, "limit": "slice" if kernel_id is None else "kernel"}
         self.events.add("over-limit", "warning", f"{held}. {remedy}", live.id, kernel_id, live.owner, **what)
+
+    # ---- the watchdog's doings
+
+    def count_action(self, kind: str, action: str) -> None:
+        """Count for the metrics what the watchdog did."""
+        self.actions[kind, action] = self.actions.get((kind, action), 0) + 1
+
+    def resume(self, slice_id: str, pid: int | None = None, excuse: bool = True) -> list[Suspended]:
+        """Let suspended processes of a slice go on: one, or (None) all; return what is left suspended or excused.
+
+        Parameters
+        ----------
+        excuse : bool
+            Leave them alone from now on, whatever they do, until they end.
+        """
+        live = self.find(slice_id)
+        chosen = [one for one in live.record.suspended if pid in (None, one.pid) and not one.excused]
+        if pid is not None and not chosen:
+            raise Conflict(f"Process {pid} of slice {slice_id} is not suspended.", field="pid")
+        kept = [one for one in live.record.suspended if one not in chosen]
+        live.save(suspended=(*kept, *(one.model_copy(update={"excused": True}) for one in chosen if excuse)))
+        for one in chosen:
+            if procs.send(procs.Process(one.pid, one.start_time), signal.SIGCONT):
+                self.count_action(one.kind, "resume")
+                why = "an administrator has let it" if excuse else "what it was stopped for is over"
+                message = f"Process {one.pid} goes on: {why}."
+                self.events.add("resumed", "info", message, live.id, owner=live.owner, pid=one.pid, for_kind=one.kind)
+        return list(live.record.suspended)
 
     # ---- answers
 

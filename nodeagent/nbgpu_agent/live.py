@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,8 @@ class LiveSlice:
         self._mount_device = procs.device_of_mount(self.ctl.fd)
         fd = slicedir.open_use(directory)
         if fd is None:
+            if record.state != "prepared":
+                self.save(use_since=procs.start_time(os.getpid()) or 0)
             fd = slicedir.create_use(directory, record.uid, record.claim is not None)
         self.tenant = Tenant(fd, native, len(record.slice.devices), self._member_ended, self.has_member)
         self.history = History([part.uuid for part in record.slice.devices])

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import math
 import os
 import resource
 import signal
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nbgpu import logs
-from nbgpu.errors import NbgpuError
+from nbgpu.errors import InvalidValue, NbgpuError
 from nbgpu.paths import AGENT_SOCKET, runtime_dir
 from nbgpu.quantities import format_memory, parse_memory
 from nbgpu.words import counted
@@ -31,7 +32,9 @@ from .metrics import Metrics, MetricsPage
 from .monitor import Monitor, stop
 from .native import Native
 from .nvml import Nvml, driver_present
+from .policy import ACTIONS, KINDS, Policy, parse_actions
 from .probe import context_bytes
+from .procs import sees_the_hosts_pids
 from .runtime import RuntimeLock, StartError, built_libraries, install_libraries, prepare, remove_unused
 from .simulated import find_machine
 
@@ -56,6 +59,10 @@ class Options:
     log_level: str = "info"
     metrics_listen: str | None = None
     health_only: bool = False
+    watchdog: str = "event"
+    watchdog_grace: float = 0
+    watchdog_resume: bool = True
+    watchdog_escalate: bool = False
     kubernetes: bool = False
     seal_key: Path | None = None
     cdi_dir: Path = Path("/var/run/cdi")
@@ -80,6 +87,25 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     parser.add_argument("--metrics-listen", metavar="ADDRESS:PORT", help="serve /metrics and /healthz there by TCP too")
     parser.add_argument("--health-only", action="store_true", help="no /metrics at --metrics-listen: they name users")
+    watchdog = parser.add_argument_group("what is done with processes that get past the limiter (docs/security.md)")
+    watchdog.add_argument(
+        "--watchdog",
+        metavar="KIND=ACTION,...",
+        default="event",
+        help=f"kinds: {', '.join(KINDS)}; actions: {', '.join(ACTIONS)}; one action alone is for all kinds (default: event)",
+    )
+    watchdog.add_argument(
+        "--watchdog-grace", type=float, default=0, metavar="SECONDS", help="kill what has been suspended so long; 0: never (default)"
+    )
+    watchdog.add_argument(
+        "--watchdog-resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let a suspended process go on once what it was suspended for is over",
+    )
+    watchdog.add_argument(
+        "--watchdog-escalate", action="store_true", help="kill all processes of a slice after three actions on it within a minute"
+    )
     kube = parser.add_argument_group("Kubernetes")
     kube.add_argument("--kubernetes", action="store_true", help="be the DRA driver gpu.nbgpu.io of the Node that --node names")
     kube.add_argument("--seal-key", type=Path, metavar="FILE", help="the key with which the pool seals its claims")
@@ -116,6 +142,19 @@ def _reserve_bytes(text: str | None) -> int | None:
     if text is None:
         return None
     return 0 if text.strip() == "0" else parse_memory(text, "--reserve")
+
+
+def policy_of(options: Options, simulate: bool) -> Policy:
+    """Return what the watchdog does, by a command line."""
+    grace = options.watchdog_grace
+    if not 0 <= grace < math.inf:
+        raise InvalidValue("--watchdog-grace", grace, "a number of seconds, 0 for never")
+    policy = Policy(parse_actions(options.watchdog), grace or None, options.watchdog_resume, options.watchdog_escalate)
+    if policy.acts and not simulate and not sees_the_hosts_pids():
+        raise StartError(
+            "--watchdog would end the wrong processes here: the driver tells the host's pids. Start the agent with them (hostPID)."
+        )
+    return policy
 
 
 def _raise_file_limit() -> None:
@@ -162,6 +201,7 @@ def _metrics_page(address: str | None, health_only: bool) -> MetricsPage:
 async def _make(options: Options, runtime: Path) -> tuple[Agent, Nvml]:
     """Return the agent of a runtime directory whose lock is held."""
     simulate = not driver_present() if options.simulate is None else options.simulate
+    policy = policy_of(options, simulate)
     libraries = install_libraries(built_libraries(), runtime)
     if options.sim_devices is not None:
         os.environ["NBGPU_SIM_DEVICES"] = str(options.sim_devices)
@@ -177,7 +217,7 @@ async def _make(options: Options, runtime: Path) -> tuple[Agent, Nvml]:
         raise StartError("The NVIDIA driver of this machine shows no GPU that answers. With --simulate nbgpu runs on simulated ones.")
     cuda = str(machine.libraries / "libcuda.so.1") if machine else "libcuda.so.1"
     contexts = await context_bytes(nvml, devices, runtime, cuda)
-    settings = Settings(runtime, node, simulate, nvml.driver_version, libraries, machine)
+    settings = Settings(runtime, node, simulate, nvml.driver_version, libraries, machine, policy=policy)
     return Agent(settings, devices, Native(libraries / "libnbgpu_agent.so"), contexts), nvml
 
 

@@ -49,6 +49,10 @@ class Metrics:
         for kind, count in self._agent.events.counts.items():
             events.add_metric([kind], count)
         yield events
+        actions = CounterMetricFamily("nbgpu_watchdog_actions", "What the watchdog did, by the kind of finding", labels=["kind", "action"])
+        for (kind, action), count in self._agent.actions.items():
+            actions.add_metric([kind, action], count)
+        yield actions
         scheduler = CounterMetricFamily("nbgpu_scheduler_cpu_seconds", "CPU time of the GPU-time scheduler's thread")
         scheduler.add_metric([], self._agent.turns.cpu_seconds())
         yield scheduler
@@ -79,6 +83,7 @@ class Metrics:
         busy = CounterMetricFamily("nbgpu_slice_busy_seconds", "GPU time that a slice used on a device", labels=labels)
         refusals = CounterMetricFamily("nbgpu_slice_refusals", "Allocations refused", labels=SLICE)
         processes = GaugeMetricFamily("nbgpu_slice_processes", "Processes of a slice", labels=SLICE)
+        suspended = GaugeMetricFamily("nbgpu_slice_suspended_processes", "Processes that the watchdog has stopped", labels=SLICE)
         for live in list(self._agent.slices.values()):
             owner = live.slice.owner
             names = [live.id, owner.user, owner.server, owner.hub]
@@ -91,7 +96,8 @@ class Metrics:
                 busy.add_metric(on_device, live.busy_seconds.get(device.uuid, 0.0))
             refusals.add_metric(names, live.refusals)
             processes.add_metric(names, len(live.members()))
-        yield from (limit, used, share, compute, busy, refusals, processes)
+            suspended.add_metric(names, sum(not one.excused for one in live.record.suspended))
+        yield from (limit, used, share, compute, busy, refusals, processes, suspended)
 
 
 class MetricsPage:

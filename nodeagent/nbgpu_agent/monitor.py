@@ -18,7 +18,9 @@ from .cgroups import within
 from .live import LiveSlice
 from .native import UseRow
 from .nvml import DeviceSample, Nvml
-from .procs import Process, find, parent
+from .offenders import Books, Held, Offence, judge
+from .procs import Process, exiting, find, inner_pid, parent
+from .responses import Responses
 from .watchdog import Confirmed, Finding, SlotSeen, judge_slice, overheads
 
 log = logging.getLogger("nbgpu.agent")
@@ -26,6 +28,8 @@ TICK_SECONDS = 1.0
 REFUSALS_SECONDS = 0.25
 CONFIRM_SECONDS = 0.25
 """What one sample shows for the first time is looked at again so soon: told within two seconds, and not by mistake."""
+LOOKS_BETWEEN = 3
+"""So many before the next second's."""
 DESCENDANTS_TICKS = 2
 SIZE_TICKS = 3
 HOSTILE_SECONDS = 60.0
@@ -50,6 +54,8 @@ class SliceMemory:
 
     bursts: dict[str, Burst] = field(default_factory=dict[str, Burst])
     hostile_at: float = -HOSTILE_SECONDS
+    books: dict[str, Books] = field(default_factory=dict[str, Books])
+    """By device: what offences are judged by."""
 
 
 class Monitor:
@@ -61,11 +67,16 @@ class Monitor:
         # One thread: NVML may take its time, the loop goes on meanwhile.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="nvml")
         self._confirmed = Confirmed()
+        self._responses = Responses(agent, self._find_slice)
+        self._offences: list[Offence] = []
+        """Of the last look."""
         self._memory: dict[str, SliceMemory] = {}
         self._slice_of_pid: dict[Process, str | None] = {}
         self._untold: set[str] = set()
         """Slices with refusals that no event has told of yet."""
         self._ticks = 0
+        self._inherited: set[str] = set()
+        """Slices that were here before this agent."""
         self.samples: dict[str, DeviceSample] = {}
         agent.before_reap = self._look_at_refusals
 
@@ -95,6 +106,8 @@ class Monitor:
     async def _tick(self) -> None:
         self._ticks += 1
         agent = self._agent
+        if self._ticks == 1:
+            self._inherited = set(agent.slices)
         loop = asyncio.get_running_loop()
         self.samples = await loop.run_in_executor(self._pool, self._sample)
         wall = time.time()
@@ -104,12 +117,18 @@ class Monitor:
         findings = self._judge(rows_of)
         for finding in self._confirmed.pass_new(findings):
             self._report(finding)
-        if self._confirmed.waits():
+        self._responses.look(self._offences, each_second=True)
+        looks = LOOKS_BETWEEN
+        while looks and (self._confirmed.waits() or self._responses.waits()):
+            looks -= 1
             await asyncio.sleep(CONFIRM_SECONDS)
             self.samples = await loop.run_in_executor(self._pool, self._sample)
             rows_of = {live.id: agent.reap(live) for live in list(agent.slices.values())}
             for finding in self._confirmed.pass_again(self._judge(rows_of)):
                 self._report(finding)
+            self._responses.look(self._offences, each_second=False)
+            if not self._responses.waits():
+                break
         agent.sweep()
         agent.turns.keep_alive(agent.slices.values())
         for gone in self._memory.keys() - agent.slices.keys():
@@ -149,7 +168,9 @@ class Monitor:
         agent = self._agent
         findings: list[Finding] = []
         unknown: set[Process] = set()
+        self._offences = []
         # Who holds a slot is watched already: no look at /proc for them.
+        holding = {pid: process for live in agent.slices.values() for pid, process in live.tenant.holding().items()}
         known = {pid: live.id for live in agent.slices.values() for pid in live.tenant.holders()}
         on_device: dict[str, list[tuple[LiveSlice, int]]] = {}
         for live in agent.slices.values():
@@ -165,6 +186,7 @@ class Monitor:
                     if process is None:  # of a process that just ended the driver shows the rest
                         continue
                     unknown.add(process)
+                    holding[pid] = process
                     owner = self._slice_of(process)
                 by_slice.setdefault(owner, []).append(pid)
             for pid in by_slice.pop(None, []):
@@ -172,11 +194,16 @@ class Monitor:
                 findings.append(Finding("foreign", None, ("foreign", uuid, pid), pid, held, 0, sample.compute.get(pid, 0)))
             for live, index in on_device.get(uuid, []):
                 if live.id in rows_of:
-                    findings += self._judge_slice(live, index, rows_of[live.id], by_slice.pop(live.id, []), sample)
+                    pids = by_slice.pop(live.id, [])
+                    findings += self._judge_slice(live, index, rows_of[live.id], pids, sample)
+                    self._blame(live, index, rows_of[live.id], [holding[pid] for pid in pids], sample)
             for slice_id, pids in by_slice.items():
                 # Processes of a slice on a device that it has no part of: all that they hold there is unlimited.
                 memory = {pid: sample.memory[pid] for pid in pids if pid in sample.memory}
                 findings += judge_slice(slice_id or "", uuid, 0, 0, None, [], memory, {}, {})
+                if slice_id is not None and self._responses.needed:
+                    held = [Held(holding[pid], size, 0, None) for pid, size in memory.items() if not exiting(pid)]
+                    self._offences += judge(slice_id, uuid, held, Books(0, 0), 0, None)
         self._slice_of_pid = {process: owner for process, owner in self._slice_of_pid.items() if process in unknown}
         return findings
 
@@ -198,11 +225,45 @@ class Monitor:
         strict = part.compute_milli if live.slice.mode == "strict" else None
         return judge_slice(live.id, part.uuid, part.memory_bytes, cap, strict, slots, memory, compute, found)
 
+    def _blame(self, live: LiveSlice, index: int, rows: list[UseRow], processes: list[Process], sample: DeviceSample) -> None:
+        """Note who of a slice does on its `index`-th device what no process under the limiter can."""
+        if not self._responses.needed or sample.error is not None:
+            return
+        part = live.slice.devices[index]
+        now, now_ns = time.monotonic(), time.monotonic_ns()
+        held: list[Held] = []
+        elsewhere = any(live.tenant.states[row.slot].elsewhere for row in rows if row.device == index)
+        for process in processes:
+            if exiting(process.pid):
+                continue
+            # A slot that only names it counts too: its lock may have been lost.
+            own = [row for row in rows if row.device == index and (self._holds(live, row, process) or _names(row, process))]
+            if not own and (elsewhere or process.start_time <= live.record.use_since):
+                continue  # one of the slots that nobody here holds may be its, or it had one in the file that is gone
+            busy = sum(live.tenant.compute_milli(row, now_ns) for row in own)
+            told = sum(row.used + row.context for row in own) if own else None
+            compute = sample.compute.get(process.pid, 0)
+            held.append(Held(process, sample.memory.get(process.pid, 0), compute, told, sum(row.peak for row in own), busy))
+        total = sum(one.memory_bytes for one in held)
+        memory = self._memory.setdefault(live.id, SliceMemory())
+        if part.uuid not in memory.books:
+            # What an agent finds when it starts may be from before a limit was lowered: nobody knows any more.
+            held_before = total if live.id in self._inherited else 0
+            memory.books[part.uuid] = Books(part.memory_bytes, max(part.memory_bytes, held_before))
+        memory.books[part.uuid].look(part.memory_bytes, total, now)
+        cap = self._agent.overhead_caps.get(part.uuid, 0)
+        strict = part.compute_milli if live.slice.mode == "strict" else None
+        self._offences += judge(live.id, part.uuid, held, memory.books[part.uuid], cap, strict)
+
+    @staticmethod
+    def _holds(live: LiveSlice, row: UseRow, process: Process) -> bool:
+        return live.tenant.states[row.slot].process == process
+
     @staticmethod
     def _seen(live: LiveSlice, row: UseRow) -> SlotSeen:
         state = live.tenant.states[row.slot]
         pid = state.process.pid if state.process is not None else None
-        return SlotSeen(row.slot, pid, row.used, row.context, state.elsewhere)
+        return SlotSeen(row.slot, pid, row.used, row.context, state.elsewhere, row.peak)
 
     @staticmethod
     def _pid(live: LiveSlice, row: UseRow) -> int | None:
@@ -211,11 +272,9 @@ class Monitor:
 
     def _slice_of(self, process: Process) -> str | None:
         """Return the slice that a process belongs to: by its cgroup, by the slot it holds, by its ancestors."""
-        if process in self._slice_of_pid:
-            return self._slice_of_pid[process]
-        found = self._find_slice(process)
-        if found is not None or process not in self._slice_of_pid:
-            self._slice_of_pid[process] = found
+        found = self._slice_of_pid.get(process)
+        if found is None:  # one of no slice may be adopted yet
+            self._slice_of_pid[process] = found = self._find_slice(process)
         return found
 
     def _find_slice(self, process: Process) -> str | None:
@@ -250,7 +309,7 @@ class Monitor:
             message = f"{who} holds {held} beyond what it allocated; up to {allowed} are granted. Restart it to give the memory back."
         elif finding.kind == "foreign":
             message = f"{who} uses the GPU ({held}) and belongs to no slice of this node. Its memory is not counted by nbgpu."
-        elif finding.key[0] == "compute":
+        elif finding.kind == "over-share":
             message = f"{who} used {finding.compute_milli / 10:.0f} % of the GPU's time, more than its strict share, for 5 seconds."
         else:
             message = f"{who} holds {held} on the GPU, its limit is {allowed}. Free memory, or restart it."
@@ -363,6 +422,11 @@ def refusal_message(
         return f"{refused}: {limit} of {format_memory(allowed_bytes)} was too full then ({format_memory(used_bytes)} in use now). {remedy}"
     state = f"is full ({format_memory(used_bytes)} in use)" if left * 16 < allowed_bytes else f"has {format_memory(left)} left"
     return f"{refused}: {limit} of {format_memory(allowed_bytes)} {state}. {remedy}"
+
+
+def _names(row: UseRow, process: Process) -> bool:
+    """Return whether a slot names a process as its owner, by its pid here or where it lives."""
+    return row.start_time == process.start_time and row.pid in (process.pid, inner_pid(process.pid))
 
 
 async def stop(task: asyncio.Task[None]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import signal
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from functools import lru_cache
 
 MOUNTS_BYTES = 64 * 1024
 """So much of a process's list of mounts is read: a tenant may make it as long as it likes."""
+ENVIRONMENT_BYTES = 64 * 1024
+_PF_EXITING = 4
+_INITIAL_PID_NAMESPACE = 0xEFFFFFFC
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,32 @@ def start_time(pid: int) -> int | None:
     """Return when a process started, in clock ticks since boot; None when it is gone or a zombie."""
     fields = _stat(pid)
     return int(fields[19]) if fields is not None and _lives(fields) else None
+
+
+def exiting(pid: int) -> bool:
+    """Return whether a process is on its way out or gone: what it holds goes with it, and it writes no word any more."""
+    fields = _stat(pid)
+    return fields is None or not _lives(fields) or bool(int(fields[6]) & _PF_EXITING)
+
+
+def stopped(pid: int) -> bool:
+    """Return whether a process is stopped by a signal."""
+    fields = _stat(pid)
+    return fields is not None and fields[0] in (b"T", b"t")
+
+
+def send(process: Process, number: int) -> bool:
+    """Send a signal to exactly this process; False when it has ended, or may not be signalled from here."""
+    fd = open_pidfd(process)
+    if fd is None:
+        return False
+    try:
+        signal.pidfd_send_signal(fd, number)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
 
 
 def find(pid: int) -> Process | None:
@@ -137,6 +167,21 @@ def inner_pid(pid: int) -> int:
     except OSError:
         pass
     return pid
+
+
+def environment(pid: int, name: str) -> str:
+    """Return a variable of the environment that a process was started with; "" where there is none, or it cannot be read."""
+    wanted = name.encode() + b"="
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb", buffering=0) as file:
+        for word in file.read(ENVIRONMENT_BYTES).split(b"\0"):
+            if word.startswith(wanted):
+                return word[len(wanted) :].decode(errors="replace")
+    return ""
+
+
+def sees_the_hosts_pids() -> bool:
+    """Return whether pids here are those of the whole machine, as a driver tells them: it does not know pid namespaces."""
+    return os.stat("/proc/self/ns/pid").st_ino == _INITIAL_PID_NAMESPACE
 
 
 @lru_cache(maxsize=1)

@@ -40,6 +40,19 @@ class Root(Model):
     start_time: int
 
 
+class Suspended(Model):
+    """A process that the watchdog has stopped."""
+
+    pid: int
+    start_time: int
+    kind: str
+    """What it was stopped for."""
+    since: float
+    """Unix time, seconds."""
+    excused: bool = False
+    """An administrator has let it go on: it is left alone until it ends."""
+
+
 class ClaimOf(Model):
     """The ResourceClaim of Kubernetes that a slice stands for."""
 
@@ -65,6 +78,9 @@ class Record(Model):
     claim: ClaimOf | None = None
     """With one the files are for whatever user the pod's processes run as, and the slice ends when the kubelet says so."""
     kernel_limits: dict[KernelId, KernelLimit] = Field(default_factory=dict[KernelId, KernelLimit])
+    suspended: tuple[Suspended, ...] = ()
+    use_since: int = 0
+    """When the agent started that found a running slice's `use` file gone, ticks since boot: older processes write on into that one."""
 
 
 def write_record(directory: Path, record: Record) -> None:

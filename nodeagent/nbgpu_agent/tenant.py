@@ -208,13 +208,17 @@ class Tenant:
             fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, at)
             self._spent(time.monotonic() - began)
 
-    def holders(self) -> set[int]:
-        """Return the pids of live owners of slots, as far as this machine has pids for them."""
+    def holding(self) -> dict[int, Process]:
+        """Return the live owners of slots by their pids, as far as this machine has pids for them."""
         return {
-            state.process.pid
+            state.process.pid: state.process
             for state in self.states.values()
             if state.process is not None and state.watch is not None and state.watch.alive()
         }
+
+    def holders(self) -> set[int]:
+        """Return the pids of live owners of slots, as far as this machine has pids for them."""
+        return set(self.holding())
 
     def locked_elsewhere(self) -> bool:
         """Return whether a slot is held by somebody who has no pid here."""

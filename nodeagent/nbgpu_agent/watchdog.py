@@ -25,13 +25,15 @@ class SlotSeen(NamedTuple):
     context: int
     elsewhere: bool = False
     """Its owner has no pid here."""
+    peak: int = 0
+    """The most that it has told."""
 
 
 @dataclass(frozen=True)
 class Finding:
     """Something that is not as it should be, on one device."""
 
-    kind: Literal["unlimited", "overhead", "over-limit", "foreign"]
+    kind: Literal["unlimited", "overhead", "over-limit", "over-share", "foreign"]
     slice_id: str | None
     key: tuple[object, ...]
     """The same for the same case in the next sample."""
@@ -91,18 +93,26 @@ def judge_slice(
             if held or busy:
                 found.append(Finding("unlimited", slice_id, ("unlimited", slice_id, device, pid), pid, held, 0, busy))
     pid_of = {seen.slot: seen.pid for seen in slots}
-    for slot, (_, measured) in measured_overheads.items():
-        if measured > cap_bytes:
-            pid = pid_of[slot]
-            found.append(Finding("overhead", slice_id, ("overhead", slice_id, device, pid), pid, measured, cap_bytes))
+    for slot in measured_overheads:
+        pid = pid_of[slot]
+        assert pid is not None
+        beyond = memory[pid] - _told_bytes([seen for seen in slots if seen.pid == pid], limit_bytes)
+        if beyond > cap_bytes:
+            found.append(Finding("overhead", slice_id, ("overhead", slice_id, device, pid), pid, beyond, cap_bytes))
     total = sum(memory.values())
     if total > limit_bytes + OVER_LIMIT_TOLERANCE_BYTES:
         found.append(Finding("over-limit", slice_id, ("memory", slice_id, device), None, total, limit_bytes))
     busy = sum(compute.values())
     if strict_milli is not None and busy > strict_milli + COMPUTE_TOLERANCE_MILLI:
         key = ("compute", slice_id, device)
-        found.append(Finding("over-limit", slice_id, key, None, total, limit_bytes, busy, COMPUTE_CONFIRM_SAMPLES))
+        found.append(Finding("over-share", slice_id, key, None, total, limit_bytes, busy, COMPUTE_CONFIRM_SAMPLES))
     return found
+
+
+def _told_bytes(slots: Sequence[SlotSeen], limit_bytes: int) -> int:
+    """Return what a process may have told when the driver was asked, a moment before: up to its peak, and no more than its slice."""
+    now = sum(seen.used + seen.context for seen in slots)
+    return max(now, min(sum(seen.peak for seen in slots), limit_bytes))
 
 
 class Confirmed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import shutil
@@ -32,15 +33,23 @@ def tenants() -> Iterator[tuple[str, str]]:
         yield names
 
 
-@pytest.fixture(scope="module")
-def agent(tenants: tuple[str, str]) -> Iterator[AgentProcess]:
+@contextlib.contextmanager
+def agent_with(*arguments: str, **env: str) -> Iterator[AgentProcess]:
+    """An agent as root with further arguments and environment."""
     with tempfile.TemporaryDirectory(prefix="nbgpu-attack-", dir="/tmp") as name:
         Path(name).chmod(0o755)
         process = AgentProcess(Path(name))
+        process.env |= env
         try:
-            yield process.start()
+            yield process.start(*arguments)
         finally:
             process.close()
+
+
+@pytest.fixture(scope="module")
+def agent(tenants: tuple[str, str]) -> Iterator[AgentProcess]:
+    with agent_with() as process:
+        yield process
 
 
 def metrics(agent: AgentProcess) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from chart_kit import CHART, KUBE_VERSION, helm, options, pick, render
 
+from nbgpu_agent.main import parse, policy_of
+from nbgpu_agent.policy import KINDS, Policy
 from nbgpu_pool.config import Config
 
 pytestmark = pytest.mark.kubernetes
@@ -60,6 +62,8 @@ def test_lint_and_render(values: dict[str, Any]) -> None:
         ({"hubs": [{"name": "h", "podSelector": {"app": 1}}]}, "podSelector/app"),
         ({"agent.metrics": {"podMonitor": True}}, "metrics"),
         ({"agent.maxSurge": "0%"}, "maxSurge"),
+        ({"agent.watchdog.unlimited": "stop"}, "unlimited"),
+        ({"agent.watchdog.foreign": "kill"}, "foreign"),
         ({"admission.exemptGroups": ["a' || true || 'b"]}, "exemptGroups"),
     ],
 )
@@ -148,6 +152,21 @@ def test_where_the_agent_gets_the_driver_from() -> None:
     simulated = agent(**{"agent.simulate.enabled": True})
     assert not {"runtimeClassName", "nodeSelector"} & set(simulated["spec"])
     assert "--simulate" in simulated["spec"]["containers"][0]["args"]
+
+
+def test_what_the_watchdog_does() -> None:
+    def policy(**values: Any) -> Policy:
+        template = pick(render(values), "DaemonSet", "nbgpu-agent")["spec"]["template"]
+        arguments = [one for one in template["spec"]["containers"][0]["args"] if "watchdog" in one]
+        return policy_of(parse(arguments), simulate=True)
+
+    plain = policy()
+    assert not plain.acts
+    assert (plain.grace_seconds, plain.resume, plain.escalate) == (None, True, False)
+    asked = {"unlimited": "kill", "overLimit": "suspend", "graceSeconds": 60, "resume": False, "escalate": True}
+    strict = policy(**{f"agent.watchdog.{name}": value for name, value in asked.items()})
+    assert [strict.action(kind) for kind in KINDS] == ["kill", "event", "suspend", "event"]
+    assert (strict.grace_seconds, strict.resume, strict.escalate) == (60.0, False, True)
 
 
 def test_only_hub_pods_reach_the_pool() -> None:

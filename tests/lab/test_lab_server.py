@@ -12,6 +12,8 @@ from lab_helpers import until
 from tornado.httpclient import HTTPClientError
 
 from nbgpu.kernel_names import KernelName, read_names
+from nbgpu_agent.procs import Process
+from nbgpu_agent.responses import action_message
 from nbgpu_lab import extension
 from nbgpu_lab.client import SliceClient
 from nbgpu_lab.notices import Notices
@@ -194,6 +196,19 @@ async def test_an_event_names_its_notebook(agent: FakeAgent, jp_fetch: Any) -> N
     known, unknown = json.loads((await jp_fetch("nbgpu/api/events")).body)
     assert (known["name"], known["path"], known["message"]) == ("train.ipynb", "train.ipynb", "train.ipynb was refused 1 GiB.")
     assert (unknown["name"], unknown["message"]) == (None, "Notebook kernel 12345678… was refused 1 GiB.")
+
+
+async def test_what_the_watchdog_did_is_said_of_the_notebook(agent: FakeAgent, jp_fetch: Any) -> None:
+    body = json.dumps({"name": "", "type": "notebook", "path": "train.ipynb", "kernel": {"name": "python3"}})
+    kernel_id = json.loads((await jp_fetch("api/sessions", method="POST", body=body)).body)["kernel"]["id"]
+    message = action_message(Process(4711, 1), kernel_id, "ended", "it used the GPU (3 GiB) without nbgpu's limiter")
+    agent.tell("killed", message, kernel_id=kernel_id, level="error")
+    await until(lambda: agent.count("/v1/events?after=1"))
+    [told] = json.loads((await jp_fetch("nbgpu/api/events")).body)
+    assert (told["kind"], told["level"], told["path"]) == ("killed", "error", "train.ipynb")
+    assert told["message"] == (
+        "Process 4711 (train.ipynb) was ended: it used the GPU (3 GiB) without nbgpu's limiter. Restart its kernel or program."
+    )
 
 
 async def test_events_survive_an_agent_restart_once(agent: FakeAgent, jp_fetch: Any) -> None:

@@ -154,6 +154,15 @@ def test_overhead_is_granted_up_to_the_cap_and_a_case_above_it() -> None:
     assert [(case.kind, case.pid) for case in judge(QUIET, memory)] == [("overhead", 7)]
 
 
+def test_what_was_freed_while_the_driver_was_asked_is_no_case() -> None:
+    seen = SlotSeen(slot=0, pid=7, used=0, context=300 * MIB, peak=3 * GIB)
+    assert judge([seen], {7: 3 * GIB}) == []
+    assert [case.kind for case in judge([seen._replace(peak=GIB)], {7: 3 * GIB})] == ["overhead"]
+    assert [case.kind for case in judge([seen._replace(peak=80 * GIB)], {7: 5 * GIB})] == ["overhead", "over-limit"], (
+        "a peak above the slice"
+    )
+
+
 def test_two_slots_of_a_process_share_its_overhead() -> None:
     slots = [SlotSeen(slot=3, pid=7, used=GIB, context=0), SlotSeen(slot=4, pid=7, used=GIB, context=0)]
     assert overheads(slots, {7: 2 * GIB + 10 * MIB}, CAP) == {3: (10 * MIB, 10 * MIB)}
