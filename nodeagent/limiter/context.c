@@ -224,6 +224,7 @@ int nbgpu_stream_device(CUstream stream) {
 }
 
 static void dropped(const Block *block) {
+    nbgpu_share_end(block->key);
     if (block->kind == BLOCK_MEMORY || block->kind == BLOCK_ARRAY)
         nbgpu_uncharge(block->device, CHARGE_USED, block->bytes);
 }
@@ -241,6 +242,7 @@ static void context_ended(CUcontext context, int device, bool give_back) {
     if (!id)
         return;
     nbgpu_map_drop_context(id, dropped);
+    nbgpu_shares_context_ended(id);
     pthread_mutex_lock(&context_lock);
     contexts[id].context = NULL; /* its number is used again only now that no block carries it */
     pthread_mutex_unlock(&context_lock);

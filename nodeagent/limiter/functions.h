@@ -53,6 +53,19 @@ HOOK(CUDA, CUresult, cuMipmappedArrayCreate, (CUmipmappedArray * array, const CU
      "cuMipmappedArrayCreate", 5000, 0)
 HOOK(CUDA, CUresult, cuMipmappedArrayDestroy, (CUmipmappedArray array), "cuMipmappedArrayDestroy", 5000, 0)
 
+/* memory that processes share */
+HOOK(CUDA, CUresult, cuIpcGetMemHandle, (CUipcHandle * handle, CUdeviceptr pointer), "cuIpcGetMemHandle", 4010, 0)
+HOOK(CUDA, CUresult, cuIpcOpenMemHandle, (CUdeviceptr * pointer, CUipcHandle handle, unsigned flags), "cuIpcOpenMemHandle", 4010, 0)
+HOOK(CUDA, CUresult, cuIpcOpenMemHandle_v2, (CUdeviceptr * pointer, CUipcHandle handle, unsigned flags), "cuIpcOpenMemHandle", 11000, 0)
+HOOK(CUDA, CUresult, cuIpcCloseMemHandle, (CUdeviceptr pointer), "cuIpcCloseMemHandle", 4010, 0)
+HOOK(CUDA, CUresult, cuMemExportToShareableHandle,
+     (void *shareable, CUmemGenericAllocationHandle handle, int type, unsigned long long flags), "cuMemExportToShareableHandle", 10020, 0)
+HOOK(CUDA, CUresult, cuMemImportFromShareableHandle, (CUmemGenericAllocationHandle * handle, void *shareable, int type),
+     "cuMemImportFromShareableHandle", 10020, 0)
+HOOK(CUDA, CUresult, cuMemPoolExportPointer, (CUipcHandle * data, CUdeviceptr pointer), "cuMemPoolExportPointer", 11020, 0)
+HOOK(CUDA, CUresult, cuMemPoolImportPointer, (CUdeviceptr * pointer, CUmemoryPool pool, CUipcHandle *data), "cuMemPoolImportPointer", 11020,
+     0)
+
 /* contexts */
 HOOK(CUDA, CUresult, cuCtxCreate, (CUcontext * context, unsigned flags, CUdevice device), "cuCtxCreate", 2000, 0)
 HOOK(CUDA, CUresult, cuCtxCreate_v2, (CUcontext * context, unsigned flags, CUdevice device), "cuCtxCreate", 3020, 0)
@@ -141,6 +154,9 @@ CALL(CUDA, CUresult, cuEventRecord, (CUevent event, CUstream stream))
 CALL(CUDA, CUresult, cuEventRecord_ptsz, (CUevent event, CUstream stream))
 CALL(CUDA, CUresult, cuEventQuery, (CUevent event))
 CALL(CUDA, CUresult, cuEventElapsedTime, (float *milliseconds, CUevent start, CUevent end))
+CALL(CUDA, CUresult, cuMemGetAddressRange_v2, (CUdeviceptr * base, size_t *size, CUdeviceptr pointer))
+CALL(CUDA, CUresult, cuPointerGetAttribute, (void *data, int attribute, CUdeviceptr pointer))
+CALL(CUDA, CUresult, cuMemGetAllocationPropertiesFromHandle, (CUmemAllocationProp * properties, CUmemGenericAllocationHandle handle))
 CALL(CUDA, CUresult, cuDeviceGetMemPool, (CUmemoryPool * pool, CUdevice device))
 CALL(CUDA, CUresult, cuMemPoolGetAttribute, (CUmemoryPool pool, int attribute, void *value))
 CALL(CUDA, CUresult, cuDeviceGetGraphMemAttribute, (CUdevice device, int attribute, void *value))

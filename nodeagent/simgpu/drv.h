@@ -124,7 +124,16 @@ struct CUevent_st {
     size_t tip_count;
 };
 
-enum block_kind { BLOCK_DEVICE, BLOCK_MANAGED, BLOCK_RESERVED, BLOCK_MAPPED, BLOCK_HIDDEN };
+enum block_kind { BLOCK_DEVICE, BLOCK_MANAGED, BLOCK_RESERVED, BLOCK_MAPPED, BLOCK_HIDDEN, BLOCK_OPENED };
+
+/* Memory that other processes may hold too: its contents in a file without a name, its physical memory in the machine's books. */
+struct shared_memory {
+    int object, fd;
+    uint64_t id;
+    size_t span;
+    uint8_t *host; /* where the contents are mapped; a chunk's stay in the shadow */
+    int opened;    /* of memory of another process: how many times */
+};
 
 /* A range of the address arena; small ones are described by their chunk, and this is made on the fly. */
 struct block {
@@ -138,6 +147,7 @@ struct block {
     CUcontext ctx;
     CUmemoryPool pool;
     struct vmm_handle *handle;
+    struct shared_memory *shared;
     struct block *reserved; /* of a mapping: the reservation that it lies in */
     uint64_t id;
 };
@@ -145,7 +155,7 @@ struct block {
 struct CUmemPoolHandle_st {
     uint32_t magic;
     int device;
-    bool is_default;
+    bool is_default, imported; /* imported: another process's, nothing is allocated from it here */
     struct heap heap;
     size_t used, used_high, reserved, reserved_high, threshold, max_size, step;
     int handle_types;
@@ -269,6 +279,15 @@ CUresult backing_touch(uint8_t *host, size_t bytes);
 bool backing_touched(const uint8_t *host, size_t *run); /* run: bytes from here on of which that holds, at least */
 void backing_drop(uint8_t *host, size_t bytes);
 
+/* drv_share.c: memory of several processes; with heap_lock held */
+struct shared_memory *shared_make(int device, size_t span, bool fresh);
+struct shared_memory *shared_open(int fd, int *device); /* takes the descriptor; NULL: it is no such file, or the memory is no more */
+void shared_end(struct shared_memory *shared);
+CUresult share_close(CUdeviceptr p); /* not with heap_lock held */
+void share_context_ends(CUcontext ctx);
+CUresult heap_share(CUdeviceptr p, struct block *block, struct shared_memory **out); /* drv_heap.c; block: what p lies in, whole pages */
+void backing_move(uint8_t *from, size_t bytes, uint8_t *to);                         /* what has contents */
+
 /* drv_copy.c */
 struct box_side {
     bool device;
@@ -298,6 +317,7 @@ CUresult fill_run(const struct fill *fill);
 CUresult pool_alloc(CUmemoryPool pool, size_t bytes, CUdeviceptr *out);
 CUresult pool_free(CUmemoryPool pool, CUdeviceptr base);
 CUmemoryPool pool_default(int device);
+CUresult pool_of_other(int device, CUmemoryPool *out);
 void pools_trim(void); /* at synchronisation: give back what is above the thresholds */
 void pools_forget(int device);
 

@@ -78,6 +78,17 @@ bool backing_touched(const uint8_t *host, size_t *run) {
     return __atomic_load_n(&touched[grain / 64], __ATOMIC_RELAXED) >> (grain % 64) & 1;
 }
 
+void backing_move(uint8_t *from, size_t bytes, uint8_t *to) {
+    size_t run;
+    for (size_t at = 0; at < bytes; at += run) {
+        const bool has = backing_touched(from + at, &run);
+        if (run > bytes - at)
+            run = bytes - at;
+        if (has)
+            memcpy(to + at, from + at, run);
+    }
+}
+
 /* Gives the contents of whole grains back to the system. */
 void backing_drop(uint8_t *host, size_t bytes) {
     if (!in_shadow(host))

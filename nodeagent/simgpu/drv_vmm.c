@@ -22,7 +22,8 @@ API(cuMemCreate, (CUmemGenericAllocationHandle * out, size_t size, const CUmemAl
     int device;
     TRY(drv_ready());
     NEED(out && ALIGNED(size) && !flags && on_device(prop, &device), CUDA_ERROR_INVALID_VALUE);
-    NEED(prop->requestedHandleTypes == CU_MEM_HANDLE_TYPE_NONE, CUDA_ERROR_NOT_SUPPORTED);
+    NEED(prop->requestedHandleTypes == CU_MEM_HANDLE_TYPE_NONE || prop->requestedHandleTypes == CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
+         CUDA_ERROR_NOT_SUPPORTED);
     pthread_mutex_lock(&drv.lock);
     CUresult result = drv_attach();
     pthread_mutex_unlock(&drv.lock);
@@ -31,7 +32,14 @@ API(cuMemCreate, (CUmemGenericAllocationHandle * out, size_t size, const CUmemAl
     struct vmm_handle *handle = calloc(1, sizeof *handle);
     NEED(handle, CUDA_ERROR_OUT_OF_MEMORY);
     pthread_mutex_lock(&heap_lock);
-    struct block *storage = block_take_locked(size, BLOCK_HIDDEN, true, device);
+    bool exportable = prop->requestedHandleTypes != CU_MEM_HANDLE_TYPE_NONE;
+    struct block *storage = block_take_locked(size, BLOCK_HIDDEN, !exportable, device);
+    if (storage && exportable && !(storage->shared = shared_make(device, size, true))) {
+        block_release_locked(storage, false);
+        storage = NULL;
+    }
+    if (storage && exportable)
+        storage->host = storage->shared->host;
     pthread_mutex_unlock(&heap_lock);
     if (!storage) {
         free(handle);
