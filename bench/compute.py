@@ -131,12 +131,12 @@ class SliceFiles:
             os.close(use_fd)
 
 
-def start_client(machine: Machine, kernel_ns: int, slice_folder: Path | None) -> subprocess.Popen[str]:
-    """Start one computing process, in a slice or free."""
+def start_client(machine: Machine, kernel_ns: int, slice_folder: Path | None, work: str = "kernels") -> subprocess.Popen[str]:
+    """Start one computing process, in a slice or free; `work` may be ``memsets`` or ``copies`` too."""
     env = dict(machine.env)
     if slice_folder is not None:
         env |= {"LD_PRELOAD": str(LIB / "libnbgpu.so"), "NBGPU_SLICE_DIR": str(slice_folder)}
-    command = [sys.executable, "-S", str(ROOT / "bench" / "compute_client.py"), str(kernel_ns)]
+    command = [sys.executable, "-S", str(ROOT / "bench" / "compute_client.py"), str(kernel_ns), work]
     return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 

@@ -286,7 +286,8 @@ void shared_end(struct shared_memory *shared);
 CUresult share_close(CUdeviceptr p); /* not with heap_lock held */
 void share_context_ends(CUcontext ctx);
 CUresult heap_share(CUdeviceptr p, struct block *block, struct shared_memory **out); /* drv_heap.c; block: what p lies in, whole pages */
-void backing_move(uint8_t *from, size_t bytes, uint8_t *to);                         /* what has contents */
+size_t backing_untouched(const uint8_t *host, size_t most);  /* bytes from here on that never had contents, in coarse steps */
+void backing_move(uint8_t *from, size_t bytes, uint8_t *to); /* what has contents */
 
 /* drv_copy.c */
 struct box_side {

@@ -41,7 +41,14 @@ static CUresult side_run(const struct box_side *side, uint8_t *at, size_t *n, bo
 /* Device to device leaves alone what neither side has ever had contents in. */
 static CUresult move_sparse(uint8_t *to, const uint8_t *from, size_t n) {
     while (n) {
-        size_t run_from, run_to;
+        size_t run_from = backing_untouched(from, n), run_to = backing_untouched(to, n);
+        if (run_from && run_to) {
+            size_t none = run_from < run_to ? run_from : run_to;
+            to += none;
+            from += none;
+            n -= none;
+            continue;
+        }
         bool has_from = backing_touched(from, &run_from), has_to = backing_touched(to, &run_to);
         size_t run = run_from < run_to ? run_from : run_to;
         if (run > n)
@@ -157,6 +164,12 @@ CUresult fill_run(const struct fill *fill) {
             NEED(n, CUDA_ERROR_INVALID_VALUE);
             if (n > left)
                 n = left;
+            size_t untouched = fill->value ? 0 : backing_untouched(host, n); /* zeroes already */
+            if (untouched) {
+                p += untouched;
+                left -= untouched;
+                continue;
+            }
             bool has = backing_touched(host, &grain);
             if (n > grain)
                 n = grain; /* 64 KiB at a time: a multiple of any element but at odd starts, which are not allowed */

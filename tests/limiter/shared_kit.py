@@ -133,9 +133,9 @@ class SharedMachine:
         h = run(script, environment(None, sim_driver(), **self.more))
         self.uuid = f"GPU-{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:]}"
 
-    def slice(self, mem_limit: int) -> SliceFiles:
+    def slice(self, mem_limit: int, **options: Any) -> SliceFiles:
         """A slice of the device."""
-        return self._make(mem_limit=mem_limit, uuids=(self.uuid,))
+        return self._make(mem_limit=mem_limit, uuids=(self.uuid,), **options)
 
     def start(self, files: SliceFiles | None, *definitions: str, **more: str) -> Process:
         """A process in a slice; None: without the limiter."""
