@@ -65,6 +65,30 @@ HOOK(CUDA, CUresult, cuMemImportFromShareableHandle, (CUmemGenericAllocationHand
 HOOK(CUDA, CUresult, cuMemPoolExportPointer, (CUipcHandle * data, CUdeviceptr pointer), "cuMemPoolExportPointer", 11020, 0)
 HOOK(CUDA, CUresult, cuMemPoolImportPointer, (CUdeviceptr * pointer, CUmemoryPool pool, CUipcHandle *data), "cuMemPoolImportPointer", 11020,
      0)
+HOOK(CUDA, CUresult, cuImportExternalMemory, (CUexternalMemory * memory, const CUDA_EXTERNAL_MEMORY_HANDLE_DESC *description),
+     "cuImportExternalMemory", 10000, 0)
+HOOK(CUDA, CUresult, cuDestroyExternalMemory, (CUexternalMemory memory), "cuDestroyExternalMemory", 10000, 0)
+HOOK(CUDA, CUresult, cuExternalMemoryGetMappedBuffer, (CUdeviceptr * pointer, CUexternalMemory memory, const void *description),
+     "cuExternalMemoryGetMappedBuffer", 10000, 0)
+HOOK(CUDA, CUresult, cuExternalMemoryGetMappedMipmappedArray, (CUmipmappedArray * array, CUexternalMemory memory, const void *description),
+     "cuExternalMemoryGetMappedMipmappedArray", 10000, 0)
+HOOK(CUDA, CUresult, cuMulticastCreate, (CUmemGenericAllocationHandle * handle, const void *properties), "cuMulticastCreate", 12010, 0)
+HOOK(CUDA, CUresult, cuMulticastBindMem,
+     (CUmemGenericAllocationHandle object, size_t at, CUmemGenericAllocationHandle memory, size_t offset, size_t size,
+      unsigned long long flags),
+     "cuMulticastBindMem", 12010, 0)
+HOOK(CUDA, CUresult, cuMulticastBindMem_v2,
+     (CUmemGenericAllocationHandle object, CUdevice device, size_t at, CUmemGenericAllocationHandle memory, size_t offset, size_t size,
+      unsigned long long flags),
+     "cuMulticastBindMem", 13010, 0)
+HOOK(CUDA, CUresult, cuMulticastBindAddr,
+     (CUmemGenericAllocationHandle object, size_t at, CUdeviceptr pointer, size_t size, unsigned long long flags), "cuMulticastBindAddr",
+     12010, 0)
+HOOK(CUDA, CUresult, cuMulticastBindAddr_v2,
+     (CUmemGenericAllocationHandle object, CUdevice device, size_t at, CUdeviceptr pointer, size_t size, unsigned long long flags),
+     "cuMulticastBindAddr", 13010, 0)
+HOOK(CUDA, CUresult, cuMulticastUnbind, (CUmemGenericAllocationHandle handle, CUdevice device, size_t at, size_t size), "cuMulticastUnbind",
+     12010, 0)
 
 /* contexts */
 HOOK(CUDA, CUresult, cuCtxCreate, (CUcontext * context, unsigned flags, CUdevice device), "cuCtxCreate", 2000, 0)
@@ -79,6 +103,10 @@ HOOK(CUDA, CUresult, cuDevicePrimaryCtxRelease, (CUdevice device), "cuDevicePrim
 HOOK(CUDA, CUresult, cuDevicePrimaryCtxRelease_v2, (CUdevice device), "cuDevicePrimaryCtxRelease", 11000, 0)
 HOOK(CUDA, CUresult, cuDevicePrimaryCtxReset, (CUdevice device), "cuDevicePrimaryCtxReset", 7000, 0)
 HOOK(CUDA, CUresult, cuDevicePrimaryCtxReset_v2, (CUdevice device), "cuDevicePrimaryCtxReset", 11000, 0)
+HOOK(CUDA, CUresult, cuGreenCtxCreate, (CUgreenCtx * context, void *description, CUdevice device, unsigned flags), "cuGreenCtxCreate",
+     12040, 0)
+HOOK(CUDA, CUresult, cuGreenCtxDestroy, (CUgreenCtx context), "cuGreenCtxDestroy", 12040, 0)
+HOOK(CUDA, CUresult, cuCtxSetLimit, (int limit, size_t value), "cuCtxSetLimit", 3010, 0)
 
 /* GPU time */
 #define LAUNCH_ARGUMENTS                                                                                                                   \
@@ -179,6 +207,7 @@ CALL(CUDA, CUresult, cuDeviceGet, (CUdevice * device, int ordinal))
 CALL(CUDA, CUresult, cuDeviceGetUuid, (CUuuid * uuid, CUdevice device))
 CALL(CUDA, CUresult, cuDeviceGetUuid_v2, (CUuuid * uuid, CUdevice device))
 CALL(CUDA, CUresult, cuDevicePrimaryCtxGetState, (CUdevice device, unsigned *flags, int *active))
+CALL(CUDA, CUresult, cuCtxGetLimit, (size_t *value, int limit))
 CALL(CUDA, CUresult, cuCtxGetCurrent, (CUcontext * context))
 CALL(CUDA, CUresult, cuCtxSetCurrent, (CUcontext context))
 CALL(CUDA, CUresult, cuCtxPushCurrent_v2, (CUcontext context))

@@ -120,10 +120,24 @@ uint64_t nbgpu_share_key(const void *name, size_t size);
 void nbgpu_cover(uint64_t local, int device, uint64_t key, uint64_t bytes); /* handed out; key 0: by a name that says nothing */
 enum hold nbgpu_hold(uint64_t local, int device, uint32_t context, uint64_t key, uint64_t bytes);
 bool nbgpu_hold_more(uint64_t local, int device, uint64_t bytes);
+bool nbgpu_hold_of(uint64_t local, int *device, uint64_t *key, uint64_t *bytes); /* what is held under that name; false: nothing */
+void nbgpu_hold_also(uint64_t local, int device, uint64_t bytes);                /* of a key that is paid for already */
 bool nbgpu_share_end(uint64_t local);
 void nbgpu_shares_context_ended(uint32_t context);
 uint64_t nbgpu_held(uint32_t slot, int device); /* what a slot holds of others and nobody of the slice pays for */
 uint64_t nbgpu_covered_bytes(uint64_t key, int device);
+
+/* ---- vmm.c: memory made by cuMemCreate, for multicast.c; all but the first with the lock ---- */
+typedef struct Memory Memory;
+void nbgpu_memory_lock(void);
+void nbgpu_memory_unlock(void);
+Memory *nbgpu_memory_of(CUmemGenericAllocationHandle handle);
+Memory *nbgpu_memory_at(CUdeviceptr pointer);                      /* of a mapping */
+void nbgpu_memory_of_nothing(CUmemGenericAllocationHandle handle); /* a handle of something that takes no memory itself */
+void nbgpu_memory_keep(Memory *memory);
+void nbgpu_memory_let_go(Memory *memory);
+int nbgpu_memory_device(const Memory *memory);
+void nbgpu_multicast_ended(const Memory *object);
 
 /* ---- context.c ---- */
 int nbgpu_current(uint32_t *context); /* device of the thread's current context, -1: none of the slice's */

@@ -179,6 +179,29 @@ bool nbgpu_hold_more(uint64_t local, int device, uint64_t bytes) {
     return r >= 0 && nbgpu_charge_word(device, &share_of(nbgpu_device[device].slot, (uint32_t)r)->held, bytes);
 }
 
+bool nbgpu_hold_of(uint64_t local, int *device, uint64_t *key, uint64_t *bytes) {
+    bool found = false;
+    pthread_mutex_lock(&lock);
+    for (int d = 0; d < nbgpu_devices && !found; d++) {
+        const int r = find_entry(d, local);
+        if (r < 0)
+            continue;
+        const NbgpuUseShare *share = share_of(nbgpu_device[d].slot, (uint32_t)r);
+        *device = d, *key = LOAD(share->key), *bytes = LOAD(share->held);
+        found = true;
+    }
+    pthread_mutex_unlock(&lock);
+    return found;
+}
+
+void nbgpu_hold_also(uint64_t local, int device, uint64_t bytes) {
+    pthread_mutex_lock(&lock);
+    const int r = find_entry(device, local);
+    if (r >= 0)
+        __atomic_store_n(&share_of(nbgpu_device[device].slot, (uint32_t)r)->held, bytes, __ATOMIC_SEQ_CST);
+    pthread_mutex_unlock(&lock);
+}
+
 /* `local` is freed, released or closed. True: it was an entry that counts no more. */
 bool nbgpu_share_end(uint64_t local) {
     bool ended = false;

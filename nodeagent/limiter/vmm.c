@@ -8,13 +8,14 @@
 #define PAGE 4096
 #define FABRIC_HANDLE_BYTES 64
 
-typedef struct Memory {
+struct Memory {
     uint64_t bytes;
     uint32_t handles, mappings;
     int device;
     bool opened, shared; /* another process's; counted by share.c */
+    bool multicast;      /* an object that other memory is bound to */
     struct Memory *next_free;
-} Memory;
+};
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* held over the real calls: handles are numbers that come again */
 static Memory *free_list;
@@ -42,9 +43,12 @@ static void let_go(Memory *memory) {
     if (memory->handles || memory->mappings)
         return;
     nbgpu_share_end((uintptr_t)memory);
-    if (!memory->shared)
+    if (memory->multicast)
+        nbgpu_multicast_ended(memory);
+    else if (!memory->shared)
         nbgpu_uncharge(memory->device, CHARGE_USED, memory->bytes);
-    __atomic_fetch_add(&nbgpu_slot(memory->device)->frees, 1, __ATOMIC_RELAXED);
+    if (!memory->multicast)
+        __atomic_fetch_add(&nbgpu_slot(memory->device)->frees, 1, __ATOMIC_RELAXED);
     memory->next_free = free_list;
     free_list = memory;
 }
@@ -59,6 +63,44 @@ static void remember(uint64_t key, enum block_kind kind, Memory *memory, size_t 
 }
 
 static Memory *memory_of(const Block *block) { return (Memory *)(uintptr_t)block->bytes; }
+
+/* ---- for multicast.c ---- */
+
+void nbgpu_memory_lock(void) { pthread_mutex_lock(&lock); }
+void nbgpu_memory_unlock(void) { pthread_mutex_unlock(&lock); }
+
+Memory *nbgpu_memory_of(CUmemGenericAllocationHandle handle) {
+    Block block;
+    return nbgpu_map_get(handle, BLOCK_HANDLE, &block) ? memory_of(&block) : NULL;
+}
+
+Memory *nbgpu_memory_at(CUdeviceptr pointer) {
+    Block block;
+    CUdeviceptr base = pointer;
+    size_t size;
+    if (!nbgpu_map_get(pointer, BLOCK_MAPPING, &block) && HAVE(cuMemGetAddressRange_v2))
+        REAL(cuMemGetAddressRange_v2)(&base, &size, pointer);
+    return nbgpu_map_get(base, BLOCK_MAPPING, &block) ? memory_of(&block) : NULL;
+}
+
+void nbgpu_memory_of_nothing(CUmemGenericAllocationHandle handle) {
+    Memory *memory = new_memory();
+    if (!memory)
+        return;
+    *memory = (Memory){.handles = 1, .device = -1, .multicast = true};
+    remember(handle, BLOCK_HANDLE, memory, 0);
+}
+
+void nbgpu_memory_keep(Memory *memory) { memory->mappings++; }
+
+void nbgpu_memory_let_go(Memory *memory) {
+    memory->mappings--;
+    let_go(memory);
+}
+
+int nbgpu_memory_device(const Memory *memory) { return memory->device; }
+
+/* ---- the calls ---- */
 
 CUresult cuMemCreate(CUmemGenericAllocationHandle *handle, size_t size, const CUmemAllocationProp *properties, unsigned long long flags) {
     ENTER_CUDA(cuMemCreate, handle, size, properties, flags);
@@ -145,7 +187,8 @@ CUresult cuMemExportToShareableHandle(void *shareable, CUmemGenericAllocationHan
     Block block;
     pthread_mutex_lock(&lock);
     const CUresult result = REAL(cuMemExportToShareableHandle)(shareable, handle, type, flags);
-    if (result == CUDA_SUCCESS && nbgpu_map_get(handle, BLOCK_HANDLE, &block) && !memory_of(&block)->opened) {
+    if (result == CUDA_SUCCESS && nbgpu_map_get(handle, BLOCK_HANDLE, &block) && !memory_of(&block)->opened &&
+        !memory_of(&block)->multicast) {
         const Memory *memory = memory_of(&block);
         if (type == CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR)
             shareable = (void *)(intptr_t)*(int *)shareable; /* as it is given when it is opened */
@@ -163,8 +206,12 @@ static CUresult opened(CUmemGenericAllocationHandle handle, uint64_t key) {
         memory_of(&block)->handles++;
         return CUDA_SUCCESS;
     }
-    if (!HAVE(cuMemGetAllocationPropertiesFromHandle) || REAL(cuMemGetAllocationPropertiesFromHandle)(&properties, handle) != CUDA_SUCCESS)
+    if (!HAVE(cuMemGetAllocationPropertiesFromHandle))
         return CUDA_ERROR_NOT_SUPPORTED;
+    if (REAL(cuMemGetAllocationPropertiesFromHandle)(&properties, handle) != CUDA_SUCCESS) {
+        nbgpu_memory_of_nothing(handle); /* a multicast object of another process */
+        return CUDA_SUCCESS;
+    }
     if (properties.location.type != CU_MEM_LOCATION_TYPE_DEVICE)
         return CUDA_SUCCESS;
     MARK("opened");

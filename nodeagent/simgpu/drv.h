@@ -91,7 +91,8 @@ struct CUctx_st {
     uint16_t next_stream_id;
     uint64_t id;
     size_t limits[LIMITS];
-    uint32_t peers; /* bit per device */
+    uint64_t limits_taken; /* bytes of stacks and heaps beyond the first ones */
+    uint32_t peers;        /* bit per device */
     struct heap heap;
 };
 
@@ -109,6 +110,7 @@ struct CUstream_st {
     struct capture *capture; /* being captured */
     CUgraphNode *tips;       /* what the next captured node depends on */
     size_t tip_count;
+    CUgreenCtx green;
 };
 
 struct CUevent_st {
@@ -163,7 +165,15 @@ struct CUmemPoolHandle_st {
     CUmemoryPool next;
 };
 
+struct binding { /* of memory to a multicast object */
+    struct vmm_handle *memory;
+    size_t at, size;
+    struct binding *next;
+};
+
 struct vmm_handle {
+    unsigned multicast_devices, members; /* of a multicast object: how many devices, which */
+    struct binding *bindings;
     size_t size;
     CUmemAllocationProp prop;
     int device, references;
@@ -183,7 +193,8 @@ struct CUarray_st {
 struct CUmod_st {
     uint32_t magic;
     CUcontext ctx;
-    char *text; /* of PTX, else NULL: then every name is one of its GPU kernels */
+    char *text;    /* of PTX, else NULL: then every name is one of its GPU kernels */
+    uint64_t code; /* physical bytes that it takes */
     CUfunction functions;
     struct global *globals;
     struct CUmod_st *next;
@@ -230,6 +241,7 @@ CUresult drv_resolve(const char *name, void **out, int asked, uint64_t flags, in
 /* drv_context.c */
 CUresult drv_attach(void); /* be a client of the machine; with drv.lock held */
 CUresult drv_primary(int device, CUcontext *out);
+CUresult drv_primary_release(int device);
 CUresult drv_current(CUcontext *ctx); /* the calling thread's, or an error */
 bool drv_ctx_alive(CUcontext ctx);
 CUresult drv_each_ctx(CUresult (*visit)(CUcontext ctx));
@@ -278,6 +290,9 @@ uint8_t *shadow_of(CUdeviceptr p);
 CUresult backing_touch(uint8_t *host, size_t bytes);
 bool backing_touched(const uint8_t *host, size_t *run); /* run: bytes from here on of which that holds, at least */
 void backing_drop(uint8_t *host, size_t bytes);
+
+void vmm_unreference_locked(struct vmm_handle *handle); /* drv_vmm.c */
+void multicast_end_locked(struct vmm_handle *object);   /* drv_multicast.c */
 
 /* drv_share.c: memory of several processes; with heap_lock held */
 struct shared_memory *shared_make(int device, size_t span, bool fresh);
@@ -328,6 +343,7 @@ void ptx_parameters(CUfunction function, const char *text);
 bool ptx_has_entry(const char *text, const char *name, const char **parameters);
 bool ptx_next_entry(const char **at, char *name, size_t room);
 size_t ptx_global(const char *text, const char *name);
+bool ptx_next_global(const char **at, char *name, size_t room);
 uint64_t launch_ns(CUfunction function, const CUlaunchConfig *config, void **params, void **extra);
 CUresult drv_function(CUfunction maybe_kernel, CUfunction *function);
 void modules_drop_ctx(CUcontext ctx);

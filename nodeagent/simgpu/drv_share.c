@@ -241,7 +241,7 @@ API(cuMemExportToShareableHandle, (void *out, CUmemGenericAllocationHandle value
     struct vmm_handle *handle = (struct vmm_handle *)(uintptr_t)value;
     TRY(drv_ready());
     NEED(out && handle && !flags && type == CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, CUDA_ERROR_INVALID_VALUE);
-    NEED(handle->storage->shared, CUDA_ERROR_INVALID_VALUE); /* not asked for when it was made */
+    NEED(handle->storage && handle->storage->shared, CUDA_ERROR_INVALID_VALUE); /* not asked for when it was made */
     int fd = fcntl(handle->storage->shared->fd, F_DUPFD_CLOEXEC, 3);
     NEED(fd >= 0, CUDA_ERROR_OPERATING_SYSTEM);
     memcpy(out, &fd, sizeof fd);
@@ -305,4 +305,70 @@ API(cuMemPoolExportPointer, (CUipcHandle * out, CUdeviceptr p)) { return name_me
 API(cuMemPoolImportPointer, (CUdeviceptr * out, CUmemoryPool pool, CUipcHandle *data)) {
     NEED(pool && pool->magic == POOL_MAGIC && pool->imported && data, CUDA_ERROR_INVALID_VALUE);
     return open_named(out, data);
+}
+
+/* ---- memory of graphics interfaces: by the descriptors of cuMemExportToShareableHandle, for want of a graphics driver here ---- */
+
+struct CUextMemory_st {
+    uint32_t magic;
+    struct label label;
+    int fd;
+};
+enum { EXTERNAL_MAGIC = 0x45585431, TYPE_OPAQUE_FD = 1 };
+
+API(cuImportExternalMemory, (CUexternalMemory * out, const CUDA_EXTERNAL_MEMORY_HANDLE_DESC *desc)) {
+    struct label label;
+    TRY(attached());
+    NEED(out && desc && desc->size, CUDA_ERROR_INVALID_VALUE);
+    NEED(desc->type == TYPE_OPAQUE_FD, CUDA_ERROR_NOT_SUPPORTED);
+    NEED(file_read(desc->handle.fd, &label) && label.object >= 0 && desc->size <= label.span, CUDA_ERROR_INVALID_VALUE);
+    NEED(visible(label.device), CUDA_ERROR_INVALID_DEVICE);
+    CUexternalMemory memory = calloc(1, sizeof *memory);
+    NEED(memory, CUDA_ERROR_OUT_OF_MEMORY);
+    pthread_mutex_lock(&heap_lock);
+    bool there = sim_shared_join(&drv.sim, label.object, label.id);
+    if (there)
+        held[label.object]++;
+    pthread_mutex_unlock(&heap_lock);
+    if (!there) {
+        free(memory);
+        return CUDA_ERROR_INVALID_VALUE;
+    }
+    *memory =
+        (struct CUextMemory_st){.magic = EXTERNAL_MAGIC, .label = label, .fd = fcntl(desc->handle.fd, F_DUPFD_CLOEXEC, DESCRIPTOR_FROM)};
+    close(desc->handle.fd); /* it is the driver's from here on */
+    *out = memory;
+    return CUDA_SUCCESS;
+}
+
+API(cuExternalMemoryGetMappedBuffer, (CUdeviceptr * out, CUexternalMemory memory, const CUDA_EXTERNAL_MEMORY_BUFFER_DESC *desc)) {
+    CUcontext ctx;
+    int device = 0, fd;
+    TRY(drv_current(&ctx));
+    NEED(out && memory && memory->magic == EXTERNAL_MAGIC && desc && desc->size, CUDA_ERROR_INVALID_VALUE);
+    NEED(desc->offset + desc->size <= memory->label.span && (fd = dup(memory->fd)) >= 0, CUDA_ERROR_INVALID_VALUE);
+    pthread_mutex_lock(&heap_lock);
+    struct shared_memory *shared = shared_open(fd, &device);
+    struct block *block = shared ? block_take_locked(shared->span, BLOCK_OPENED, false, device) : NULL;
+    if (block) {
+        block->shared = shared;
+        block->host = shared->host;
+        block->ctx = ctx;
+        *out = block->base + desc->offset;
+    } else if (shared) {
+        shared_end(shared);
+    }
+    pthread_mutex_unlock(&heap_lock);
+    return block ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
+}
+
+API(cuDestroyExternalMemory, (CUexternalMemory memory)) {
+    TRY(drv_ready());
+    NEED(memory && memory->magic == EXTERNAL_MAGIC, CUDA_ERROR_INVALID_HANDLE);
+    memory->magic = 0; /* the struct stays, so that its handle can be told */
+    close(memory->fd);
+    pthread_mutex_lock(&heap_lock);
+    let_go(memory->label.object);
+    pthread_mutex_unlock(&heap_lock);
+    return CUDA_SUCCESS;
 }

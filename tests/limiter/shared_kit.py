@@ -79,7 +79,7 @@ class Mine:
             ok(cuda.cuMemFreeAsync(c.c_uint64(self.pointer), None)); ok(cuda.cuCtxSynchronize())
             if not opened: ok(cuda.cuMemPoolTrimTo(self.pool, c.c_size_t(0)))
     def do(self, script):
-        names = {"it": self}; exec(script, globals(), names); return names["result"]
+        names = globals(); names["it"] = self; exec(script, names); return names["result"]
     def left(self): return info()[0] // MIB
     def alloc(self, mib): return alloc(mib * MIB)[0]
 start(); it = Mine(); say("up")

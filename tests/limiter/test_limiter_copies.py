@@ -91,8 +91,8 @@ for line in sys.stdin:
 class Child:
     """A process that makes the calls it is told to."""
 
-    def __init__(self, env: dict[str, str]) -> None:
-        self.process = spawn(CHILD, env)
+    def __init__(self, env: dict[str, str], script: str = CHILD) -> None:
+        self.process = spawn(script, env)
         self.answers: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
