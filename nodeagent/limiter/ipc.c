@@ -20,9 +20,11 @@ static int device_holding(CUdeviceptr pointer) {
 static void handed_out(CUdeviceptr pointer, const void *name, size_t size) {
     CUdeviceptr base;
     size_t bytes;
+    uint32_t context = 0;
+    nbgpu_current(&context);
     const int device = device_holding(pointer);
     if (device >= 0 && block_of(pointer, &base, &bytes))
-        nbgpu_cover(base, device, nbgpu_share_key(name, size), nbgpu_round(bytes));
+        nbgpu_cover(base, device, context, nbgpu_share_key(name, size), nbgpu_round(bytes));
 }
 
 /* Opening takes no memory of the device, so it is counted afterwards and undone where it is too much, or its size not known. */

@@ -117,7 +117,7 @@ void nbgpu_map_forget(void); /* after fork */
 enum hold { HOLD_REFUSED, HOLD_COUNTED, HOLD_CHARGED }; /* the last: as memory of its own, to be given back by who called */
 extern _Atomic int nbgpu_shares;                        /* entries of this process */
 uint64_t nbgpu_share_key(const void *name, size_t size);
-void nbgpu_cover(uint64_t local, int device, uint64_t key, uint64_t bytes); /* handed out; key 0: by a name that says nothing */
+void nbgpu_cover(uint64_t local, int device, uint32_t context, uint64_t key, uint64_t bytes); /* handed out; key 0: unnamed */
 enum hold nbgpu_hold(uint64_t local, int device, uint32_t context, uint64_t key, uint64_t bytes);
 bool nbgpu_hold_more(uint64_t local, int device, uint64_t bytes);
 bool nbgpu_hold_of(uint64_t local, int *device, uint64_t *key, uint64_t *bytes); /* what is held under that name; false: nothing */

@@ -124,7 +124,7 @@ static int find_entry(int device, uint64_t local) {
     return -1;
 }
 
-void nbgpu_cover(uint64_t local, int device, uint64_t key, uint64_t bytes) {
+void nbgpu_cover(uint64_t local, int device, uint32_t context, uint64_t key, uint64_t bytes) {
     NbgpuUseSlot *slot = nbgpu_slot(device);
     if (!slot || !key || !local || !bytes)
         return;
@@ -133,8 +133,10 @@ void nbgpu_cover(uint64_t local, int device, uint64_t key, uint64_t bytes) {
     for (uint32_t r = 0; r < NBGPU_SHARES; r++)
         known |= locals[device][r].local == local && LOAD(share_of(slot, r)->key) == key;
     const int r = known ? -1 : new_entry(slot, device, local, key);
-    if (r >= 0)
+    if (r >= 0) {
+        locals[device][r].context = context;
         __atomic_store_n(&share_of(slot, (uint32_t)r)->covered, bytes, __ATOMIC_SEQ_CST);
+    }
     pthread_mutex_unlock(&lock);
 }
 

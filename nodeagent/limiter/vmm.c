@@ -192,7 +192,7 @@ CUresult cuMemExportToShareableHandle(void *shareable, CUmemGenericAllocationHan
         const Memory *memory = memory_of(&block);
         if (type == CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR)
             shareable = (void *)(intptr_t)*(int *)shareable; /* as it is given when it is opened */
-        nbgpu_cover((uintptr_t)memory, memory->device, key_of(shareable, type), memory->bytes);
+        nbgpu_cover((uintptr_t)memory, memory->device, 0, key_of(shareable, type), memory->bytes);
     }
     pthread_mutex_unlock(&lock);
     return result;

@@ -217,3 +217,15 @@ def test_nodes_that_allocate_count_when_they_are_launched(machine: SharedMachine
 def test_per_thread_default_streams_count_alike(machine: SharedMachine) -> None:
     assert machine.start(machine.slice(100 * MIB)).ask("do", PER_THREAD) == [100, 0, 36, 2, 100, 0, 36]
     assert machine.start(None).ask("do", PER_THREAD)[3] == 0, "the control"
+
+
+def test_a_makers_context_that_ends_covers_nothing_any_more(machine: SharedMachine) -> None:
+    files = machine.slice(100 * MIB)
+    maker, opener = machine.start(files), machine.start(files)
+    _, name = maker.ask("make", "ipc", 64)
+    assert opener.ask("open", "ipc", name) == 0
+    maker.ask("do", "result = cuda.cuDevicePrimaryCtxReset_v2(0)")
+    assert machine.physical() == 64
+    assert opener.ask("left") == 36
+    opener.ask("close", True)
+    assert opener.ask("left") == 100
