@@ -94,9 +94,10 @@ class Process:
 
     def __init__(self, env: dict[str, str]) -> None:
         self.process: subprocess.Popen[str] = spawn(OBEY, env)
-        assert self._line() == "up"
+        assert self.answer() == "up"
 
-    def _line(self) -> Any:
+    def answer(self) -> Any:
+        """Return its next answer."""
         assert self.process.stdout
         line = self.process.stdout.readline()
         if not line:
@@ -113,7 +114,7 @@ class Process:
     def ask(self, name: str, *arguments: Any) -> Any:
         """Have it do something; return what it says."""
         self.tell(name, *arguments)
-        return self._line()
+        return self.answer()
 
     def kill(self) -> None:
         """End it by SIGKILL."""
