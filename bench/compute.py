@@ -75,6 +75,7 @@ class Machine:
             "NBGPU_SIM_TIME_SCALE": "1",
             "NBGPU_SIM_SLICE_US": str(DRIVER_SLICE_US * time_scale),
             "NBGPU_SIM_SWITCH_US": str(DRIVER_SWITCH_US * time_scale),
+            "NBGPU_SIM_MEMORY_SLOWER": str(time_scale),
         }
         os.environ.update({k: v for k, v in self.env.items() if k.startswith("NBGPU_SIM_")})
         self._nvml = ctypes.CDLL(str(LIB / "sim" / "libnvidia-ml.so.1"))

@@ -7,7 +7,7 @@ import sys
 import threading
 
 PTX = b".version 8.0\n.target sm_90\n.address_size 64\n.visible .entry work_arg_ns(.param .u64 ns)\n{\n ret;\n}\n\0"
-MEMORY_BYTES = 2 << 30
+MEMORY_BYTES = 3 << 30
 LAUNCHES_PER_STEP = 50  # then it waits for the GPU, as a training step does
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from collections.abc import Callable, Iterator
@@ -108,8 +109,9 @@ class Process:
     def tell(self, name: str, *arguments: Any) -> None:
         """Have it do something; do not wait."""
         assert self.process.stdin
-        self.process.stdin.write(json.dumps([name, *arguments]) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended: whoever wants its answer is told why
+            self.process.stdin.write(json.dumps([name, *arguments]) + "\n")
+            self.process.stdin.flush()
 
     def ask(self, name: str, *arguments: Any) -> Any:
         """Have it do something; return what it says."""

@@ -101,9 +101,18 @@ def test_shares_of_real_processes(room: Room, free_room: Room, shares: list[Shar
     assert errors[1] > 15, "the driver alone must miss these shares"
 
 
+def error_between(windows: list[list[float]]) -> float:
+    """Mean error in points of two halves, in percent of what the device did in each window."""
+    assert all(sum(window) > 70 for window in windows), windows
+    return sum(abs(100 * window[0] / sum(window) - 50) for window in windows) / len(windows)
+
+
 @pytest.mark.parametrize("work", ["memsets", "copies"])
 def test_memsets_and_copies_wait_for_their_turn(room: Room, free_room: Room, work: str) -> None:
-    """Two processes that only do these, in one slice, against one of GPU kernels in another: the driver alone gives them two thirds."""
+    """Two processes that only do these, in one slice, against one of GPU kernels in another: the driver alone gives them two thirds.
+
+    Of what the device did: on a busy machine it idles where processes wait for a core.
+    """
     errors = []
     for place in (room, free_room):
         place.add(Share(500, processes=2), work)
@@ -111,8 +120,8 @@ def test_memsets_and_copies_wait_for_their_turn(room: Room, free_room: Room, wor
         place.go()
         time.sleep(1)
         windows = [place.shares(SCALE) for _ in range(3)]
-        errors.append(sum(abs(got - 50) for window in windows for got in window) / 6)
         print(work, windows)
+        errors.append(error_between(windows))
         place.close()
     assert errors[0] <= 3, "two processes of a slice pay the driver's switches"
     assert errors[1] > 10, "the driver alone must miss these shares"
@@ -126,7 +135,7 @@ def test_half_the_device_is_half_whatever_it_does(room: Room, work: str) -> None
     time.sleep(1)
     windows = [room.shares(SCALE) for _ in range(4)]
     print(work, windows)
-    assert sum(abs(got - 50) for window in windows for got in window) / 8 <= 2
+    assert error_between(windows) <= 2
 
 
 def test_killed_owner_leaves_the_device_to_the_other(room: Room) -> None:
