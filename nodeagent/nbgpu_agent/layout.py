@@ -13,6 +13,13 @@ given back. `turn_end_ns` is 0 only at an open gate that nobody else wants; behi
 Little-endian, 64-byte lines; what different writers touch shares no line. Offsets are only ever appended:
 `VERSION` rises when a field is added, and readers refuse a file with another `MAGIC`.
 
+Memory that several processes hold (IPC, shareable handles)
+-----------------------------------------------------------
+Who makes memory pays for it in `used`, and where it hands the memory out it says so: ``covered`` with the memory's `key`. Who opens it says
+``held`` with the same key. A slice's sum counts `held` unless a live slot of the slice covers that key, or an earlier one holds it: once,
+as long as one process of the slice keeps the memory alive, whether its maker lives, has freed it, died, or was never of this slice.
+A reader adds up all `used` first and looks at `held` afterwards; a writer takes `covered` away before it lowers `used`.
+
 What `Use.want`, `near` and `idle` mean
 ---------------------------------------
 A slice may be many processes; the three words of a device sum up its live slots. They are a function of the slots, written by whichever
@@ -32,13 +39,6 @@ The scheduler only reads, and decides by the slots themselves; any change of `be
 * Waiting threads wait on ``CtlDevice.gate`` (futex, at most 20 ms a time) and on ``CtlKernel.gate[d]`` where their kernel has an entry with
   `compute_milli` not 0 (or whose gate is `GATE_SUSPENDED`). The scheduler wakes the gate's address after it changed the word. When
   ``heartbeat_ns`` is older than 0.5 s gates are not obeyed: strict slices keep to their share by themselves, burst slices run free.
-
-Memory that several processes hold (IPC, shareable handles)
------------------------------------------------------------
-Who makes memory pays for it in `used`, and where it hands the memory out it says so: ``covered`` with the memory's `key`. Who opens it says
-``held`` with the same key. A slice's sum counts `held` unless a live slot of the slice covers that key, or an earlier one holds it: once,
-as long as one process of the slice keeps the memory alive, whether its maker lives, has freed it, died, or was never of this slice.
-A reader adds up all `used` first and looks at `held` afterwards; a writer takes `covered` away before it lowers `used`.
 """
 
 from __future__ import annotations
