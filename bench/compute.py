@@ -75,6 +75,7 @@ class Machine:
             "NBGPU_SIM_TIME_SCALE": "1",
             "NBGPU_SIM_SLICE_US": str(DRIVER_SLICE_US * time_scale),
             "NBGPU_SIM_SWITCH_US": str(DRIVER_SWITCH_US * time_scale),
+            "NBGPU_SIM_MEMORY_SLOWER": str(time_scale),
         }
         os.environ.update({k: v for k, v in self.env.items() if k.startswith("NBGPU_SIM_")})
         self._nvml = ctypes.CDLL(str(LIB / "sim" / "libnvidia-ml.so.1"))
@@ -131,14 +132,19 @@ class SliceFiles:
             os.close(use_fd)
 
 
-def start_client(machine: Machine, kernel_ns: int, slice_folder: Path | None, kernel_id: str = "") -> subprocess.Popen[str]:
-    """Start one computing process, in a slice (as the process of a notebook kernel, when one is named) or free."""
+def start_client(
+    machine: Machine, kernel_ns: int, slice_folder: Path | None, kernel_id: str = "", work: str = "kernels"
+) -> subprocess.Popen[str]:
+    """Start one computing process, in a slice (as the process of a notebook kernel, when one is named) or free.
+
+    `work` may be ``memsets`` or ``copies`` too.
+    """
     env = dict(machine.env)
     if kernel_id:
         env["NBGPU_KERNEL_ID"] = kernel_id
     if slice_folder is not None:
         env |= {"LD_PRELOAD": str(LIB / "libnbgpu.so"), "NBGPU_SLICE_DIR": str(slice_folder)}
-    command = [sys.executable, "-S", str(ROOT / "bench" / "compute_client.py"), str(kernel_ns)]
+    command = [sys.executable, "-S", str(ROOT / "bench" / "compute_client.py"), str(kernel_ns), work]
     return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 

@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <stdbool.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -130,10 +131,51 @@ static void copy_row(uint32_t index, const NbgpuUseSlot *slot, NbgpuUseRow *row)
     copy_compute(slot, row);
 }
 
+/* Entries of `share` of the rows that have some. */
+typedef struct {
+    uint32_t row, count;
+    NbgpuUseShare share[NBGPU_SHARES];
+} Shares;
+
+static bool pays(const NbgpuUseRow *rows, const Shares *all, int n, int i, uint32_t r) {
+    const uint64_t key = all[i].share[r].key;
+    for (int j = 0; j < n && key; j++)
+        for (uint32_t s = 0; s < all[j].count && rows[all[j].row].device == rows[all[i].row].device; s++)
+            if (all[j].share[s].key == key && (all[j].share[s].covered || ((j < i || (j == i && s < r)) && all[j].share[s].held)))
+                return false;
+    return true;
+}
+
+/* What a process holds of others and nobody of the slice pays for counts as its own: the rule is in layout.py. */
+static int add_held(int fd, NbgpuUseRow *rows, const uint32_t *counts, int n_rows, int n) {
+    Shares *all = calloc((size_t)n, sizeof *all);
+    int found = 0, rc = all ? 0 : -ENOMEM;
+    for (int row = 0; row < n_rows && found < n && !rc; row++) {
+        if (!counts[row])
+            continue;
+        Shares *one = &all[found++];
+        one->row = (uint32_t)row;
+        one->count = counts[row];
+        rc = read_at(fd, one->share, one->count * sizeof *one->share,
+                     (off_t)(offsetof(NbgpuUse, share) + (size_t)rows[row].slot * sizeof one->share));
+    }
+    for (int i = 0; i < found && !rc; i++)
+        for (uint32_t r = 0; r < all[i].count; r++) {
+            const uint64_t held = all[i].share[r].held;
+            if (held > MEMORY_MAX)
+                rows[all[i].row].junk |= NBGPU_JUNK_MEMORY;
+            else if (held && pays(rows, all, found, i, r))
+                rows[all[i].row].used += held;
+        }
+    free(all);
+    return rc;
+}
+
 int nbgpu_use_read(int fd, NbgpuUseRow *out, int max) {
     NbgpuUseHead head;
     NbgpuUseSlot batch[BATCH];
-    int count = 0;
+    uint32_t shares[NBGPU_SLOTS];
+    int count = 0, sharing = 0;
     int rc = nbgpu_use_head(fd, &head);
     if (rc)
         return rc;
@@ -143,10 +185,14 @@ int nbgpu_use_read(int fd, NbgpuUseRow *out, int max) {
         if (rc)
             return rc;
         for (uint32_t i = 0; i < n && count < max; i++)
-            if (batch[i].owner && batch[i].ready)
+            if (batch[i].owner && batch[i].ready) {
+                shares[count] = batch[i].shares < NBGPU_SHARES ? batch[i].shares : NBGPU_SHARES;
+                sharing += shares[count] != 0;
                 copy_row(first + i, &batch[i], &out[count++]);
+            }
     }
-    return count;
+    rc = sharing ? add_held(fd, out, shares, count, sharing) : 0;
+    return rc ? rc : count;
 }
 
 int nbgpu_use_locked(int fd, uint32_t slot) {

@@ -27,6 +27,7 @@ typedef struct CUgraph_st *CUgraph;
 typedef struct CUgraphNode_st *CUgraphNode;
 typedef struct CUgraphExec_st *CUgraphExec;
 typedef struct CUgreenCtx_st *CUgreenCtx;
+typedef struct CUextMemory_st *CUexternalMemory;
 typedef struct CUlinkState_st *CUlinkState;
 typedef struct CUuserObject_st *CUuserObject;
 typedef void (*CUhostFn)(void *user);
@@ -360,6 +361,21 @@ typedef struct {
     int numExecAffinityParams;
     void *cigParams;
 } CUctxCreateParams;
+
+typedef struct {
+    int type;
+    union {
+        int fd;
+        void *pointers[2];
+    } handle;
+    unsigned long long size;
+    unsigned flags, reserved[16];
+} CUDA_EXTERNAL_MEMORY_HANDLE_DESC;
+
+typedef struct {
+    unsigned long long offset, size;
+    unsigned flags, reserved[16];
+} CUDA_EXTERNAL_MEMORY_BUFFER_DESC;
 
 typedef struct {
     char reserved[64];

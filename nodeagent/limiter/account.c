@@ -36,12 +36,19 @@ bool nbgpu_alone(void) {
 
 uint64_t nbgpu_total(int device, const char *kernel_id) {
     uint64_t total = 0;
+    bool shared = false;
     uint32_t high = __atomic_load_n(&nbgpu_use->high_water, __ATOMIC_SEQ_CST);
     if (high > NBGPU_SLOTS)
         high = NBGPU_SLOTS;
     for (uint32_t i = 0; i < high; i++)
-        if (!kernel_id || strncmp(nbgpu_use->slot[i].kernel_id, kernel_id, NBGPU_KERNEL_ID_BYTES) == 0)
+        if (!kernel_id || strncmp(nbgpu_use->slot[i].kernel_id, kernel_id, NBGPU_KERNEL_ID_BYTES) == 0) {
             total += slot_total(i, device);
+            shared |= LOAD(nbgpu_use->slot[i].shares) != 0;
+        }
+    /* After all that is used: who lets go of what it covers says so before its `used` sinks. */
+    for (uint32_t i = 0; unlikely(shared) && i < high; i++)
+        if (!kernel_id || strncmp(nbgpu_use->slot[i].kernel_id, kernel_id, NBGPU_KERNEL_ID_BYTES) == 0)
+            total += nbgpu_held(i, device);
     return total;
 }
 
@@ -132,11 +139,7 @@ static uint32_t add_with_patience(int device, uint64_t *word, uint64_t bytes) {
     return by;
 }
 
-static uint32_t charge(int device, enum charge_kind kind, uint64_t bytes) {
-    NbgpuUseSlot *slot = nbgpu_slot(device);
-    if (!slot || bytes >= NEVER_FITS)
-        return NBGPU_REFUSED_SLICE;
-    uint64_t *word = word_of(slot, kind);
+static uint32_t charge_word(int device, NbgpuUseSlot *slot, uint64_t *word, uint64_t bytes) {
     uint32_t by = try_add(device, word, bytes);
     if (unlikely(by != NBGPU_REFUSED_NONE)) {
         nbgpu_pools_refresh(device, true);
@@ -146,6 +149,21 @@ static uint32_t charge(int device, enum charge_kind kind, uint64_t bytes) {
     if (likely(by == NBGPU_REFUSED_NONE))
         note_peak(slot);
     return by;
+}
+
+static uint32_t charge(int device, enum charge_kind kind, uint64_t bytes) {
+    NbgpuUseSlot *slot = nbgpu_slot(device);
+    if (!slot || bytes >= NEVER_FITS)
+        return NBGPU_REFUSED_SLICE;
+    return charge_word(device, slot, word_of(slot, kind), bytes);
+}
+
+bool nbgpu_charge_word(int device, uint64_t *word, uint64_t bytes) {
+    NbgpuUseSlot *slot = nbgpu_device[device].slot;
+    const uint32_t by = !slot || bytes >= NEVER_FITS ? NBGPU_REFUSED_SLICE : charge_word(device, slot, word, bytes);
+    if (by != NBGPU_REFUSED_NONE)
+        nbgpu_refuse(device, bytes, by);
+    return by == NBGPU_REFUSED_NONE;
 }
 
 bool nbgpu_charge_quietly(int device, enum charge_kind kind, uint64_t bytes) { return charge(device, kind, bytes) == NBGPU_REFUSED_NONE; }

@@ -8,7 +8,10 @@
 #include "limiter.h"
 
 #define CUDA_DEVICES 64
-static int device_of[CUDA_DEVICES]; /* driver's number -> the slice's, -1: not in the slice */
+#define LIMIT_PRINTF_FIFO_SIZE 1
+#define LIMIT_MALLOC_HEAP_SIZE 2
+#define HEAP_KEY ((uint64_t)0xffff << 48) /* no address of memory */
+static int device_of[CUDA_DEVICES];       /* driver's number -> the slice's, -1: not in the slice */
 static _Atomic int learned;
 static pthread_mutex_t context_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct {
@@ -224,6 +227,7 @@ int nbgpu_stream_device(CUstream stream) {
 }
 
 static void dropped(const Block *block) {
+    nbgpu_share_end(block->key);
     if (block->kind == BLOCK_MEMORY || block->kind == BLOCK_ARRAY)
         nbgpu_uncharge(block->device, CHARGE_USED, block->bytes);
 }
@@ -241,6 +245,7 @@ static void context_ended(CUcontext context, int device, bool give_back) {
     if (!id)
         return;
     nbgpu_map_drop_context(id, dropped);
+    nbgpu_shares_context_ended(id);
     pthread_mutex_lock(&context_lock);
     contexts[id].context = NULL; /* its number is used again only now that no block carries it */
     pthread_mutex_unlock(&context_lock);
@@ -297,26 +302,34 @@ CUresult cuCtxCreate_v4(CUcontext *context, void *parameters, unsigned flags, CU
 CUresult cuCtxDestroy(CUcontext context) { DESTROY(cuCtxDestroy); }
 CUresult cuCtxDestroy_v2(CUcontext context) { DESTROY(cuCtxDestroy_v2); }
 
-CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
-    ENTER_CUDA(cuDevicePrimaryCtxRetain, context, device);
-    const int d = nbgpu_device_of(device);
-    if (d < 0)
-        return CUDA_ERROR_INVALID_DEVICE;
-    static pthread_mutex_t once = PTHREAD_MUTEX_INITIALIZER;
-    pthread_mutex_lock(&once);
-    const bool first = !nbgpu_device[d].primary_counted;
-    if (first && !context_reserve(d)) {
-        pthread_mutex_unlock(&once);
-        return CUDA_ERROR_OUT_OF_MEMORY;
-    }
-    MARK("context-reserved");
-    const CUresult result = REAL(cuDevicePrimaryCtxRetain)(context, device);
-    if (result != CUDA_SUCCESS && first)
-        nbgpu_uncharge(d, CHARGE_CONTEXT, nbgpu_device[d].contexts);
-    if (result == CUDA_SUCCESS)
-        nbgpu_device[d].primary_counted = true;
-    pthread_mutex_unlock(&once);
-    return result;
+/* Whatever makes or keeps the primary context: the first of them pays for it. `call` is evaluated once. */
+#define RETAIN(name, ...)                                                                                                                  \
+    ENTER_CUDA(name, __VA_ARGS__);                                                                                                         \
+    const int d = nbgpu_device_of(device);                                                                                                 \
+    if (d < 0)                                                                                                                             \
+        return CUDA_ERROR_INVALID_DEVICE;                                                                                                  \
+    pthread_mutex_lock(&primary_lock);                                                                                                     \
+    const bool first = !nbgpu_device[d].primary_counted;                                                                                   \
+    if (first && !context_reserve(d)) {                                                                                                    \
+        pthread_mutex_unlock(&primary_lock);                                                                                               \
+        return CUDA_ERROR_OUT_OF_MEMORY;                                                                                                   \
+    }                                                                                                                                      \
+    MARK("context-reserved");                                                                                                              \
+    const CUresult result = REAL(name)(__VA_ARGS__);                                                                                       \
+    if (result != CUDA_SUCCESS && first)                                                                                                   \
+        nbgpu_uncharge(d, CHARGE_CONTEXT, nbgpu_device[d].contexts);                                                                       \
+    if (result == CUDA_SUCCESS)                                                                                                            \
+        nbgpu_device[d].primary_counted = true;                                                                                            \
+    pthread_mutex_unlock(&primary_lock);                                                                                                   \
+    return result
+
+static pthread_mutex_t primary_lock = PTHREAD_MUTEX_INITIALIZER;
+
+CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) { RETAIN(cuDevicePrimaryCtxRetain, context, device); }
+
+/* A green context is a part of the primary one, which it keeps; what it takes beyond that the agent measures. */
+CUresult cuGreenCtxCreate(CUgreenCtx *context, void *description, CUdevice device, unsigned flags) {
+    RETAIN(cuGreenCtxCreate, context, description, device, flags);
 }
 
 /* After a release or a reset: is the primary context gone? */
@@ -345,3 +358,42 @@ CUresult cuDevicePrimaryCtxRelease(CUdevice device) { PRIMARY_LEFT(cuDevicePrima
 CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) { PRIMARY_LEFT(cuDevicePrimaryCtxRelease_v2); }
 CUresult cuDevicePrimaryCtxReset(CUdevice device) { PRIMARY_LEFT(cuDevicePrimaryCtxReset); }
 CUresult cuDevicePrimaryCtxReset_v2(CUdevice device) { PRIMARY_LEFT(cuDevicePrimaryCtxReset_v2); }
+
+CUresult cuGreenCtxDestroy(CUgreenCtx context) {
+    ENTER_CUDA(cuGreenCtxDestroy, context);
+    CUresult result = REAL(cuGreenCtxDestroy)(context);
+    for (int d = 0; d < nbgpu_devices && result == CUDA_SUCCESS; d++)
+        result = primary_left(result, nbgpu_device[d].cuda);
+    return result;
+}
+
+/* ---- heaps ---- */
+
+/* A heap of the device grows at once and does not shrink: what it has beyond a new context's is memory like any other. Stacks are the
+ * driver's secret; the agent measures them. */
+CUresult cuCtxSetLimit(int limit, size_t value) {
+    ENTER_CUDA(cuCtxSetLimit, limit, value);
+    uint32_t context = 0;
+    size_t before = 0;
+    const int d = nbgpu_current(&context);
+    const bool heap = limit == LIMIT_PRINTF_FIFO_SIZE || limit == LIMIT_MALLOC_HEAP_SIZE;
+    if (!heap || d < 0 || !HAVE(cuCtxGetLimit) || REAL(cuCtxGetLimit)(&before, limit) != CUDA_SUCCESS)
+        return REAL(cuCtxSetLimit)(limit, value);
+    Block block = {.key = HEAP_KEY | (uint64_t)context << 8 | (uint64_t)limit,
+                   .kind = BLOCK_MEMORY,
+                   .context = context & 511,
+                   .device = (unsigned)d & 15};
+    nbgpu_map_get(block.key, BLOCK_MEMORY, &block);
+    const uint64_t more = value > before ? value - before : 0;
+    if (more && !nbgpu_charge(d, CHARGE_USED, more))
+        return CUDA_ERROR_OUT_OF_MEMORY;
+    const CUresult result = REAL(cuCtxSetLimit)(limit, value);
+    if (result != CUDA_SUCCESS) {
+        nbgpu_uncharge(d, CHARGE_USED, more);
+        return result;
+    }
+    block.bytes += more;
+    if (more)
+        nbgpu_map_put(&block); /* goes with its context */
+    return result;
+}

@@ -53,6 +53,43 @@ HOOK(CUDA, CUresult, cuMipmappedArrayCreate, (CUmipmappedArray * array, const CU
      "cuMipmappedArrayCreate", 5000, 0)
 HOOK(CUDA, CUresult, cuMipmappedArrayDestroy, (CUmipmappedArray array), "cuMipmappedArrayDestroy", 5000, 0)
 
+/* memory that processes share */
+HOOK(CUDA, CUresult, cuIpcGetMemHandle, (CUipcHandle * handle, CUdeviceptr pointer), "cuIpcGetMemHandle", 4010, 0)
+HOOK(CUDA, CUresult, cuIpcOpenMemHandle, (CUdeviceptr * pointer, CUipcHandle handle, unsigned flags), "cuIpcOpenMemHandle", 4010, 0)
+HOOK(CUDA, CUresult, cuIpcOpenMemHandle_v2, (CUdeviceptr * pointer, CUipcHandle handle, unsigned flags), "cuIpcOpenMemHandle", 11000, 0)
+HOOK(CUDA, CUresult, cuIpcCloseMemHandle, (CUdeviceptr pointer), "cuIpcCloseMemHandle", 4010, 0)
+HOOK(CUDA, CUresult, cuMemExportToShareableHandle,
+     (void *shareable, CUmemGenericAllocationHandle handle, int type, unsigned long long flags), "cuMemExportToShareableHandle", 10020, 0)
+HOOK(CUDA, CUresult, cuMemImportFromShareableHandle, (CUmemGenericAllocationHandle * handle, void *shareable, int type),
+     "cuMemImportFromShareableHandle", 10020, 0)
+HOOK(CUDA, CUresult, cuMemPoolExportPointer, (CUipcHandle * data, CUdeviceptr pointer), "cuMemPoolExportPointer", 11020, 0)
+HOOK(CUDA, CUresult, cuMemPoolImportPointer, (CUdeviceptr * pointer, CUmemoryPool pool, CUipcHandle *data), "cuMemPoolImportPointer", 11020,
+     0)
+HOOK(CUDA, CUresult, cuImportExternalMemory, (CUexternalMemory * memory, const CUDA_EXTERNAL_MEMORY_HANDLE_DESC *description),
+     "cuImportExternalMemory", 10000, 0)
+HOOK(CUDA, CUresult, cuDestroyExternalMemory, (CUexternalMemory memory), "cuDestroyExternalMemory", 10000, 0)
+HOOK(CUDA, CUresult, cuExternalMemoryGetMappedBuffer, (CUdeviceptr * pointer, CUexternalMemory memory, const void *description),
+     "cuExternalMemoryGetMappedBuffer", 10000, 0)
+HOOK(CUDA, CUresult, cuExternalMemoryGetMappedMipmappedArray, (CUmipmappedArray * array, CUexternalMemory memory, const void *description),
+     "cuExternalMemoryGetMappedMipmappedArray", 10000, 0)
+HOOK(CUDA, CUresult, cuMulticastCreate, (CUmemGenericAllocationHandle * handle, const void *properties), "cuMulticastCreate", 12010, 0)
+HOOK(CUDA, CUresult, cuMulticastBindMem,
+     (CUmemGenericAllocationHandle object, size_t at, CUmemGenericAllocationHandle memory, size_t offset, size_t size,
+      unsigned long long flags),
+     "cuMulticastBindMem", 12010, 0)
+HOOK(CUDA, CUresult, cuMulticastBindMem_v2,
+     (CUmemGenericAllocationHandle object, CUdevice device, size_t at, CUmemGenericAllocationHandle memory, size_t offset, size_t size,
+      unsigned long long flags),
+     "cuMulticastBindMem", 13010, 0)
+HOOK(CUDA, CUresult, cuMulticastBindAddr,
+     (CUmemGenericAllocationHandle object, size_t at, CUdeviceptr pointer, size_t size, unsigned long long flags), "cuMulticastBindAddr",
+     12010, 0)
+HOOK(CUDA, CUresult, cuMulticastBindAddr_v2,
+     (CUmemGenericAllocationHandle object, CUdevice device, size_t at, CUdeviceptr pointer, size_t size, unsigned long long flags),
+     "cuMulticastBindAddr", 13010, 0)
+HOOK(CUDA, CUresult, cuMulticastUnbind, (CUmemGenericAllocationHandle handle, CUdevice device, size_t at, size_t size), "cuMulticastUnbind",
+     12010, 0)
+
 /* contexts */
 HOOK(CUDA, CUresult, cuCtxCreate, (CUcontext * context, unsigned flags, CUdevice device), "cuCtxCreate", 2000, 0)
 HOOK(CUDA, CUresult, cuCtxCreate_v2, (CUcontext * context, unsigned flags, CUdevice device), "cuCtxCreate", 3020, 0)
@@ -66,6 +103,10 @@ HOOK(CUDA, CUresult, cuDevicePrimaryCtxRelease, (CUdevice device), "cuDevicePrim
 HOOK(CUDA, CUresult, cuDevicePrimaryCtxRelease_v2, (CUdevice device), "cuDevicePrimaryCtxRelease", 11000, 0)
 HOOK(CUDA, CUresult, cuDevicePrimaryCtxReset, (CUdevice device), "cuDevicePrimaryCtxReset", 7000, 0)
 HOOK(CUDA, CUresult, cuDevicePrimaryCtxReset_v2, (CUdevice device), "cuDevicePrimaryCtxReset", 11000, 0)
+HOOK(CUDA, CUresult, cuGreenCtxCreate, (CUgreenCtx * context, void *description, CUdevice device, unsigned flags), "cuGreenCtxCreate",
+     12040, 0)
+HOOK(CUDA, CUresult, cuGreenCtxDestroy, (CUgreenCtx context), "cuGreenCtxDestroy", 12040, 0)
+HOOK(CUDA, CUresult, cuCtxSetLimit, (int limit, size_t value), "cuCtxSetLimit", 3010, 0)
 
 /* GPU time */
 #define LAUNCH_ARGUMENTS                                                                                                                   \
@@ -94,7 +135,7 @@ STREAM_PAIR(cuGraphUpload, (CUgraphExec exec, CUstream stream), 11010, 11010)
 HOOK(CUDA, CUresult, cuGraphExecDestroy, (CUgraphExec exec), "cuGraphExecDestroy", 10000, 0)
 HOOK(CUDA, CUresult, cuDeviceGraphMemTrim, (CUdevice device), "cuDeviceGraphMemTrim", 11040, 0)
 
-/* observed: idle edges, streams that end or capture, copied bytes */
+/* observed: idle edges, streams that end or capture */
 HOOK(CUDA, CUresult, cuCtxSynchronize, (void), "cuCtxSynchronize", 2000, 0)
 HOOK(CUDA, CUresult, cuCtxSynchronize_v2, (CUcontext context), "cuCtxSynchronize", 13000, 0)
 STREAM_PAIR(cuStreamSynchronize, (CUstream stream), 2000, 7000)
@@ -109,15 +150,56 @@ STREAM_PAIR(cuStreamBeginCaptureToGraph, CAPTURE_TO_GRAPH_ARGUMENTS, 12030, 1203
 #define RECAPTURE_ARGUMENTS (CUstream stream, int mode, CUgraph graph, void *callback, void *data)
 STREAM_PAIR(cuStreamBeginRecaptureToGraph, RECAPTURE_ARGUMENTS, 13010, 13010)
 STREAM_PAIR(cuStreamEndCapture, (CUstream stream, CUgraph *graph), 10000, 10000)
-HOOK(CUDA, CUresult, cuMemcpyHtoD_v2, (CUdeviceptr to, const void *from, size_t size), "cuMemcpyHtoD", 3020, 0)
-HOOK(CUDA, CUresult, cuMemcpyHtoD_v2_ptds, (CUdeviceptr to, const void *from, size_t size), "cuMemcpyHtoD", 7000, 1)
-HOOK(CUDA, CUresult, cuMemcpyDtoH_v2, (void *to, CUdeviceptr from, size_t size), "cuMemcpyDtoH", 3020, 0)
-HOOK(CUDA, CUresult, cuMemcpyDtoH_v2_ptds, (void *to, CUdeviceptr from, size_t size), "cuMemcpyDtoH", 7000, 1)
-HOOK(CUDA, CUresult, cuMemcpyHtoDAsync_v2, (CUdeviceptr to, const void *from, size_t size, CUstream stream), "cuMemcpyHtoDAsync", 3020, 0)
-HOOK(CUDA, CUresult, cuMemcpyHtoDAsync_v2_ptsz, (CUdeviceptr to, const void *from, size_t size, CUstream stream), "cuMemcpyHtoDAsync", 7000,
-     1)
-HOOK(CUDA, CUresult, cuMemcpyDtoHAsync_v2, (void *to, CUdeviceptr from, size_t size, CUstream stream), "cuMemcpyDtoHAsync", 3020, 0)
-HOOK(CUDA, CUresult, cuMemcpyDtoHAsync_v2_ptsz, (void *to, CUdeviceptr from, size_t size, CUstream stream), "cuMemcpyDtoHAsync", 7000, 1)
+
+/* copies and memsets (name, ending of the variant for per-thread default streams, arguments, name asked for, versions of both) */
+#define COPY(name, own, arguments, base, since, since_own)                                                                                 \
+    HOOK(CUDA, CUresult, name, arguments, base, since, 0)                                                                                  \
+    HOOK(CUDA, CUresult, name##own, arguments, base, since_own, 1)
+COPY(cuMemcpy, _ptds, (CUdeviceptr to, CUdeviceptr from, size_t size), "cuMemcpy", 4000, 7000)
+COPY(cuMemcpyAsync, _ptsz, (CUdeviceptr to, CUdeviceptr from, size_t size, CUstream stream), "cuMemcpyAsync", 4000, 7000)
+COPY(cuMemcpyHtoD_v2, _ptds, (CUdeviceptr to, const void *from, size_t size), "cuMemcpyHtoD", 3020, 7000)
+COPY(cuMemcpyDtoH_v2, _ptds, (void *to, CUdeviceptr from, size_t size), "cuMemcpyDtoH", 3020, 7000)
+COPY(cuMemcpyDtoD_v2, _ptds, (CUdeviceptr to, CUdeviceptr from, size_t size), "cuMemcpyDtoD", 3020, 7000)
+COPY(cuMemcpyHtoDAsync_v2, _ptsz, (CUdeviceptr to, const void *from, size_t size, CUstream stream), "cuMemcpyHtoDAsync", 3020, 7000)
+COPY(cuMemcpyDtoHAsync_v2, _ptsz, (void *to, CUdeviceptr from, size_t size, CUstream stream), "cuMemcpyDtoHAsync", 3020, 7000)
+COPY(cuMemcpyDtoDAsync_v2, _ptsz, (CUdeviceptr to, CUdeviceptr from, size_t size, CUstream stream), "cuMemcpyDtoDAsync", 3020, 7000)
+COPY(cuMemcpyPeer, _ptds, (CUdeviceptr to, CUcontext there, CUdeviceptr from, CUcontext here, size_t size), "cuMemcpyPeer", 4000, 7000)
+COPY(cuMemcpyPeerAsync, _ptsz, (CUdeviceptr to, CUcontext there, CUdeviceptr from, CUcontext here, size_t size, CUstream stream),
+     "cuMemcpyPeerAsync", 4000, 7000)
+COPY(cuMemcpyDtoA_v2, _ptds, (CUarray to, size_t at, CUdeviceptr from, size_t size), "cuMemcpyDtoA", 3020, 7000)
+COPY(cuMemcpyAtoD_v2, _ptds, (CUdeviceptr to, CUarray from, size_t at, size_t size), "cuMemcpyAtoD", 3020, 7000)
+COPY(cuMemcpyAtoA_v2, _ptds, (CUarray to, size_t at, CUarray from, size_t here, size_t size), "cuMemcpyAtoA", 3020, 7000)
+COPY(cuMemcpyHtoA_v2, _ptds, (CUarray to, size_t at, const void *from, size_t size), "cuMemcpyHtoA", 3020, 7000)
+COPY(cuMemcpyAtoH_v2, _ptds, (void *to, CUarray from, size_t at, size_t size), "cuMemcpyAtoH", 3020, 7000)
+COPY(cuMemcpyHtoAAsync_v2, _ptsz, (CUarray to, size_t at, const void *from, size_t size, CUstream stream), "cuMemcpyHtoAAsync", 3020, 7000)
+COPY(cuMemcpyAtoHAsync_v2, _ptsz, (void *to, CUarray from, size_t at, size_t size, CUstream stream), "cuMemcpyAtoHAsync", 3020, 7000)
+COPY(cuMemcpy2D_v2, _ptds, (const CUDA_MEMCPY2D *copy), "cuMemcpy2D", 3020, 7000)
+COPY(cuMemcpy2DUnaligned_v2, _ptds, (const CUDA_MEMCPY2D *copy), "cuMemcpy2DUnaligned", 3020, 7000)
+COPY(cuMemcpy2DAsync_v2, _ptsz, (const CUDA_MEMCPY2D *copy, CUstream stream), "cuMemcpy2DAsync", 3020, 7000)
+COPY(cuMemcpy3D_v2, _ptds, (const CUDA_MEMCPY3D *copy), "cuMemcpy3D", 3020, 7000)
+COPY(cuMemcpy3DAsync_v2, _ptsz, (const CUDA_MEMCPY3D *copy, CUstream stream), "cuMemcpy3DAsync", 3020, 7000)
+COPY(cuMemcpy3DPeer, _ptds, (const CUDA_MEMCPY3D *copy), "cuMemcpy3DPeer", 4000, 7000)
+COPY(cuMemcpy3DPeerAsync, _ptsz, (const CUDA_MEMCPY3D *copy, CUstream stream), "cuMemcpy3DPeerAsync", 4000, 7000)
+COPY(cuMemcpyBatchAsync, _ptsz,
+     (CUdeviceptr * to, CUdeviceptr *from, size_t *sizes, size_t count, void *attributes, size_t *of, size_t kinds, size_t *failed,
+      CUstream stream),
+     "cuMemcpyBatchAsync", 12080, 12080)
+COPY(cuMemcpyBatchAsync_v2, _ptsz,
+     (CUdeviceptr * to, CUdeviceptr *from, size_t *sizes, size_t count, void *attributes, size_t *of, size_t kinds, CUstream stream),
+     "cuMemcpyBatchAsync", 13000, 13000)
+HOOK(CUDA, CUresult, cuMemcpyWithAttributesAsync, (CUdeviceptr to, CUdeviceptr from, size_t size, void *attributes, CUstream stream),
+     "cuMemcpyWithAttributesAsync", 13010, 0)
+#define MEMSETS(bits, type)                                                                                                                \
+    COPY(cuMemsetD##bits##_v2, _ptds, (CUdeviceptr to, type value, size_t count), "cuMemsetD" #bits, 3020, 7000)                           \
+    COPY(cuMemsetD##bits##Async, _ptsz, (CUdeviceptr to, type value, size_t count, CUstream stream), "cuMemsetD" #bits "Async", 3020,      \
+         7000)                                                                                                                             \
+    COPY(cuMemsetD2D##bits##_v2, _ptds, (CUdeviceptr to, size_t pitch, type value, size_t width, size_t height), "cuMemsetD2D" #bits,      \
+         3020, 7000)                                                                                                                       \
+    COPY(cuMemsetD2D##bits##Async, _ptsz, (CUdeviceptr to, size_t pitch, type value, size_t width, size_t height, CUstream stream),        \
+         "cuMemsetD2D" #bits "Async", 3020, 7000)
+MEMSETS(8, unsigned char)
+MEMSETS(16, unsigned short)
+MEMSETS(32, unsigned)
 
 /* only called */
 CALL(CUDA, CUresult, cuDeviceGetCount, (int *count))
@@ -125,6 +207,7 @@ CALL(CUDA, CUresult, cuDeviceGet, (CUdevice * device, int ordinal))
 CALL(CUDA, CUresult, cuDeviceGetUuid, (CUuuid * uuid, CUdevice device))
 CALL(CUDA, CUresult, cuDeviceGetUuid_v2, (CUuuid * uuid, CUdevice device))
 CALL(CUDA, CUresult, cuDevicePrimaryCtxGetState, (CUdevice device, unsigned *flags, int *active))
+CALL(CUDA, CUresult, cuCtxGetLimit, (size_t *value, int limit))
 CALL(CUDA, CUresult, cuCtxGetCurrent, (CUcontext * context))
 CALL(CUDA, CUresult, cuCtxSetCurrent, (CUcontext context))
 CALL(CUDA, CUresult, cuCtxPushCurrent_v2, (CUcontext context))
@@ -141,6 +224,9 @@ CALL(CUDA, CUresult, cuEventRecord, (CUevent event, CUstream stream))
 CALL(CUDA, CUresult, cuEventRecord_ptsz, (CUevent event, CUstream stream))
 CALL(CUDA, CUresult, cuEventQuery, (CUevent event))
 CALL(CUDA, CUresult, cuEventElapsedTime, (float *milliseconds, CUevent start, CUevent end))
+CALL(CUDA, CUresult, cuMemGetAddressRange_v2, (CUdeviceptr * base, size_t *size, CUdeviceptr pointer))
+CALL(CUDA, CUresult, cuPointerGetAttribute, (void *data, int attribute, CUdeviceptr pointer))
+CALL(CUDA, CUresult, cuMemGetAllocationPropertiesFromHandle, (CUmemAllocationProp * properties, CUmemGenericAllocationHandle handle))
 CALL(CUDA, CUresult, cuDeviceGetMemPool, (CUmemoryPool * pool, CUdevice device))
 CALL(CUDA, CUresult, cuMemPoolGetAttribute, (CUmemoryPool pool, int attribute, void *value))
 CALL(CUDA, CUresult, cuDeviceGetGraphMemAttribute, (CUdevice device, int attribute, void *value))
@@ -188,5 +274,7 @@ CALL(NVML, int, nvmlDeviceGetUUID, (nvmlDevice_t device, char *uuid, unsigned le
 #undef COOPERATIVE_ARGUMENTS
 #undef CAPTURE_TO_GRAPH_ARGUMENTS
 #undef RECAPTURE_ARGUMENTS
+#undef COPY
+#undef MEMSETS
 #undef HOOK
 #undef CALL

@@ -352,6 +352,15 @@ static CUresult end(const Launch *launch, CUresult result) {
     return result;
 }
 
+/* Other work than launches (copies.c): `kind` is what its duration is learnt by, as a graph's is. */
+CUresult nbgpu_work_begin(Launch *work, CUstream stream, bool ptsz, CUgraphExec kind) { return begin(work, stream, ptsz, kind); }
+
+CUresult nbgpu_work_end(const Launch *work, CUresult result) {
+    if (work->gated)
+        nbgpu_busy_submitted(work, result == CUDA_SUCCESS);
+    return result;
+}
+
 /* The fast way and the slower ones are functions of their own, so that the fastest jumps to the driver and moves no argument. */
 #define SLOW(name, arguments, stream, ptsz, exec, ...)                                                                                     \
     static __attribute__((noinline, used)) CUresult slow_##name arguments {                                                                \
@@ -449,37 +458,6 @@ CUresult cuCtxSynchronize_v2(CUcontext context) {
 }
 CUresult cuStreamSynchronize(CUstream stream) { SYNC(cuStreamSynchronize, false, stream, false, stream); }
 CUresult cuStreamSynchronize_ptsz(CUstream stream) { SYNC(cuStreamSynchronize_ptsz, false, stream, true, stream); }
-
-static void copied(size_t size) {
-    const int d = nbgpu_current(NULL);
-    NbgpuUseSlot *slot = d >= 0 ? nbgpu_device[d].slot : NULL;
-    if (slot)
-        __atomic_fetch_add(&slot->copied_bytes, size, __ATOMIC_RELAXED);
-}
-
-#define COPY(name, ...)                                                                                                                    \
-    ENTER_CUDA(name, __VA_ARGS__);                                                                                                         \
-    const CUresult result = REAL(name)(__VA_ARGS__);                                                                                       \
-    if (result == CUDA_SUCCESS)                                                                                                            \
-        copied(size);                                                                                                                      \
-    return result
-
-CUresult cuMemcpyHtoD_v2(CUdeviceptr to, const void *from, size_t size) { COPY(cuMemcpyHtoD_v2, to, from, size); }
-CUresult cuMemcpyHtoD_v2_ptds(CUdeviceptr to, const void *from, size_t size) { COPY(cuMemcpyHtoD_v2_ptds, to, from, size); }
-CUresult cuMemcpyDtoH_v2(void *to, CUdeviceptr from, size_t size) { COPY(cuMemcpyDtoH_v2, to, from, size); }
-CUresult cuMemcpyDtoH_v2_ptds(void *to, CUdeviceptr from, size_t size) { COPY(cuMemcpyDtoH_v2_ptds, to, from, size); }
-CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void *from, size_t size, CUstream stream) {
-    COPY(cuMemcpyHtoDAsync_v2, to, from, size, stream);
-}
-CUresult cuMemcpyHtoDAsync_v2_ptsz(CUdeviceptr to, const void *from, size_t size, CUstream stream) {
-    COPY(cuMemcpyHtoDAsync_v2_ptsz, to, from, size, stream);
-}
-CUresult cuMemcpyDtoHAsync_v2(void *to, CUdeviceptr from, size_t size, CUstream stream) {
-    COPY(cuMemcpyDtoHAsync_v2, to, from, size, stream);
-}
-CUresult cuMemcpyDtoHAsync_v2_ptsz(void *to, CUdeviceptr from, size_t size, CUstream stream) {
-    COPY(cuMemcpyDtoHAsync_v2_ptsz, to, from, size, stream);
-}
 
 /* ---- streams that end or are captured ---- */
 

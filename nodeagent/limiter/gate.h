@@ -52,5 +52,7 @@ bool nbgpu_turn_over(int device, uint64_t now);
 bool nbgpu_scheduler_dead(uint64_t now);
 bool nbgpu_capturing(CUstream stream, bool ptsz);
 bool nbgpu_any_capture(void);
+CUresult nbgpu_work_begin(Launch *work, CUstream stream, bool ptsz, CUgraphExec kind);
+CUresult nbgpu_work_end(const Launch *work, CUresult result);
 
 #endif

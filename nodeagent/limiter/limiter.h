@@ -87,7 +87,8 @@ uint64_t nbgpu_now_coarse(void);
 enum charge_kind { CHARGE_USED, CHARGE_CONTEXT };
 bool nbgpu_charge(int device, enum charge_kind kind, uint64_t bytes); /* false: refused, and said so in the slot */
 bool nbgpu_charge_quietly(int device, enum charge_kind kind, uint64_t bytes);
-void nbgpu_charge_forced(int device, uint64_t bytes); /* what is there already and can't be undone */
+bool nbgpu_charge_word(int device, uint64_t *word, uint64_t bytes); /* the same for any word that the sum contains */
+void nbgpu_charge_forced(int device, uint64_t bytes);               /* what is there already and can't be undone */
 void nbgpu_uncharge(int device, enum charge_kind kind, uint64_t bytes);
 void nbgpu_refuse(int device, uint64_t bytes, uint32_t by);
 bool nbgpu_driver_refused(int device, uint64_t bytes, int attempt); /* driver said out of memory: true = try again */
@@ -111,6 +112,32 @@ bool nbgpu_map_take(uint64_t key, enum block_kind kind, Block *block);
 bool nbgpu_map_get(uint64_t key, enum block_kind kind, Block *block);
 void nbgpu_map_drop_context(uint32_t context, void (*dropped)(const Block *));
 void nbgpu_map_forget(void); /* after fork */
+
+/* ---- share.c: memory that several processes hold; `local` is the pointer or object that this process knows it by ---- */
+enum hold { HOLD_REFUSED, HOLD_COUNTED, HOLD_CHARGED }; /* the last: as memory of its own, to be given back by who called */
+extern _Atomic int nbgpu_shares;                        /* entries of this process */
+uint64_t nbgpu_share_key(const void *name, size_t size);
+void nbgpu_cover(uint64_t local, int device, uint32_t context, uint64_t key, uint64_t bytes); /* handed out; key 0: unnamed */
+enum hold nbgpu_hold(uint64_t local, int device, uint32_t context, uint64_t key, uint64_t bytes);
+bool nbgpu_hold_more(uint64_t local, int device, uint64_t bytes);
+bool nbgpu_hold_of(uint64_t local, int *device, uint64_t *key, uint64_t *bytes); /* what is held under that name; false: nothing */
+void nbgpu_hold_also(uint64_t local, int device, uint64_t bytes);                /* of a key that is paid for already */
+bool nbgpu_share_end(uint64_t local);
+void nbgpu_shares_context_ended(uint32_t context);
+uint64_t nbgpu_held(uint32_t slot, int device); /* what a slot holds of others and nobody of the slice pays for */
+uint64_t nbgpu_covered_bytes(uint64_t key, int device);
+
+/* ---- vmm.c: memory made by cuMemCreate, for multicast.c; all but the first with the lock ---- */
+typedef struct Memory Memory;
+void nbgpu_memory_lock(void);
+void nbgpu_memory_unlock(void);
+Memory *nbgpu_memory_of(CUmemGenericAllocationHandle handle);
+Memory *nbgpu_memory_at(CUdeviceptr pointer);                      /* of a mapping */
+void nbgpu_memory_of_nothing(CUmemGenericAllocationHandle handle); /* a handle of something that takes no memory itself */
+void nbgpu_memory_keep(Memory *memory);
+void nbgpu_memory_let_go(Memory *memory);
+int nbgpu_memory_device(const Memory *memory);
+void nbgpu_multicast_ended(const Memory *object);
 
 /* ---- context.c ---- */
 int nbgpu_current(uint32_t *context); /* device of the thread's current context, -1: none of the slice's */

@@ -100,6 +100,8 @@ CUresult cuMemAllocPitch(unsigned *pointer, unsigned *pitch, unsigned width, uns
         MARK("free-taken");                                                                                                                \
         const CUresult result = call;                                                                                                      \
         MARK("free-real");                                                                                                                 \
+        if (unlikely(nbgpu_shares) && result == CUDA_SUCCESS)                                                                              \
+            nbgpu_share_end((uint64_t)(pointer));                                                                                          \
         if (unlikely(!ours)) {                                                                                                             \
             nbgpu_pools_dirty();                                                                                                           \
             return result;                                                                                                                 \

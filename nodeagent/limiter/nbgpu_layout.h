@@ -10,6 +10,7 @@
 #define NBGPU_DEVICES 16u
 #define NBGPU_KERNELS 64u
 #define NBGPU_SLOTS 256u
+#define NBGPU_SHARES 16u
 #define NBGPU_UUID_BYTES 48u
 #define NBGPU_KERNEL_ID_BYTES 40u
 /* mode of a slice */
@@ -115,7 +116,7 @@ typedef struct {
     uint64_t refusals;
     uint64_t refused_bytes;
     uint32_t refused_by;
-    uint32_t reserved0;
+    uint32_t shares;
     uint32_t want;
     uint32_t near;
     uint64_t busy_since;
@@ -141,7 +142,7 @@ _Static_assert(offsetof(NbgpuUseSlot, frees) == 96, "NbgpuUseSlot.frees");
 _Static_assert(offsetof(NbgpuUseSlot, refusals) == 104, "NbgpuUseSlot.refusals");
 _Static_assert(offsetof(NbgpuUseSlot, refused_bytes) == 112, "NbgpuUseSlot.refused_bytes");
 _Static_assert(offsetof(NbgpuUseSlot, refused_by) == 120, "NbgpuUseSlot.refused_by");
-_Static_assert(offsetof(NbgpuUseSlot, reserved0) == 124, "NbgpuUseSlot.reserved0");
+_Static_assert(offsetof(NbgpuUseSlot, shares) == 124, "NbgpuUseSlot.shares");
 _Static_assert(offsetof(NbgpuUseSlot, want) == 128, "NbgpuUseSlot.want");
 _Static_assert(offsetof(NbgpuUseSlot, near) == 132, "NbgpuUseSlot.near");
 _Static_assert(offsetof(NbgpuUseSlot, busy_since) == 136, "NbgpuUseSlot.busy_since");
@@ -152,6 +153,18 @@ _Static_assert(offsetof(NbgpuUseSlot, stall_ns) == 168, "NbgpuUseSlot.stall_ns")
 _Static_assert(offsetof(NbgpuUseSlot, copied_bytes) == 176, "NbgpuUseSlot.copied_bytes");
 _Static_assert(offsetof(NbgpuUseSlot, reserved1) == 184, "NbgpuUseSlot.reserved1");
 _Static_assert(offsetof(NbgpuUseSlot, launches_by_thread) == 192, "NbgpuUseSlot.launches_by_thread");
+
+typedef struct {
+    uint64_t key;
+    uint64_t held;
+    uint64_t covered;
+    uint64_t reserved0;
+} NbgpuUseShare;
+_Static_assert(sizeof(NbgpuUseShare) == 32, "size of NbgpuUseShare");
+_Static_assert(offsetof(NbgpuUseShare, key) == 0, "NbgpuUseShare.key");
+_Static_assert(offsetof(NbgpuUseShare, held) == 8, "NbgpuUseShare.held");
+_Static_assert(offsetof(NbgpuUseShare, covered) == 16, "NbgpuUseShare.covered");
+_Static_assert(offsetof(NbgpuUseShare, reserved0) == 24, "NbgpuUseShare.reserved0");
 
 typedef struct {
     uint64_t magic;
@@ -166,8 +179,9 @@ typedef struct {
     uint32_t near[16];
     uint32_t idle[16];
     NbgpuUseSlot slot[256];
+    NbgpuUseShare share[4096];
 } NbgpuUse;
-_Static_assert(sizeof(NbgpuUse) == 65856, "size of NbgpuUse");
+_Static_assert(sizeof(NbgpuUse) == 196928, "size of NbgpuUse");
 _Static_assert(offsetof(NbgpuUse, magic) == 0, "NbgpuUse.magic");
 _Static_assert(offsetof(NbgpuUse, version) == 8, "NbgpuUse.version");
 _Static_assert(offsetof(NbgpuUse, size) == 12, "NbgpuUse.size");
@@ -180,5 +194,6 @@ _Static_assert(offsetof(NbgpuUse, want) == 128, "NbgpuUse.want");
 _Static_assert(offsetof(NbgpuUse, near) == 192, "NbgpuUse.near");
 _Static_assert(offsetof(NbgpuUse, idle) == 256, "NbgpuUse.idle");
 _Static_assert(offsetof(NbgpuUse, slot) == 320, "NbgpuUse.slot");
+_Static_assert(offsetof(NbgpuUse, share) == 65856, "NbgpuUse.share");
 
 #endif

@@ -13,6 +13,7 @@
 #include "limiter.h"
 
 #define CONTAINER_DIR "/run/nbgpu/slice"
+#define FORK_HOOKS 8
 #define DESCRIPTOR_FROM 700 /* out of the way of programs that expect their next descriptor to be 3 */
 
 _Atomic int nbgpu_ready;
@@ -29,7 +30,7 @@ static dev_t use_dev;
 static ino_t use_ino;
 static uint64_t own_word, own_start;
 static char kernel_id[NBGPU_KERNEL_ID_BYTES];
-static void (*fork_hooks[4])(void);
+static void (*fork_hooks[FORK_HOOKS])(void);
 static _Atomic int fork_hook_count;
 
 uint64_t nbgpu_now(void) {
@@ -166,7 +167,7 @@ static void after_fork(void) {
 }
 
 int nbgpu_fork_hook(void (*child)(void)) {
-    if (fork_hook_count == 4)
+    if (fork_hook_count == FORK_HOOKS)
         return -1;
     fork_hooks[fork_hook_count] = child;
     return fork_hook_count++;
@@ -263,6 +264,7 @@ void nbgpu_hold_slots(void) {
 
 /* With the byte's lock held by us: nobody else reaps or claims it. Numbers first, owner last: dying here leaves a dead slot. */
 static void clear_slot(NbgpuUseSlot *slot) {
+    __atomic_store_n(&slot->shares, 0, __ATOMIC_SEQ_CST); /* what it covered counts for who holds it, before its `used` is gone */
     __atomic_store_n(&slot->used, 0, __ATOMIC_SEQ_CST);
     MARK("reap-half");
     __atomic_store_n(&slot->context, 0, __ATOMIC_SEQ_CST);

@@ -13,6 +13,13 @@ given back. `turn_end_ns` is 0 only at an open gate that nobody else wants; behi
 Little-endian, 64-byte lines; what different writers touch shares no line. Offsets are only ever appended:
 `VERSION` rises when a field is added, and readers refuse a file with another `MAGIC`.
 
+Memory that several processes hold (IPC, shareable handles)
+-----------------------------------------------------------
+Who makes memory pays for it in `used`, and where it hands the memory out it says so: ``covered`` with the memory's `key`. Who opens it says
+``held`` with the same key. A slice's sum counts `held` unless a live slot of the slice covers that key, or an earlier one holds it: once,
+as long as one process of the slice keeps the memory alive, whether its maker lives, has freed it, died, or was never of this slice.
+A reader adds up all `used` first and looks at `held` afterwards; a writer takes `covered` away before it lowers `used`.
+
 What `Use.want`, `near` and `idle` mean
 ---------------------------------------
 A slice may be many processes; the three words of a device sum up its live slots. They are a function of the slots, written by whichever
@@ -47,6 +54,7 @@ USE_MAGIC = 0x31455355_5047424E  # "NBGPUSE1"
 DEVICES = 16
 KERNELS = 64
 SLOTS = 256
+SHARES = 16
 UUID_BYTES = 48
 KERNEL_ID_BYTES = 40
 
@@ -56,7 +64,7 @@ GATE_CLOSED, GATE_OPEN, GATE_SUSPENDED, GATE_NONE = 0, 1, 2, 3
 REFUSED_NONE, REFUSED_SLICE, REFUSED_KERNEL, REFUSED_DRIVER = 0, 1, 2, 3
 
 CONSTANTS: dict[str, tuple[str, ...]] = {
-    "": ("VERSION", "CTL_MAGIC", "USE_MAGIC", "DEVICES", "KERNELS", "SLOTS", "UUID_BYTES", "KERNEL_ID_BYTES"),
+    "": ("VERSION", "CTL_MAGIC", "USE_MAGIC", "DEVICES", "KERNELS", "SLOTS", "SHARES", "UUID_BYTES", "KERNEL_ID_BYTES"),
     "mode of a slice": ("MODE_STRICT", "MODE_BURST"),
     "who refuses memory": ("BACKEND_LIMITER", "BACKEND_DRIVER"),
     "gate words": ("GATE_CLOSED", "GATE_OPEN", "GATE_SUSPENDED", "GATE_NONE"),
@@ -134,7 +142,7 @@ class UseSlot(c.LittleEndianStructure):
         ("refusals", c.c_uint64),
         ("refused_bytes", c.c_uint64),  # size of the last request refused
         ("refused_by", c.c_uint32),  # REFUSED_*
-        ("reserved0", c.c_uint32),
+        ("shares", c.c_uint32),  # entries of Use.share that this slot uses, counted from its first
         # compute
         ("want", c.c_uint32),  # threads that wait at the gate
         ("near", c.c_uint32),  # 1: what was submitted is nearly done
@@ -149,6 +157,17 @@ class UseSlot(c.LittleEndianStructure):
         ("copied_bytes", c.c_uint64),  # host <-> device
         ("reserved1", c.c_uint64),
         ("launches_by_thread", c.c_uint64 * 8),  # each written by one thread at a time, without atomic operations
+    ]
+
+
+class UseShare(c.LittleEndianStructure):
+    """Memory that a process shares with another: handed out, or opened from another. 32 bytes."""
+
+    _fields_ = [
+        ("key", c.c_uint64),  # names the memory; 0: nothing is known of it
+        ("held", c.c_uint64),  # bytes opened from another; count when nobody else of the slice pays for this key
+        ("covered", c.c_uint64),  # bytes handed out, which the slot's `used` contains
+        ("reserved0", c.c_uint64),
     ]
 
 
@@ -168,10 +187,11 @@ class Use(c.LittleEndianStructure):
         ("near", c.c_uint32 * DEVICES),  # per device: all that was submitted is nearly done
         ("idle", c.c_uint32 * DEVICES),  # per device: nothing is outstanding
         ("slot", UseSlot * SLOTS),
+        ("share", UseShare * (SLOTS * SHARES)),  # SHARES for each slot
     ]
 
 
-STRUCTURES: tuple[type[c.LittleEndianStructure], ...] = (CtlDevice, CtlKernel, Ctl, UseSlot, Use)
+STRUCTURES: tuple[type[c.LittleEndianStructure], ...] = (CtlDevice, CtlKernel, Ctl, UseSlot, UseShare, Use)
 CTL_SIZE = c.sizeof(Ctl)
 USE_SIZE = c.sizeof(Use)
 _C_TYPES: dict[Any, str] = {c.c_uint8: "uint8_t", c.c_uint32: "uint32_t", c.c_uint64: "uint64_t", c.c_char: "char"}

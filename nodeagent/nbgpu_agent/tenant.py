@@ -23,6 +23,7 @@ _SLOT = layout.Use.slot.offset
 _EVENTS = layout.Use.events.offset
 _OWNER = layout.UseSlot.owner.offset
 _USED = layout.UseSlot.used.offset
+_SHARES = layout.UseSlot.shares.offset
 _READY = layout.UseSlot.ready.offset
 _WANT = layout.UseSlot.want.offset
 _SLOT_BYTES = ctypes.sizeof(layout.UseSlot)
@@ -197,6 +198,7 @@ class Tenant:
         try:
             if os.pread(self.fd, 8, at + _OWNER) != struct.pack("<Q", row.owner):
                 return False
+            os.pwrite(self.fd, bytes(4), at + _SHARES)  # first: what it covered counts for who holds it
             os.pwrite(self.fd, bytes(16), at + _USED)  # used, context
             os.pwrite(self.fd, bytes(16), at + _WANT)  # want, near, busy_since
             os.pwrite(self.fd, bytes(4), at + _READY)

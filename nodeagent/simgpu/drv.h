@@ -98,7 +98,8 @@ struct CUctx_st {
     uint16_t next_stream_id;
     uint64_t id;
     size_t limits[LIMITS];
-    uint32_t peers; /* bit per device */
+    uint64_t limits_taken; /* bytes of stacks and heaps beyond the first ones */
+    uint32_t peers;        /* bit per device */
     struct heap heap;
 };
 
@@ -116,6 +117,7 @@ struct CUstream_st {
     struct capture *capture; /* being captured */
     CUgraphNode *tips;       /* what the next captured node depends on */
     size_t tip_count;
+    CUgreenCtx green;
 };
 
 struct CUevent_st {
@@ -131,7 +133,16 @@ struct CUevent_st {
     size_t tip_count;
 };
 
-enum block_kind { BLOCK_DEVICE, BLOCK_MANAGED, BLOCK_RESERVED, BLOCK_MAPPED, BLOCK_HIDDEN };
+enum block_kind { BLOCK_DEVICE, BLOCK_MANAGED, BLOCK_RESERVED, BLOCK_MAPPED, BLOCK_HIDDEN, BLOCK_OPENED };
+
+/* Memory that other processes may hold too: its contents in a file without a name, its physical memory in the machine's books. */
+struct shared_memory {
+    int object, fd;
+    uint64_t id;
+    size_t span;
+    uint8_t *host; /* where the contents are mapped; a chunk's stay in the shadow */
+    int opened;    /* of memory of another process: how many times */
+};
 
 /* A range of the address arena; small ones are described by their chunk, and this is made on the fly. */
 struct block {
@@ -145,6 +156,7 @@ struct block {
     CUcontext ctx;
     CUmemoryPool pool;
     struct vmm_handle *handle;
+    struct shared_memory *shared;
     struct block *reserved; /* of a mapping: the reservation that it lies in */
     uint64_t id;
 };
@@ -152,7 +164,7 @@ struct block {
 struct CUmemPoolHandle_st {
     uint32_t magic;
     int device;
-    bool is_default;
+    bool is_default, imported; /* imported: another process's, nothing is allocated from it here */
     struct heap heap;
     size_t used, used_high, reserved, reserved_high, threshold, max_size, step;
     int handle_types;
@@ -160,7 +172,15 @@ struct CUmemPoolHandle_st {
     CUmemoryPool next;
 };
 
+struct binding { /* of memory to a multicast object */
+    struct vmm_handle *memory;
+    size_t at, size;
+    struct binding *next;
+};
+
 struct vmm_handle {
+    unsigned multicast_devices, members; /* of a multicast object: how many devices, which */
+    struct binding *bindings;
     size_t size;
     CUmemAllocationProp prop;
     int device, references;
@@ -180,7 +200,8 @@ struct CUarray_st {
 struct CUmod_st {
     uint32_t magic;
     CUcontext ctx;
-    char *text; /* of PTX, else NULL: then every name is one of its GPU kernels */
+    char *text;    /* of PTX, else NULL: then every name is one of its GPU kernels */
+    uint64_t code; /* physical bytes that it takes */
     CUfunction functions;
     struct global *globals;
     struct CUmod_st *next;
@@ -234,6 +255,7 @@ CUresult drv_resolve(const char *name, void **out, int asked, uint64_t flags, in
 /* drv_context.c */
 CUresult drv_attach(void); /* be a client of the machine; with drv.lock held */
 CUresult drv_primary(int device, CUcontext *out);
+CUresult drv_primary_release(int device);
 CUresult drv_current(CUcontext *ctx); /* the calling thread's, or an error */
 bool drv_ctx_alive(CUcontext ctx);
 CUresult drv_each_ctx(CUresult (*visit)(CUcontext ctx));
@@ -283,6 +305,19 @@ CUresult backing_touch(uint8_t *host, size_t bytes);
 bool backing_touched(const uint8_t *host, size_t *run); /* run: bytes from here on of which that holds, at least */
 void backing_drop(uint8_t *host, size_t bytes);
 
+void vmm_unreference_locked(struct vmm_handle *handle); /* drv_vmm.c */
+void multicast_end_locked(struct vmm_handle *object);   /* drv_multicast.c */
+
+/* drv_share.c: memory of several processes; with heap_lock held */
+struct shared_memory *shared_make(int device, size_t span, bool fresh);
+struct shared_memory *shared_open(int fd, int *device); /* takes the descriptor; NULL: it is no such file, or the memory is no more */
+void shared_end(struct shared_memory *shared);
+CUresult share_close(CUdeviceptr p); /* not with heap_lock held */
+void share_context_ends(CUcontext ctx);
+CUresult heap_share(CUdeviceptr p, struct block *block, struct shared_memory **out); /* drv_heap.c; block: what p lies in, whole pages */
+size_t backing_untouched(const uint8_t *host, size_t most);  /* bytes from here on that never had contents, in coarse steps */
+void backing_move(uint8_t *from, size_t bytes, uint8_t *to); /* what has contents */
+
 /* drv_copy.c */
 struct box_side {
     bool device;
@@ -312,6 +347,7 @@ CUresult fill_run(const struct fill *fill);
 CUresult pool_alloc(CUmemoryPool pool, size_t bytes, CUdeviceptr *out);
 CUresult pool_free(CUmemoryPool pool, CUdeviceptr base);
 CUmemoryPool pool_default(int device);
+CUresult pool_of_other(int device, CUmemoryPool *out);
 void pools_trim(void); /* at synchronisation: give back what is above the thresholds */
 void pools_forget(int device);
 
@@ -321,6 +357,7 @@ void ptx_parameters(CUfunction function, const char *text);
 bool ptx_has_entry(const char *text, const char *name, const char **parameters);
 bool ptx_next_entry(const char **at, char *name, size_t room);
 size_t ptx_global(const char *text, const char *name);
+bool ptx_next_global(const char **at, char *name, size_t room);
 uint64_t launch_ns(CUfunction function, const CUlaunchConfig *config, void **params, void **extra);
 CUresult drv_function(CUfunction maybe_kernel, CUfunction *function);
 void modules_drop_ctx(CUcontext ctx);

@@ -78,6 +78,32 @@ bool backing_touched(const uint8_t *host, size_t *run) {
     return __atomic_load_n(&touched[grain / 64], __ATOMIC_RELAXED) >> (grain % 64) & 1;
 }
 
+size_t backing_untouched(const uint8_t *host, size_t most) {
+    if (!in_shadow(host))
+        return 0;
+    const uint64_t offset = (uint64_t)(host - shadow_base);
+    uint64_t grain = offset >> GRAIN_SHIFT;
+    while ((grain << GRAIN_SHIFT) < offset + most) {
+        const uint64_t word = __atomic_load_n(&touched[grain / 64], __ATOMIC_RELAXED) >> (grain % 64);
+        if (word & 1)
+            break;
+        grain += word ? (uint64_t)__builtin_ctzll(word) : 64 - grain % 64;
+    }
+    const uint64_t end = grain << GRAIN_SHIFT;
+    return end <= offset ? 0 : end - offset < most ? end - offset : most;
+}
+
+void backing_move(uint8_t *from, size_t bytes, uint8_t *to) {
+    size_t run;
+    for (size_t at = 0; at < bytes; at += run) {
+        const bool has = backing_touched(from + at, &run);
+        if (run > bytes - at)
+            run = bytes - at;
+        if (has)
+            memcpy(to + at, from + at, run);
+    }
+}
+
 /* Gives the contents of whole grains back to the system. */
 void backing_drop(uint8_t *host, size_t bytes) {
     if (!in_shadow(host))

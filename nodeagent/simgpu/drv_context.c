@@ -7,6 +7,7 @@ enum { DEPTH = 64, CONTEXTS = 256 };
 __thread bool drv_own_stream;
 static __thread CUcontext stack[DEPTH];
 static __thread int depth;
+static const uint64_t threads_at_once = 132 * 2048;
 static CUcontext contexts[CONTEXTS]; /* under drv.lock; a dead one's struct stays, so that its handle can be told */
 static uint64_t next_id = 1;
 
@@ -96,7 +97,7 @@ static void end_context(CUcontext ctx) {
     modules_drop_ctx(ctx);
     heap_drop_ctx(ctx);
     sim_channel_close(&drv.sim, ctx->channel);
-    sim_mem_give(&drv.sim, (unsigned)ctx->device, (uint64_t)drv.sim.m->context_mib << 20);
+    sim_mem_give(&drv.sim, (unsigned)ctx->device, ((uint64_t)drv.sim.m->context_mib << 20) + ctx->limits_taken);
     if (ctx->primary)
         pools_forget(ctx->device);
 }
@@ -121,10 +122,8 @@ API(cuDevicePrimaryCtxRetain, (CUcontext * out, CUdevice ordinal)) {
     return drv_primary(device, out);
 }
 
-static CUresult end_primary(CUdevice ordinal, bool reset) {
-    int device;
+static CUresult end_primary_of(int device, bool reset) {
     CUresult result = CUDA_SUCCESS;
-    TRY(drv_device(ordinal, &device));
     pthread_mutex_lock(&drv.lock);
     bool alive = drv_ctx_alive(drv.primary[device]);
     if (!reset && (!alive || drv.primary_refs[device] == 0)) {
@@ -141,6 +140,14 @@ static CUresult end_primary(CUdevice ordinal, bool reset) {
     pthread_mutex_unlock(&drv.lock);
     return result;
 }
+
+static CUresult end_primary(CUdevice ordinal, bool reset) {
+    int device;
+    TRY(drv_device(ordinal, &device));
+    return end_primary_of(device, reset);
+}
+
+CUresult drv_primary_release(int device) { return end_primary_of(device, false); }
 
 API(cuDevicePrimaryCtxRelease_v2, (CUdevice ordinal)) { return end_primary(ordinal, false); }
 API(cuDevicePrimaryCtxRelease, (CUdevice ordinal)) { return end_primary(ordinal, false); }
@@ -305,12 +312,36 @@ API(cuCtxGetApiVersion, (CUcontext wish, unsigned *version)) {
     *version = ctx->api_version;
     return CUDA_SUCCESS;
 }
+/* What stacks and heaps take beyond what a context has from the start. */
+static uint64_t limits_bytes(CUcontext ctx) {
+    const struct {
+        int limit;
+        uint64_t first, times;
+    } rows[] = {
+        {CU_LIMIT_STACK_SIZE, 1024, threads_at_once}, {CU_LIMIT_PRINTF_FIFO_SIZE, 7 << 20, 1}, {CU_LIMIT_MALLOC_HEAP_SIZE, 8 << 20, 1}};
+    uint64_t bytes = 0;
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        if (ctx->limits[rows[i].limit] > rows[i].first)
+            bytes += (ctx->limits[rows[i].limit] - rows[i].first) * rows[i].times;
+    return (bytes + SIM_PAGE - 1) / SIM_PAGE * SIM_PAGE;
+}
+
 API(cuCtxSetLimit, (int limit, size_t value)) {
     CUcontext ctx;
     NEED(limit >= 0 && limit < LIMITS, CUDA_ERROR_INVALID_VALUE);
     TRY(drv_current(&ctx));
+    NEED(value < 1ull << 40, CUDA_ERROR_OUT_OF_MEMORY);
+    pthread_mutex_lock(&drv.lock);
+    size_t before = ctx->limits[limit];
     ctx->limits[limit] = value;
-    return CUDA_SUCCESS;
+    uint64_t wants = limits_bytes(ctx);
+    bool fits = wants <= ctx->limits_taken || sim_mem_take(&drv.sim, (unsigned)ctx->device, wants - ctx->limits_taken);
+    if (fits && wants > ctx->limits_taken)
+        ctx->limits_taken = wants; /* a heap that became smaller gives nothing back */
+    if (!fits)
+        ctx->limits[limit] = before;
+    pthread_mutex_unlock(&drv.lock);
+    return fits ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
 }
 API(cuCtxGetLimit, (size_t *value, int limit)) {
     CUcontext ctx;

@@ -6,6 +6,21 @@
 /* What a simulated H100 moves in a second, and what starting a transfer costs. */
 enum { LATENCY_NS = 2000, HOST_BYTES_PER_US = 25000, DEVICE_BYTES_PER_US = 1500000, FILL_BYTES_PER_US = 2500000 };
 
+/* NBGPU_SIM_MEMORY_SLOWER=n: transfers take n times as long, as on a slower GPU. */
+static uint64_t slower = 1;
+static pthread_once_t slower_once = PTHREAD_ONCE_INIT;
+
+static void read_slower(void) {
+    const char *text = getenv("NBGPU_SIM_MEMORY_SLOWER");
+    uint64_t n = text ? strtoull(text, NULL, 10) : 1;
+    slower = n >= 1 && n <= 100000 ? n : 1;
+}
+
+static uint64_t transfer_ns(uint64_t bytes, uint64_t bytes_per_us) {
+    pthread_once(&slower_once, read_slower);
+    return (LATENCY_NS + bytes * 1000 / bytes_per_us) * slower;
+}
+
 /* Bytes from p on that lie together on the host; 0: p is no device address that may be used. */
 static size_t device_run(CUdeviceptr p, bool write, uint8_t **host) {
     struct block block;
@@ -41,7 +56,14 @@ static CUresult side_run(const struct box_side *side, uint8_t *at, size_t *n, bo
 /* Device to device leaves alone what neither side has ever had contents in. */
 static CUresult move_sparse(uint8_t *to, const uint8_t *from, size_t n) {
     while (n) {
-        size_t run_from, run_to;
+        size_t run_from = backing_untouched(from, n), run_to = backing_untouched(to, n);
+        if (run_from && run_to) {
+            size_t none = run_from < run_to ? run_from : run_to;
+            to += none;
+            from += none;
+            n -= none;
+            continue;
+        }
         bool has_from = backing_touched(from, &run_from), has_to = backing_touched(to, &run_to);
         size_t run = run_from < run_to ? run_from : run_to;
         if (run > n)
@@ -95,7 +117,7 @@ uint64_t box_ns(const struct box *box) {
     int kind = box_kind(box);
     if (kind == SIM_MARK)
         return 0;
-    return LATENCY_NS + bytes * 1000 / (kind == SIM_COMPUTE ? DEVICE_BYTES_PER_US : HOST_BYTES_PER_US);
+    return transfer_ns(bytes, kind == SIM_COMPUTE ? DEVICE_BYTES_PER_US : HOST_BYTES_PER_US);
 }
 
 static void run_box_later(void *argument) { box_run(argument); }
@@ -157,6 +179,12 @@ CUresult fill_run(const struct fill *fill) {
             NEED(n, CUDA_ERROR_INVALID_VALUE);
             if (n > left)
                 n = left;
+            size_t untouched = fill->value ? 0 : backing_untouched(host, n); /* zeroes already */
+            if (untouched) {
+                p += untouched;
+                left -= untouched;
+                continue;
+            }
             bool has = backing_touched(host, &grain);
             if (n > grain)
                 n = grain; /* 64 KiB at a time: a multiple of any element but at odd starts, which are not allowed */
@@ -171,9 +199,7 @@ CUresult fill_run(const struct fill *fill) {
     return CUDA_SUCCESS;
 }
 
-uint64_t fill_ns(const struct fill *fill) {
-    return LATENCY_NS + (uint64_t)fill->width * fill->element * fill->height * 1000 / FILL_BYTES_PER_US;
-}
+uint64_t fill_ns(const struct fill *fill) { return transfer_ns((uint64_t)fill->width * fill->element * fill->height, FILL_BYTES_PER_US); }
 
 static void run_fill_later(void *argument) { fill_run(argument); }
 

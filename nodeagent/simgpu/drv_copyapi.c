@@ -131,6 +131,11 @@ STREAM_API(cuMemcpyBatchAsync_v2, _ptsz,
     return copy_batch(to, from, bytes, n, s);
 }
 
+API(cuMemcpyWithAttributesAsync, (CUdeviceptr to, CUdeviceptr from, size_t n, void *attributes, CUstream s)) {
+    (void)attributes;
+    return copy(to, from, n, s, false);
+}
+
 /* Arrays: one row of them at an offset in bytes. */
 static CUresult array_at(CUarray array, size_t offset, CUdeviceptr *p) {
     NEED(array && array->magic == ARRAY_MAGIC, CUDA_ERROR_INVALID_HANDLE);

@@ -17,6 +17,7 @@ struct chunk {
     uint64_t id;
     uint32_t class, slots, live, fresh; /* fresh: slots from here on were never used */
     uint32_t free_slot;                 /* first of the freed ones + 1 */
+    struct shared_memory *shared;
     struct chunk *next, *previous;
     uint32_t size[]; /* as asked; SLOT_FREE | next free one + 1 */
 };
@@ -153,7 +154,9 @@ void block_release_locked(struct block *block, bool charged) {
     if (block->host == shadow_of(block->base))
         backing_drop(block->host, block->span);
     addresses_give_locked(block->base, block->span >> PAGE_SHIFT);
-    if (charged)
+    if (block->shared)
+        shared_end(block->shared);
+    else if (charged)
         sim_mem_give_for(&drv.sim, drv.sim.client, (unsigned)block->device, block->span, block->kind == BLOCK_MANAGED);
     free(block);
 }
@@ -209,9 +212,13 @@ static struct chunk *make_chunk(struct heap *heap, unsigned class) {
 static void drop_chunk(struct chunk *chunk) {
     if (chunk->live < chunk->slots)
         unlink_chunk(chunk);
+    if (chunk->shared) /* back to contents of this process alone */
+        mmap(shadow_of(chunk->base), SIM_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
     backing_drop(shadow_of(chunk->base), SIM_PAGE);
     addresses_give_locked(chunk->base, 1);
-    if (!chunk->heap->pool)
+    if (chunk->shared)
+        shared_end(chunk->shared);
+    else if (!chunk->heap->pool)
         sim_mem_give(&drv.sim, (unsigned)chunk->heap->device, SIM_PAGE);
     chunk->next = spare[chunk->class];
     spare[chunk->class] = chunk;
@@ -292,6 +299,43 @@ bool heap_find(CUdeviceptr p, struct block *out) {
     return found;
 }
 
+/* A chunk's contents stay where its blocks look for them: the file is mapped over the shadow, all of it counted as having contents. */
+static bool share_chunk(struct chunk *chunk) {
+    if (!chunk->shared && !chunk->heap->pool && (chunk->shared = shared_make(chunk->heap->device, SIM_PAGE, false))) {
+        uint8_t *shadow = shadow_of(chunk->base);
+        backing_move(shadow, SIM_PAGE, chunk->shared->host);
+        backing_touch(shadow, SIM_PAGE);
+        munmap(chunk->shared->host, SIM_PAGE);
+        chunk->shared->host = NULL;
+        mmap(shadow, SIM_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, chunk->shared->fd, 0);
+    }
+    return chunk->shared != NULL;
+}
+
+static bool share_block(struct block *block) {
+    if (!block->shared && (block->shared = shared_make(block->device, block->span, false))) {
+        backing_move(block->host, block->span, block->shared->host);
+        backing_drop(block->host, block->span);
+        block->host = block->shared->host;
+    }
+    return block->shared != NULL;
+}
+
+CUresult heap_share(CUdeviceptr p, struct block *out, struct shared_memory **shared) {
+    struct block inner;
+    CUresult result = CUDA_ERROR_INVALID_VALUE;
+    pthread_mutex_lock(&heap_lock);
+    if (find_locked(p, &inner) && inner.kind == BLOCK_DEVICE) {
+        struct chunk *chunk = as_chunk(page_owner[page_of(p)]);
+        struct block *block = chunk ? NULL : page_owner[page_of(p)];
+        *out = chunk ? (struct block){.base = chunk->base, .span = SIM_PAGE, .device = inner.device, .pool = inner.pool} : *block;
+        result = (chunk ? share_chunk(chunk) : share_block(block)) ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
+        *shared = chunk ? chunk->shared : block->shared;
+    }
+    pthread_mutex_unlock(&heap_lock);
+    return result;
+}
+
 static void small_free(struct chunk *chunk, uint32_t slot) {
     chunk->size[slot] = SLOT_FREE | chunk->free_slot;
     chunk->free_slot = slot + 1;
@@ -321,13 +365,15 @@ CUresult heap_free(CUdeviceptr base, struct block *was) {
 /* All that a context holds goes with it. */
 void heap_drop_ctx(CUcontext ctx) {
     pthread_mutex_lock(&heap_lock);
+    share_context_ends(ctx);
     for (uint32_t page = 0; page < high_water; page++) {
         void *owner = page_owner[page];
         struct chunk *chunk = as_chunk(owner);
         struct block *block = chunk ? NULL : owner;
         if (chunk && chunk->heap == &ctx->heap)
             drop_chunk(chunk);
-        if (block && block->ctx == ctx && !block->pool && (block->kind == BLOCK_DEVICE || block->kind == BLOCK_MANAGED))
+        if (block && block->ctx == ctx && !block->pool &&
+            (block->kind == BLOCK_DEVICE || block->kind == BLOCK_MANAGED || block->kind == BLOCK_OPENED))
             block_release_locked(block, true);
     }
     memset(ctx->heap.partial, 0, sizeof ctx->heap.partial);

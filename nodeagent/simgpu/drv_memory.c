@@ -22,6 +22,8 @@ API(cuMemFree_v2, (CUdeviceptr p)) {
     if (!p)
         return CUDA_SUCCESS;
     NEED(heap_find(p, &was) && was.base == p, CUDA_ERROR_INVALID_VALUE);
+    if (was.kind == BLOCK_OPENED) /* of another process's pool */
+        return share_close(p);
     if (was.pool) { /* allowed: frees at once what was allocated in stream order */
         drv_each_ctx(drv_wait_all);
         return pool_free(was.pool, p);

@@ -21,6 +21,13 @@ static bool is_binary(const void *image) {
     return first == 0x464c457fu || first == 0xba55ed50u || first == 0x466243b1u;
 }
 
+enum { SMALL_CODE = 64 << 10 }; /* what is smaller lies in memory that a context has anyway */
+
+static CUresult global(struct CUmod_st *module, const char *name, CUdeviceptr *base, size_t *bytes);
+static void unload(struct CUmod_st *module, bool with_memory);
+
+static int device_of(const struct CUmod_st *module) { return module->ctx ? module->ctx->device : drv.visible[0]; }
+
 static CUresult load(struct CUmod_st **out, CUcontext ctx, const void *image) {
     NEED(out && image, CUDA_ERROR_INVALID_VALUE);
     struct CUmod_st *module = calloc(1, sizeof *module);
@@ -29,11 +36,36 @@ static CUresult load(struct CUmod_st **out, CUcontext ctx, const void *image) {
     module->ctx = ctx;
     if (!is_binary(image) && strstr(image, ".entry"))
         module->text = strdup(image);
+    size_t length = module->text ? strlen(module->text) : 0;
+    if (length > SMALL_CODE && drv.sim.client >= 0) {
+        module->code = (length + SIM_PAGE - 1) / SIM_PAGE * SIM_PAGE;
+        if (!sim_mem_take(&drv.sim, (unsigned)device_of(module), module->code)) {
+            free(module->text);
+            free(module);
+            return CUDA_ERROR_OUT_OF_MEMORY;
+        }
+    }
     pthread_mutex_lock(&modules_lock);
     module->next = modules;
     modules = module;
     pthread_mutex_unlock(&modules_lock);
     *out = module;
+    return CUDA_SUCCESS;
+}
+
+/* A module's variables are there when it is loaded; a library's when they are asked for. */
+static CUresult load_globals(struct CUmod_st *module) {
+    char name[256];
+    const char *at = module->text;
+    while (at && ptx_next_global(&at, name, sizeof name)) {
+        CUresult result = global(module, name, NULL, NULL);
+        if (result == CUDA_SUCCESS)
+            continue;
+        pthread_mutex_lock(&modules_lock);
+        unload(module, true);
+        pthread_mutex_unlock(&modules_lock);
+        return result;
+    }
     return CUDA_SUCCESS;
 }
 
@@ -52,6 +84,9 @@ static void unload(struct CUmod_st *module, bool with_memory) { /* modules_lock 
     }
     free(module->text);
     module->text = NULL;
+    if (module->code)
+        sim_mem_give(&drv.sim, (unsigned)device_of(module), module->code);
+    module->code = 0;
     for (struct CUmod_st **at = &modules; *at; at = &(*at)->next)
         if (*at == module) {
             *at = module->next;
@@ -162,7 +197,8 @@ static CUresult read_file(const char *path, char **out) {
 API(cuModuleLoadData, (CUmodule * out, const void *image)) {
     CUcontext ctx;
     TRY(drv_current(&ctx));
-    return load(out, ctx, image);
+    TRY(load(out, ctx, image));
+    return load_globals(*out);
 }
 API(cuModuleLoadDataEx, (CUmodule * out, const void *image, unsigned n, int *options, void **values)) {
     (void)n, (void)options, (void)values;

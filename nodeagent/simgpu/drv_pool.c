@@ -69,6 +69,16 @@ CUresult pool_alloc(CUmemoryPool pool, size_t bytes, CUdeviceptr *out) {
     return result;
 }
 
+/* What was handed out to other processes is not kept for the next allocation: the pool holds so much less. */
+static void gone_with_others(CUmemoryPool pool, size_t span) {
+    size_t needed = (pool->used + SIM_PAGE - 1) / SIM_PAGE * SIM_PAGE, left = pool->reserved > span ? pool->reserved - span : 0;
+    if (left < needed) {
+        sim_mem_keep(&drv.sim, (unsigned)pool->device, needed - left);
+        left = needed;
+    }
+    pool->reserved = left;
+}
+
 CUresult pool_free(CUmemoryPool pool, CUdeviceptr base) {
     struct block was;
     if (graph_memory_freed(base))
@@ -78,6 +88,8 @@ CUresult pool_free(CUmemoryPool pool, CUdeviceptr base) {
     if (result == CUDA_SUCCESS) {
         size_t took = (was.size + 511) & ~(size_t)511;
         pool->used -= took < pool->used ? took : pool->used;
+        if (was.shared)
+            gone_with_others(pool, was.span);
         atomic_store(&drv.pools_dirty, true);
     }
     pthread_mutex_unlock(&pools_lock);
@@ -133,7 +145,7 @@ STREAM_API(cuMemAllocAsync, _ptsz, (CUdeviceptr * out, size_t bytes, CUstream ha
 STREAM_API(cuMemAllocFromPoolAsync, _ptsz, (CUdeviceptr * out, size_t bytes, CUmemoryPool pool, CUstream handle),
            (out, bytes, pool, handle)) {
     CUstream s;
-    NEED(out && valid(pool), CUDA_ERROR_INVALID_VALUE);
+    NEED(out && valid(pool) && !pool->imported, CUDA_ERROR_INVALID_VALUE);
     TRY(drv_stream(handle, &s));
     return alloc_in(s, pool, bytes, out);
 }
@@ -146,6 +158,8 @@ STREAM_API(cuMemFreeAsync, _ptsz, (CUdeviceptr p, CUstream handle), (p, handle))
     if (s->capture)
         return capture_free(s, p);
     NEED(heap_find(p, &block) && block.base == p, CUDA_ERROR_INVALID_VALUE);
+    if (block.kind == BLOCK_OPENED)
+        return share_close(p);
     return block.pool ? pool_free(block.pool, p) : heap_free(p, &block);
 }
 
@@ -153,10 +167,22 @@ API(cuMemPoolCreate, (CUmemoryPool * out, const CUmemPoolProps *props)) {
     int device;
     NEED(out && props && props->allocType == CU_MEM_ALLOCATION_TYPE_PINNED, CUDA_ERROR_INVALID_VALUE);
     NEED(props->location.type == CU_MEM_LOCATION_TYPE_DEVICE, CUDA_ERROR_NOT_SUPPORTED);
-    NEED(props->handleTypes == CU_MEM_HANDLE_TYPE_NONE, CUDA_ERROR_NOT_SUPPORTED);
+    NEED(props->handleTypes == CU_MEM_HANDLE_TYPE_NONE || props->handleTypes == CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
+         CUDA_ERROR_NOT_SUPPORTED);
     TRY(drv_device(props->location.id, &device));
     pthread_mutex_lock(&pools_lock);
     *out = make_pool(device, false, props->maxSize);
+    if (*out)
+        (*out)->handle_types = props->handleTypes;
+    pthread_mutex_unlock(&pools_lock);
+    return *out ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
+}
+
+CUresult pool_of_other(int device, CUmemoryPool *out) {
+    pthread_mutex_lock(&pools_lock);
+    *out = make_pool(device, false, 0);
+    if (*out)
+        (*out)->imported = true;
     pthread_mutex_unlock(&pools_lock);
     return *out ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
 }

@@ -88,6 +88,20 @@ void ptx_parameters(CUfunction f, const char *at) {
     }
 }
 
+bool ptx_next_global(const char **at, char *out, size_t room) {
+    for (; (*at = strpbrk(*at, ".")); ++*at) {
+        size_t skip = strncmp(*at, ".global", 7) == 0 ? 7 : strncmp(*at, ".const", 6) == 0 ? 6 : 0, length = 0;
+        const char *name;
+        if (!skip || !isspace((unsigned char)(*at)[skip]) || !declaration(*at + skip, &name, &length) || length >= room)
+            continue;
+        memcpy(out, name, length);
+        out[length] = 0;
+        *at += skip;
+        return true;
+    }
+    return false;
+}
+
 size_t ptx_global(const char *text, const char *wanted) {
     for (const char *at = text; (at = strpbrk(at, ".")); at++) {
         size_t skip = strncmp(at, ".global", 7) == 0 ? 7 : strncmp(at, ".const", 6) == 0 ? 6 : 0;

@@ -278,7 +278,7 @@ STREAM_API(cuStreamGetCtx_v2, _ptsz, (CUstream handle, CUcontext *ctx, CUgreenCt
     TRY(drv_stream(handle, &s));
     *ctx = s->ctx;
     if (green)
-        *green = NULL;
+        *green = s->green;
     return CUDA_SUCCESS;
 }
 STREAM_API(cuStreamGetDevice, _ptsz, (CUstream handle, CUdevice *device), (handle, device)) {

@@ -22,7 +22,8 @@ API(cuMemCreate, (CUmemGenericAllocationHandle * out, size_t size, const CUmemAl
     int device;
     TRY(drv_ready());
     NEED(out && ALIGNED(size) && !flags && on_device(prop, &device), CUDA_ERROR_INVALID_VALUE);
-    NEED(prop->requestedHandleTypes == CU_MEM_HANDLE_TYPE_NONE, CUDA_ERROR_NOT_SUPPORTED);
+    NEED(prop->requestedHandleTypes == CU_MEM_HANDLE_TYPE_NONE || prop->requestedHandleTypes == CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
+         CUDA_ERROR_NOT_SUPPORTED);
     pthread_mutex_lock(&drv.lock);
     CUresult result = drv_attach();
     pthread_mutex_unlock(&drv.lock);
@@ -31,7 +32,14 @@ API(cuMemCreate, (CUmemGenericAllocationHandle * out, size_t size, const CUmemAl
     struct vmm_handle *handle = calloc(1, sizeof *handle);
     NEED(handle, CUDA_ERROR_OUT_OF_MEMORY);
     pthread_mutex_lock(&heap_lock);
-    struct block *storage = block_take_locked(size, BLOCK_HIDDEN, true, device);
+    bool exportable = prop->requestedHandleTypes != CU_MEM_HANDLE_TYPE_NONE;
+    struct block *storage = block_take_locked(size, BLOCK_HIDDEN, !exportable, device);
+    if (storage && exportable && !(storage->shared = shared_make(device, size, true))) {
+        block_release_locked(storage, false);
+        storage = NULL;
+    }
+    if (storage && exportable)
+        storage->host = storage->shared->host;
     pthread_mutex_unlock(&heap_lock);
     if (!storage) {
         free(handle);
@@ -43,10 +51,13 @@ API(cuMemCreate, (CUmemGenericAllocationHandle * out, size_t size, const CUmemAl
     return CUDA_SUCCESS;
 }
 
-static void unreference_locked(struct vmm_handle *handle) {
+void vmm_unreference_locked(struct vmm_handle *handle) {
     if (--handle->references)
         return;
-    block_release_locked(handle->storage, true);
+    if (handle->multicast_devices)
+        multicast_end_locked(handle);
+    else
+        block_release_locked(handle->storage, true);
     free(handle);
 }
 
@@ -55,7 +66,7 @@ API(cuMemRelease, (CUmemGenericAllocationHandle value)) {
     TRY(drv_ready());
     NEED(handle, CUDA_ERROR_INVALID_VALUE);
     pthread_mutex_lock(&heap_lock);
-    unreference_locked(handle);
+    vmm_unreference_locked(handle);
     pthread_mutex_unlock(&heap_lock);
     return CUDA_SUCCESS;
 }
@@ -103,8 +114,8 @@ API(cuMemMap, (CUdeviceptr p, size_t size, size_t offset, CUmemGenericAllocation
         *map = (struct block){.base = p,
                               .size = size,
                               .span = size,
-                              .host = handle->storage->host,
-                              .device = handle->device,
+                              .host = handle->storage ? handle->storage->host : NULL,
+                              .device = handle->storage ? handle->device : drv.visible[0],
                               .kind = BLOCK_MAPPED,
                               .handle = handle,
                               .id = arena_next_id()};
@@ -132,7 +143,7 @@ API(cuMemUnmap, (CUdeviceptr p, size_t size)) {
         }
         at += map->span;
         page_map_locked(map->base, map->span, map->reserved);
-        unreference_locked(map->handle);
+        vmm_unreference_locked(map->handle);
         free(map);
     }
     pthread_mutex_unlock(&heap_lock);
@@ -181,7 +192,7 @@ API(cuMemRetainAllocationHandle, (CUmemGenericAllocationHandle * out, void *p)) 
 API(cuMemGetAllocationPropertiesFromHandle, (CUmemAllocationProp * out, CUmemGenericAllocationHandle value)) {
     struct vmm_handle *handle = (struct vmm_handle *)(uintptr_t)value;
     TRY(drv_ready());
-    NEED(out && handle, CUDA_ERROR_INVALID_VALUE);
+    NEED(out && handle && handle->storage, CUDA_ERROR_INVALID_VALUE);
     *out = handle->prop;
     return CUDA_SUCCESS;
 }

@@ -70,7 +70,7 @@ bool sim_cannot_be_moved(struct sim *sim, int client) {
     for (unsigned d = 0; d < sim->m->devices; d++)
         if (atomic_load(&record_of(sim, client)->managed[d]))
             return true;
-    return false;
+    return sim_client_shares(sim->m, client);
 }
 
 void sim_put_away(struct sim *sim, int client) {

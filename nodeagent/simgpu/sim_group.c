@@ -117,7 +117,7 @@ static void ids_of(struct sim_machine *m, int client, uint64_t ids[SIM_GROUP_DEP
 static uint64_t used_by(struct sim_machine *m, int g, uint64_t id, unsigned d) {
     uint64_t used = 0, ids[SIM_GROUP_DEPTH];
     for (int c = 0; c < SIM_CLIENTS; c++) {
-        uint64_t held = atomic_load(&m->client[c].mem[d]), managed = atomic_load(&m->checkpoint[c].managed[d]);
+        uint64_t held = sim_client_bytes(m, c, d), managed = atomic_load(&m->checkpoint[c].managed[d]);
         if (atomic_load(&m->client[c].state) == SIM_CLIENT_FREE || held <= managed)
             continue;
         ids_of(m, c, ids);

@@ -9,7 +9,7 @@ int sim_processes(struct sim *sim, unsigned d, struct sim_process *out, int max)
     sim_reap(sim, false);
     for (int c = 0; c < SIM_CLIENTS; c++) {
         struct sim_client *client = &sim->m->client[c];
-        if (atomic_load(&client->state) != SIM_CLIENT_LIVE || atomic_load(&client->mem[d]) == 0)
+        if (atomic_load(&client->state) != SIM_CLIENT_LIVE || sim_client_bytes(sim->m, c, d) == 0)
             continue;
         int pid = sim_client_pid(sim, c);
         if (pid < 0)
@@ -17,7 +17,7 @@ int sim_processes(struct sim *sim, unsigned d, struct sim_process *out, int max)
         if (found < max) {
             struct sim_process *process = &out[found];
             *process = (struct sim_process){.pid = pid, .client = c, .uid = client->uid, .contexts = atomic_load(&client->contexts[d])};
-            process->mem_bytes = atomic_load(&client->mem[d]);
+            process->mem_bytes = sim_client_bytes(sim->m, c, d);
             memcpy(process->name, client->name, sizeof process->name - 1);
         }
         found++;

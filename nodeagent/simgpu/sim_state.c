@@ -182,6 +182,7 @@ static void repair(struct sim *sim, unsigned d) {
     for (int c = 0; c < SIM_CLIENTS; c++)
         if (atomic_load(&m->client[c].state) != SIM_CLIENT_FREE)
             used += atomic_load(&m->client[c].mem[d]);
+    used += sim_shared_bytes(m, d);
     for (int c = 0; c < SIM_CHANNELS; c++)
         if (atomic_load(&m->channel[c].state) == SIM_CHANNEL_LIVE && m->channel[c].device == d)
             device->channel[channels++] = (uint16_t)c;
@@ -286,6 +287,13 @@ void sim_mem_give_for(struct sim *sim, int c, unsigned d, uint64_t bytes, bool m
     sim_unlock(sim, d);
 }
 
+void sim_mem_keep(struct sim *sim, unsigned d, uint64_t bytes) {
+    sim_lock(sim, d);
+    atomic_fetch_add_explicit(&sim->m->client[sim->client].mem[d], bytes, memory_order_relaxed);
+    atomic_fetch_add_explicit(&sim->m->device[d].mem_used, bytes, memory_order_relaxed);
+    sim_unlock(sim, d);
+}
+
 static void unlist(struct sim_device *device, unsigned channel) {
     uint32_t kept = 0;
     for (uint32_t i = 0; i < device->channels; i++)
@@ -359,6 +367,7 @@ static void free_memory_of(struct sim *sim, int client) {
         sim_lock(sim, d);
         atomic_store(&sim->m->client[client].contexts[d], 0);
         atomic_store(&sim->m->client[client].mem[d], 0);
+        sim_shared_drop_client(sim->m, client, d);
         NBGPU_POINT("sim.reap");
         repair(sim, d);
         atomic_fetch_sub(&sim->m->device[d].repairs, 1); /* this one was no accident */

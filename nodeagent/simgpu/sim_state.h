@@ -7,7 +7,7 @@
  *   devices   memory books, the engines' state, utilisation history; changed under a robust lock
  *
  * SIGKILL safety: the robust lock passes to the next one, who rebuilds what is derived (sim_repair). Truth are a client's
- * `mem[]` and a channel's `state`; every other word may be lost between any two instructions and costs at most some ns of
+ * `mem[]`, the holders of shared memory and a channel's `state`; every other word may be lost between any two instructions and costs at most some ns of
  * device time.
  *
  * Times are device nanoseconds since the file was made: wall clock (CLOCK_MONOTONIC) divided by the time scale.
@@ -29,6 +29,7 @@ enum {
     SIM_DEVICES = 16,
     SIM_CLIENTS = 512,
     SIM_CHANNELS = 1024,
+    SIM_SHARED = 512, /* pieces of memory that processes share */
     SIM_QUEUE = 1024,
     SIM_BUCKETS = 64,    /* utilisation samples kept */
     SIM_SAMPLE_MS = 167, /* wall time of one sample, as NVML's 1/6 s */
@@ -80,12 +81,19 @@ struct sim_client {
     _Atomic uint64_t busy_ns[SIM_DEVICES];          /* device time that its GPU kernels ran, switches left out; under the lock */
 };
 
+struct sim_shared {
+    _Atomic uint32_t state;
+    uint32_t device, maker, reserved;
+    uint64_t bytes, id;
+    _Atomic uint64_t holders[SIM_CLIENTS / 64];
+};
+
 struct sim_device {
     _Alignas(64) pthread_mutex_t lock;
     char uuid[SIM_UUID_BYTES]; /* "GPU-…" */
     char name[SIM_NAME_BYTES];
     uint64_t mem_total;
-    _Atomic uint64_t mem_used;                /* sum of the clients' mem */
+    _Atomic uint64_t mem_used;                /* sum of the clients' mem and of what is shared */
     _Atomic uint64_t now_ns;                  /* simulated up to here */
     uint32_t channels, current, copy_turn[2]; /* current: channel + 1 whose slice runs */
     uint64_t slice_left_ns, switch_left_ns;
@@ -102,8 +110,8 @@ struct sim_machine {
     uint32_t version, devices;
     uint64_t size, base_ns; /* CLOCK_MONOTONIC at device time 0 */
     uint32_t time_scale, slice_us, switch_us, context_mib, teardown_ms, driver_version;
-    _Atomic uint64_t reaped_ns;
-    uint64_t reserved[32];
+    _Atomic uint64_t reaped_ns, shared_ids;
+    uint64_t reserved[31];
     _Alignas(64) pthread_mutex_t table; /* who becomes which client or channel; taken before a device's lock */
     struct sim_device device[SIM_DEVICES];
     struct sim_checkpoint checkpoint[SIM_CLIENTS];
@@ -114,6 +122,7 @@ struct sim_machine {
     struct sim_group group[SIM_GROUPS];
     struct sim_client client[SIM_CLIENTS];
     struct sim_channel channel[SIM_CHANNELS];
+    struct sim_shared shared[SIM_SHARED];
     /* Last, because they are large: pages of the file that nobody touches take no memory. */
     struct sim_bucket client_history[SIM_CLIENTS][SIM_DEVICES][SIM_BUCKETS];
     struct sim_entry queue[SIM_CHANNELS][SIM_QUEUE];
@@ -140,9 +149,20 @@ bool sim_mem_take_for(struct sim *sim, int client, unsigned device, uint64_t byt
 void sim_mem_give_for(struct sim *sim, int client, unsigned device, uint64_t bytes, bool managed);
 bool sim_mem_take(struct sim *sim, unsigned device, uint64_t bytes); /* false: the device has not that much */
 void sim_mem_give(struct sim *sim, unsigned device, uint64_t bytes);
-void sim_reap(struct sim *sim, bool now);               /* find the dead, free what they held after the teardown lag */
-int sim_channel_open(struct sim *sim, unsigned device); /* a channel's index, -1 when there is none left */
-void sim_channel_close(struct sim *sim, int channel);   /* drops its queue */
+void sim_mem_keep(struct sim *sim, unsigned device, uint64_t bytes); /* takes what is there already: never refused */
+void sim_reap(struct sim *sim, bool now);                            /* find the dead, free what they held after the teardown lag */
+int sim_channel_open(struct sim *sim, unsigned device);              /* a channel's index, -1 when there is none left */
+void sim_channel_close(struct sim *sim, int channel);                /* drops its queue */
+
+/* sim_shared.c: memory that processes share */
+int sim_shared_make(struct sim *sim, unsigned device, uint64_t bytes,
+                    bool fresh);                               /* not fresh: from what the caller holds; -1: none left */
+bool sim_shared_join(struct sim *sim, int index, uint64_t id); /* false: it is no more */
+void sim_shared_leave(struct sim *sim, int index);
+void sim_shared_drop_client(struct sim_machine *m, int client, unsigned device); /* with the device's lock */
+bool sim_client_shares(struct sim_machine *m, int client); /* it holds memory that others may hold too */
+uint64_t sim_shared_bytes(struct sim_machine *m, unsigned device);
+uint64_t sim_client_bytes(struct sim_machine *m, int client, unsigned device); /* as NVML tells it */
 
 /* sim_device.c: time */
 static inline uint64_t sim_device_ns(const struct sim_machine *m, uint64_t wall_ns) {

@@ -24,6 +24,7 @@ static CUresult (*stream_create)(CUstream *, unsigned);
 static CUresult (*reserve)(CUdeviceptr *, size_t, size_t, CUdeviceptr, unsigned long long);
 static CUresult (*unreserve)(CUdeviceptr, size_t);
 static CUresult (*graph_destroy)(CUgraph);
+static CUresult (*add_device)(CUmemGenericAllocationHandle, CUdevice);
 static CUresult (*set_current)(CUcontext);
 static CUcontext context;
 static CUfunction function;
@@ -95,6 +96,50 @@ static void mapped(Self *self) {
     NEED(unreserve(at, size));
 }
 
+/* Handed out, opened again by the same process, bound to a multicast object: counted once. */
+static void shared(Self *self) {
+    const CUmemAllocationProp properties = {.type = CU_MEM_ALLOCATION_TYPE_PINNED,
+                                            .requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
+                                            .location = {.type = CU_MEM_LOCATION_TYPE_DEVICE}};
+    const size_t size = 2 * MIB * (1 + dice(self, 2));
+    const uint64_t object_properties[4] = {1, size};
+    CUmemGenericAllocationHandle made, opened, object;
+    int fd;
+    const CUresult result = cuMemCreate(&made, size, &properties, 0);
+    NEED(result);
+    if (result != CUDA_SUCCESS)
+        return;
+    NEED(cuMemExportToShareableHandle(&fd, made, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0));
+    const CUresult imported = cuMemImportFromShareableHandle(&opened, (void *)(intptr_t)fd, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
+    NEED(imported);
+    close(fd);
+    NEED(cuMemRelease(made));
+    if (imported != CUDA_SUCCESS)
+        return;
+    NEED(cuMulticastCreate(&object, object_properties));
+    NEED(add_device(object, 0));
+    NEED(cuMulticastBindMem(object, 0, opened, 0, size, 0));
+    NEED(cuMemRelease(opened));
+    NEED(cuMemRelease(object));
+}
+
+static void handed_out(Self *self) {
+    CUipcHandle handle;
+    if (self->count)
+        cuIpcGetMemHandle(&handle, self->held[self->count - 1]); /* managed memory cannot be */
+}
+
+static void cleared(Self *self) {
+    CUdeviceptr at;
+    const CUresult result = cuMemAlloc_v2(&at, 2 * MIB);
+    NEED(result);
+    if (result != CUDA_SUCCESS)
+        return;
+    NEED(cuMemsetD8Async(at, 0, dice(self, 2 * MIB), self->stream));
+    NEED(cuMemcpyDtoDAsync_v2(at, at + MIB, MIB, self->stream));
+    NEED(cuMemFree_v2(at));
+}
+
 static void arrays(Self *self) {
     const CUDA_ARRAY_DESCRIPTOR flat = {.Width = 1 + dice(self, 1000), .Height = 1 + dice(self, 500), .Format = 0x20, .NumChannels = 1};
     CUarray array;
@@ -140,8 +185,8 @@ static void new_stream(Self *self) {
 }
 
 static void *work(void *argument) {
-    static void (*const steps[])(Self *) = {launch, launch, launch, launch,   linear, linear,    linear,
-                                            pooled, mapped, arrays, captured, ask,    new_stream};
+    static void (*const steps[])(Self *) = {launch, launch, launch,   launch, linear,     linear, linear,     pooled,
+                                            mapped, arrays, captured, ask,    new_stream, shared, handed_out, cleared};
     Self *self = argument;
     self->ns = 20000;
     self->parameters[0] = &self->ns;
@@ -189,6 +234,7 @@ static void connect_driver(void) {
     reserve = need(driver, "cuMemAddressReserve");
     unreserve = need(driver, "cuMemAddressFree");
     graph_destroy = need(driver, "cuGraphDestroy");
+    add_device = need(driver, "cuMulticastAddDevice");
     set_current = need(driver, "cuCtxSetCurrent");
     CUresult (*load)(void **, const void *) = need(driver, "cuModuleLoadData");
     CUresult (*get)(CUfunction *, void *, const char *) = need(driver, "cuModuleGetFunction");
@@ -237,8 +283,8 @@ int main(int argc, char **argv) {
     NEED(cuDeviceGraphMemTrim(0));
     nbgpu_pools_refresh(0, true);
     const NbgpuUseSlot *slot = nbgpu_slot(0);
-    printf("%llu %llu %llu\n", (unsigned long long)slot->used, (unsigned long long)(slot->allocs > 0 && slot->frees > 0),
-           (unsigned long long)slot->refusals);
+    printf("%llu %llu %llu\n", (unsigned long long)(slot->used + nbgpu_held(0, 0) + (uint64_t)nbgpu_shares),
+           (unsigned long long)(slot->allocs > 0 && slot->frees > 0), (unsigned long long)slot->refusals);
     NEED(cuDevicePrimaryCtxRelease_v2(0));
     return 0;
 }

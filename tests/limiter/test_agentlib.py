@@ -303,6 +303,36 @@ def test_reader_returns_taken_slots(library: native.Native, make_slice: MakeSlic
     assert rows[1].pid == os.getpid()
 
 
+def test_reader_counts_shared_memory_once(library: native.Native, make_slice: MakeSlice) -> None:
+    files, mib = make_slice(), 1 << 20
+    for slot in range(3):
+        files.take_slot(slot)
+    maker, one, two = (files.use.slot[slot] for slot in range(3))
+    shares = [files.use.share[slot * layout.SHARES + 1] for slot in range(3)]  # the first entries are free again
+    maker.used = 64 * mib
+    for slot, share in zip((maker, one, two), shares, strict=True):
+        slot.shares, share.key = 2, 7
+    shares[0].covered = shares[1].held = shares[2].held = 64 * mib
+
+    def used() -> list[int]:
+        return [row.used // mib for row in library.use_read(files.use_fd)]
+
+    assert used() == [64, 0, 0]
+    shares[0].covered = maker.used = 0
+    assert used() == [0, 64, 0], "freed by its maker: the first that holds it"
+    one.shares = 0
+    assert used() == [0, 0, 64]
+    shares[2].key = 0
+    shares[0].covered = 64 * mib
+    assert used() == [0, 0, 64], "memory that nobody knows is its holder's"
+    two.device = 1
+    shares[2].key = 7
+    assert used() == [0, 0, 64], "another device's"
+    two.shares = 1 << 31
+    shares[2].held = 1 << 60
+    assert library.use_read(files.use_fd)[2].junk
+
+
 def test_reader_flags_junk_and_returns_zeros_for_it(library: native.Native, make_slice: MakeSlice) -> None:
     files = make_slice()
     files.take_slot(0)

@@ -162,8 +162,8 @@ say([[by_driver(*request) for request in asked], {s: (home(libc.dlsym(handle, s.
 class Walk:
     """The same questions asked in a slice under the limiter, and without it."""
 
-    def __init__(self, state: Path, make: Make) -> None:
-        more = {"NBGPU_SIM_STATE": str(state), "NBGPU_SIM_DEVICES": "1", "NBGPU_SIM_DRIVER_VERSION": "13010"}
+    def __init__(self, state: Path, make: Make, driver_version: int = 13010) -> None:
+        more = {"NBGPU_SIM_STATE": str(state), "NBGPU_SIM_DEVICES": "1", "NBGPU_SIM_DRIVER_VERSION": str(driver_version)}
         bare = environment(None, sim_driver(), **more)
         script = "ok(cuda.cuInit(0)); b = (c.c_ubyte * 16)(); ok(cuda.cuDeviceGetUuid_v2(b, 0)); say(bytes(b).hex())"
         h = run(script, bare)

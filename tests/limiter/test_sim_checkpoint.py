@@ -365,6 +365,22 @@ def test_managed_memory_cannot_be_checkpointed_and_no_more_once_it_is_freed(mach
     finish(target)
 
 
+def test_memory_that_is_handed_out_cannot_be_checkpointed(machine: Machine) -> None:
+    target = machine.start(
+        """
+        p, name = cuda.alloc(2 << 20), (c.c_ubyte * 64)()
+        cuda.call("cuIpcGetMemHandle", name, p)
+        print("up", flush=True); sys.stdin.readline()
+        """
+    )
+    assert line(target) == "up"
+    caller = Caller(machine)
+    assert caller.do("Lock", target.pid) == 0
+    assert caller.do("Checkpoint", target.pid) == NOT_SUPPORTED
+    assert caller.do("Unlock", target.pid) == 0
+    finish(target)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
 def test_another_users_process_is_nobodys_but_roots(machine: Machine) -> None:
     target = busy(machine)

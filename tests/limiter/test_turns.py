@@ -44,13 +44,13 @@ class Room:
         self.groups: list[list[subprocess.Popen[str]]] = []
         self.entries: list[int] = []
 
-    def add(self, share: Share) -> None:
+    def add(self, share: Share, work: str = "kernels") -> None:
         """Make a slice and start its processes; `go` lets them compute."""
         files = SliceFiles(self.folder / str(len(self.groups)), share, self.machine.uuid())
         if self.scheduler:
             self.entries.append(files.add_to(self.scheduler, share))
         folder = files.folder if self.scheduler else None
-        self.groups.append([start_client(self.machine, KERNEL_NS, folder) for _ in range(share.processes)])
+        self.groups.append([start_client(self.machine, KERNEL_NS, folder, work) for _ in range(share.processes)])
 
     def go(self) -> None:
         """Let all processes compute."""
@@ -99,6 +99,43 @@ def test_shares_of_real_processes(room: Room, free_room: Room, shares: list[Shar
         place.close()
     assert errors[0] <= 4
     assert errors[1] > 15, "the driver alone must miss these shares"
+
+
+def error_between(windows: list[list[float]]) -> float:
+    """Mean error in points of two halves, in percent of what the device did in each window."""
+    assert all(sum(window) > 70 for window in windows), windows
+    return sum(abs(100 * window[0] / sum(window) - 50) for window in windows) / len(windows)
+
+
+@pytest.mark.parametrize("work", ["memsets", "copies"])
+def test_memsets_and_copies_wait_for_their_turn(room: Room, free_room: Room, work: str) -> None:
+    """Two processes that only do these, in one slice, against one of GPU kernels in another: the driver alone gives them two thirds.
+
+    Of what the device did: on a busy machine it idles where processes wait for a core.
+    """
+    errors = []
+    for place in (room, free_room):
+        place.add(Share(500, processes=2), work)
+        place.add(Share(500))
+        place.go()
+        time.sleep(1)
+        windows = [place.shares(SCALE) for _ in range(3)]
+        print(work, windows)
+        errors.append(error_between(windows))
+        place.close()
+    assert errors[0] <= 3, "two processes of a slice pay the driver's switches"
+    assert errors[1] > 10, "the driver alone must miss these shares"
+
+
+@pytest.mark.parametrize("work", ["memsets", "copies"])
+def test_half_the_device_is_half_whatever_it_does(room: Room, work: str) -> None:
+    room.add(Share(500), work)
+    room.add(Share(500))
+    room.go()
+    time.sleep(1)
+    windows = [room.shares(SCALE) for _ in range(4)]
+    print(work, windows)
+    assert error_between(windows) <= 2
 
 
 def test_killed_owner_leaves_the_device_to_the_other(room: Room) -> None:
