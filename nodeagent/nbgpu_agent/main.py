@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbgpu import logs
+from nbgpu import alive, logs
 from nbgpu.errors import InvalidValue, NbgpuError
 from nbgpu.paths import AGENT_SOCKET, runtime_dir
 from nbgpu.quantities import format_memory, parse_memory
@@ -59,6 +59,7 @@ class Options:
     log_level: str = "info"
     metrics_listen: str | None = None
     health_only: bool = False
+    alive_file: Path | None = None
     watchdog: str = "event"
     watchdog_grace: float = 0
     watchdog_resume: bool = True
@@ -87,6 +88,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     parser.add_argument("--metrics-listen", metavar="ADDRESS:PORT", help="serve /metrics and /healthz there by TCP too")
     parser.add_argument("--health-only", action="store_true", help="no /metrics at --metrics-listen: they name users")
+    parser.add_argument("--alive-file", type=Path, metavar="FILE", help="renew this file's time every few seconds, for a liveness probe")
     watchdog = parser.add_argument_group("what is done with processes that get past the limiter (docs/security.md)")
     watchdog.add_argument(
         "--watchdog",
@@ -119,12 +121,11 @@ def run(options: Options) -> int:
     """Run the agent until SIGTERM or SIGINT; return the exit status."""
     logs.set_up(options.log_level, "%(asctime)s %(levelname)s agent: %(message)s")
     # Neither its own calls nor what tenants send must fill the log.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     os.umask(0o022)
     try:
-        asyncio.run(_serve(options))
+        asyncio.run(alive.beside(options.alive_file, _serve(options)))
     except NbgpuError as error:
         print(f"nbgpu agent: {error.message}", file=sys.stderr)
         return 1

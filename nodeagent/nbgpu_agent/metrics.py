@@ -129,8 +129,6 @@ class MetricsPage:
             status = 405
         elif scope["path"] == "/healthz":
             status, text = (200, '{"status": "ok"}') if self.ready() else (503, '{"status": "starting"}')
-        elif scope["path"] == "/livez":
-            status, text = 200, '{"status": "ok"}'
         elif scope["path"] == "/metrics" and not self._health_only:
             status, kind, text = (200, Metrics.content_type, self.metrics.text()) if self.metrics is not None else (503, "text/plain", "")
         headers = [(b"content-type", kind.encode()), (b"content-length", str(len(text.encode())).encode())]

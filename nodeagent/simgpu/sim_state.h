@@ -160,7 +160,7 @@ int sim_shared_make(struct sim *sim, unsigned device, uint64_t bytes,
 bool sim_shared_join(struct sim *sim, int index, uint64_t id); /* false: it is no more */
 void sim_shared_leave(struct sim *sim, int index);
 void sim_shared_drop_client(struct sim_machine *m, int client, unsigned device); /* with the device's lock */
-bool sim_client_shares(struct sim_machine *m, int client); /* it holds memory that others may hold too */
+bool sim_client_shares(struct sim_machine *m, int client);                       /* it holds memory that others may hold too */
 uint64_t sim_shared_bytes(struct sim_machine *m, unsigned device);
 uint64_t sim_client_bytes(struct sim_machine *m, int client, unsigned device); /* as NVML tells it */
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
-from nbgpu import logs
+from nbgpu import alive, logs
 from nbgpu.errors import NbgpuError
 from nbgpu.http import MOST_CONNECTIONS, PatientProtocol
 from nbgpu.paths import AGENT_SOCKET, POOL_SOCKET, runtime_dir
@@ -49,6 +49,8 @@ class Options:
     """Slices are ResourceClaims of the cluster, and replicas elect a leader; only by TCP."""
     seal_key: Path | None = None
     """On Kubernetes: file of the key that pool and agents share."""
+    alive_file: Path | None = None
+    """Renewed every few seconds, for a liveness probe."""
     takeover: bool = False
     """End another pool that serves the same directory and take its place."""
     log_level: str = "info"
@@ -83,7 +85,7 @@ def run(options: Options) -> int:
     except OSError as error:
         print(f"nbgpu pool: cannot serve in {place}: {error.strerror or error}", file=sys.stderr)
         return 1
-    asyncio.run(_serve(config, guard, place, sockets))
+    asyncio.run(alive.beside(options.alive_file, _serve(config, guard, place, sockets)))
     lock.close()
     return 0
 
@@ -107,7 +109,7 @@ def _run_kubernetes(options: Options) -> int:
         print(f"nbgpu pool: cannot listen at {options.listen}: {error.strerror or error}", file=sys.stderr)
         return 1
     log.info("serving %s", listening.getsockname())
-    asyncio.run(kube_main.serve(replica, _server(replica.gate), listening))
+    asyncio.run(alive.beside(options.alive_file, kube_main.serve(replica, _server(replica.gate), listening)))
     return 0
 
 
@@ -204,6 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--listen", metavar="ADDRESS:PORT", help="serve by TCP too (needs tokens)")
     parser.add_argument("--kubernetes", action="store_true", help="serve the cluster of KUBECONFIG or of this pod (needs --seal-key)")
     parser.add_argument("--seal-key", type=Path, metavar="FILE", help="key that pool and agents share (with --kubernetes)")
+    parser.add_argument("--alive-file", type=Path, metavar="FILE", help="renew this file's time every few seconds, for a liveness probe")
     parser.add_argument("--takeover", action="store_true", help="end another pool that serves the same directory")
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     return run(Options(**vars(parser.parse_args(arguments))))

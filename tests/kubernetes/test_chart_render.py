@@ -218,3 +218,14 @@ def test_secrets_are_made_unless_given() -> None:
     assert [one["secret"]["secretName"] for one in volumes if "secret" in one] == ["my-seal", "my-read", "my-hub"]
     apart = [one["metadata"] for one in render(INSTALLATIONS["two hubs"]) if one["kind"] == "Secret"]
     assert ("hub-one", "nbgpu-hub-one") in [(one.get("namespace"), one["name"]) for one in apart]
+
+
+def test_nobody_who_keeps_a_port_busy_has_a_part_ended() -> None:
+    """The kubelet ends what fails a liveness or startup probe: neither asks at a port that others reach."""
+    for kind, name in (("Deployment", "nbgpu-pool"), ("DaemonSet", "nbgpu-agent")):
+        container = pick(render(INSTALLATIONS["watched"]), kind, name)["spec"]["template"]["spec"]["containers"][0]
+        assert "startupProbe" not in container
+        command = container["livenessProbe"]["exec"]["command"][-1]
+        (file,) = [arg.split("=")[1] for arg in container["args"] if arg.startswith("--alive-file=")]
+        assert f"find {file} " in command
+        assert any(file.startswith(f"{mount['mountPath']}/") and not mount.get("readOnly") for mount in container["volumeMounts"])
