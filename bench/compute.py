@@ -1,6 +1,6 @@
 """How exactly slices get their shares of GPU time, *simulated*: real processes, the simulated driver, the limiter and the scheduler.
 
-``python bench/compute.py [--quick] [--json] [--time-scale 4] [--scenario TEXT] [--kernel-ms 1,5]``
+``python bench/compute.py [--quick] [--json] [--time-scale 4] [--scenario TEXT] [--kernel-ms 1,5] [--policy]``
 
 Each scenario runs twice in the same run: under nbgpu, and as the control with the driver alone. Shares are measured where they are
 true, in the simulated device: how long each process' GPU kernels ran in windows of one second of device time.
@@ -10,6 +10,8 @@ a slower GPU, and so do the scheduler's turns, so that a machine with few cores 
 limiter's own constants stay as shipped. ``--shipped-turns`` leaves the scheduler's too.
 NBGPU_SIM_TIME_SCALE, which slows the device's clock, is not used for it: events would then tell device time, N times less than has passed
 by the clock that the limiter's pauses, turn ends and heartbeats go by, which no real GPU does and the limiter would misread.
+
+``--policy`` runs no processes: the policy alone in virtual time, over a whole sweep of drivers and hosts, to tighter bars.
 
 The driver alone is fair between processes, so equal scenarios also come with two processes in the first slice ("2 : 1", and 8 x 12.5).
 """
@@ -31,7 +33,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "nodeagent")]
+sys.path[:0] = [str(ROOT), str(ROOT / "nodeagent"), str(ROOT / "bench")]
+
+import compute_policy  # noqa: E402
 
 from nbgpu_agent import layout  # noqa: E402
 from nbgpu_agent.native import Native, SchedConfig, Scheduler  # noqa: E402
@@ -39,7 +43,7 @@ from nbgpu_agent.native import Native, SchedConfig, Scheduler  # noqa: E402
 LIB = ROOT / "nodeagent" / "nbgpu_agent" / "_lib"
 GIB = 1024**3
 DRIVER_SLICE_US, DRIVER_SWITCH_US = 2000, 100
-WARM_UP_SECONDS = 0.5  # of device time
+WARM_UP_SECONDS = 1.5  # of device time
 START_SECONDS = 60.0
 
 
@@ -183,7 +187,9 @@ def turns(scale: int) -> SchedConfig:
         "lag_ns": 30000,
         "idle_grace_ns": 300,
         "overlap_behind_ns": 1000,
-        "overlap_ns": 3000,
+        "overlap_ns": 10000,
+        "handover_ns": 500,
+        "whole_ns": 1000000,
     }
     return SchedConfig(**{name: us * 1000 * scale for name, us in shipped_us.items()})
 
@@ -194,21 +200,26 @@ def run(
     """Run one scenario once, with these turns or (None) with the driver alone, and return its figures."""
     scheduler = Native().scheduler(config) if config else None
     groups: list[list[subprocess.Popen[str]]] = []
+    entries: list[int] = []
     folder.mkdir()
     try:
         for number, share in enumerate(shares):
             files = SliceFiles(folder / str(number), share, machine.uuid()) if scheduler else None
             if files and scheduler:
-                files.add_to(scheduler, share)
+                entries.append(files.add_to(scheduler, share))
             groups.append([start_client(machine, kernel_ns, files.folder if files else None) for _ in range(share.processes)])
         wait_ready([client for group in groups for client in group])
         time.sleep(WARM_UP_SECONDS * scale)
         before = scheduler.totals() if scheduler else None
+        turns_before = sum(scheduler.stats(entry).turns for entry in entries) if scheduler else 0
         started = time.monotonic()
         measured = measure(machine, groups, windows, scale)
         figures = judge(measured, shares)
         if scheduler and before:
             after = scheduler.totals()
+            turned = sum(scheduler.stats(entry).turns for entry in entries) - turns_before
+            figures["scheduler_us_per_turn"] = round((after.cpu_ns - before.cpu_ns) / 1e3 / max(1, turned), 1)
+            figures["scheduler_us_per_wakeup"] = round((after.cpu_ns - before.cpu_ns) / 1e3 / max(1, after.wakeups - before.wakeups), 1)
             figures["scheduler_cpu_percent"] = round((after.cpu_ns - before.cpu_ns) / 1e7 / (time.monotonic() - started), 2)
         return figures
     finally:
@@ -240,6 +251,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Accuracy of shares of GPU time on the simulated driver")
     parser.add_argument("--quick", action="store_true", help="kernels of 1 and 5 ms, two windows")
+    parser.add_argument("--policy", action="store_true", help="the policy alone, in virtual time, over a sweep of drivers and hosts")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--time-scale", type=int, default=4, help="how many times slower the device is than the clock (default 4)")
     parser.add_argument("--shipped-turns", action="store_true", help="do not scale the scheduler's turns")
@@ -260,6 +272,8 @@ def build() -> None:
 def main() -> int:
     """Run the scenarios, print a table; 1 when one misses its bar, or the control does not."""
     options = parse()
+    if options.policy:
+        return compute_policy.main(options.quick, options.json)
     config = turns(1 if options.shipped_turns else options.time_scale)
     build()
     results: dict[str, Any] = {}

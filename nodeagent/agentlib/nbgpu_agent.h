@@ -19,13 +19,15 @@ NBGPU_EXPORT uint32_t nbgpu_agent_abi(void);
 /* Constants of the policy, nanoseconds of CLOCK_MONOTONIC. 0 in a field = its default. */
 typedef struct {
     uint64_t min_turn_ns;         /* 2 ms: no turn is shorter */
-    uint64_t period_ns;           /* 30 ms: P, in which every active slice gets one turn */
-    uint64_t period_per_slice_ns; /* 7.5 ms: P is at least this for each active slice */
+    uint64_t period_ns;           /* 30 ms: P, in which every active slice gets one turn, is at least this */
+    uint64_t period_per_slice_ns; /* 7.5 ms: and at least this for each active slice */
     uint64_t lag_ns;              /* 30 ms: most virtual time that a slice may be behind when it wakes */
     uint64_t idle_grace_ns;       /* 0.3 ms: a turn ends when its slice has had nothing outstanding for this long */
     uint64_t overlap_behind_ns;   /* 1 ms: a waking slice that is this far behind is let in beside the owner */
-    uint64_t overlap_ns;          /* 3 ms: and takes the turn when it is busy for longer */
+    uint64_t overlap_ns;          /* 10 ms: and takes the turn when it is busy for longer */
     uint64_t heartbeat_ns;        /* 200 ms between two heartbeats in each ctl */
+    uint64_t handover_ns;         /* 0.5 ms: most that the driver loses when it goes from one process to another */
+    uint64_t whole_ns;            /* 1 s: shares hold in windows this long; P divides it */
 } NbgpuSchedConfig;
 
 typedef struct {

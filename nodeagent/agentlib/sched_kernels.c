@@ -95,7 +95,7 @@ uint32_t kernels_find(const KernelTurns *t, const char id[NBGPU_KERNEL_ID_BYTES]
 }
 
 static void refill(const KernelTurns *t, KernelMember *m, uint64_t passed) {
-    const int64_t full = 2 * worth(t, m), debt = DEBT_PERIOD_NS / WHOLE * m->cap_milli;
+    const int64_t full = 2 * worth(t, m) + (int64_t)t->period_ns / WHOLE * m->cap_milli, debt = DEBT_PERIOD_NS / WHOLE * m->cap_milli;
     if (passed > (uint64_t)DEBT_PERIOD_NS)
         passed = (uint64_t)DEBT_PERIOD_NS;
     m->bucket_ns += (int64_t)(passed * m->cap_milli / WHOLE);

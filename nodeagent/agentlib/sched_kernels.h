@@ -34,7 +34,8 @@ typedef struct {
 
 typedef struct {
     uint64_t now, wake_at, grace_ns;
-    int64_t unit_ns; /* of all lengths here: the shortest turn of a slice */
+    int64_t unit_ns;    /* of all lengths here: the shortest turn of a slice */
+    uint64_t period_ns; /* in which the slice has one turn, or 0: what flows into buckets meanwhile is not lost */
     int64_t vt_floor;
     int owner;     /* a member's index, or SCHED_NOBODY */
     uint32_t high; /* limited members at and above were never there */

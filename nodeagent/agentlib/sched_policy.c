@@ -7,6 +7,14 @@
 #define SPENT_NS (20 * MS) /* waiters ring again after this long anyway */
 #define UNUSED_MOST 5u     /* 20 ms doubled so often */
 #define VT_REBASE (INT64_C(1) << 55)
+#define LOSS 112u         /* one part in so many of a turn may be lost when it changes hands */
+#define STRICT_CHANGES 8u /* a strict slice alone has turns as long as if so many shared the device */
+#define GAP_MOST (MS)     /* a longer one is no hand-over but a pause */
+#define GAP_MEMORY 256u   /* hand-overs that the mean is of */
+#define GAP_LEAST 32u     /* before so many it is nothing yet */
+#define GAP_STEP 50000u   /* P follows the mean in steps, or it would never be the same twice */
+#define SOON_NS 100000u   /* no look again before that */
+#define SAME_NS 10000u    /* turn ends closer than this are one */
 
 static uint64_t or_default(uint64_t value, uint64_t otherwise) { return value ? value : otherwise; }
 
@@ -19,8 +27,10 @@ NbgpuSchedConfig sched_config(const NbgpuSchedConfig *asked) {
         .lag_ns = or_default(c.lag_ns, 30 * MS),
         .idle_grace_ns = or_default(c.idle_grace_ns, 300000),
         .overlap_behind_ns = or_default(c.overlap_behind_ns, 1 * MS),
-        .overlap_ns = or_default(c.overlap_ns, 3 * MS),
+        .overlap_ns = or_default(c.overlap_ns, 10 * MS),
         .heartbeat_ns = or_default(c.heartbeat_ns, 200 * MS),
+        .handover_ns = or_default(c.handover_ns, MS / 2),
+        .whole_ns = or_default(c.whole_ns, 1000 * MS),
     };
 }
 
@@ -29,19 +39,41 @@ static uint64_t min_u64(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
 static bool is_active(const SchedSlice *s) { return s->joined && (s->seen.want || s->seen.busy || s->phase == PHASE_DRAIN); }
 
-/* P: the time in which every active slice gets one turn. */
-static uint64_t period(const SchedDevice *d) {
-    uint64_t active = 0;
+/* P: the time in which every active slice gets one turn. Long enough that changing hands costs no more than its part of a turn, and a
+ * whole part of the time in which shares are to hold: any such window then holds as many turns of each. */
+static void measure_period(SchedDevice *d) {
+    uint64_t active = 0, milli = 0, strict = 0, whole = d->config.whole_ns;
     for (uint32_t i = 0; i < d->high; i++) {
         const SchedSlice *s = &d->slice[i];
-        if (s->joined && (is_active(s) || (s->last_active && d->now - s->last_active < d->config.period_ns)))
-            active++;
+        if (!s->joined || !(is_active(s) || (s->last_active && d->now - s->last_active < whole / 4)))
+            continue;
+        active++;
+        strict += s->strict;
+        milli += s->weight_milli;
     }
-    return max_u64(d->config.period_ns, active * d->config.period_per_slice_ns);
+    uint64_t least = max_u64(d->config.period_ns, active * d->config.period_per_slice_ns);
+    /* Alone, a strict slice loses what it can't use of an open gate at each turn's ends: few turns. */
+    uint64_t lost = active > 1 ? active * (d->config.handover_ns + d->gap_held_ns) : STRICT_CHANGES * strict * d->config.handover_ns;
+    uint64_t parts = whole / max_u64(least, lost * LOSS);
+    d->period_ns = whole / max_u64(parts, 1);
+    d->patience_ns = 2 * least;
+    d->active_milli = milli ? (uint32_t)milli : WHOLE;
 }
 
-static uint64_t turn_length(const SchedDevice *d, const SchedSlice *s) {
-    return max_u64(d->config.min_turn_ns, period(d) * s->weight_milli / WHOLE);
+/* A period in virtual time. */
+static int64_t stride(const SchedDevice *d) { return (int64_t)(d->period_ns * WHOLE / d->active_milli); }
+
+static int64_t nearest(int64_t vt, int64_t stride_ns) {
+    int64_t steps = (vt + stride_ns / 2) / stride_ns;
+    return steps * stride_ns;
+}
+
+static int64_t strict_share(const SchedDevice *d, const SchedSlice *s) { return (int64_t)(d->period_ns * s->weight_milli / WHOLE); }
+
+/* What a strict slice's bucket is to hold when its turn begins: what the turn takes out beyond what flows in, and a reserve. */
+static int64_t strict_level(const SchedDevice *d, const SchedSlice *s) {
+    int64_t share = strict_share(d, s);
+    return share * (WHOLE - s->weight_milli) / WHOLE + share / 4;
 }
 
 static bool may_run(const SchedDevice *d, const SchedSlice *s) {
@@ -61,6 +93,8 @@ static bool contested(const SchedDevice *d, int index) {
 static bool pays_share(const SchedSlice *s) {
     if (s->phase == PHASE_OUT)
         return s->overran && s->seen.busy;
+    if (s->phase == PHASE_PAUSE)
+        return s->seen.busy;
     return s->phase == PHASE_DRAIN || s->turn_end || s->strict;
 }
 
@@ -71,9 +105,9 @@ static void pay(SchedSlice *s, uint64_t vt_ns, uint64_t bucket_ns) {
         s->bucket_ns -= (int64_t)bucket_ns;
 }
 
-static void refill(const SchedDevice *d, SchedSlice *s, uint64_t ns) {
-    int64_t full = (int64_t)(2 * turn_length(d, s));
-    s->bucket_ns += (int64_t)(ns * s->weight_milli / WHOLE);
+/* Nobody saves up more than two turns. */
+static void cap_bucket(const SchedDevice *d, SchedSlice *s) {
+    int64_t full = strict_level(d, s) + strict_share(d, s);
     if (s->bucket_ns > full)
         s->bucket_ns = full;
 }
@@ -87,8 +121,8 @@ static void rebase(SchedDevice *d) {
 }
 
 /* Slices let in together share the time between them: in what they owe each other, not in what a strict one may take, or somebody who never
- * says that it is done would lend it time. What still runs after a device was handed on early (`near`) is paid in full by whose work it is.
- * Time that nobody else wanted is free to a burst slice. */
+ * says that it is done would lend it time. Work behind a closed gate that nobody waits for is paid in full by whose it is, and makes nobody
+ * else's time cheaper. Time that nobody else wanted is free to a burst slice. */
 static void charge(SchedDevice *d, uint64_t now) {
     if (now <= d->now)
         return;
@@ -100,11 +134,13 @@ static void charge(SchedDevice *d, uint64_t now) {
         if (!s->joined)
             continue;
         if (s->strict)
-            refill(d, s, passed);
+            s->bucket_ns += (int64_t)(passed * s->weight_milli / WHOLE);
         if (pays_share(s))
             pay(s, passed / sharing, passed);
         else if (s->phase == PHASE_OUT && s->seen.busy)
             pay(s, passed, passed);
+        if (s->strict)
+            cap_bucket(d, s);
         if (is_active(s))
             s->last_active = now;
     }
@@ -124,12 +160,29 @@ static int64_t least_active_vt(const SchedDevice *d, int except) {
     return burst != INT64_MAX ? burst : strict;
 }
 
-/* Nobody saves up more than the lag: at most that far behind the least of the others. */
+/* Where everybody would be if they shared the device at every moment: the mean of the others, by weight. */
+static int64_t fair_vt(const SchedDevice *d, int except) {
+    double sum = 0, milli = 0;
+    for (uint32_t i = 0; i < d->high; i++) {
+        const SchedSlice *s = &d->slice[i];
+        if ((int)i == except || !is_active(s) || s->strict)
+            continue;
+        sum += (double)(s->vt - d->vt_floor) * s->weight_milli;
+        milli += s->weight_milli;
+    }
+    return milli > 0 ? d->vt_floor + (int64_t)(sum / milli) : d->vt_floor;
+}
+
+/* Nobody saves up more than the lag. */
 static void cap_lag(SchedDevice *d, int index) {
-    int64_t least = least_active_vt(d, index);
-    int64_t floor = (least == INT64_MAX ? d->vt_floor : least) - (int64_t)d->config.lag_ns;
+    int64_t floor = fair_vt(d, index) - (int64_t)d->config.lag_ns;
     if (d->slice[index].vt < floor)
         d->slice[index].vt = floor;
+}
+
+/* How far a slice is behind, beyond what lets it in beside the owner; 0 or less: it waits. */
+static int64_t is_behind(const SchedDevice *d, int index) {
+    return fair_vt(d, index) - d->slice[index].vt - (int64_t)d->config.overlap_behind_ns;
 }
 
 /* ---- joining, seeing ------------------------------------------------------------------------------------------------------ */
@@ -140,6 +193,8 @@ void sched_init(SchedDevice *d, const NbgpuSchedConfig *config, uint64_t now) {
     d->now = now;
     d->wake_at = SCHED_NEVER;
     d->owner = d->guest = SCHED_NOBODY;
+    d->idle_since = now;
+    measure_period(d);
 }
 
 int sched_join(SchedDevice *d, uint32_t weight_milli, bool strict, uint64_t now) {
@@ -151,6 +206,7 @@ int sched_join(SchedDevice *d, uint32_t weight_milli, bool strict, uint64_t now)
         charge(d, now);
         d->slice[i] = (SchedSlice){.joined = true, .vt = d->vt_floor, .weight_milli = 1};
         sched_set(d, (int)i, weight_milli, strict, now);
+        cap_lag(d, (int)i);
         return (int)i;
     }
     return -1;
@@ -171,17 +227,46 @@ void sched_set(SchedDevice *d, int index, uint32_t weight_milli, bool strict, ui
     s->weight_milli = weight_milli < 1 ? 1 : weight_milli > WHOLE ? WHOLE : weight_milli;
     bool was = s->strict;
     s->strict = strict && s->weight_milli < WHOLE; /* strict with the whole device has nothing to be stopped from */
-    if (s->strict && !was)
-        s->bucket_ns = (int64_t)turn_length(d, s);
+    if (s->strict && !was) {
+        s->bucket_ns = strict_level(d, s);
+        s->strict_end = now + (uint64_t)strict_share(d, s);
+    }
     if (!s->strict)
         s->dry = false;
-    cap_lag(d, index);
+    if (s->strict != was)
+        cap_lag(d, index);
 }
 
 void sched_suspend(SchedDevice *d, int index, bool suspended, uint64_t now) {
     charge(d, now);
     d->slice[index].suspended = suspended;
     cap_lag(d, index);
+}
+
+/* The GPU went from one slice's work to another's: how long had it nothing to do? */
+static void learn_gap(SchedDevice *d, SchedSlice *s, uint64_t busy_since) {
+    if (!s->fresh)
+        return;
+    s->fresh = false;
+    if (!busy_since || !s->turn_end)
+        return;
+    uint64_t from = max_u64(d->idle_since, s->open_since);
+    uint64_t gap = d->idle_since && busy_since > from ? busy_since - from : 0;
+    d->gaps += d->gaps < GAP_MEMORY;
+    d->gap_ns = (d->gap_ns * (d->gaps - 1) + min_u64(gap, GAP_MOST)) / d->gaps;
+    uint64_t apart = d->gap_ns > d->gap_held_ns ? d->gap_ns - d->gap_held_ns : d->gap_held_ns - d->gap_ns;
+    if (d->gaps == GAP_LEAST || (d->gaps > GAP_LEAST && apart > 3 * GAP_STEP))
+        d->gap_held_ns = (d->gap_ns / GAP_STEP + 1) * GAP_STEP;
+}
+
+static void note_idle(SchedDevice *d) {
+    for (uint32_t i = 0; i < d->high; i++)
+        if (d->slice[i].joined && d->slice[i].seen.busy) {
+            d->idle_since = 0;
+            return;
+        }
+    if (!d->idle_since)
+        d->idle_since = d->now;
 }
 
 void sched_observe(SchedDevice *d, int index, SchedSeen seen, uint64_t now) {
@@ -196,18 +281,40 @@ void sched_observe(SchedDevice *d, int index, SchedSeen seen, uint64_t now) {
         if (s->quiet_since)
             s->quiet_since = now;
     }
-    if (seen.busy)
+    if (seen.busy) {
         s->unused = 0;
-    else
+        learn_gap(d, s, seen.busy_since);
+    } else {
         s->overran = false;
+    }
     if (seen.busy)
         s->quiet_since = 0;
     else if (!s->quiet_since)
         s->quiet_since = now;
     s->seen = seen;
+    note_idle(d);
 }
 
 /* ---- turns ---------------------------------------------------------------------------------------------------------------- */
+
+/* To the end of the period that its virtual time is in, so that what was taken too much or too little is made up for in the next turn; on
+ * past periods that it lags behind everybody. */
+static int64_t goal_of(const SchedDevice *d, int index) {
+    int64_t step = stride(d), own = nearest(d->slice[index].vt, step) + step, least = INT64_MAX;
+    for (uint32_t i = 0; i < d->high; i++) {
+        const SchedSlice *s = &d->slice[i];
+        if ((int)i == index || !may_run(d, s))
+            continue;
+        if (s->strict)
+            return own;
+        if (s->vt < least)
+            least = s->vt;
+    }
+    if (least == INT64_MAX)
+        return own;
+    int64_t theirs = nearest(least, step);
+    return theirs > own ? theirs : own;
+}
 
 static void open_gate(SchedDevice *d, int index) {
     SchedSlice *s = &d->slice[index];
@@ -215,30 +322,57 @@ static void open_gate(SchedDevice *d, int index) {
     s->open_since = d->now;
     s->quiet_since = d->now;
     s->woke = false;
+    s->fresh = true;
     s->turns++;
+    s->goal = goal_of(d, index);
+    if (s->strict) {
+        int64_t share = strict_share(d, s), turn = s->bucket_ns + share - strict_level(d, s), most = share + share / 4;
+        s->strict_end = d->now + max_u64(d->config.min_turn_ns, turn < 0 ? 0 : (uint64_t)(turn < most ? turn : most));
+    }
 }
 
 static uint64_t bucket_lasts(const SchedSlice *s) {
     return s->bucket_ns <= 0 ? 0 : (uint64_t)s->bucket_ns * WHOLE / (WHOLE - s->weight_milli);
 }
 
+static uint64_t turn_left(const SchedDevice *d, const SchedSlice *s) {
+    int64_t left = s->goal - s->vt;
+    uint64_t ns = left > 0 ? (uint64_t)left / WHOLE * s->weight_milli : 0;
+    uint64_t used = d->now - s->open_since;
+    return used < d->config.min_turn_ns ? max_u64(ns, d->config.min_turn_ns - used) : ns;
+}
+
 /* When the owner's turn is to end; 0 = no end. */
-static uint64_t plan_end(const SchedDevice *d, int index) {
-    const SchedSlice *s = &d->slice[index];
-    bool others = contested(d, index);
-    if (!s->strict && !others)
+static uint64_t plan_end(SchedDevice *d, int index) {
+    SchedSlice *s = &d->slice[index];
+    if (s->strict)
+        return min_u64(s->strict_end, d->now + bucket_lasts(s));
+    if (!contested(d, index))
         return 0;
-    uint64_t end = SCHED_NEVER;
-    if (others) {
-        end = s->open_since + turn_length(d, s);
-        if (!s->turn_end && !s->strict && s->open_since < d->now) { /* it had the device to itself until now */
-            int64_t least = least_active_vt(d, index);
-            end = least <= s->vt ? d->now : d->now + turn_length(d, s);
-        } else if (s->turn_end && !s->strict) {
-            end = s->turn_end;
-        }
+    if (!s->turn_end && s->open_since < d->now) { /* it had the device to itself until now */
+        bool ahead = least_active_vt(d, index) <= s->vt;
+        s->goal = ahead ? s->vt : goal_of(d, index);
+        if (ahead)
+            return d->now;
     }
-    return s->strict ? min_u64(end, d->now + bucket_lasts(s)) : end;
+    if (s->goal > s->vt + stride(d)) /* somebody may have come to wait since */
+        s->goal = goal_of(d, index);
+    uint64_t end = d->now + turn_left(d, s);
+    bool same = s->turn_end && end + SAME_NS > s->turn_end && end < s->turn_end + SAME_NS;
+    return same ? s->turn_end : end;
+}
+
+/* It had its turn: no other before the period after that for which it had it, or the one by when its bucket has enough again. Periods
+ * begin at the same time for everybody, so that any window of whole periods holds as much of it. */
+static void run_dry(const SchedDevice *d, SchedSlice *s) {
+    uint64_t p = d->period_ns, next = (s->dry_until / p + 1) * p;
+    if (next + p < d->now)
+        next = d->now / p * p;
+    int64_t then = s->bucket_ns + ((int64_t)next - (int64_t)d->now) * s->weight_milli / WHOLE, missing = strict_level(d, s) / 4 - then;
+    if (missing > 0)
+        next += ((uint64_t)missing * WHOLE / s->weight_milli / p + 1) * p;
+    s->dry_until = next;
+    s->dry = d->now < next;
 }
 
 static void close_gate(SchedDevice *d, int index) {
@@ -247,11 +381,12 @@ static void close_gate(SchedDevice *d, int index) {
         d->owner = SCHED_NOBODY;
     if (d->guest == index)
         d->guest = SCHED_NOBODY;
-    if (s->strict && s->bucket_ns <= 0)
-        s->dry = true;
+    if (s->strict && (s->bucket_ns <= 0 || d->now >= s->strict_end))
+        run_dry(d, s);
     s->turn_end = 0;
+    s->closed_at = d->now;
     s->phase = s->seen.busy ? PHASE_DRAIN : PHASE_OUT;
-    s->drain_until = d->now + 2 * period(d);
+    s->drain_until = d->now + d->patience_ns;
 }
 
 /* When an open slice counts as done with its turn, if it stays as quiet as it is; SCHED_NEVER = it is busy. */
@@ -265,6 +400,11 @@ static void settle_owner(SchedDevice *d) {
     if (d->owner == SCHED_NOBODY)
         return;
     SchedSlice *s = &d->slice[d->owner];
+    if (s->phase == PHASE_PAUSE) {
+        if (s->suspended)
+            close_gate(d, d->owner);
+        return;
+    }
     s->turn_end = plan_end(d, d->owner);
     bool quiet = s->turn_end && d->now >= quiet_until(d, s);
     if (quiet && s->seen.want) /* never came for its turn: dead, or stopped */
@@ -273,20 +413,43 @@ static void settle_owner(SchedDevice *d) {
         close_gate(d, d->owner);
 }
 
-/* The guest goes when it is idle again, and takes the turn when it turns out to have more to do. */
+/* The guest goes when it is idle again; when it turns out to have more to do it takes the turn, if it is still behind. */
 static void settle_guest(SchedDevice *d) {
     if (d->guest == SCHED_NOBODY)
         return;
     int guest = d->guest;
     SchedSlice *s = &d->slice[guest];
+    /* Its time counts from when what the owner had submitted is done. */
+    if (d->owner != SCHED_NOBODY && d->slice[d->owner].seen.busy && d->now < s->open_since + d->patience_ns)
+        d->guest_since = d->now;
     if (s->suspended || d->now >= quiet_until(d, s)) {
         close_gate(d, guest);
-    } else if (d->owner == SCHED_NOBODY || d->now >= s->open_since + d->config.overlap_ns) {
-        if (d->owner != SCHED_NOBODY)
-            close_gate(d, d->owner);
+    } else if (d->owner == SCHED_NOBODY) {
         d->guest = SCHED_NOBODY;
         d->owner = guest;
-        s->turn_end = d->now + turn_length(d, s);
+    } else if (d->now >= d->guest_since + d->config.overlap_ns) {
+        if (is_behind(d, guest) > 0) {
+            close_gate(d, d->owner);
+            d->guest = SCHED_NOBODY;
+            d->owner = guest;
+        } else {
+            close_gate(d, guest);
+        }
+    }
+}
+
+/* The owner submits nothing while its guest has work to do. */
+static void settle_pause(SchedDevice *d, bool blocked) {
+    if (d->owner == SCHED_NOBODY)
+        return;
+    SchedSlice *s = &d->slice[d->owner];
+    const SchedSeen *guest = d->guest != SCHED_NOBODY ? &d->slice[d->guest].seen : NULL;
+    bool wait = guest ? guest->want || guest->busy : blocked && s->phase == PHASE_PAUSE;
+    if (wait) {
+        s->phase = PHASE_PAUSE;
+    } else if (s->phase == PHASE_PAUSE) {
+        s->phase = PHASE_OPEN;
+        s->quiet_since = s->seen.busy ? 0 : d->now;
     }
 }
 
@@ -296,7 +459,7 @@ static bool settle_drains(SchedDevice *d) {
         SchedSlice *s = &d->slice[i];
         if (s->phase != PHASE_DRAIN)
             continue;
-        if (!s->seen.busy || s->seen.near) {
+        if (!s->seen.busy) {
             s->phase = PHASE_OUT;
         } else if (d->now >= s->drain_until) {
             s->phase = PHASE_OUT;
@@ -309,23 +472,50 @@ static bool settle_drains(SchedDevice *d) {
     return blocked;
 }
 
+/* ...or sooner, when its bucket holds more than a turn takes: weights and periods change. */
+static uint64_t dry_ends(const SchedDevice *d, const SchedSlice *s) {
+    int64_t missing = strict_level(d, s) + strict_share(d, s) / 4 - s->bucket_ns;
+    return missing <= 0 ? d->now : min_u64(s->dry_until, d->now + (uint64_t)missing * WHOLE / s->weight_milli + 1);
+}
+
 static void settle_buckets(SchedDevice *d) {
     for (uint32_t i = 0; i < d->high; i++) {
         SchedSlice *s = &d->slice[i];
         if (!s->joined || !s->strict)
             continue;
-        if (s->dry && s->bucket_ns >= (int64_t)turn_length(d, s))
+        if (s->dry && d->now >= dry_ends(d, s))
             s->dry = false;
         if (!s->dry && s->bucket_ns <= 0 && s->phase == PHASE_OUT)
-            s->dry = true;
+            run_dry(d, s);
     }
 }
 
+/* Of two alike, who had fewer periods comes first; of two with as many, who had its turn longer ago: so the order stays the same, and with
+ * it what falls into any window of time. A strict slice that is not dry is due. */
+static bool comes_before(const SchedDevice *d, const SchedSlice *a, const SchedSlice *b) {
+    int64_t step = stride(d), x = a->strict ? 0 : nearest(a->vt, step), y = b->strict ? 0 : nearest(b->vt, step);
+    return x != y ? x < y : a->closed_at != b->closed_at ? a->closed_at < b->closed_at : a->vt < b->vt;
+}
+
 static int least_waiting(const SchedDevice *d) {
+    int best[2] = {SCHED_NOBODY, SCHED_NOBODY};
+    for (uint32_t i = 0; i < d->high; i++) {
+        const SchedSlice *s = &d->slice[i];
+        int *of = &best[s->strict];
+        if (s->phase == PHASE_OUT && may_run(d, s) && (*of == SCHED_NOBODY || comes_before(d, s, &d->slice[*of])))
+            *of = (int)i;
+    }
+    if (best[0] == SCHED_NOBODY || best[1] == SCHED_NOBODY)
+        return best[0] == SCHED_NOBODY ? best[1] : best[0];
+    return best[d->slice[best[1]].closed_at < d->slice[best[0]].closed_at];
+}
+
+/* Who woke and is furthest behind. */
+static int most_behind(const SchedDevice *d) {
     int best = SCHED_NOBODY;
     for (uint32_t i = 0; i < d->high; i++) {
         const SchedSlice *s = &d->slice[i];
-        if (s->phase != PHASE_OUT || !may_run(d, s))
+        if (s->phase != PHASE_OUT || !may_run(d, s) || !s->woke || s->strict || is_behind(d, (int)i) <= 0)
             continue;
         if (best == SCHED_NOBODY || s->vt < d->slice[best].vt)
             best = (int)i;
@@ -334,24 +524,23 @@ static int least_waiting(const SchedDevice *d) {
 }
 
 static void admit(SchedDevice *d, bool blocked) {
-    int next = least_waiting(d);
+    int next = blocked || d->owner != SCHED_NOBODY ? SCHED_NOBODY : least_waiting(d);
+    if (next == SCHED_NOBODY && d->guest == SCHED_NOBODY)
+        next = most_behind(d);
     if (next == SCHED_NOBODY)
         return;
-    SchedSlice *s = &d->slice[next];
-    if (d->owner == SCHED_NOBODY && !blocked) {
-        open_gate(d, next);
+    open_gate(d, next);
+    if (d->owner == SCHED_NOBODY) {
         d->owner = next;
-        s->turn_end = plan_end(d, next);
-    } else if (d->owner != SCHED_NOBODY && d->guest == SCHED_NOBODY && s->woke && !s->strict &&
-               s->vt + (int64_t)d->config.overlap_behind_ns < d->slice[d->owner].vt) {
-        open_gate(d, next);
+        d->slice[next].turn_end = plan_end(d, next);
+    } else {
         d->guest = next;
-        s->turn_end = d->now + d->config.overlap_ns;
+        d->guest_since = d->now;
     }
 }
 
 static uint64_t next_wake(const SchedDevice *d) {
-    uint64_t at = SCHED_NEVER;
+    uint64_t at = d->guest == SCHED_NOBODY ? SCHED_NEVER : d->guest_since + d->config.overlap_ns;
     for (uint32_t i = 0; i < d->high; i++) {
         const SchedSlice *s = &d->slice[i];
         if (!s->joined)
@@ -362,9 +551,12 @@ static uint64_t next_wake(const SchedDevice *d) {
             at = min_u64(at, s->drain_until);
         if (s->phase != PHASE_OUT || !s->seen.want || s->suspended)
             continue;
-        if (s->dry) {
-            int64_t missing = (int64_t)turn_length(d, s) - s->bucket_ns;
-            at = min_u64(at, d->now + (missing > 0 ? (uint64_t)missing * WHOLE / s->weight_milli + 1 : 1));
+        if (s->dry)
+            at = min_u64(at, dry_ends(d, s));
+        else if (s->woke && !s->strict && d->guest == SCHED_NOBODY) {
+            int64_t missing = -is_behind(d, (int)i);
+            if (missing >= 0)
+                at = min_u64(at, d->now + max_u64((uint64_t)missing * d->active_milli / WHOLE, SOON_NS));
         }
         if (s->spent_until > d->now)
             at = min_u64(at, s->spent_until);
@@ -374,13 +566,17 @@ static uint64_t next_wake(const SchedDevice *d) {
 
 void sched_step(SchedDevice *d, uint64_t now) {
     charge(d, now);
+    measure_period(d);
     settle_buckets(d);
     settle_owner(d);
     settle_guest(d);
     bool blocked = settle_drains(d);
     settle_buckets(d);
     admit(d, blocked);
-    if (d->owner != SCHED_NOBODY)
+    settle_pause(d, blocked);
+    if (d->guest != SCHED_NOBODY)
+        d->slice[d->guest].turn_end = d->guest_since + d->config.overlap_ns;
+    if (d->owner != SCHED_NOBODY && d->slice[d->owner].phase == PHASE_OPEN)
         d->slice[d->owner].turn_end = plan_end(d, d->owner);
     int64_t least = least_active_vt(d, SCHED_NOBODY);
     if (least != INT64_MAX && least > d->vt_floor)

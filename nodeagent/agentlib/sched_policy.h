@@ -1,9 +1,25 @@
 /* The GPU-time policy of one device: who may submit, until when. Pure: no clock, no I/O, no threads; a step is a function of this
  * state and of `now`, so that tests drive it in virtual time (tests/model/test_sched_policy.py).
  *
- * Slices take turns. A slice pays virtual time for as long as its gate is open and its work drains: vt += time * 1000 / weight; the least
- * vt among the waiting goes next. A strict slice also pays from a bucket that fills at its weight. What tenants say (`SchedSeen`) only
- * ever ends a turn sooner or asks for one; no charge is computed from it.
+ * Slices take turns. A slice pays virtual time for as long as its gate is open and its work drains: vt += time * 1000 / weight. What tenants
+ * say (`SchedSeen`) only ever ends a turn sooner or asks for one; no charge is computed from it.
+ *
+ * Periods. Time is cut into periods P in which every active slice has one turn; a turn ends when its slice's vt reaches the end of the period,
+ * so what one turn took too much or too little is made up for in the next. The order stays the same from period to period. P divides the
+ * second (`whole_ns`) in which shares are to hold: any second then holds as many turns of each, wherever it begins, however long they are.
+ * P is as short as the loss allows: each change of hands costs the driver's switch (`handover_ns`: the policy can't see it, so this is the
+ * most that is to be expected) and the time for which the GPU has nothing to do until the next slice has submitted (`gap_ns`, measured),
+ * together less than 1 % of P.
+ *
+ * Changing hands. The next gate opens when the work of the last turn is done, not sooner: next to each other the driver would switch to and fro
+ * between the two, which costs more than the pause. Work that outlasts its turn by `patience_ns` (a GPU kernel can't be stopped) goes on
+ * beside the next turn, and both pay half.
+ *
+ * Guests. A slice that begins to want out of idleness, and is behind where it would be if all shared the device at every moment, is let
+ * in at once; the owner's gate is closed until it is done. After `overlap_ns` it takes the turn, or leaves when it is no longer behind.
+ *
+ * Strict slices also pay from a bucket that fills at their weight. They have their turn once a period too, as long as brings the bucket back
+ * to the same level at the next one's beginning.
  */
 #ifndef NBGPU_SCHED_POLICY_H
 #define NBGPU_SCHED_POLICY_H
@@ -20,14 +36,16 @@ typedef enum {
     PHASE_OUT,   /* gate closed */
     PHASE_OPEN,  /* gate open: the owner, or the guest beside it */
     PHASE_DRAIN, /* gate closed, what it submitted still runs and the next one waits for that */
+    PHASE_PAUSE, /* gate closed for a guest; the turn goes on when the guest is done */
 } SchedPhase;
 
 /* What the slice's own words say of it on this device, as last read. */
 typedef struct {
-    bool want;      /* somebody waits at the gate */
-    bool busy;      /* work is outstanding */
-    bool near;      /* ...but nearly done */
-    uint32_t edges; /* the slice's bell: it changed = something happened in between */
+    bool want;           /* somebody waits at the gate */
+    bool busy;           /* work is outstanding */
+    bool near;           /* ...but nearly done; no decision goes by it */
+    uint32_t edges;      /* the slice's bell: it changed = something happened in between */
+    uint64_t busy_since; /* since when work is outstanding, 0 = not said */
 } SchedSeen;
 
 typedef struct {
@@ -50,6 +68,11 @@ typedef struct {
     uint64_t spent_until; /* did not use its last turn: no other before this or before it rings again */
     uint64_t last_active;
     uint64_t charged_ns, turns, overruns;
+    int64_t goal;        /* its turn ends when its vt is there */
+    uint64_t strict_end; /* strict: its turn ends then, whoever else waits */
+    uint64_t dry_until;  /* strict: dry for so long */
+    uint64_t closed_at;  /* its last turn ended */
+    bool fresh;          /* has submitted nothing yet in this turn */
 } SchedSlice;
 
 typedef struct {
@@ -60,6 +83,14 @@ typedef struct {
     int owner;               /* whose turn it is (OPEN), or SCHED_NOBODY */
     int guest;               /* let in beside the owner because it woke behind it, or SCHED_NOBODY */
     uint32_t high;           /* slices at and above were never joined */
+    uint64_t period_ns;      /* P, of the slices that are active now */
+    uint64_t patience_ns;    /* how long after a turn's end others wait for what still runs */
+    uint32_t active_milli;   /* weights of the slices that are active now */
+    uint64_t guest_since;    /* the guest has the device to itself since then */
+    uint64_t gap_ns;         /* mean time that the GPU idles while a turn changes hands, as far as words tell */
+    uint64_t gap_held_ns;    /* ...as P takes it */
+    uint32_t gaps;           /* of so many hand-overs */
+    uint64_t idle_since;     /* nobody has work outstanding since then; 0 = somebody has */
     SchedSlice slice[SCHED_SLICES];
 } SchedDevice;
 

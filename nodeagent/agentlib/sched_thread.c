@@ -92,6 +92,8 @@ static bool read_slots(Entry *e, uint32_t high, SchedSeen *seen, KernelSeen *ker
                 continue;
             busy++;
             near += slot[i].near == 1;
+            if (!seen->busy_since || slot[i].busy_since < seen->busy_since)
+                seen->busy_since = slot[i].busy_since;
         }
     }
     seen->busy = busy > 0;
@@ -102,6 +104,7 @@ static bool read_slots(Entry *e, uint32_t high, SchedSeen *seen, KernelSeen *ker
 /* A slice whose waiting kernels have all spent their limits wants no turn. */
 static void look_at_kernels(Entry *e, const KernelSeen *kernels, uint64_t now, SchedSeen *seen) {
     KernelTurns *turns = &e->kernels->turns;
+    turns->period_ns = e->gpu->policy.period_ns;
     kernels_observe(turns, kernels, now);
     seen->want = false;
     for (uint32_t i = 0; i < KERNELS_MEMBERS; i++)
@@ -245,6 +248,13 @@ static bool is_busy(const SchedDevice *d) {
     return false;
 }
 
+static bool is_draining(const SchedDevice *d) {
+    for (uint32_t i = 0; i < d->high; i++)
+        if (d->slice[i].phase == PHASE_DRAIN)
+            return true;
+    return false;
+}
+
 /* When the slices' kernels need the next decision. */
 static uint64_t kernels_wake(const NbgpuSched *s, const Device *gpu, bool *watched) {
     uint64_t at = SCHED_NEVER;
@@ -283,13 +293,13 @@ static uint64_t work(NbgpuSched *s) {
         at = now + MUTED_CHECK_NS;
     for (uint32_t i = 0; i < s->devices; i++) {
         Device *gpu = s->device[i];
-        bool timed = now >= gpu->policy.wake_at;
-        if (gpu->due || timed) {
+        if (gpu->due || now >= gpu->policy.wake_at) {
             /* An owner without an end does not ring: ask everybody before deciding. */
             observe_device(s, gpu, now);
             settle(s, gpu);
         }
-        bool watched = is_busy(&gpu->policy);
+        /* Who waits for a turn rings every 20 ms; so an owner that died in its turn is found too. */
+        bool watched = is_draining(&gpu->policy);
         uint64_t kernels = kernels_wake(s, gpu, &watched);
         if (kernels < gpu->policy.wake_at)
             gpu->policy.wake_at = kernels;

@@ -32,6 +32,8 @@ class SchedConfig(c.Structure):
         ("overlap_behind_ns", c.c_uint64),
         ("overlap_ns", c.c_uint64),
         ("heartbeat_ns", c.c_uint64),
+        ("handover_ns", c.c_uint64),
+        ("whole_ns", c.c_uint64),
     ]
 
 

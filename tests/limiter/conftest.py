@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,7 +13,23 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from limiter_kit import COMPUTE_SCALE, ROOT
 from limiter_slice import SliceFiles
+
+
+@pytest.fixture(scope="session")
+def compute_machine(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return the benchmark's simulated machine. One for all tests: the simulated NVML in this process stays with its first one."""
+    sys.path.append(str(ROOT / "bench"))
+    import compute
+
+    compute.build()
+    before = dict(os.environ)
+    try:
+        return compute.Machine(tmp_path_factory.mktemp("machine"), COMPUTE_SCALE)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ from limiter_slice import SliceFiles
 from native_build import build_module
 
 ROOT = Path(__file__).resolve().parents[2]
+COMPUTE_SCALE = 4
+"""Time scale of tests with processes that compute: device time goes so many times slower than the clock."""
 BUILDS = Path(tempfile.gettempdir()) / f"nbgpu-test-limiter-{os.geteuid()}"
 TIMEOUT = 60
 

@@ -44,6 +44,13 @@ def scheduler(library: native.Native) -> Iterator[native.Scheduler]:
         yield running
 
 
+@pytest.fixture
+def without_guests(library: native.Native) -> Iterator[native.Scheduler]:
+    """A scheduler that lets nobody in beside the owner: turns, and nothing else."""
+    with library.scheduler(native.SchedConfig(overlap_behind_ns=10**15)) as running:
+        yield running
+
+
 MakeSlice = Callable[[], PlayedSlice]
 
 
@@ -71,10 +78,10 @@ def test_gate_opens_for_who_wants_and_needs_no_wakeups_alone(scheduler: native.S
     assert scheduler.stats(entry).turns == 1
 
 
-def test_turns_alternate_and_a_closed_gate_drains_first(scheduler: native.Scheduler, make_slice: MakeSlice) -> None:
+def test_turns_alternate_and_a_closed_gate_drains_first(without_guests: native.Scheduler, make_slice: MakeSlice) -> None:
     one, two = make_slice(), make_slice()
     for files in (one, two):
-        add(scheduler, files)
+        add(without_guests, files)
         files.take_slot()
     one.say(want=1)
     assert wait_until(lambda: one.gate() == layout.GATE_OPEN)
@@ -84,18 +91,19 @@ def test_turns_alternate_and_a_closed_gate_drains_first(scheduler: native.Schedu
     assert two.gate() == layout.GATE_CLOSED, "the first one's work still runs"
     assert one.ctl.device[0].turn_end_ns != 0, "behind a closed gate it must ring"
     one.say(want=1, near=1)
-    assert wait_until(lambda: two.gate() == layout.GATE_OPEN)
+    assert not wait_until(lambda: two.gate() == layout.GATE_OPEN, 0.02), "nearly done is not done"
     one.say(busy=False, near=0)
+    assert wait_until(lambda: two.gate() == layout.GATE_OPEN)
     two.say(want=0, busy=True)
     assert wait_until(lambda: two.gate() == layout.GATE_CLOSED)
     two.say(want=1, busy=False)
     assert wait_until(lambda: one.gate() == layout.GATE_OPEN)
 
 
-def test_who_never_says_idle_delays_the_next_one_by_two_periods(scheduler: native.Scheduler, make_slice: MakeSlice) -> None:
+def test_who_never_says_idle_delays_the_next_one_for_a_while_only(without_guests: native.Scheduler, make_slice: MakeSlice) -> None:
     one, two = make_slice(), make_slice()
-    first = add(scheduler, one)
-    add(scheduler, two)
+    first = add(without_guests, one)
+    add(without_guests, two)
     for files in (one, two):
         files.take_slot()
     one.say(want=1)
@@ -105,7 +113,7 @@ def test_who_never_says_idle_delays_the_next_one_by_two_periods(scheduler: nativ
     two.say(want=1)
     assert wait_until(lambda: two.gate() == layout.GATE_OPEN)
     assert 0.05 < time.monotonic() - started < 1.0
-    assert scheduler.stats(first).overruns == 1
+    assert without_guests.stats(first).overruns == 1
 
 
 def owner_of_slot(files: PlayedSlice) -> subprocess.Popen[str]:
@@ -155,11 +163,11 @@ def test_a_process_that_died_wanting_gets_no_turns(scheduler: native.Scheduler, 
         child.wait(10)
 
 
-def test_dead_process_does_not_hold_the_device(scheduler: native.Scheduler, make_slice: MakeSlice) -> None:
+def test_dead_process_does_not_hold_the_device(without_guests: native.Scheduler, make_slice: MakeSlice) -> None:
     """A process is killed with work outstanding: nobody rings for it, its lock is gone."""
     one, two = make_slice(), make_slice()
-    add(scheduler, one)
-    add(scheduler, two)
+    add(without_guests, one)
+    add(without_guests, two)
     two.take_slot()
     child = owner_of_slot(one)
     try:
@@ -184,7 +192,7 @@ def test_strict_slice_is_closed_when_its_share_is_spent(scheduler: native.Schedu
     files.take_slot()
     started = time.monotonic_ns()
     open_ns = 0
-    while time.monotonic_ns() - started < 1_000_000_000:
+    while time.monotonic_ns() - started < 3_000_000_000:
         files.say(want=1, busy=False)
         if not wait_until(lambda: files.gate() == layout.GATE_OPEN, 0.5):
             break
@@ -194,7 +202,7 @@ def test_strict_slice_is_closed_when_its_share_is_spent(scheduler: native.Schedu
         open_ns += time.monotonic_ns() - opened
     share = open_ns / (time.monotonic_ns() - started)
     assert 0.15 < share < 0.36, "below: a slow machine; above: a share that is not kept"
-    assert scheduler.stats(entry).turns > 5
+    assert scheduler.stats(entry).turns >= 4
 
 
 def test_truncated_use_file_hurts_nobody_else(scheduler: native.Scheduler, make_slice: MakeSlice) -> None:

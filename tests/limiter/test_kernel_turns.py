@@ -18,6 +18,7 @@ sys.path.append(str(ROOT / "bench"))
 
 import compute  # noqa: E402
 from compute import Machine, Share, SliceFiles, start_client, wait_ready  # noqa: E402
+from limiter_kit import COMPUTE_SCALE as SCALE  # noqa: E402
 
 from nbgpu.models import KernelLimit  # noqa: E402
 from nbgpu_agent import layout  # noqa: E402
@@ -25,19 +26,14 @@ from nbgpu_agent.native import Native  # noqa: E402
 from nbgpu_agent.slicedir import CtlFile  # noqa: E402
 
 pytestmark = pytest.mark.slow
-SCALE = 4
 KERNEL_NS = 1_000_000 * SCALE
 WINDOWS = 4
 BAR_POINTS = 2.0
 
 
-@pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    compute.build()
-    before = dict(os.environ)
-    yield Machine(tmp_path_factory.mktemp("machine"), SCALE)
-    os.environ.clear()
-    os.environ.update(before)
+@pytest.fixture
+def machine(compute_machine: Machine) -> Machine:
+    return compute_machine
 
 
 class House:

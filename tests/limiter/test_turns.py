@@ -17,21 +17,17 @@ sys.path.append(str(ROOT / "bench"))
 
 import compute  # noqa: E402
 from compute import Machine, Share, SliceFiles, start_client, wait_ready  # noqa: E402
+from limiter_kit import COMPUTE_SCALE as SCALE  # noqa: E402
 
 from nbgpu_agent.native import Native, Scheduler  # noqa: E402
 
 pytestmark = pytest.mark.slow
-SCALE = 4
 KERNEL_NS = 2_000_000 * SCALE
 
 
-@pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    compute.build()
-    before = dict(os.environ)
-    yield Machine(tmp_path_factory.mktemp("machine"), SCALE)
-    os.environ.clear()
-    os.environ.update(before)
+@pytest.fixture
+def machine(compute_machine: Machine) -> Machine:
+    return compute_machine
 
 
 class Room:
@@ -50,7 +46,7 @@ class Room:
         if self.scheduler:
             self.entries.append(files.add_to(self.scheduler, share))
         folder = files.folder if self.scheduler else None
-        self.groups.append([start_client(self.machine, KERNEL_NS, folder, work) for _ in range(share.processes)])
+        self.groups.append([start_client(self.machine, KERNEL_NS, folder, work=work) for _ in range(share.processes)])
 
     def go(self) -> None:
         """Let all processes compute."""
@@ -93,7 +89,7 @@ def test_shares_of_real_processes(room: Room, free_room: Room, shares: list[Shar
         for share in shares:
             place.add(share)
         place.go()
-        time.sleep(1)
+        time.sleep(compute.WARM_UP_SECONDS * SCALE)
         measured = place.shares(SCALE)
         errors.append(max(abs(got - share.milli / 10) for got, share in zip(measured, shares, strict=True)))
         place.close()

@@ -1,0 +1,139 @@
+"""The GPU-time policy over sweeps and random histories in virtual time; what a fault in it would look like."""
+
+from __future__ import annotations
+
+import ctypes as c
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import policy_sweep
+import pytest
+from gpu_sim import Gpu, Sim, Work, build
+from policy_sweep import SHARES
+
+QUICK_HISTORIES, SOAK_HISTORIES, CHUNK = 200, 100_000, 500
+FIRST_SEED = int(os.environ.get("NBGPU_HISTORY_SEED", "1"))
+FOUND = {
+    1: "a slice that was due waited longer than two periods and what may still run after a turn",
+    2: "the GPU idled while a slice waited: a lost wake-up",
+    3: "a share was off",
+    4: "a debt was never paid back",
+}
+
+
+class HistoryResult(c.Structure):
+    """What a number of histories gave."""
+
+    _fields_ = [
+        ("found", c.c_int32),
+        ("slice", c.c_int32),
+        ("value", c.c_double),
+        ("longest", c.c_double),
+        ("share_off", c.c_double),
+        ("steps", c.c_uint64),
+    ]
+
+
+def load(path: Path) -> c.CDLL:
+    lib = c.CDLL(str(path))
+    lib.history_play_many.restype = c.c_uint64
+    lib.history_play_many.argtypes = [c.c_uint64, c.c_uint64, c.POINTER(HistoryResult)]
+    return lib
+
+
+def play_histories(path: Path, first: int, count: int) -> tuple[int, float, float, float, int]:
+    """Return what was found (0: nothing), the value, the longest wait in periods, the largest error of a share, the seed."""
+    result = HistoryResult()
+    played = load(path).history_play_many(first, count, c.byref(result))
+    return result.found, result.value, result.longest, result.share_off, first + played - 1
+
+
+@pytest.fixture(scope="session")
+def lib(tmp_path_factory: pytest.TempPathFactory) -> c.CDLL:
+    return build(tmp_path_factory.mktemp("policy"))
+
+
+# ---- the sweep ----
+
+
+def missed(cells: list[dict[str, object]]) -> list[dict[str, object]]:
+    return [cell for cell in cells if cell["misses"]]
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_shares_hold_in_every_corner(lib: c.CDLL, name: str) -> None:
+    cells = [policy_sweep.share_cell(lib, gpu, SHARES[name], k, windows=5) for gpu in policy_sweep.corners() for k in (1.0, 5.0)]
+    assert not missed(cells)
+    assert not [cell for cell in cells if cell["control_blind"]], "the driver alone must miss these shares, or the sweep shows nothing"
+
+
+def test_strict_long_kernels_and_visits_hold_in_every_corner(lib: c.CDLL) -> None:
+    gpus = policy_sweep.corners()
+    cells = [policy_sweep.strict_cell(lib, gpu, k, windows=5) for gpu in gpus for k in (1.0, 5.0)]
+    cells += [policy_sweep.long_cell(lib, gpu, strict) for gpu in gpus for strict in (True, False)]
+    cells += [policy_sweep.visit_cell(lib, gpu, seconds=10) for gpu in gpus]
+    assert not missed(cells)
+
+
+@pytest.mark.slow
+def test_whole_sweep(lib: c.CDLL) -> None:
+    found = policy_sweep.sweep(lib, list(policy_sweep.whole_sweep()), windows=10)
+    assert {name: missed(cells) for name, cells in found.items()} == {name: [] for name in found}
+
+
+def test_turns_are_no_longer_than_handing_over_asks_for(lib: c.CDLL) -> None:
+    """A period is as short as the loss allows: a GPU that hands over at once, with hosts at once ready, needs no long turns."""
+    periods = []
+    for jitter_ms in (0.0, 0.5):
+        with Sim(lib, Gpu(jitter_ms=jitter_ms), [Work(500), Work(500)]) as sim:
+            sim.run(5)
+            periods.append(sim.period_ms)
+    assert periods[0] == pytest.approx(125)
+    assert 125 < periods[1] <= 250, "slow hosts ask for longer turns"
+
+
+# ---- random histories ----
+
+
+def test_random_histories(lib: c.CDLL) -> None:
+    found, value, longest, share_off, seed = play_histories(Path(lib._name), FIRST_SEED, QUICK_HISTORIES)
+    print(f"{QUICK_HISTORIES} histories from seed {FIRST_SEED}: longest wait {longest:.2f} periods, share off by {share_off:.2f} points")
+    assert not found, f"seed {seed}: {FOUND[found]} ({value:.2f})"
+
+
+@pytest.mark.soak
+def test_many_random_histories(lib: c.CDLL) -> None:
+    """Another start: NBGPU_HISTORY_SEED."""
+    starts = range(FIRST_SEED, FIRST_SEED + SOAK_HISTORIES, CHUNK)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        results = list(pool.map(play_histories, [Path(lib._name)] * len(starts), starts, [CHUNK] * len(starts)))
+    longest, share_off = max(x[2] for x in results), max(x[3] for x in results)
+    print(f"{SOAK_HISTORIES} histories from seed {FIRST_SEED}: longest wait {longest:.2f} periods, share off by {share_off:.2f} points")
+    assert [f"seed {x[4]}: {FOUND[x[0]]} ({x[1]:.2f})" for x in results if x[0]] == []
+
+
+FAULTS = {
+    "forgets the debt of what ran on after a turn": (
+        {
+            "    s->vt += (int64_t)(vt_ns * WHOLE / s->weight_milli);": "    if (s->phase == PHASE_OPEN)\n"
+            "        s->vt += (int64_t)(vt_ns * WHOLE / s->weight_milli);"
+        },
+        {1, 3, 4},
+    ),
+    "forgets to wake up for a strict slice": ({"            at = min_u64(at, dry_ends(d, s));\n": "            ;\n"}, {1, 2, 3}),
+    "forgets to wake up for a turn's end": (
+        {"            at = min_u64(at, min_u64(s->turn_end, quiet_until(d, s)));": "            ;"},
+        {1, 2, 3},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_in_the_policy_is_found(tmp_path: Path, name: str) -> None:
+    """The same histories, with a policy into which a fault was compiled."""
+    pieces, expected = FAULTS[name]
+    faulty = build(tmp_path, pieces)
+    found, _, _, _, seed = play_histories(Path(faulty._name), FIRST_SEED, QUICK_HISTORIES)
+    print(f"seed {seed}: {FOUND.get(found)}")
+    assert found in expected
