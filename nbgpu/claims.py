@@ -532,6 +532,24 @@ def _stated(claim: _Object, key: bytes | None) -> Slice | None:
     return None
 
 
+def left_over(claim: Json, key: bytes) -> Slice | None:
+    """Return of which slice a claim tells that holds nothing and was sealed with another key than the installation's.
+
+    A pool of an earlier installation made it, or whoever can make claims: it may be deleted, and believed in nothing else.
+    """
+    try:
+        found = _Object.model_validate(claim)
+        if found.status.allocation.devices.results or found.status.reservedFor or found.metadata.deletionTimestamp is not None:
+            return None
+        if _stated(found, key) is not None:
+            return None
+        told = [Slice.model_validate(one["slice"]) for one in found.parameters() if "seal" in one and "slice" in one]
+    except ValueError:  # pydantic's too
+        return None
+    where = found.metadata.namespace, found.metadata.name
+    return next((one for one in told if (one.namespace, claim_name(one.slice_id)) == where), None)
+
+
 def _foreign(claim: _Object, node: str) -> Slice:
     """Return the frame of a slice of somebody's own claim: of its words only the mode counts."""
     meta = claim.metadata

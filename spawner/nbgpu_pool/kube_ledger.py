@@ -9,7 +9,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from nbgpu.claim_limits import LIMITS_ANNOTATION, Limit, Limits, limits_annotation
@@ -56,8 +57,8 @@ class KubeLedger:
         False where another replica may be the leader: then nothing is written.
     coming : sequence of Coming
         Groups of nodes that would be started where they are asked for.
-    hubs : set of str, optional
-        Those that the pool serves; claims of others are told of. None: any.
+    hubs : mapping, optional
+        Those that the pool serves, with patterns of the namespaces of their servers; claims of others are told of. None: any.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class KubeLedger:
         ttl_seconds: float,
         may_act: Callable[[], bool] = lambda: True,
         coming: Sequence[Coming] = (),
-        hubs: frozenset[str] | None = None,
+        hubs: Mapping[str, Sequence[str]] | None = None,
     ):
         self.kube = kube
         self.who = "The Kubernetes API server"
@@ -82,6 +83,8 @@ class KubeLedger:
         """Namespace of each claim that this process made, while it may exist."""
         self._bare: dict[str, float] = {}
         """Claims that a pod carried or was to carry: since when there has been none."""
+        self._left: dict[Key, float] = {}
+        """Claims of an earlier installation's pool: since when there has been no pod with them."""
         self._strangers_at = 0.0
         self._moving = asyncio.Lock()
         self._lost: dict[Key, float] = {}
@@ -299,14 +302,14 @@ class KubeLedger:
             return await self.kube.get(where)
         return None
 
-    async def _delete(self, key: Key, uid: str) -> bool:
+    async def _delete(self, key: Key, uid: str, version: str | None = None) -> bool:
         """Delete a claim; True when there is none (any more)."""
         try:
-            left = await self.kube.delete(path(RESOURCE, "resourceclaims", *key), uid=uid)
+            left = await self.kube.delete(path(RESOURCE, "resourceclaims", *key), uid=uid, version=version)
         except NotFound:
             left = {}
         except Conflict:
-            return False  # another one of that name: the watch will tell of it
+            return False  # another one of that name, or another version: the watch will tell of it
         if "deletionTimestamp" in left.get("metadata", {}):
             self._claims.note(left)
             return False
@@ -376,6 +379,7 @@ class KubeLedger:
                     await self._own()
                     await self._finish_moves()
                     await self._delete_bare()
+                    await self._delete_left_over()
                     self._tell_strangers(time.monotonic())
             except NbgpuError as error:
                 log.info("keeping house waits: %s", error.message)
@@ -468,6 +472,28 @@ class KubeLedger:
                 with self._told(key):
                     await self._delete(key, self.view.claims[key].uid)
                     log.info("orphan %s in namespace %s: it has had no pod for %.0f s, deleted", slice_id, key[0], now - since)
+
+    async def _delete_left_over(self) -> None:
+        """Delete claims of an earlier installation's pool, whose key nobody has any more, that hold nothing and have had no pod for long.
+
+        At the version that was looked at: one that the scheduler gives devices just then stays.
+        """
+        now, view = time.monotonic(), self.view
+        alone = [key for key in view.left_over if self._serves(key) and not any(pod.alive for pod in view.pods_of(key))]
+        self._left = {key: self._left.get(key, now) for key in alone}
+        for key, since in self._left.items():
+            info = view.claims.get(key)
+            if info is not None and key in view.left_over and now - since >= self._ttl:
+                with self._told(key):
+                    if await self._delete(key, info.uid, info.version):
+                        words = "claim %s in namespace %s, sealed with another key, held nothing and had no pod for %.0f s: deleted"
+                        log.info(words, key[1], key[0], now - since)
+
+    def _serves(self, key: Key) -> bool:
+        """Return whether a claim that was left over is of a hub of this pool, in a namespace of that hub."""
+        of = self.view.claims[key].left_over
+        patterns = ["*"] if self._hubs is None else self._hubs.get(of.owner.hub, ()) if of is not None else ()
+        return any(fnmatchcase(key[0], pattern) for pattern in patterns)
 
 
 def _is_bound(claim: Json) -> bool:

@@ -97,7 +97,7 @@ class Replica:
             ttl_seconds=config.reservation_ttl_seconds,
             may_act=self.leader.leads,
             coming=[group.group() for group in config.coming],
-            hubs=frozenset(token.hub for token in config.tokens if token.hub is not None),
+            hubs=hubs_namespaces(config),
         )
         service = Service(ledger, config.settings())
         service.start()
@@ -127,6 +127,15 @@ def claims_namespaces(config: Config, own: str) -> list[str]:
     """Return namespaces where the pool makes claims."""
     named = [one for token in config.tokens for one in token.namespaces or () if not set(one) & set("*?[")]
     return list(dict.fromkeys(named)) or [own]
+
+
+def hubs_namespaces(config: Config) -> dict[str, list[str]]:
+    """Return each hub with patterns of the namespaces where its servers may run."""
+    found: dict[str, list[str]] = {}
+    for token in config.tokens:
+        if token.hub is not None:
+            found.setdefault(token.hub, []).extend(token.namespaces or ())
+    return found
 
 
 def own_namespace() -> str:

@@ -23,6 +23,7 @@ from nbgpu.claims import (
     concerns,
     device_name,
     devices_of,
+    left_over,
     parse_quantity,
     read_claim,
     read_move,
@@ -113,6 +114,8 @@ class ClaimInfo:
     """What is wrong with it, though it counts."""
     moves_to: Slice | None = None
     """Of a note that a claim is being moved (`nbgpu.claims.move_note`)."""
+    left_over: Slice | None = None
+    """Of one that an earlier installation's pool made, and that holds nothing (`nbgpu.claims.left_over`)."""
 
 
 def keep_node(thing: Json) -> NodeInfo:
@@ -210,6 +213,8 @@ class View:
         """Slices of the pool that a pod carries, or did."""
         self.bare: set[str] = set()
         """Slices of the pool that no pod carries now."""
+        self.left_over: set[Key] = set()
+        """Claims that an earlier installation's pool made, and that hold nothing."""
         self.unowned: set[Key] = set()
         """Claims whose pod runs and is not their owner yet."""
 
@@ -311,8 +316,10 @@ class View:
             return ClaimInfo(uid, version, None, owners, moves_to=moves_to)
         try:
             claim = read_claim(thing, self.by_name, self._key)
-            info = ClaimInfo(uid, version, claim, owners, slice=claim.slice if claim is not None else None)
-            return self._limits(info, claim, thing) if claim is not None and _has_limits(thing) else info
+            if claim is None:
+                return ClaimInfo(uid, version, None, owners, left_over=left_over(thing, self._key))
+            info = ClaimInfo(uid, version, claim, owners, slice=claim.slice)
+            return self._limits(info, claim, thing) if _has_limits(thing) else info
         except BadObject as error:
             problem = error.message
         told: Claim | None = None
@@ -360,6 +367,7 @@ class View:
             del self.notes[old.moves_to.slice_id]
             self._forget_note(old.moves_to.slice_id)
         (self._warned.add if new is not None and new.warning else self._warned.discard)(key)
+        (self.left_over.add if new is not None and new.left_over is not None else self.left_over.discard)(key)
         if (old.less if old is not None else ()) != (new.less if new is not None else ()):
             self._devices = None
             (self._resized.add if new is not None and new.less else self._resized.discard)(key)

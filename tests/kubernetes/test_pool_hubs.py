@@ -15,7 +15,9 @@ from gateway_kit import Gateway
 from place_kit import GIB, RESOURCE, Place, until
 from pool_kit import TOKEN, Pool, check, new_id, served
 
+from nbgpu.claims import claim_for
 from nbgpu.kube import path
+from nbgpu.models import Owner, Slice, SliceDevice
 
 pytestmark = [pytest.mark.kubernetes]
 
@@ -87,6 +89,52 @@ def test_claims_of_a_hub_that_is_not_configured_any_more(place: Place, tmp_path:
     place.delete_pod(carried)
     until(lambda: place.claim(carried) is None)
     check(place, again, [])
+
+
+@pytest.mark.parametrize("key", ["the same key", "another key"])
+def test_a_server_that_ended_while_no_pool_ran(place: Place, tmp_path: Path, key: str) -> None:
+    """Its claim is freed by the pool that leads next, also where an installation anew has made another key."""
+    pool = Pool(place, tmp_path, reservation_ttl_seconds=60).start()
+    ended, late, pending = served(place, pool), new_id(), new_id()
+    for request in (late, pending):
+        pool.granted(request)
+    assert pool.bind(late).status_code == 200
+    place.pod(pending, cpu="1000")
+    pool.kill()
+    place.delete_pod(ended)
+    until(lambda: (place.claim(ended) or {}).get("status") in ({}, None), why="for Kubernetes to take its devices back")
+    assert not (place.claim(ended) or {})["metadata"].get("ownerReferences"), "Kubernetes would delete it else"
+    others = _claim_of(place, "hub", f"{place.namespace}-two"), _claim_of(place, "another", place.namespace)
+    folder = tmp_path / key
+    folder.mkdir()
+    if key == "the same key":
+        (folder / "seal.key").write_bytes(pool.key)
+    again = Pool(place, folder, tokens={"hub": [place.namespace]}, reservation_ttl_seconds=8).start()
+    time.sleep(4)
+    assert place.claim(ended) is not None, "not before its time"
+    place.pod(late)  # of a start that was under way
+    until(lambda: place.claim(ended) is None, 12, again.log)
+    until(lambda: place.phase(late) == "Running")
+    time.sleep(10)
+    assert place.claim(late) is not None
+    assert place.claim(pending) is not None, "its pod waits for a node"
+    for name, namespace in others:
+        assert place.get(RESOURCE, "resourceclaims", namespace, name) is not None, "it is not this hub's"
+        place.do(place.kube.delete(path(RESOURCE, "resourceclaims", namespace, name)))
+    for request in (late, pending):
+        place.delete_pod(request)
+    until(lambda: place.claim(late) is None and place.claim(pending) is None, 20, again.log)
+    check(place, again, [])
+
+
+def _claim_of(place: Place, hub: str, namespace: str) -> tuple[str, str]:
+    """Make the claim of a pool that is not there; return its name and namespace."""
+    device = place.devices[place.nodes[0]][0]
+    part = SliceDevice(uuid=device.uuid, index=0, model=device.model, memory_bytes=GIB, compute_milli=100)
+    owner = Owner(hub=hub, user="ada")
+    held = Slice(slice_id=new_id(), owner=owner, node=device.node, mode="burst", devices=[part], namespace=namespace)
+    made = place.do(place.kube.create(path(RESOURCE, "resourceclaims", namespace), claim_for(held, b"a key that nobody has")))
+    return made["metadata"]["name"], namespace
 
 
 def test_a_claim_reserved_for_a_pod_that_is_gone(place: Place, tmp_path: Path) -> None:
