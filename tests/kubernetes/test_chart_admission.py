@@ -5,6 +5,7 @@ Nothing of nbgpu runs here: the chart's pods find no node. Requests are dry runs
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 import uuid
@@ -14,6 +15,9 @@ from typing import Any
 import pytest
 import yaml
 from chart_kit import CHART, ROOT, Api, Json, helm, namespace, options, until
+
+from nbgpu.kube import Kube
+from nbgpu.kube_check import cluster_problem
 
 pytestmark = [pytest.mark.kubernetes]
 
@@ -188,6 +192,17 @@ class TestOnlyThePool:
         status, message = strict.make("editor", kind, thing)
         assert status == 403, message
         assert "nbgpu" in message
+
+    def test_an_administrators_look_at_the_cluster_asks_for_nothing_that_is_refused(self, strict: Place) -> None:
+        async def asked() -> str | None:
+            kube = Kube()
+            try:
+                return await cluster_problem(kube, strict.name)
+            finally:
+                await kube.close()
+
+        assert strict.make({}, "claim", claim())[0] == 403
+        assert asyncio.run(asked()) is None
 
     @pytest.mark.parametrize(
         ("kind", "thing"), [("claim", other_class(claim())), ("template", template(of=other_class(claim()))), ("pod", pod())]
@@ -467,8 +482,6 @@ def test_secrets_live_through_upgrades_and_uninstalling_leaves_nothing(place: Pl
 
 def test_a_users_pod_passes_pod_security_restricted() -> None:
     pytest.importorskip("kubespawner")
-    import asyncio
-
     from kubernetes_asyncio.client import ApiClient
     from kubespawner.objects import make_pod
 
