@@ -199,3 +199,8 @@ def test_secrets_are_made_unless_given() -> None:
     assert [one["secret"]["secretName"] for one in volumes if "secret" in one] == ["my-seal", "my-read", "my-hub"]
     apart = [one["metadata"] for one in render(INSTALLATIONS["two hubs"]) if one["kind"] == "Secret"]
     assert ("hub-one", "nbgpu-hub-one") in [(one.get("namespace"), one["name"]) for one in apart]
+
+
+def test_an_uninstall_keeps_the_seal_alone() -> None:
+    kept = {one["metadata"]["name"] for one in render() if one["metadata"].get("annotations", {}).get("helm.sh/resource-policy") == "keep"}
+    assert kept == {"nbgpu-seal"}
