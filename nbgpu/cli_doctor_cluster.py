@@ -68,10 +68,21 @@ def _agents(cluster: Cluster) -> list[Check]:
             )
         else:
             found.append(Check("agents", "ok", f"{ready} of {wanted} are ready"))
-    if not cluster.agents and "daemonsets" not in cluster.unread:
+    if stranded := _stranded(cluster):
+        what = f"{counted(stranded, 'server')} {'holds a slice' if stranded == 1 else 'hold slices'} and no agent of nbgpu's chart is here"
+        remedy = "helm install nbgpu again, under its old name, until they have ended (docs/kubernetes.md, Uninstall)."
+        found.append(Check("agents", "error", f"{what}: they go on, but their pods stay Terminating when they end", remedy))
+    elif not cluster.agents and "daemonsets" not in cluster.unread:
         level = "note" if cluster.devices else "error"
         found.append(Check("agents", level, "no DaemonSet of nbgpu's chart is here", "helm install nbgpu deploy/chart"))
     return found
+
+
+def _stranded(cluster: Cluster) -> int:
+    """Return how many servers are left of an installation whose agents and pool are gone."""
+    if cluster.agents or cluster.pools or {"daemonsets", "deployments"} & set(cluster.unread):
+        return 0
+    return sum(bool(one.pods) for one in cluster.holdings)
 
 
 def _why(cluster: Cluster, component: str) -> str:
@@ -155,9 +166,8 @@ def _pool(cluster: Cluster) -> list[Check]:
 
 
 def _claims(cluster: Cluster) -> list[Check]:
-    found = [
-        Check("claim", "error", one.problem, "Nothing is granted on its GPU until it is gone.") for one in cluster.holdings if one.problem
-    ]
+    odd = [] if _stranded(cluster) else [one.problem for one in cluster.holdings if one.problem]
+    found = [Check("claim", "error", problem, "Nothing is granted on its GPU until it is gone.") for problem in odd]
     sums = granted(cluster)
     for device in cluster.devices:
         memory, milli, _ = sums[device.uuid]

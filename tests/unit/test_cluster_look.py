@@ -111,6 +111,21 @@ def test_a_pod_that_waits_is_quoted() -> None:
     assert "0 of 1 agents of nbgpu/nbgpu-agent are ready: no room" in " ".join(said(well(agents=[daemonset(ready=0)], pods=[pod]), "error"))
 
 
+@pytest.mark.parametrize("slices", [[resource_slice("n0", [DEVICE], {}, 1)], []], ids=["just now", "its ResourceSlices are gone too"])
+def test_uninstalled_under_running_servers(slices: list[Any]) -> None:
+    """Said once, with what to do, and not claim by claim."""
+    ending = claim(2)
+    ending["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    gone = well(agents=[], pools=[], slices=slices, claims=[claim(1), ending, claim(3, pod=False)])
+    [agents] = [one for one in checks(gone) if one.name == "agents"]
+    assert agents.level == "error"
+    assert agents.found.startswith("2 servers hold slices and no agent of nbgpu's chart is here")
+    assert "helm install nbgpu again" in agents.remedy
+    assert not [one for one in checks(gone) if one.name == "claim"]
+    [agents] = [one for one in checks(well(agents=[], pools=[], slices=slices, claims=[])) if one.name == "agents"]
+    assert "helm install nbgpu deploy/chart" in agents.remedy
+
+
 def test_who_holds_what() -> None:
     own = claim(4)
     own["metadata"] = {"name": "mine", "namespace": "lab", "uid": own["metadata"]["uid"]}
