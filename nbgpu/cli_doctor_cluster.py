@@ -6,7 +6,7 @@ import re
 
 from .claims import DRIVER
 from .cli_doctor import Check
-from .cluster_look import COMPONENT, Cluster, as_dict, as_dicts, granted
+from .cluster_look import COMPONENT, ENFORCE, Cluster, as_dict, as_dicts, granted
 from .quantities import WHOLE_MILLI, format_memory
 from .words import counted
 
@@ -25,6 +25,9 @@ def checks(cluster: Cluster) -> list[Check]:
         *_pool(cluster),
         *_claims(cluster),
     ]
+    if cluster.unguarded:
+        what = f"servers run in {', '.join(cluster.unguarded[:5])}, without the label {ENFORCE}=baseline or restricted"
+        found.append(Check("pod security", "note", f"{what}: who makes pods there can change every slice's limits (docs/security.md)"))
     if cluster.unread:
         what = f"these credentials may not read {', '.join(cluster.unread)}: what is said of them is incomplete"
         found.append(Check("credentials", "warning", what, "Run it as an administrator of the cluster."))

@@ -518,3 +518,18 @@ def test_a_users_pod_passes_pod_security_restricted() -> None:
         status, answer = api.call("POST", path, made)
         assert status == 403, answer
         assert "restricted" in answer["message"]
+
+
+def test_the_slices_files_are_out_of_reach_under_baseline() -> None:
+    made = pod()
+    made["spec"]["volumes"] = [{"name": "slices", "hostPath": {"path": "/run/nbgpu"}}]
+    api = Api()
+    with namespace(api, f"chart-{uuid.uuid4().hex[:6]}", {"pod-security.kubernetes.io/enforce": "baseline"}) as name:
+        path = f"/api/v1/namespaces/{name}/pods?dryRun=All"
+        status, answer = api.call("POST", path, made)
+        assert status == 403, answer
+        assert "hostPath" in answer["message"]
+        # the control, which docs/security.md warns of: without the label nothing refuses it
+        change = {"metadata": {"labels": {"pod-security.kubernetes.io/enforce": None}}}
+        api.done("PATCH", f"/api/v1/namespaces/{name}", change, content="application/merge-patch+json")
+        until("the label to count no more", lambda: api.call("POST", path, made)[0] == 201)

@@ -12,7 +12,7 @@ from nbgpu.claims import claim_for, device_name, resource_slice
 from nbgpu.cli_cluster import cluster_json, cluster_tables, show_pool
 from nbgpu.cli_common import console
 from nbgpu.cli_doctor_cluster import checks
-from nbgpu.cluster_look import Cluster, take_in
+from nbgpu.cluster_look import Cluster, take_in, unguarded
 from nbgpu.errors import NbgpuError
 from nbgpu.models import Device, Owner, Slice, SliceDevice
 
@@ -124,6 +124,20 @@ def test_uninstalled_under_running_servers(slices: list[Any]) -> None:
     assert not [one for one in checks(gone) if one.name == "claim"]
     [agents] = [one for one in checks(well(agents=[], pools=[], slices=slices, claims=[])) if one.name == "agents"]
     assert "helm install nbgpu deploy/chart" in agents.remedy
+
+
+def test_namespaces_of_servers_without_pod_security() -> None:
+    def space(name: str, level: str | None) -> dict[str, Any]:
+        return {"metadata": {"name": name, "labels": {"pod-security.kubernetes.io/enforce": level} if level else {}}}
+
+    def bound(role: str, where: str) -> dict[str, Any]:
+        return {"metadata": {"namespace": where}, "roleRef": {"name": role}}
+
+    spaces = [space("lab", None), space("strict", "restricted"), space("base", "baseline"), space("open", "privileged"), space("x", None)]
+    bindings = [bound("nbgpu-pool-claims", one) for one in ("strict", "base", "open")] + [bound("nbgpu-pool-lease", "x")]
+    assert unguarded(spaces, bindings, well().holdings) == ["lab", "open"]
+    assert any("pod-security.kubernetes.io/enforce" in one for one in said(well(unguarded=["lab", "open"]), "note"))
+    assert not any("Pod Security" in one for one in said(well(), "note"))
 
 
 def test_who_holds_what() -> None:
