@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from typing import Any
 
 import pytest
+import yaml
 from chart_kit import CHART, KUBE_VERSION, helm, options, pick, render
 
-from nbgpu_pool.config import Config
+from nbgpu_pool import config as pool_config
+from nbgpu_pool.config import ComingConfig, Config, DefaultQuota, GroupQuota, QueueConfig, QuotaConfig, UserQuota
 
 pytestmark = pytest.mark.kubernetes
 
@@ -53,6 +56,11 @@ def test_lint_and_render(values: dict[str, Any]) -> None:
         ({"agent.simulate.devices": 0}, "devices"),
         ({"pool.replicas": 0}, "replicas"),
         ({"pool.config": {"tokens": []}}, "tokens"),
+        ({"pool.config.quotas.default.limt": 3}, "limt"),
+        ({"pool.config.quotas.default.limit": True}, "/pool/config/quotas/default/limit"),
+        ({"pool.config.quotas.groups": {"students": {"per_usr": 1}}}, "per_usr"),
+        ({"pool.config.queue.total": -1}, "/pool/config/queue/total"),
+        ({"pool.config.coming": [{"name": "a100", "model": "A100", "devices": 8, "memory": "80 GiB"}]}, "nodes"),
         ({"hubs": []}, "hubs"),
         ({"hubs": [{"namespace": "jhub"}]}, "'name'"),
         ({"hubs": [{"name": "My Hub"}]}, "/hubs/0/name"),
@@ -69,9 +77,27 @@ def test_bad_values_are_refused_by_name(values: dict[str, Any], said: str) -> No
     assert said in done.stderr
 
 
-def test_all_of_the_pools_configuration_can_be_given() -> None:
-    known = json.loads((CHART / "values.schema.json").read_text())["properties"]["pool"]["properties"]["config"]["properties"]
-    assert set(known) == set(Config.model_fields) - {"tokens"}
+def test_all_of_the_pools_configuration_can_be_given_and_nothing_else() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    config, named = schema["properties"]["pool"]["properties"]["config"]["properties"], schema["definitions"]
+    assert set(config) == set(Config.model_fields) - {"tokens"}
+    quotas = config["quotas"]["properties"]
+    groups, users = (quotas[name]["additionalProperties"]["$ref"].rpartition("/")[2] for name in ("groups", "users"))
+    for told, model in (
+        (config["quotas"], QuotaConfig), (quotas["default"], DefaultQuota), (named[users], UserQuota), (named[groups], GroupQuota),
+        (config["queue"], QueueConfig), (config["coming"]["items"], ComingConfig),
+    ):  # fmt: skip
+        assert set(told["properties"]) == set(model.model_fields)
+        assert told["additionalProperties"] is False
+        assert set(told.get("required", [])) == {name for name, field in model.model_fields.items() if field.is_required()}
+
+
+def test_a_whole_configuration_of_the_pool_passes() -> None:
+    """That of the configuration's own page, word for word, but for the tokens."""
+    example = yaml.safe_load(textwrap.dedent((pool_config.__doc__ or "").partition("::\n")[2]))
+    del example["tokens"]
+    told = pick(render({"pool.config": example}), "ConfigMap", "nbgpu-pool")["data"]["pool.yaml"]
+    assert Config.model_validate(yaml.safe_load(told)).quotas == Config.model_validate(example).quotas
 
 
 def test_an_older_cluster_is_refused_in_one_line() -> None:
