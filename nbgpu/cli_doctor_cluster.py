@@ -42,6 +42,9 @@ def _kubernetes(cluster: Cluster) -> Check:
 
 
 def _class(cluster: Cluster) -> Check:
+    if cluster.has_class and not (cluster.agents or cluster.pools or cluster.unread):
+        what = "it is left of an earlier installation or somebody else's. Delete it, or install with createDeviceClass=false"
+        return Check("device class", "note", f"DeviceClass {DRIVER} is there, and no installation of nbgpu's chart: {what}")
     if cluster.has_class:
         return Check("device class", "ok", f"DeviceClass {DRIVER} is there")
     return Check(
@@ -97,7 +100,8 @@ def _why(cluster: Cluster, component: str) -> str:
         for state in as_dicts(status.get("containerStatuses")):
             waiting = as_dict(as_dict(state.get("state")).get("waiting"))
             if waiting:
-                return f": {waiting.get('reason')}: {waiting.get('message', '')}".rstrip(": ")
+                last = str(as_dict(as_dict(state.get("lastState")).get("terminated")).get("message") or "").strip().splitlines()
+                return f": {waiting.get('reason')}: {last[-1] if last else waiting.get('message', '')}".rstrip(": ")
         for condition in as_dicts(status.get("conditions")):
             if condition.get("status") == "False" and condition.get("message"):
                 return f": {condition['message']}"

@@ -159,6 +159,13 @@ def test_the_pool_needs_nothing_of_the_node_and_the_agent_names_what_it_needs() 
     assert cdi["readOnly"]
 
 
+def test_what_a_part_said_before_it_ended_is_kept_for_doctor() -> None:
+    objects = render()
+    for kind, part in (("Deployment", "pool"), ("DaemonSet", "agent")):
+        [container] = pick(objects, kind, f"nbgpu-{part}")["spec"]["template"]["spec"]["containers"]
+        assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
+
+
 def test_where_the_agent_gets_the_driver_from() -> None:
     def agent(**values: Any) -> dict[str, Any]:
         return pick(render(values), "DaemonSet", "nbgpu-agent")["spec"]["template"]

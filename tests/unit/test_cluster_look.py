@@ -126,6 +126,26 @@ def test_uninstalled_under_running_servers(slices: list[Any]) -> None:
     assert "helm install nbgpu deploy/chart" in agents.remedy
 
 
+def test_a_pod_that_crashes_is_quoted_with_its_last_words() -> None:
+    log = "starting\nThe pool's configuration /etc/nbgpu/pool.yaml is wrong at quotas.default.memory.\n"
+    state = {
+        "state": {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 10s"}},
+        "lastState": {"terminated": {"message": log}},
+    }
+    pod = {"metadata": {"labels": {"app.kubernetes.io/component": "pool"}}, "status": {"containerStatuses": [state]}}
+    pool = {"metadata": {"namespace": "a", "name": "b"}, "spec": {}}
+    assert "CrashLoopBackOff: The pool's configuration /etc/nbgpu/pool.yaml is wrong at quotas.default.memory" in " ".join(
+        said(well(pools=[pool], pods=[pod]), "error")
+    )
+
+
+def test_a_device_class_without_an_installation() -> None:
+    [one] = [one for one in checks(well(agents=[], pools=[], slices=[], claims=[])) if one.name == "device class"]
+    assert one.level == "note"
+    assert "createDeviceClass=false" in one.found
+    assert [one.level for one in checks(well()) if one.name == "device class"] == ["ok"]
+
+
 def test_namespaces_of_servers_without_pod_security() -> None:
     def space(name: str, level: str | None) -> dict[str, Any]:
         return {"metadata": {"name": name, "labels": {"pod-security.kubernetes.io/enforce": level} if level else {}}}
