@@ -14,7 +14,7 @@ from nbgpu.cli_common import console
 from nbgpu.cli_doctor_cluster import checks
 from nbgpu.cluster_look import Cluster, take_in, unguarded
 from nbgpu.errors import NbgpuError
-from nbgpu.models import Device, Owner, Slice, SliceDevice
+from nbgpu.models import Device, Grant, GrantState, Owner, Request, Slice, SliceDevice
 
 GIB = 1024**3
 DEVICE = Device(uuid="GPU-a", index=0, model="Big", node="n0", memory_bytes=80 * GIB, reserve_bytes=2 * GIB)
@@ -186,3 +186,25 @@ def test_a_pool_that_does_not_answer() -> None:
         show_pool("file:///etc/passwd", as_json=True)
     with pytest.raises(NbgpuError, match="does not answer as a pool does"):
         show_pool("http://127.0.0.1:1", as_json=True)
+
+
+def test_a_claim_of_somebodys_own_is_called_the_same_by_cluster_and_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = claim(4)
+    uid = own["metadata"]["uid"]
+    own["metadata"] = {"name": "holder-gpu-jzkts", "namespace": "lab", "uid": uid}
+    found = well(claims=[own, claim(1)])
+    [foreign] = [one.slice for one in found.holdings if one.name == "holder-gpu-jzkts"]
+    assert foreign is not None
+    asked = Request(request_id="0123456789abcdef", owner=foreign.owner, compute_milli=250)
+    grant = Grant(request=asked, state=GrantState.bound, slice=foreign)
+    monkeypatch.setattr("nbgpu.cli_cluster._ask", lambda url, route, kind: [grant] if route == "/v1/requests" else [])
+    out = console()
+    with out.capture() as shown:
+        for part in cluster_tables(found):
+            out.print(part)
+    by_cluster = shown.get()
+    monkeypatch.setattr("nbgpu.cli_cluster.console", lambda: out)
+    with out.capture() as shown:
+        show_pool("http://pool", as_json=False)
+    for told in (by_cluster, shown.get()):
+        assert [line.split()[0] for line in told.splitlines() if "lab/holder-gpu-jzkts" in line] == ["holder-gpu-jzkts"], told
