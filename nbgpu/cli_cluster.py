@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from .claims import FOREIGN_HUB
 from .cli_common import SHORT_ID, console, owner_name, percent, print_json
 from .errors import NbgpuError, Unavailable
-from .models import DeviceBooks, Grant, GrantState
+from .models import DeviceBooks, Grant, GrantState, Slice
 from .quantities import format_memory
 from .words import counted
 
@@ -111,7 +112,7 @@ def show_pool(url: str, *, as_json: bool) -> None:
         if grant.slice is not None and grant.state is not GrantState.queued:
             parts = grant.slice.devices
             held.add_row(
-                grant.slice.slice_id[:SHORT_ID], owner_name(grant.slice), grant.slice.owner.hub, grant.slice.node,
+                _slice_name(grant.slice), owner_name(grant.slice), grant.slice.owner.hub, grant.slice.node,
                 ",".join(str(part.index) for part in parts), format_memory(sum(part.memory_bytes for part in parts)),
                 percent(sum(part.compute_milli for part in parts)), grant.state.value, grant.note or "",
             )  # fmt: skip
@@ -119,6 +120,11 @@ def show_pool(url: str, *, as_json: bool) -> None:
     queue = sorted((grant for grant in grants if grant.state is GrantState.queued), key=lambda grant: grant.position or 0)
     if queue:
         console().print(queue_table(queue))
+
+
+def _slice_name(piece: Slice) -> str:
+    """Return how ``--cluster`` calls it too: a claim of somebody's own by its name, which is its owner's `server`."""
+    return piece.owner.server if piece.owner.hub == FOREIGN_HUB else piece.slice_id[:SHORT_ID]
 
 
 def _ask(url: str, route: str, kind: Any) -> Any:

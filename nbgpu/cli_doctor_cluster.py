@@ -6,7 +6,7 @@ import re
 
 from .claims import DRIVER
 from .cli_doctor import Check
-from .cluster_look import COMPONENT, Cluster, as_dict, as_dicts, granted
+from .cluster_look import COMPONENT, ENFORCE, Cluster, as_dict, as_dicts, granted
 from .quantities import WHOLE_MILLI, format_memory
 from .words import counted
 
@@ -25,6 +25,9 @@ def checks(cluster: Cluster) -> list[Check]:
         *_pool(cluster),
         *_claims(cluster),
     ]
+    if cluster.unguarded:
+        what = f"servers run in {', '.join(cluster.unguarded[:5])}, without the label {ENFORCE}=baseline or restricted"
+        found.append(Check("pod security", "note", f"{what}: who makes pods there can change every slice's limits (docs/security.md)"))
     if cluster.unread:
         what = f"these credentials may not read {', '.join(cluster.unread)}: what is said of them is incomplete"
         found.append(Check("credentials", "warning", what, "Run it as an administrator of the cluster."))
@@ -39,6 +42,9 @@ def _kubernetes(cluster: Cluster) -> Check:
 
 
 def _class(cluster: Cluster) -> Check:
+    if cluster.has_class and not (cluster.agents or cluster.pools or cluster.unread):
+        what = "it is left of an earlier installation or somebody else's. Delete it, or install with createDeviceClass=false"
+        return Check("device class", "note", f"DeviceClass {DRIVER} is there, and no installation of nbgpu's chart: {what}")
     if cluster.has_class:
         return Check("device class", "ok", f"DeviceClass {DRIVER} is there")
     return Check(
@@ -68,10 +74,21 @@ def _agents(cluster: Cluster) -> list[Check]:
             )
         else:
             found.append(Check("agents", "ok", f"{ready} of {wanted} are ready"))
-    if not cluster.agents and "daemonsets" not in cluster.unread:
+    if stranded := _stranded(cluster):
+        what = f"{counted(stranded, 'server')} {'holds a slice' if stranded == 1 else 'hold slices'} and no agent of nbgpu's chart is here"
+        remedy = "helm install nbgpu again, under its old name, until they have ended (docs/kubernetes.md, Uninstall)."
+        found.append(Check("agents", "error", f"{what}: they go on, but their pods stay Terminating when they end", remedy))
+    elif not cluster.agents and "daemonsets" not in cluster.unread:
         level = "note" if cluster.devices else "error"
         found.append(Check("agents", level, "no DaemonSet of nbgpu's chart is here", "helm install nbgpu deploy/chart"))
     return found
+
+
+def _stranded(cluster: Cluster) -> int:
+    """Return how many servers are left of an installation whose agents and pool are gone."""
+    if cluster.agents or cluster.pools or {"daemonsets", "deployments"} & set(cluster.unread):
+        return 0
+    return sum(bool(one.pods) for one in cluster.holdings)
 
 
 def _why(cluster: Cluster, component: str) -> str:
@@ -83,7 +100,8 @@ def _why(cluster: Cluster, component: str) -> str:
         for state in as_dicts(status.get("containerStatuses")):
             waiting = as_dict(as_dict(state.get("state")).get("waiting"))
             if waiting:
-                return f": {waiting.get('reason')}: {waiting.get('message', '')}".rstrip(": ")
+                last = str(as_dict(as_dict(state.get("lastState")).get("terminated")).get("message") or "").strip().splitlines()
+                return f": {waiting.get('reason')}: {last[-1] if last else waiting.get('message', '')}".rstrip(": ")
         for condition in as_dicts(status.get("conditions")):
             if condition.get("status") == "False" and condition.get("message"):
                 return f": {condition['message']}"
@@ -155,9 +173,8 @@ def _pool(cluster: Cluster) -> list[Check]:
 
 
 def _claims(cluster: Cluster) -> list[Check]:
-    found = [
-        Check("claim", "error", one.problem, "Nothing is granted on its GPU until it is gone.") for one in cluster.holdings if one.problem
-    ]
+    odd = [] if _stranded(cluster) else [one.problem for one in cluster.holdings if one.problem]
+    found = [Check("claim", "error", problem, "Nothing is granted on its GPU until it is gone.") for problem in odd]
     sums = granted(cluster)
     for device in cluster.devices:
         memory, milli, _ = sums[device.uuid]

@@ -19,6 +19,7 @@ from .models import Device, Owner, Slice
 RESOURCE = "resource.k8s.io/v1"
 PARTS = "app.kubernetes.io/name=nbgpu"
 COMPONENT = "app.kubernetes.io/component"
+ENFORCE = "pod-security.kubernetes.io/enforce"
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Cluster:
     runtime_classes: set[str] = field(default_factory=set[str])
     events: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     """Of pods: reason and message."""
+    unguarded: list[str] = field(default_factory=list[str])
+    """Namespaces of servers in which Pod Security lets anybody who makes pods mount the host's files."""
     unread: list[str] = field(default_factory=list[str])
 
 
@@ -95,6 +98,8 @@ async def _read(kube: Kube, namespace: str) -> Cluster:
     events = await _list(kube, found, "events", path("v1", "events"), fields="involvedObject.kind=Pod,type=Warning")
     found.events = [(str(one.get("reason", "")), str(one.get("message", ""))) for one in events]
     take_in(found, nodes, slices, claims)
+    bindings = await _list(kube, found, "rolebindings", path("rbac.authorization.k8s.io/v1", "rolebindings"), labels=PARTS)
+    found.unguarded = unguarded(await _list(kube, found, "namespaces", path("v1", "namespaces")), bindings, found.holdings)
     return found
 
 
@@ -125,6 +130,14 @@ def take_in(found: Cluster, nodes: list[Json], slices: list[Json], claims: list[
                 found.also[name] = int(other)
     names = {(device.node, device_name(device.uuid)): device for device in found.devices}
     found.holdings = sorted(_holdings(claims, names), key=lambda one: (one.namespace, one.name))
+
+
+def unguarded(namespaces: list[Json], bindings: list[Json], holdings: list[Holding]) -> list[str]:
+    """Return where servers run, or may by the roles that the chart gives, and Pod Security enforces neither baseline nor restricted."""
+    ours = {str(one["metadata"].get("namespace")) for one in bindings if str(one["roleRef"].get("name")).endswith("-pool-claims")}
+    ours |= {one.namespace for one in holdings}
+    levels = {str(one["metadata"]["name"]): as_dict(one["metadata"].get("labels")).get(ENFORCE) for one in namespaces}
+    return sorted(name for name in ours if name in levels and levels[name] not in ("baseline", "restricted"))
 
 
 def _holdings(claims: list[Json], names: dict[tuple[str, str], Device]) -> Iterator[Holding]:

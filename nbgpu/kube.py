@@ -430,7 +430,7 @@ def _refusal(verb: str, path: str, status: int, content: bytes) -> NbgpuError:
     if status == 429 or status >= 500:
         return ApiServerAway(f"The Kubernetes API server cannot {doing} now ({status}: {words or reason or 'no reason given'}); try again.")
     kind = _REFUSALS.get(status, KubeError)
-    message = f"Kubernetes refuses to {doing}: {words or reason or status}."
+    message = f"Kubernetes refuses to {doing}: {str(words or reason or status).rstrip('.')}."
     if kind is NotAllowed:
         message += " Look at the roles that nbgpu's chart gives, and at admission policies."
     error = kind(message, status=status)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from .claims import DRIVER, Json
+from .claims import Json
 from .errors import NbgpuError, Unavailable
 from .kube import Kube, NotAllowed, NotFound, Rejected, path
 
 GATE = "DRAConsumableCapacity"
+PROBE_CLASS = "probe.nbgpu.io"
+"""A class that nobody makes. Claims for nbgpu's own the chart's rules leave to the pool alone, and ResourceQuotas count them."""
 
 
 async def cluster_problem(kube: Kube, *namespaces: str) -> str | None:
@@ -28,7 +30,7 @@ async def cluster_problem(kube: Kube, *namespaces: str) -> str | None:
     version = f"{told.get('major', '?')}.{str(told.get('minor', '?')).rstrip('+')}"
     enable = f"update it, or turn the feature gate {GATE} on in API server, scheduler, controller manager and kubelets"
     wanted = f"nbgpu needs Kubernetes 1.36 or later with {GATE} (there on by default)"
-    request = {"deviceClassName": DRIVER, "capacity": {"requests": {"memory": "1Mi"}}}
+    request = {"deviceClassName": PROBE_CLASS, "capacity": {"requests": {"memory": "1Mi"}}}
     probe: Json = {
         "apiVersion": "resource.k8s.io/v1",
         "kind": "ResourceClaim",

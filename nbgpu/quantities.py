@@ -19,6 +19,7 @@ GIB = 1024**3
 WHOLE_MILLI = 1000
 
 _FRACTION_RANGE = "a fraction of one GPU above 0 and up to 1, such as 0.25, 1/4 or 25%"
+_FRACTION_LEAST = "at least 0.001, a thousandth of a GPU, and up to 1"
 _MEMORY_RANGE = "an amount above 0 with a binary unit, such as 20 GiB or 512 MiB"
 _NUMBER = re.compile(r"^\d{1,9}(\.\d{1,9})?$", re.ASCII)
 _MEMORY = re.compile(r"^(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT])(?:iB|i)?$", re.IGNORECASE | re.ASCII)
@@ -48,6 +49,9 @@ def parse_fraction(value: object, field: str = "gpu_fraction") -> int:
     """
     milli = _milli(value)
     if milli is None:
+        exact = _exact(value)
+        if exact is not None and 0 < exact * WHOLE_MILLI < 1:
+            raise InvalidValue(field, value, _FRACTION_LEAST)
         raise InvalidValue(field, value, _FRACTION_RANGE + _comma(value, _milli))
     return milli
 

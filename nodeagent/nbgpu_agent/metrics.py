@@ -124,7 +124,9 @@ class MetricsPage:
 
     async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
         """Be the ASGI app."""
-        status, kind, text = 404, "application/json", json.dumps({"error": {"code": "not-found", "message": "Try /metrics."}})
+        off = "Metrics are off here: the chart's agent.metrics.enabled turns them on, or leave out --health-only."
+        hint = "Try /metrics." if not self._health_only else off if scope["path"] == "/metrics" else "Try /healthz."
+        status, kind, text = 404, "application/json", json.dumps({"error": {"code": "not-found", "message": hint}})
         if scope["method"] not in ("GET", "HEAD"):
             status = 405
         elif scope["path"] == "/healthz":

@@ -21,7 +21,7 @@ from .nvml import DeviceSample, Nvml
 from .offenders import Books, Held, Offence, judge
 from .procs import Process, exiting, find, inner_pid, parent
 from .responses import Responses
-from .watchdog import Confirmed, Finding, SlotSeen, judge_slice, overheads
+from .watchdog import Confirmed, Finding, SlotSeen, describe, judge_slice, overheads
 
 log = logging.getLogger("nbgpu.agent")
 TICK_SECONDS = 1.0
@@ -301,18 +301,8 @@ class Monitor:
     def _report(self, finding: Finding) -> None:
         agent = self._agent
         live = agent.slices.get(finding.slice_id or "")
-        who = f"Process {finding.pid}" if finding.pid is not None else "This server"
-        held, allowed = format_memory(finding.memory_bytes), format_memory(finding.allowed_bytes)
-        if finding.kind == "unlimited":
-            message = f"{who} uses the GPU ({held}) without nbgpu's limiter. Start it without changing LD_PRELOAD, or stop it."
-        elif finding.kind == "overhead":
-            message = f"{who} holds {held} beyond what it allocated; up to {allowed} are granted. Restart it to give the memory back."
-        elif finding.kind == "foreign":
-            message = f"{who} uses the GPU ({held}) and belongs to no slice of this node. Its memory is not counted by nbgpu."
-        elif finding.kind == "over-share":
-            message = f"{who} used {finding.compute_milli / 10:.0f} % of the GPU's time, more than its strict share, for 5 seconds."
-        else:
-            message = f"{who} holds {held} on the GPU, its limit is {allowed}. Free memory, or restart it."
+        device = agent.devices.get(finding.device)
+        message = describe(finding, f"GPU {device.index}" if device is not None else "a GPU")
         kernel = next((k for k in self._kernels(live) if k[0] == finding.pid), (None, None))[1] if live is not None else None
         agent.events.add(
             finding.kind,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from nbgpu.quantities import MIB
+from nbgpu.quantities import MIB, format_memory
 
 CONFIRM_SAMPLES = 2
 """NVML and the ledger are read one after the other: only what both of two samples show is told."""
@@ -42,6 +42,28 @@ class Finding:
     allowed_bytes: int
     compute_milli: int = 0
     samples_needed: int = CONFIRM_SAMPLES
+
+    @property
+    def device(self) -> str:
+        """The UUID of the device."""
+        return str(self.key[2] if self.slice_id is not None else self.key[1])
+
+
+def describe(finding: Finding, gpu: str) -> str:
+    """Return what happened and what to do, for the slice's owner and the log; `gpu` is how the device is called here."""
+    who = f"Process {finding.pid}" if finding.pid is not None else "This server"
+    held, allowed = format_memory(finding.memory_bytes), format_memory(finding.allowed_bytes)
+    if finding.kind == "unlimited":
+        return f"{who} uses {gpu} ({held}) without nbgpu's limiter. Start it without changing LD_PRELOAD, or stop it."
+    if finding.kind == "overhead":
+        return f"{who} holds {held} on {gpu} beyond what it allocated; up to {allowed} are granted. Restart it to give the memory back."
+    if finding.kind == "foreign":
+        return f"{who} uses {gpu} ({held}) and belongs to no slice of this node. Its memory is not counted by nbgpu."
+    if finding.kind == "over-share":
+        return f"{who} used {finding.compute_milli / 10:.0f} % of the time of {gpu}, more than its strict share, for 5 seconds."
+    if not finding.allowed_bytes:
+        return f"{who} holds {held} on {gpu}, of which it has no part. End what runs there, or restart it."
+    return f"{who} holds {held} on {gpu}, its limit there is {allowed}. Free memory, or restart it."
 
 
 def overheads(slots: Sequence[SlotSeen], nvml: Mapping[int, int], cap_bytes: int) -> dict[int, tuple[int, int]]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from typing import Any
 
 import pytest
+import yaml
 from chart_kit import CHART, KUBE_VERSION, helm, options, pick, render
 
 from nbgpu_agent.main import parse, policy_of
 from nbgpu_agent.policy import KINDS, Policy
-from nbgpu_pool.config import Config
+from nbgpu_pool import config as pool_config
+from nbgpu_pool.config import ComingConfig, Config, DefaultQuota, GroupQuota, QueueConfig, QuotaConfig, UserQuota
 
 pytestmark = pytest.mark.kubernetes
 
@@ -55,6 +58,11 @@ def test_lint_and_render(values: dict[str, Any]) -> None:
         ({"agent.simulate.devices": 0}, "devices"),
         ({"pool.replicas": 0}, "replicas"),
         ({"pool.config": {"tokens": []}}, "tokens"),
+        ({"pool.config.quotas.default.limt": 3}, "limt"),
+        ({"pool.config.quotas.default.limit": True}, "/pool/config/quotas/default/limit"),
+        ({"pool.config.quotas.groups": {"students": {"per_usr": 1}}}, "per_usr"),
+        ({"pool.config.queue.total": -1}, "/pool/config/queue/total"),
+        ({"pool.config.coming": [{"name": "a100", "model": "A100", "devices": 8, "memory": "80 GiB"}]}, "nodes"),
         ({"hubs": []}, "hubs"),
         ({"hubs": [{"namespace": "jhub"}]}, "'name'"),
         ({"hubs": [{"name": "My Hub"}]}, "/hubs/0/name"),
@@ -73,9 +81,27 @@ def test_bad_values_are_refused_by_name(values: dict[str, Any], said: str) -> No
     assert said in done.stderr
 
 
-def test_all_of_the_pools_configuration_can_be_given() -> None:
-    known = json.loads((CHART / "values.schema.json").read_text())["properties"]["pool"]["properties"]["config"]["properties"]
-    assert set(known) == set(Config.model_fields) - {"tokens"}
+def test_all_of_the_pools_configuration_can_be_given_and_nothing_else() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    config, named = schema["properties"]["pool"]["properties"]["config"]["properties"], schema["definitions"]
+    assert set(config) == set(Config.model_fields) - {"tokens"}
+    quotas = config["quotas"]["properties"]
+    groups, users = (quotas[name]["additionalProperties"]["$ref"].rpartition("/")[2] for name in ("groups", "users"))
+    for told, model in (
+        (config["quotas"], QuotaConfig), (quotas["default"], DefaultQuota), (named[users], UserQuota), (named[groups], GroupQuota),
+        (config["queue"], QueueConfig), (config["coming"]["items"], ComingConfig),
+    ):  # fmt: skip
+        assert set(told["properties"]) == set(model.model_fields)
+        assert told["additionalProperties"] is False
+        assert set(told.get("required", [])) == {name for name, field in model.model_fields.items() if field.is_required()}
+
+
+def test_a_whole_configuration_of_the_pool_passes() -> None:
+    """That of the configuration's own page, word for word, but for the tokens."""
+    example = yaml.safe_load(textwrap.dedent((pool_config.__doc__ or "").partition("::\n")[2]))
+    del example["tokens"]
+    told = pick(render({"pool.config": example}), "ConfigMap", "nbgpu-pool")["data"]["pool.yaml"]
+    assert Config.model_validate(yaml.safe_load(told)).quotas == Config.model_validate(example).quotas
 
 
 def test_an_older_cluster_is_refused_in_one_line() -> None:
@@ -135,6 +161,13 @@ def test_the_pool_needs_nothing_of_the_node_and_the_agent_names_what_it_needs() 
     assert "hostNetwork" not in agent
     [cdi] = [mount for mount in agent["containers"][0]["volumeMounts"] if mount["mountPath"] == "/etc/cdi"]
     assert cdi["readOnly"]
+
+
+def test_what_a_part_said_before_it_ended_is_kept_for_doctor() -> None:
+    objects = render()
+    for kind, part in (("Deployment", "pool"), ("DaemonSet", "agent")):
+        [container] = pick(objects, kind, f"nbgpu-{part}")["spec"]["template"]["spec"]["containers"]
+        assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
 
 
 def test_where_the_agent_gets_the_driver_from() -> None:
@@ -229,3 +262,8 @@ def test_nobody_who_keeps_a_port_busy_has_a_part_ended() -> None:
         (file,) = [arg.split("=")[1] for arg in container["args"] if arg.startswith("--alive-file=")]
         assert f"find {file} " in command
         assert any(file.startswith(f"{mount['mountPath']}/") and not mount.get("readOnly") for mount in container["volumeMounts"])
+
+
+def test_an_uninstall_keeps_the_seal_alone() -> None:
+    kept = {one["metadata"]["name"] for one in render() if one["metadata"].get("annotations", {}).get("helm.sh/resource-policy") == "keep"}
+    assert kept == {"nbgpu-seal"}

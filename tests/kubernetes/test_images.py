@@ -21,7 +21,9 @@ print("uid", os.getuid(), "jupyterhub", m.version("jupyterhub"), "kubespawner", 
 """
 USER = r"""
 import os, re, subprocess
+import pynvml, cuda.bindings.driver
 print("uid", os.getuid())
+print("modules", pynvml.__name__, cuda.bindings.driver.__name__)
 for which in ("labextension", "server extension"):
     done = subprocess.run(["jupyter", *which.split(), "list"], capture_output=True, text=True)
     print(re.sub("\x1b[[0-9;]*m", "", done.stdout + done.stderr))
@@ -88,6 +90,7 @@ def test_the_hubs(place: tuple[Api, str]) -> None:
 def test_the_users(place: tuple[Api, str]) -> None:
     said = printed(place, "user", USER)
     assert "uid 1000" in said
+    assert "modules pynvml cuda.bindings.driver" in said
     lines = [line.split() for line in said.splitlines()]
     assert any("nbgpu" in line[0] and line[2:4] == ["enabled", "OK"] for line in lines if line), said
     assert ["nbgpu_lab", "enabled"] in lines, said

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +15,12 @@ import yaml
 pytest.importorskip("grpc")
 
 from nbgpu.claims import resource_slice
+from nbgpu.errors import NbgpuError
 from nbgpu.models import Device
 from nbgpu_agent.cgroups import pod_of
 from nbgpu_agent.kube import cdi, gpus, others
 from nbgpu_agent.kube.checkpoint import Checkpoint, Entry, Prepared
+from nbgpu_agent.kube.plugin import Plugin
 from nbgpu_agent.kube.publisher import Publisher, _covers
 from nbgpu_agent.simulated import Machine
 
@@ -235,3 +240,33 @@ def test_a_taint_that_should_not_be_there_is_a_difference() -> None:
     assert not Publisher._same(healthy, sick)
     healthy["spec"]["devices"][0]["somethingNew"] = {}
     assert Publisher._same(healthy, resource_slice("n", [device()], {}, 1))
+
+
+# -- the kubelet's calls ------------------------------------------------------------------------------------------------
+
+
+def test_a_pod_that_is_refused_without_end_does_not_fill_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin = Plugin(tmp_path, tmp_path, "x")
+    plugin._claims = object()  # type: ignore[assignment]
+    clock = [0.0]
+    monkeypatch.setattr("nbgpu_agent.kube.plugin.time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def refused(claim: str, why: str, times: int) -> list[str]:
+        async def work(_: Any) -> None:
+            raise NbgpuError(why)
+
+        caplog.clear()
+        asked = SimpleNamespace(namespace="lab", name=claim, uid=f"uid-{claim}")
+        for _ in range(times):
+            assert asyncio.run(plugin._try(asked, "prepared", work)) == (None, why)
+            clock[0] += 1.2
+        return [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+
+    assert refused("one", "no room", 100) == ["claim lab/one is not prepared: no room"]
+    assert refused("two", "no room", 2) == ["claim lab/two is not prepared: no room"]
+    assert refused("one", "no seal", 2) == ["claim lab/one is not prepared: no seal"]
+    clock[0] += 600
+    assert len(refused("one", "no seal", 2)) == 1
+    assert len(plugin._said) == 1

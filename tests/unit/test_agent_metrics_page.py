@@ -36,3 +36,11 @@ def test_users_are_named_only_where_that_is_wanted(health_only: bool) -> None:
     assert asked(page, "/healthz") == (200, '{"status": "ok"}')
     status, body = asked(page, "/metrics")
     assert ("ada" in body, status) == ((False, 404) if health_only else (True, 200))
+
+
+def test_who_asks_for_metrics_that_are_off_is_told_how_to_have_them() -> None:
+    off = asked(MetricsPage(None, health_only=True), "/metrics")[1]
+    assert "agent.metrics.enabled" in off
+    assert "Try /metrics" not in off
+    assert "Try /metrics." in asked(MetricsPage(None), "/metric")[1]
+    assert "Try /healthz." in asked(MetricsPage(None, health_only=True), "/metric")[1]

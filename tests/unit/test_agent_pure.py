@@ -14,7 +14,7 @@ from nbgpu_agent.history import LENGTH, History
 from nbgpu_agent.nvml import default_reserve_bytes, select
 from nbgpu_agent.runtime import StartError
 from nbgpu_agent.usage import SlotUse, compute_by_device, slice_usage
-from nbgpu_agent.watchdog import Confirmed, Finding, SlotSeen, judge_slice, overheads
+from nbgpu_agent.watchdog import Confirmed, Finding, SlotSeen, describe, judge_slice, overheads
 
 DEVICES = {
     f"GPU-{index}": Device(uuid=f"GPU-{index}", index=index, model="H100", node="n", memory_bytes=80 * GIB, reserve_bytes=2 * GIB)
@@ -123,6 +123,20 @@ def test_what_nvml_sees_beyond_the_slices_words_counts() -> None:
 
 
 # ---- watchdog
+
+
+@pytest.mark.parametrize(
+    ("limit", "said"),
+    [
+        (20 * GIB, "This server holds 30 GiB on GPU 3, its limit there is 20 GiB. Free memory, or restart it."),
+        (0, "This server holds 30 GiB on GPU 3, of which it has no part. End what runs there, or restart it."),
+    ],
+)
+def test_who_holds_too_much_is_told_on_which_gpu(limit: int, said: str) -> None:
+    [found] = judge_slice("s", "GPU-1", limit, 0, None, [SlotSeen(0, 7, 30 * GIB, 0)], {7: 30 * GIB}, {}, {})
+    assert found.device == "GPU-1"
+    assert describe(found, "GPU 3") == said
+
 
 CAP = 256 * MIB
 QUIET = [SlotSeen(slot=0, pid=7, used=GIB, context=300 * MIB)]

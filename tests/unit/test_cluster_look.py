@@ -12,9 +12,9 @@ from nbgpu.claims import claim_for, device_name, resource_slice
 from nbgpu.cli_cluster import cluster_json, cluster_tables, show_pool
 from nbgpu.cli_common import console
 from nbgpu.cli_doctor_cluster import checks
-from nbgpu.cluster_look import Cluster, take_in
+from nbgpu.cluster_look import Cluster, take_in, unguarded
 from nbgpu.errors import NbgpuError
-from nbgpu.models import Device, Owner, Slice, SliceDevice
+from nbgpu.models import Device, Grant, GrantState, Owner, Request, Slice, SliceDevice
 
 GIB = 1024**3
 DEVICE = Device(uuid="GPU-a", index=0, model="Big", node="n0", memory_bytes=80 * GIB, reserve_bytes=2 * GIB)
@@ -111,6 +111,55 @@ def test_a_pod_that_waits_is_quoted() -> None:
     assert "0 of 1 agents of nbgpu/nbgpu-agent are ready: no room" in " ".join(said(well(agents=[daemonset(ready=0)], pods=[pod]), "error"))
 
 
+@pytest.mark.parametrize("slices", [[resource_slice("n0", [DEVICE], {}, 1)], []], ids=["just now", "its ResourceSlices are gone too"])
+def test_uninstalled_under_running_servers(slices: list[Any]) -> None:
+    """Said once, with what to do, and not claim by claim."""
+    ending = claim(2)
+    ending["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    gone = well(agents=[], pools=[], slices=slices, claims=[claim(1), ending, claim(3, pod=False)])
+    [agents] = [one for one in checks(gone) if one.name == "agents"]
+    assert agents.level == "error"
+    assert agents.found.startswith("2 servers hold slices and no agent of nbgpu's chart is here")
+    assert "helm install nbgpu again" in agents.remedy
+    assert not [one for one in checks(gone) if one.name == "claim"]
+    [agents] = [one for one in checks(well(agents=[], pools=[], slices=slices, claims=[])) if one.name == "agents"]
+    assert "helm install nbgpu deploy/chart" in agents.remedy
+
+
+def test_a_pod_that_crashes_is_quoted_with_its_last_words() -> None:
+    log = "starting\nThe pool's configuration /etc/nbgpu/pool.yaml is wrong at quotas.default.memory.\n"
+    state = {
+        "state": {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 10s"}},
+        "lastState": {"terminated": {"message": log}},
+    }
+    pod = {"metadata": {"labels": {"app.kubernetes.io/component": "pool"}}, "status": {"containerStatuses": [state]}}
+    pool = {"metadata": {"namespace": "a", "name": "b"}, "spec": {}}
+    assert "CrashLoopBackOff: The pool's configuration /etc/nbgpu/pool.yaml is wrong at quotas.default.memory" in " ".join(
+        said(well(pools=[pool], pods=[pod]), "error")
+    )
+
+
+def test_a_device_class_without_an_installation() -> None:
+    [one] = [one for one in checks(well(agents=[], pools=[], slices=[], claims=[])) if one.name == "device class"]
+    assert one.level == "note"
+    assert "createDeviceClass=false" in one.found
+    assert [one.level for one in checks(well()) if one.name == "device class"] == ["ok"]
+
+
+def test_namespaces_of_servers_without_pod_security() -> None:
+    def space(name: str, level: str | None) -> dict[str, Any]:
+        return {"metadata": {"name": name, "labels": {"pod-security.kubernetes.io/enforce": level} if level else {}}}
+
+    def bound(role: str, where: str) -> dict[str, Any]:
+        return {"metadata": {"namespace": where}, "roleRef": {"name": role}}
+
+    spaces = [space("lab", None), space("strict", "restricted"), space("base", "baseline"), space("open", "privileged"), space("x", None)]
+    bindings = [bound("nbgpu-pool-claims", one) for one in ("strict", "base", "open")] + [bound("nbgpu-pool-lease", "x")]
+    assert unguarded(spaces, bindings, well().holdings) == ["lab", "open"]
+    assert any("pod-security.kubernetes.io/enforce" in one for one in said(well(unguarded=["lab", "open"]), "note"))
+    assert not any("Pod Security" in one for one in said(well(), "note"))
+
+
 def test_who_holds_what() -> None:
     own = claim(4)
     own["metadata"] = {"name": "mine", "namespace": "lab", "uid": own["metadata"]["uid"]}
@@ -137,3 +186,25 @@ def test_a_pool_that_does_not_answer() -> None:
         show_pool("file:///etc/passwd", as_json=True)
     with pytest.raises(NbgpuError, match="does not answer as a pool does"):
         show_pool("http://127.0.0.1:1", as_json=True)
+
+
+def test_a_claim_of_somebodys_own_is_called_the_same_by_cluster_and_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = claim(4)
+    uid = own["metadata"]["uid"]
+    own["metadata"] = {"name": "holder-gpu-jzkts", "namespace": "lab", "uid": uid}
+    found = well(claims=[own, claim(1)])
+    [foreign] = [one.slice for one in found.holdings if one.name == "holder-gpu-jzkts"]
+    assert foreign is not None
+    asked = Request(request_id="0123456789abcdef", owner=foreign.owner, compute_milli=250)
+    grant = Grant(request=asked, state=GrantState.bound, slice=foreign)
+    monkeypatch.setattr("nbgpu.cli_cluster._ask", lambda url, route, kind: [grant] if route == "/v1/requests" else [])
+    out = console()
+    with out.capture() as shown:
+        for part in cluster_tables(found):
+            out.print(part)
+    by_cluster = shown.get()
+    monkeypatch.setattr("nbgpu.cli_cluster.console", lambda: out)
+    with out.capture() as shown:
+        show_pool("http://pool", as_json=False)
+    for told in (by_cluster, shown.get()):
+        assert [line.split()[0] for line in told.splitlines() if "lab/holder-gpu-jzkts" in line] == ["holder-gpu-jzkts"], told

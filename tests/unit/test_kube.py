@@ -15,7 +15,20 @@ from fake_kube import FakeKube
 
 pytest.importorskip("kubernetes", reason="nbgpu[kubernetes] is not installed")
 
-from nbgpu.kube import ApiServerAway, Conflict, Expired, Kube, NoCluster, NotAllowed, NotFound, Rejected, credentials, newer, path
+from nbgpu.kube import (
+    ApiServerAway,
+    Conflict,
+    Expired,
+    Kube,
+    NoCluster,
+    NotAllowed,
+    NotFound,
+    Rejected,
+    _refusal,
+    credentials,
+    newer,
+    path,
+)
 from nbgpu.kube_reflector import LEFT_OUT, Reflector
 
 MAPS = "/api/v1/configmaps"
@@ -103,6 +116,12 @@ async def test_refusals(kube: Kube, fake: FakeKube, status: int, error: type[Exc
     fake.fault = lambda method, path: status
     with pytest.raises(error, match="the test wants it so"):
         await kube.get(path("v1", "configmaps", "ns", "a"))
+
+
+async def test_a_refusals_own_full_stop_is_not_doubled() -> None:
+    assert _refusal("POST", "/x", 403, b'{"message": "ask the administrator."}').message.startswith(
+        "Kubernetes refuses to create /x: ask the administrator. Look at"
+    )
 
 
 async def test_a_server_that_is_not_there(kube: Kube, fake: FakeKube) -> None:

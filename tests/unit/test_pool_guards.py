@@ -132,6 +132,19 @@ def test_one_hubs_namespace_stops_no_other_hub(refusals: dict[str, Exception], s
     assert found == says if says is None else says in str(found)
 
 
+class Guarded(Api):
+    """With the chart's rule: claims for nbgpu's devices are made by the pool alone."""
+
+    async def create(self, where: str, body: dict, dry_run: bool) -> dict:  # type: ignore[type-arg]
+        if body["spec"]["devices"]["requests"][0]["exactly"]["deviceClassName"] == "gpu.nbgpu.io":
+            raise NotAllowed("claims for gpu.nbgpu.io are made by nbgpu's pool alone on this cluster")
+        return body
+
+
+def test_the_question_to_the_cluster_is_no_claim_that_the_charts_rules_refuse() -> None:
+    assert asyncio.run(cluster_problem(Guarded(), "default")) is None  # type: ignore[arg-type]
+
+
 def test_no_hub_is_called_as_the_owner_of_claims_that_no_hub_made() -> None:
     with pytest.raises(ValueError, match="cannot be called kubernetes"):
         Config.model_validate({"tokens": [{"role": "hub", "hub": "kubernetes", "env": "X", "namespaces": ["x"]}]})

@@ -58,10 +58,17 @@ def test_a_fraction_as_people_write_it(written: object, milli: int) -> None:
 
 BAD_FRACTIONS = [
     0, -1, -0.25, 1.0001, 2, 1000, "0", "-1/4", "1/0", "0/0", "0/1", "5/4", "", " ", "a quarter", "1e309", 1e309, -1e309, float("nan"), 
-    "nan", "inf", "0x1", "1_0", "25%%", "%", "/", "1/", "/4", "1/4/2", "\u0664", "1,5", "0.0009", 0.0001,
+    "nan", "inf", "0x1", "1_0", "25%%", "%", "/", "1/", "/4", "1/4/2", "\u0664", "1,5",
     None, True, False, [], {}, b"1/4", 1j,
-    "9" * 5000, 10**400, "1/" + "9" * 400, "101%", "1e-1", Fraction(1, 10**9),
+    "9" * 5000, 10**400, "1/" + "9" * 400, "101%", "1e-1",
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("written", ["0.0009", 0.0001, "0.05 %", Fraction(1, 10**9), "1/9999"])
+def test_a_fraction_that_is_too_small_is_told_the_least(written: object) -> None:
+    with pytest.raises(InvalidValue, match=r"it must be at least 0\.001, a thousandth of a GPU") as caught:
+        parse_fraction(written)
+    assert "above 0" not in caught.value.message
 
 
 @pytest.mark.parametrize("written", BAD_FRACTIONS, ids=lambda value: repr(value)[:20])

@@ -36,6 +36,8 @@ STANDBY_SECONDS = 40.0
 GRACE_SECONDS = 2.0
 HEALTH_SECONDS = 15.0
 HEALTH_TICK_SECONDS = 1.0
+AGAIN_SECONDS = 600.0
+"""How long the log is spared the same refusal of the same claim, of a pod that is tried again without end."""
 _grpc: Any = importlib.import_module("grpc")
 
 
@@ -97,6 +99,8 @@ class Plugin:
         self._serving = asyncio.Event()
         self._servers: list[Any] = []
         self._over = asyncio.Event()
+        self._said: dict[str, tuple[str, float]] = {}
+        """What the log was told last of a claim that is refused, and when; by its UID."""
         self.started = False
 
     # -- life --------------------------------------------------------------------------------------------------------
@@ -213,11 +217,21 @@ class Plugin:
         try:
             return await work(self._claims), ""
         except NbgpuError as error:
-            log.warning("claim %s/%s is not %s: %s", claim.namespace, claim.name, what, error.message)
+            level = logging.WARNING if self._is_news(claim.uid, error.message) else logging.DEBUG
+            log.log(level, "claim %s/%s is not %s: %s", claim.namespace, claim.name, what, error.message)
             return None, error.message
         except Exception as error:  # never an end of the agent
             log.exception("claim %s/%s is not %s", claim.namespace, claim.name, what)
             return None, f"nbgpu's agent met an error ({type(error).__name__}); its log says more."
+
+    def _is_news(self, uid: str, message: str) -> bool:
+        """Return whether this was not said of the claim in the last `AGAIN_SECONDS`: the kubelet asks without end."""
+        now = time.monotonic()
+        self._said = {key: one for key, one in self._said.items() if now - one[1] < AGAIN_SECONDS}
+        if self._said.get(uid, ("", 0.0))[0] == message:
+            return False
+        self._said[uid] = (message, now)
+        return True
 
     async def _pass_on(self, method: str, request: Any, answer: Any) -> Any | None:
         """Return the answer of the agent that has the runtime directory; None once that is this one."""
