@@ -178,7 +178,7 @@ def test_foreign_claims_are_seen_by_namespace(place: Place, tmp_path: Path) -> N
     assert "DeviceClass gpu.nbgpu.io is there" in looked.stdout, looked
     place.delete_pod("own")
     place.do(place.kube.delete(path(RESOURCE, "resourceclaims", place.namespace, "own")))
-    until(lambda: "nbgpu_pool_foreign_compute_milli{" not in pool.http.get("/metrics").text)
+    until(lambda: f'nbgpu_pool_foreign_compute_milli{{namespace="{place.namespace}"}}' not in pool.http.get("/metrics").text)
     check(place, pool, [request])
 
 
