@@ -185,5 +185,5 @@ def _claims(cluster: Cluster) -> list[Check]:
     held = sum(one.state == "running" for one in cluster.holdings)
     idle = [f"{one.namespace}/{one.name}" for one in cluster.holdings if one.state == "idle"]
     words = f"{held} held by pods, {waiting} waiting for a node"
-    found.append(Check("claims", "ok", words + (f", {len(idle)} allocated and used by no pod ({', '.join(idle[:3])})" if idle else "")))
+    found.append(Check("claims", "ok", words + (f", {len(idle)} used by no pod ({', '.join(idle[:3])})" if idle else "")))
     return found

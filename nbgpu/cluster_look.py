@@ -33,7 +33,7 @@ class Holding:
     slice: Slice | None
     """With the limits in force; None: it waits for a node and names no GPU yet."""
     state: str
-    """``running``, ``waiting``, ``idle`` (nobody uses it) or ``releasing``."""
+    """``running``, ``waiting`` (its pod has no node yet), ``idle`` (there is no pod with it) or ``releasing``."""
     pods: tuple[str, ...]
     problem: str = ""
 
@@ -58,6 +58,8 @@ class Cluster:
     pools: list[Json] = field(default_factory=list[Json])
     pods: list[Json] = field(default_factory=list[Json])
     """Of the installation."""
+    carried: set[tuple[str, str]] | None = None
+    """Namespaces and request ids of the slices for which there is a pod; None: not known."""
     runtime_classes: set[str] = field(default_factory=set[str])
     events: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     """Of pods: reason and message."""
@@ -92,6 +94,8 @@ async def _read(kube: Kube, namespace: str) -> Cluster:
     found.agents = await _list(kube, found, "daemonsets", path("apps/v1", "daemonsets"), labels=f"{PARTS},{COMPONENT}=agent")
     found.pools = await _list(kube, found, "deployments", path("apps/v1", "deployments"), labels=f"{PARTS},{COMPONENT}=pool")
     found.pods = await _list(kube, found, "pods", path("v1", "pods"), labels=PARTS)
+    with contextlib.suppress(NotAllowed):
+        found.carried = carried((await kube.list(path("v1", "pods"), labels=SLICE_LABEL)).items)
     found.runtime_classes = {
         str(one["metadata"]["name"]) for one in await _list(kube, found, "runtimeclasses", path("node.k8s.io/v1", "runtimeclasses"))
     }
@@ -109,6 +113,12 @@ async def _list(kube: Kube, found: Cluster, what: str, where: str, labels: str =
     except (NotAllowed, NotFound):
         found.unread.append(what)
         return []
+
+
+def carried(pods: list[Json]) -> set[tuple[str, str]]:
+    """Return namespace and request id of the slice of each pod that has not ended."""
+    alive = [as_dict(one.get("metadata")) for one in pods if as_dict(one.get("status")).get("phase") not in ("Succeeded", "Failed")]
+    return {(str(meta.get("namespace", "")), str(as_dict(meta.get("labels")).get(SLICE_LABEL, ""))) for meta in alive}
 
 
 def take_in(found: Cluster, nodes: list[Json], slices: list[Json], claims: list[Json]) -> None:
@@ -129,7 +139,7 @@ def take_in(found: Cluster, nodes: list[Json], slices: list[Json], claims: list[
             if other.isdigit() and int(other):
                 found.also[name] = int(other)
     names = {(device.node, device_name(device.uuid)): device for device in found.devices}
-    found.holdings = sorted(_holdings(claims, names), key=lambda one: (one.namespace, one.name))
+    found.holdings = sorted(_holdings(claims, names, found.carried), key=lambda one: (one.namespace, one.name))
 
 
 def unguarded(namespaces: list[Json], bindings: list[Json], holdings: list[Holding]) -> list[str]:
@@ -140,7 +150,7 @@ def unguarded(namespaces: list[Json], bindings: list[Json], holdings: list[Holdi
     return sorted(name for name in ours if name in levels and levels[name] not in ("baseline", "restricted"))
 
 
-def _holdings(claims: list[Json], names: dict[tuple[str, str], Device]) -> Iterator[Holding]:
+def _holdings(claims: list[Json], names: dict[tuple[str, str], Device], carried: set[tuple[str, str]] | None) -> Iterator[Holding]:
     for claim in claims:
         meta = as_dict(claim.get("metadata"))
         labels = as_dict(meta.get("labels"))
@@ -154,7 +164,9 @@ def _holdings(claims: list[Json], names: dict[tuple[str, str], Device]) -> Itera
         status = as_dict(claim.get("status"))
         pods = tuple(str(one.get("name", "")) for one in as_dicts(status.get("reservedFor")))
         deleting = "deletionTimestamp" in meta
-        state = "releasing" if deleting else "running" if pods else "idle" if status.get("allocation") else "waiting"
+        slice_of = str(meta.get("namespace", "")), str(labels.get(SLICE_LABEL, ""))
+        idle = bool(status.get("allocation")) or (carried is not None and slice_of not in carried)
+        state = "releasing" if deleting else "running" if pods else "idle" if idle else "waiting"
         held = with_limits(read.slice, in_force(shares(claim, names))) if read is not None else None
         yield Holding(str(meta.get("namespace", "")), str(meta.get("name", "")), _owner(meta), held, state, pods, problem)
 

@@ -12,7 +12,7 @@ from nbgpu.claims import claim_for, device_name, resource_slice
 from nbgpu.cli_cluster import cluster_json, cluster_tables, show_pool
 from nbgpu.cli_common import console
 from nbgpu.cli_doctor_cluster import checks
-from nbgpu.cluster_look import Cluster, take_in, unguarded
+from nbgpu.cluster_look import Cluster, carried, take_in, unguarded
 from nbgpu.errors import NbgpuError
 from nbgpu.models import Device, Grant, GrantState, Owner, Request, Slice, SliceDevice
 
@@ -179,6 +179,16 @@ def test_who_holds_what() -> None:
     assert "60 GiB" in shown.get()
     assert "ada/1 (hub)" in shown.get()
     assert "used by no pod (lab/nbgpu-request-2)" in " ".join(said(found, "ok"))
+
+
+@pytest.mark.parametrize(("phase", "state"), [("Pending", "waiting"), ("Failed", "idle"), (None, "idle")])
+def test_a_claim_that_waits_has_a_pod_that_waits(phase: str | None, state: str) -> None:
+    """Else it is only not in use: its server has ended, or is not there yet."""
+    pod = {"metadata": {"namespace": "lab", "labels": {"nbgpu.io/slice": "request-3"}}, "status": {"phase": phase}}
+    found = well(carried=carried([pod] if phase else []), claims=[claim(3, allocated=False)])
+    assert [one.state for one in found.holdings] == [state]
+    words = {"waiting": "1 waiting for a node", "idle": "0 waiting for a node, 1 used by no pod (lab/nbgpu-request-3)"}
+    assert words[state] in " ".join(said(found, "ok"))
 
 
 def test_a_pool_that_does_not_answer() -> None:

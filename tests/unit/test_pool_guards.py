@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,15 +13,17 @@ pytest.importorskip("httpx")
 
 from fake_kube import FakeKube
 
+from nbgpu.claims import claim_for
 from nbgpu.kube import Kube, NotAllowed, path
 from nbgpu.kube_check import cluster_problem
 from nbgpu.models import Device, Owner, Slice, SliceDevice
 from nbgpu.quantities import GIB
+from nbgpu_pool import kube_ledger as kube_ledger_module
 from nbgpu_pool import service as service_module
 from nbgpu_pool.config import Config
 from nbgpu_pool.core import Core
 from nbgpu_pool.kube_ledger import KubeLedger
-from nbgpu_pool.kube_view import ClaimInfo, Published, View
+from nbgpu_pool.kube_view import ClaimInfo, Published, View, keep_pod
 from nbgpu_pool.ledger import LedgerRefused
 from nbgpu_pool.service import Service
 from nbgpu_pool.shapes import Part
@@ -79,6 +82,50 @@ async def test_one_claim_that_is_refused_keeps_nobody_from_the_others(tmp_path) 
         view.age_seconds = lambda key: 1.0  # type: ignore[method-assign]
         await ledger._own()
         assert done == ["second"]
+        await ledger.close()
+        await ledger.kube.close()
+
+
+@pytest.mark.asyncio
+async def test_claims_of_an_earlier_key_are_freed_where_nobody_comes_for_them(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """Only of the pool's hubs, in their namespaces, after the time since this pool first saw them without a pod, and as they were seen."""
+    async with FakeKube() as fake:
+        hubs = {"a": ["lab", "lab-*"], "b": ["other"]}
+        ledger = KubeLedger(await kube_of(fake, tmp_path), b"k" * 16, ttl_seconds=100, hubs=hubs)
+        view, there = ledger.view, {}
+        for number, (hub, namespace) in enumerate([("a", "lab"), ("a", "lab-1"), ("a", "other"), ("c", "lab"), ("a", "lab")]):
+            made = claim_for(running(f"request-{number}", hub).slice.model_copy(update={"namespace": namespace}), b"another key")
+            thing = fake.put("/apis/resource.k8s.io/v1/resourceclaims", made)
+            there[number] = namespace, made["metadata"]["name"]
+            view.claim_changed(there[number], view.read(thing))
+        deleted: list[tuple[tuple[str, str], str | None]] = []
+
+        async def delete(key, uid, version=None) -> bool:  # type: ignore[no-untyped-def]
+            deleted.append((key, version))
+            view.claim_changed(key, None)
+            return True
+
+        ledger._delete = delete  # type: ignore[method-assign]
+
+        async def at(seconds: float) -> list[int]:
+            deleted.clear()
+            monkeypatch.setattr(kube_ledger_module, "time", SimpleNamespace(monotonic=lambda: seconds))
+            await ledger._delete_left_over()
+            assert all(version for _, version in deleted)
+            return sorted(number for number, key in there.items() if key in [one for one, _ in deleted])
+
+        pod = keep_pod({
+            "metadata": {"name": "p", "namespace": "lab", "uid": "u", "labels": {"nbgpu.io/slice": "request-4"}},
+            "spec": {"resourceClaims": [{"name": "nbgpu", "resourceClaimName": "nbgpu-request-4"}]}, "status": {"phase": "Pending"},
+        })  # fmt: skip
+        assert await at(1000) == []
+        view.pod_changed(("lab", "p"), None, pod)
+        assert await at(1099) == []
+        assert await at(1101) == [0, 1]
+        view.pod_changed(("lab", "p"), pod, None)
+        assert await at(1300) == [], "its time begins anew"
+        assert await at(1401) == [4]
+        assert await at(9000) == [], "of a hub, or in a namespace, that is not the pool's"
         await ledger.close()
         await ledger.kube.close()
 

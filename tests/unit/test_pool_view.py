@@ -49,3 +49,29 @@ def test_a_claim_whose_pod_has_gone_is_bare_whichever_is_told_first() -> None:
         assert (view.bare, view.carried) == ({ID}, {ID})
         view.claim_changed(key, None)
         assert (view.bare, view.carried) == (set(), set())
+
+
+@pytest.mark.parametrize(
+    ("change", "left"),
+    [
+        ({}, True),
+        ({"key": KEY}, False),
+        ({"status": {"reservedFor": [{"resource": "pods", "name": "p", "uid": "pod"}]}}, False),
+        ({"status": {"allocation": {"devices": {"results": [{"driver": "another", "pool": "n", "device": "d"}]}}}}, False),
+        ({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}}, False),
+        ({"metadata": {"name": "another"}}, False),
+        ({"metadata": {"namespace": "another"}}, False),
+        ({"parameters": {"seal": None, "slice": {"junk": 1}}}, False),
+    ],
+)
+def test_what_another_key_sealed_and_nobody_uses_is_left_over(change: Json, left: bool) -> None:
+    made = claim_of([], "1")
+    made["metadata"] |= change.get("metadata", {})
+    made["status"] |= change.get("status", {})
+    made["spec"]["devices"]["config"][0]["opaque"]["parameters"] |= change.get("parameters", {})
+    key = made["metadata"]["namespace"], made["metadata"]["name"]
+    view = View(change.get("key", b"another key"), lambda: 1e9)
+    view.claim_changed(key, keep_claim(view)(made))
+    assert view.left_over == ({key} if left else set())
+    view.claim_changed(key, None)
+    assert view.left_over == set()
