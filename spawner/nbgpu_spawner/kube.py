@@ -145,8 +145,11 @@ class KubeGPUMixin(_Mixed):
     async def _make_create_pod_request(self, pod: V1Pod, request_timeout: float) -> bool:
         """Create the pod as KubeSpawner does, again also when the API server is away; before each new try look after the slice.
 
-        KubeSpawner deletes a pod that it meets. Where that was this very pod, its answer being late, the slice was in use.
+        KubeSpawner deletes a pod that it meets. Where that was this very pod, its answer being late, the slice was in use; and between
+        two tries a slice may run out that no pod carries.
         """
+        if self._gpu_creating and self._gpu_grant is not None:
+            await self._keep_slice(pod)
         self._gpu_creating = True
         try:
             made = await super()._make_create_pod_request(pod, request_timeout)
@@ -159,8 +162,6 @@ class KubeGPUMixin(_Mixed):
         if made:
             self._gpu_creating = False
             self._gpu_progress.settle()  # what follows, Kubernetes' events tell
-        elif self._gpu_grant is not None:
-            await self._keep_slice(pod)
         return made
 
     async def _keep_slice(self, pod: V1Pod) -> None:

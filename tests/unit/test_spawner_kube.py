@@ -298,8 +298,10 @@ def test_a_slice_that_went_with_the_first_pod_is_replaced(monkeypatch: pytest.Mo
         creating(monkeypatch, False, True)
         pod = await made.get_pod_manifest()
         first = fake.asked[0]
-        fake.becomes = lambda request: GrantState.gone if request.request_id == first else GrantState.reserved
         assert await made._make_create_pod_request(pod, 3) is False
+        # it ran out while the next try was waited for
+        fake.becomes = lambda request: GrantState.gone if request.request_id == first else GrantState.reserved
+        assert await made._make_create_pod_request(pod, 3) is True
         assert fake.asked[-1] != first
         assert pod.spec.resource_claims[0].resource_claim_name == claim_name(fake.asked[-1])
         assert made.get_state()["gpu_request_id"] == fake.asked[-1]
