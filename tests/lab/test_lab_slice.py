@@ -239,13 +239,13 @@ def test_the_command_line_knows_notebooks_by_name_and_limits_them_while_they_run
     # below what it holds: nothing is lost, nothing more is given, and all three places say so
     code = cells()
     kernel.run(code["setup"])
-    kernel.run("blocks = [check(driver.cuMemAlloc(GIB)) for _ in range(4)]")
+    kernel.run("blocks = [check(driver.cuMemAlloc(1024**3)) for _ in range(4)]")
     before = server.usage()["last_event"]
     assert "It holds 4" in nbgpu("limit", "quiet", "--memory", "2GiB")
     assert "of 2 GiB, over" in nbgpu("status")
     (notice,) = [one for one in server.call(f"nbgpu/api/events?after={before}") if one["kind"] == "over-limit"]
     assert notice["message"].startswith("quiet.ipynb holds 4")
-    attempt = "try:\n    check(driver.cuMemAlloc(GIB))\nexcept RuntimeError as error:\n    print(error)"
+    attempt = "try:\n    check(driver.cuMemAlloc(1024**3))\nexcept RuntimeError as error:\n    print(error)"
     assert kernel.run(attempt) == "CUDA_ERROR_OUT_OF_MEMORY\n"
     assert nbgpu("limit", "quiet", "--memory", "6GiB").endswith("memory 6 GiB, time 12.5 %.\n")
     assert kernel.run(attempt) == "", "the control: above what it holds there is room again"
