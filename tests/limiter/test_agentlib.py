@@ -194,11 +194,11 @@ def test_strict_slice_is_closed_when_its_share_is_spent(scheduler: native.Schedu
     open_ns = 0
     while time.monotonic_ns() - started < 3_000_000_000:
         files.say(want=1, busy=False)
-        if not wait_until(lambda: files.gate() == layout.GATE_OPEN, 0.5):
+        if not wait_until(lambda: files.gate() == layout.GATE_OPEN, 2):
             break
         opened = time.monotonic_ns()
         files.say(want=0, busy=True)
-        wait_until(lambda: files.gate() == layout.GATE_CLOSED, 0.5)
+        wait_until(lambda: files.gate() == layout.GATE_CLOSED, 2)
         open_ns += time.monotonic_ns() - opened
     share = open_ns / (time.monotonic_ns() - started)
     assert 0.15 < share < 0.36, "below: a slow machine; above: a share that is not kept"
