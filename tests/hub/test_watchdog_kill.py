@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from agent_harness import AgentProcess, until, usage
 from attack_fixtures import Tenancy, agent_with, last, metrics, missing, tenancy, tenants  # noqa: F401
-from watchdog_kit import HELD, WAYS, action, alive, end, ended, of_slice, offend, programs, start  # noqa: F401
+from watchdog_kit import HELD, WAYS, action, alive, end, ended, fill_and_ignore, of_slice, offend, programs, start  # noqa: F401
 
 from nbgpu.quantities import GIB
 
@@ -93,12 +93,7 @@ def test_a_process_of_no_slice_is_never_touched(agent: AgentProcess, tenancy: Ma
 def test_who_ignores_a_full_slice_is_ended_not_who_filled_it(agent: AgentProcess, tenancy: Make, last: int) -> None:
     """It tells the truth about itself, so nothing is hidden: the slice is over its limit, and one has grown alone."""
     mallory = tenancy()
-    kernel = mallory.enter()
-    assert kernel.run("result = cuda() or alloc(6 * GIB)") == 0
-    time.sleep(1.5)
-    one = mallory.enter(limited=False)
-    one.run("fd = use(); lock(fd, 9); forge(fd, 9, os.getpid(), started(os.getpid()), used=6 * GIB, peak=6 * GIB)")
-    assert one.run("result = cuda() or alloc(6 * GIB)") == 0
+    kernel, one = fill_and_ignore(mallory)
     ended(one.pid, time.monotonic())
     event = until(lambda: agent.events(last, kind="killed"), 1, "the event")[0]
     assert (event["data"]["pid"], event["data"]["for_kind"]) == (one.pid, "over-limit")

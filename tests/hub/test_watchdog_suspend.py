@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from agent_harness import AgentProcess, until
 from attack_fixtures import Tenancy, agent_with, last, metrics, missing, tenancy, tenants  # noqa: F401
-from watchdog_kit import action, alive, end, ended, offend, programs, state, stopped  # noqa: F401
+from watchdog_kit import action, alive, end, ended, fill_and_ignore, offend, programs, state, stopped  # noqa: F401
 
 from nbgpu.errors import NbgpuError
 
@@ -74,12 +74,7 @@ def test_it_is_stopped_and_stays_so_until_an_administrator_lets_it_go_on(
 
 def test_it_goes_on_when_what_it_was_stopped_for_is_over(agent: AgentProcess, tenancy: Make, last: int) -> None:
     mallory = tenancy()
-    kernel = mallory.enter()
-    assert kernel.run("result = cuda() or alloc(6 * GIB)") == 0
-    time.sleep(1.5)
-    one = mallory.enter(limited=False)
-    one.run("fd = use(); lock(fd, 9); forge(fd, 9, os.getpid(), started(os.getpid()), used=6 * GIB, peak=6 * GIB)")
-    assert one.run("result = cuda() or alloc(6 * GIB)") == 0
+    kernel, one = fill_and_ignore(mallory)
     stopped(one.pid, time.monotonic())
     assert state(kernel.pid) == "S"
     assert stays(lambda: state(one.pid) == "T", 3), "control: it is not over yet"

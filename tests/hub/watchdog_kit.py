@@ -106,6 +106,17 @@ def offend(way: str, tenancy: Tenancy, programs: Path, size: int = HELD) -> tupl
     return start(shell, command)
 
 
+def fill_and_ignore(mallory: Tenancy) -> tuple[Attacker, Attacker]:
+    """Return an honest kernel that holds most of a slice, and who then takes more without the limiter, though it tells the truth."""
+    kernel = mallory.enter()
+    assert kernel.run("result = cuda() or alloc(6 * GIB)") == 0
+    time.sleep(1.5)
+    one = mallory.enter(limited=False)
+    one.run("fd = use(); lock(fd, 9); forge(fd, 9, os.getpid(), started(os.getpid()), used=6 * GIB, peak=6 * GIB)")
+    assert one.run("result = cuda() or alloc(6 * GIB)") == 0
+    return kernel, one
+
+
 def start(shell: Attacker, command: list[str]) -> tuple[int, float]:
     """Start a program from a shell in the slice, the preload in its environment; return its pid and when it had its memory."""
     said, pid = shell.run(
