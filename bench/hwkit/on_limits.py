@@ -8,7 +8,7 @@ from typing import Any
 
 from . import GIB, MIB
 from .analysis import done_at, median, percentile, rates, shares
-from .hub import Group, WorkerFailed
+from .hub import Group, Worker, WorkerFailed
 from .kit import Kit
 from .places import Nbgpu, Place, Spec
 
@@ -216,6 +216,22 @@ class Sampler:
         self._thread.join(5)
 
 
+def not_counted(kit: Kit, place: Place, workers: list[Worker], before: int) -> int:
+    """Return the bytes that a slice's processes hold by NVML beyond what the limiter counts.
+
+    The driver takes memory for code and stacks that no call names. An agent adds it within a look or two, so this waits;
+    without an agent it stays.
+    """
+    until = time.monotonic() + (5 if isinstance(place, Nbgpu) else 0)
+    while True:
+        held = kit.held([worker.pid for worker in workers], before)
+        info = workers[0].ask("info")
+        left = held - (info["total"] - info["free"])
+        if left <= 0 or time.monotonic() > until:
+            return max(0, left)
+        time.sleep(0.2)
+
+
 def races(kit: Kit) -> dict[str, Any]:
     """Four processes of one slice allocate and free at random, each wanting most of it: does their sum ever exceed the limit?"""
     limit, found = kit.memory(6 * GIB, 4 * GIB), {}
@@ -224,6 +240,7 @@ def races(kit: Kit) -> dict[str, Any]:
         before = kit.nvml.memory()[0]
         with place.groups([Spec(250, memory=limit, processes=4)]) as [group]:
             workers = kit.ready([group])
+            uncounted = not_counted(kit, place, workers, before) if place.name == "nbgpu" else 0
             with Sampler(kit, [worker.pid for worker in workers], before) as sampler:
                 until = time.monotonic_ns() + int(seconds * 1e9)
                 for number, worker in enumerate(workers):
@@ -235,18 +252,20 @@ def races(kit: Kit) -> dict[str, Any]:
             **total,
             "most_held_bytes": sampler.most,
             "over_limit_mib": round(over / MIB),
+            "not_counted_mib": round(uncounted / MIB),
             "looks": sampler.looks,
             "slowest_call_ms": round(max(answer["slowest_ms"] for answer in answers), 2),
         }
         keys = ("given", "refused", "other_errors", "over_limit_mib", "slowest_call_ms")
         kit.compare("4 processes race for one slice's memory", place.name, {key: found[place.name][key] for key in keys})
     if "nbgpu" in found:
-        over = found["nbgpu"]["over_limit_mib"]
+        over, uncounted = found["nbgpu"]["over_limit_mib"], found["nbgpu"]["not_counted_mib"]
         control = found.get("driver alone", {}).get("over_limit_mib")
         kit.fact(
             "no-overshoot",
-            "holds" if over <= 0 and found["nbgpu"]["refused"] else "differs",
+            "holds" if over <= uncounted and found["nbgpu"]["refused"] else "differs",
             f"most held: {over:+d} MiB against the limit in {found['nbgpu']['looks']} looks, {found['nbgpu']['refused']} refused; "
+            f"{uncounted} MiB of code and stacks were the driver's own and not counted when it began; "
             f"without limits {control} MiB",
         )
     return found
