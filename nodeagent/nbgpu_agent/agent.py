@@ -86,7 +86,7 @@ class Agent:
         self.changed = Signal()
         self.on_slice_added: Callable[[LiveSlice], None] = lambda _: None
         self.on_slice_ended: Callable[[LiveSlice], None] = lambda _: None
-        self.before_reap: Callable[[LiveSlice], None] = lambda _: None
+        self.last_look: Callable[[LiveSlice], None] = lambda _: None
         """A last look at what processes that are gone have left."""
 
     # ---- life of a slice
@@ -212,13 +212,13 @@ class Agent:
     def slice_lost_process(self, live: LiveSlice) -> None:
         """A process of the slice has ended: free its slots, end the slice when it was the last."""
         if live.id in self.slices:
+            self.last_look(live)
             self.reap(live)
             self.end_if_over(live)
 
     def reap(self, live: LiveSlice) -> list[UseRow]:
         """Free the slots of a slice's processes that are gone; return those in use after it."""
-        self.before_reap(live)
-        return live.reap()
+        return live.reap(lambda: self.last_look(live))
 
     def end_if_over(self, live: LiveSlice) -> bool:
         """End a slice whose last process is gone; return whether it ended."""

@@ -260,9 +260,9 @@ class LiveSlice:
                 break
         return not watched and not self.tenant.locked_elsewhere()
 
-    def reap(self) -> list[UseRow]:
+    def reap(self, before_freeing: Callable[[], None]) -> list[UseRow]:
         """Free the slots of processes that are gone, with the overhead that was granted to them; return those in use after it."""
-        rows = self.tenant.reap()
+        rows = self.tenant.reap(before_freeing)
         for slot in self._granted - self.tenant.states.keys():
             self.ctl.words.overhead[slot] = 0
         self._granted &= self.tenant.states.keys()

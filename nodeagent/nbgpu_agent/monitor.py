@@ -78,7 +78,7 @@ class Monitor:
         self._inherited: set[str] = set()
         """Slices that were here before this agent."""
         self.samples: dict[str, DeviceSample] = {}
-        agent.before_reap = self._look_at_refusals
+        agent.last_look = self._look_at_refusals
 
     async def run(self) -> None:
         """Work until cancelled."""

@@ -177,10 +177,20 @@ class Tenant:
         # Never seen with its lock: on this machine's own pids its word is enough, it costs only itself.
         return procs.start_time(row.pid) == row.start_time
 
-    def reap(self) -> list[UseRow]:
-        """Free the slots whose owners are gone; return those that are in use after it."""
+    def reap(self, before_freeing: Callable[[], None]) -> list[UseRow]:
+        """Free the slots whose owners are gone; return those that are in use after it.
+
+        Parameters
+        ----------
+        before_freeing : callable
+            Called when there are such slots, while they still say what their owners left.
+        """
         rows = self.read()
-        freed = [self._free(row) for row in rows if not self.alive(row)]
+        gone = [row for row in rows if not self.alive(row)]
+        if not gone:
+            return rows
+        before_freeing()
+        freed = [self._free(row) for row in gone]
         return self.read() if any(freed) else rows
 
     def _free(self, row: UseRow) -> bool:
