@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +11,8 @@ from hypothesis import strategies as st
 from nbgpu.errors import InvalidValue, NbgpuError
 from nbgpu.models import Device, KernelLimit, Owner, Slice, SliceDevice
 from nbgpu.quantities import GIB, MIB
+from nbgpu_agent import layout
+from nbgpu_agent import live as live_module
 from nbgpu_agent.books import Conflict, check_fits, check_kernel_limit, check_slice, resized
 from nbgpu_agent.history import LENGTH, History
 from nbgpu_agent.nvml import default_reserve_bytes, select
@@ -73,6 +77,32 @@ def test_slices_that_cannot_be(wanted: Slice, field: str) -> None:
     with pytest.raises(InvalidValue) as refused:
         check_slice(wanted, DEVICES, "n")
     assert refused.value.field == field
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+def test_as_many_devices_as_the_layout_has_words_for(extra: int) -> None:
+    many = {f"GPU-{i}": DEVICES["GPU-0"].model_copy(update={"uuid": f"GPU-{i}", "index": i}) for i in range(layout.DEVICES + 1)}
+    wanted = make("slice-00", *[(i, 1024, 100) for i in range(layout.DEVICES + extra)])
+    if not extra:
+        check_slice(wanted, many, "n")
+        return
+    with pytest.raises(InvalidValue, match="at most 16 devices"):
+        check_slice(wanted, many, "n")
+
+
+@pytest.mark.parametrize("spaces", [live_module.NAMESPACE_LOOKS, live_module.NAMESPACE_LOOKS + 50])
+def test_a_pod_with_many_mount_namespaces_costs_so_many_looks(spaces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenant makes namespaces as it likes: each look reads a process's whole list of mounts."""
+    looked: list[int] = []
+    monkeypatch.setattr(live_module.procs, "mount_namespace", lambda pid: f"mnt:[{pid}]")
+    monkeypatch.setattr(live_module.procs, "start_time", lambda _: 1)
+    live = SimpleNamespace(
+        record=SimpleNamespace(claim=SimpleNamespace(pods=["p"])),
+        _cgroups=SimpleNamespace(pod_members=lambda _: range(1, spaces + 1)),
+        is_seen_by=lambda pid: looked.append(pid) or pid == 1,
+    )
+    assert live_module.LiveSlice.container_processes(live) == {1}  # type: ignore[arg-type]
+    assert len(looked) == live_module.NAMESPACE_LOOKS
 
 
 def test_a_kernels_limit_is_within_every_device_of_the_slice() -> None:

@@ -87,6 +87,28 @@ async def test_one_claim_that_is_refused_keeps_nobody_from_the_others(tmp_path) 
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize(("age", "owned"), [(59.0, False), (60.0, True)])
+async def test_a_pod_owns_its_claim_only_when_no_hub_makes_it_once_more(age: float, owned: bool, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """A hub that deletes a pod whose creation was answered late makes it again with the same claim, which an owner would take along."""
+    async with FakeKube() as fake:
+        ledger, made = KubeLedger(await kube_of(fake, tmp_path), b"k" * 16, ttl_seconds=60), list[str]()
+
+        async def make(key, *more) -> None:  # type: ignore[no-untyped-def]
+            made.append(key[1])
+
+        ledger._make_owner = make  # type: ignore[method-assign]
+        view = ledger.view
+        view.unowned.add(("ns", "claim"))
+        view.claims = {("ns", "claim"): object()}  # type: ignore[dict-item]
+        view.new_owner = lambda key: object()  # type: ignore[method-assign, assignment, return-value]
+        view.age_seconds = lambda key: age  # type: ignore[method-assign]
+        await ledger._own()
+        assert made == (["claim"] if owned else [])
+        await ledger.close()
+        await ledger.kube.close()
+
+
+@pytest.mark.asyncio
 async def test_claims_of_an_earlier_key_are_freed_where_nobody_comes_for_them(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """Only of the pool's hubs, in their namespaces, after the time since this pool first saw them without a pod, and as they were seen."""
     async with FakeKube() as fake:
