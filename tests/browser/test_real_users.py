@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from browser_hub import ROOT, Hub, running_hub, shot
 from browser_kit import wait_for
-from conftest import ROOT, Hub, running_hub, shot
 from lab_pages import ALLOCATE, SECOND, in_lab, kernel_row, log_in, run_cell, start
 from playwright.sync_api import Browser, expect
 

@@ -8,8 +8,8 @@ import re
 from typing import Any
 
 import pytest
+from browser_hub import Hub, shot
 from browser_kit import wait_for
-from conftest import Hub, shot
 from lab_pages import (
     ALLOCATE,
     CELLS,
