@@ -69,6 +69,7 @@ typedef struct {
     uint64_t last_active;
     uint64_t charged_ns, turns, overruns;
     int64_t goal;        /* its turn ends when its vt is there */
+    uint64_t turn_most;  /* ...or at this time, wherever it is */
     uint64_t strict_end; /* strict: its turn ends then, whoever else waits */
     uint64_t dry_until;  /* strict: dry for so long */
     uint64_t closed_at;  /* its last turn ended */
@@ -106,6 +107,8 @@ void sched_suspend(SchedDevice *device, int index, bool suspended, uint64_t now)
 void sched_observe(SchedDevice *device, int index, SchedSeen seen, uint64_t now);
 /* Charge up to now, then decide; sets phases, turn ends and wake_at. */
 void sched_step(SchedDevice *device, uint64_t now);
+/* A burst slice that took more than its turn and comes after strict ones until the time for it has passed. */
+bool sched_owes_strict(const SchedDevice *device, const SchedSlice *slice);
 /* GATE_* for the slice's gate word. */
 uint32_t sched_gate(const SchedSlice *slice);
 

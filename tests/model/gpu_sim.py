@@ -13,6 +13,7 @@ HERE = Path(__file__).resolve().parent
 AGENTLIB = HERE.parents[1] / "nodeagent" / "agentlib"
 MS = 1_000_000
 WAITS = 4096
+POLICY = ("sched_policy.c", "sched_charge.c")
 SOURCES = ("gpu_sim.c", "gpu_histories.c")
 
 
@@ -57,15 +58,16 @@ class Work:
 
 def build(folder: Path, faults: dict[str, str] | None = None) -> c.CDLL:
     """Compile the policy with the simulation; `faults` replaces pieces of the policy's source, each found exactly once."""
-    policy = (AGENTLIB / "sched_policy.c").read_text()
+    policy = {name: (AGENTLIB / name).read_text() for name in POLICY}
     for good, bad in (faults or {}).items():
-        assert policy.count(good) == 1, f"the policy no longer has exactly one: {good}"
-        policy = policy.replace(good, bad)
-    source = folder / "sched_policy.c"
-    source.write_text(policy)
+        found = [name for name in POLICY if good in policy[name]]
+        assert [policy[name].count(good) for name in found] == [1], f"the policy no longer has exactly one: {good}"
+        policy[found[0]] = policy[found[0]].replace(good, bad)
+    for name, text in policy.items():
+        (folder / name).write_text(text)
     out = folder / "libgpusim.so"
     flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fPIC", "-shared", f"-I{AGENTLIB}", f"-I{HERE}"]
-    files = [source, *(HERE / name for name in SOURCES if (HERE / name).exists())]
+    files = [*(folder / name for name in POLICY), *(HERE / name for name in SOURCES if (HERE / name).exists())]
     subprocess.run([*build_module().find_compiler(None), *flags, *map(str, files), "-o", str(out)], check=True, timeout=120)
     lib = c.CDLL(str(out))
     lib.sim_new.restype = c.c_void_p
