@@ -51,6 +51,9 @@ static bool pays_share(const SchedSlice *s) {
     return s->phase == PHASE_DRAIN || s->turn_end || s->strict;
 }
 
+/* It may compute: nobody says that it has nothing to do and is kept from submitting. */
+static bool is_let_in(const SchedSlice *s) { return s->phase == PHASE_OPEN || s->phase == PHASE_DRAIN || s->seen.busy; }
+
 /* Nobody waits for its turn to end: it pays nothing, and whoever works beside it has but a part of the GPU. */
 static bool has_for_free(const SchedSlice *s) { return s->phase == PHASE_OPEN && s->seen.busy && !pays_share(s); }
 
@@ -101,8 +104,31 @@ void sched_charge(SchedDevice *d, uint64_t now) {
             cap_bucket(d, s);
         if (is_active(s))
             s->last_active = now;
+        if (is_let_in(s))
+            s->held_ns += passed;
     }
     d->now = now;
+}
+
+void sched_owe(SchedDevice *d, int index, uint64_t ns, uint64_t now) {
+    sched_charge(d, now);
+    ns = min_u64(ns, d->config.whole_ns); /* what nobody can have taken at once is a mistake */
+    SchedSlice *debtor = &d->slice[index];
+    pay(debtor, ns, ns);
+    uint64_t milli = 0;
+    for (uint32_t i = 0; i < d->high; i++)
+        milli += is_active(&d->slice[i]) && (int)i != index ? d->slice[i].weight_milli : 0;
+    if (!milli)
+        return;
+    /* Others computed so much less than they paid for, each by its weight: they are given it back, burst ones by its being further ahead. */
+    debtor->vt += (int64_t)(ns * WHOLE / milli);
+    for (uint32_t i = 0; i < d->high; i++) {
+        SchedSlice *s = &d->slice[i];
+        if (!s->strict || !is_active(s) || (int)i == index)
+            continue;
+        s->bucket_ns += (int64_t)(ns * s->weight_milli / milli);
+        cap_bucket(d, s);
+    }
 }
 
 /* INT64_MAX when nobody is active. Strict slices count only among themselves: held back by their buckets they fall behind the burst

@@ -30,8 +30,6 @@ static inline int64_t strict_level(const SchedDevice *d, const SchedSlice *s) {
 /* Its longest turn. */
 static inline int64_t strict_most(const SchedDevice *d, const SchedSlice *s) { return strict_share(d, s) * 5 / 4; }
 
-/* Charge everybody up to now, by what was last seen and decided. */
-void sched_charge(SchedDevice *d, uint64_t now);
 void sched_measure_period(SchedDevice *d);
 /* Virtual time from 0 on again, before it runs over. */
 void sched_rebase(SchedDevice *d);

@@ -15,10 +15,10 @@ static bool may_run(const SchedDevice *d, const SchedSlice *s) {
     return s->joined && s->seen.want && !s->suspended && !s->dry && d->now >= s->spent_until;
 }
 
-/* Another slice has, or could take, a turn now. */
+/* Another slice has, or could take, a turn now, or gave its own up for this one. */
 static bool contested(const SchedDevice *d, int index) {
     for (uint32_t i = 0; i < d->high; i++)
-        if ((int)i != index && (d->slice[i].phase == PHASE_OPEN || may_run(d, &d->slice[i])))
+        if ((int)i != index && (d->slice[i].phase == PHASE_OPEN || d->slice[i].phase == PHASE_DRAIN || may_run(d, &d->slice[i])))
             return true;
     return false;
 }
@@ -42,7 +42,7 @@ int sched_join(SchedDevice *d, uint32_t weight_milli, bool strict, uint64_t now)
         if (i >= d->high)
             d->high = i + 1;
         sched_charge(d, now);
-        d->slice[i] = (SchedSlice){.joined = true, .vt = d->vt_floor, .goal = d->vt_floor, .weight_milli = 1};
+        d->slice[i] = (SchedSlice){.joined = true, .vt = d->vt_floor, .goal = d->vt_floor, .closed_at = now, .weight_milli = 1};
         sched_set(d, (int)i, weight_milli, strict, now);
         sched_cap_lag(d, (int)i);
         return (int)i;
@@ -154,9 +154,12 @@ static int64_t goal_of(const SchedDevice *d, int index) {
     return theirs > own ? theirs : own;
 }
 
-/* Beside what outlasted its turn a slice pays half, and would have its turn for twice as long: what it gets too little of it gets in the next. */
+/* Beside what outlasted its turn a slice pays half, and would have its turn for twice as long: what it gets too little of it gets in the next.
+ * One that catches up with somebody far ahead keeps nobody waiting. */
 static uint64_t latest_end(const SchedDevice *d, const SchedSlice *s) {
-    return d->now + max_u64(d->config.min_turn_ns, d->period_ns * s->weight_milli / d->active_milli * 3 / 2);
+    if (s->goal - s->vt > 2 * stride(d))
+        return SCHED_NEVER;
+    return d->now + max_u64(d->config.min_turn_ns, d->period_ns * s->weight_milli / d->active_milli * 4 / 3);
 }
 
 static void open_gate(SchedDevice *d, int index) {
@@ -202,8 +205,11 @@ static uint64_t plan_end(SchedDevice *d, int index) {
         if (ahead)
             return d->now;
     }
-    if (s->goal > s->vt + stride(d)) /* somebody may have come to wait since */
+    if (s->goal > s->vt + stride(d)) { /* somebody may have come to wait since */
         s->goal = goal_of(d, index);
+        if (s->turn_most == SCHED_NEVER)
+            s->turn_most = latest_end(d, s);
+    }
     uint64_t end = max_u64(d->now, min_u64(s->turn_most, d->now + turn_left(d, s)));
     bool same = s->turn_end && end + SAME_NS > s->turn_end && end < s->turn_end + SAME_NS;
     return same ? s->turn_end : end;

@@ -203,8 +203,17 @@ static void calm_down(Sim *m) {
     }
 }
 
-/* How far apart the burst slices are, in periods, beyond what one GPU kernel may have made of it; a strict slice in debt is far, and so is
- * what still runs of the storm. */
+/* GPU kernels of the storm are still outstanding. */
+static bool storm_runs(const Sim *m) {
+    for (uint32_t i = 0; i < m->processes; i++) {
+        const SimProcess *p = &m->process[i];
+        if (p->alive && p->outstanding > 3 * m->slice[p->slice].load.kernel_ns + 2 * MS)
+            return true;
+    }
+    return false;
+}
+
+/* How far apart the burst slices are, in periods, beyond what one GPU kernel may have made of it; a strict slice in debt is far. */
 static double apart(const Sim *m) {
     int64_t least = INT64_MAX, most = INT64_MIN, kernel = 0;
     for (uint32_t i = 0; i < m->slices; i++) {
@@ -213,8 +222,6 @@ static double apart(const Sim *m) {
         int64_t one = (int64_t)(s->load.kernel_ns * WHOLE_MILLI / (s->load.milli ? s->load.milli : 1));
         if (!s->joined)
             continue;
-        if (p->overran)
-            return 1e9;
         if (p->strict) {
             if (p->bucket_ns < -(int64_t)s->load.kernel_ns)
                 return 1e9;
@@ -262,7 +269,7 @@ static void calm(History *h) {
     do {
         m->due = true; /* the policy charges when it looks, and is asked only when something happens */
         play(h, 4 * m->policy.period_ns);
-    } while (h->out->found == FOUND_NOTHING && apart(m) > SETTLED_PERIODS && m->now < until);
+    } while (h->out->found == FOUND_NOTHING && (storm_runs(m) || apart(m) > SETTLED_PERIODS) && m->now < until);
     if (h->out->found == FOUND_NOTHING && m->now >= until)
         found(h, FOUND_DEBT, -1, apart(m));
     for (uint32_t i = 0; i < m->slices; i++)

@@ -13,6 +13,7 @@ HERE = Path(__file__).resolve().parent
 AGENTLIB = HERE.parents[1] / "nodeagent" / "agentlib"
 MS = 1_000_000
 WAITS = 4096
+HONEST, ALWAYS_BUSY, NEVER_BUSY = range(3)
 POLICY = ("sched_policy.c", "sched_charge.c")
 SOURCES = ("gpu_sim.c", "gpu_histories.c")
 
@@ -53,7 +54,7 @@ class Work:
     processes: int = 1
     work_ms: float = 0.0
     gap_ms: float = 0.0
-    liar: bool = False
+    liar: int = HONEST
 
 
 def build(folder: Path, faults: dict[str, str] | None = None) -> c.CDLL:
@@ -77,6 +78,9 @@ def build(folder: Path, faults: dict[str, str] | None = None) -> c.CDLL:
     lib.sim_run.argtypes = [c.c_void_p, c.c_uint64]
     lib.sim_busy.restype = c.c_uint64
     lib.sim_busy.argtypes = [c.c_void_p, c.c_int]
+    lib.sim_held.restype = c.c_uint64
+    lib.sim_held.argtypes = [c.c_void_p, c.c_int]
+    lib.sim_owe.argtypes = [c.c_void_p, c.c_int, c.c_uint64]
     for name in ("sim_now", "sim_steps", "sim_period", "sim_mark"):
         getattr(lib, name).restype = c.c_uint64
         getattr(lib, name).argtypes = [c.c_void_p]
@@ -112,6 +116,18 @@ class Sim:
         before = [self.lib.sim_busy(self._sim, i) for i in self.slices]
         self.lib.sim_run(self._sim, int(seconds * 1e9))
         return [(self.lib.sim_busy(self._sim, i) - b) / seconds / 1e7 for i, b in zip(self.slices, before, strict=True)]
+
+    def busy_ns(self, i: int) -> int:
+        """Return how long a slice has computed so far, ns."""
+        return self.lib.sim_busy(self._sim, self.slices[i])
+
+    def held_ns(self, i: int) -> int:
+        """Return the time that a slice could compute in so far, as the policy knows it."""
+        return self.lib.sim_held(self._sim, self.slices[i])
+
+    def owe(self, i: int, ns: int) -> None:
+        """Let a slice pay for what it computed beyond that."""
+        self.lib.sim_owe(self._sim, self.slices[i], ns)
 
     def mark(self) -> None:
         """Forget the waits and visits so far."""
