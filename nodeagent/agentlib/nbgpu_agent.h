@@ -9,7 +9,7 @@
 
 #include "../limiter/nbgpu_layout.h"
 
-#define NBGPU_AGENT_ABI 2u
+#define NBGPU_AGENT_ABI 3u
 #define NBGPU_EXPORT __attribute__((visibility("default")))
 
 NBGPU_EXPORT uint32_t nbgpu_agent_abi(void);
@@ -37,6 +37,7 @@ typedef struct {
     uint64_t junk;       /* times that its `use` file was unreadable, or its bell never stopped */
     uint32_t gate;       /* GATE_* as the scheduler last wrote it */
     uint32_t active;     /* 1: it waits or has work outstanding */
+    uint64_t held_ns;    /* time that it could compute in: its gate was open, or it said that work of it still ran */
 } NbgpuSchedStats;
 
 typedef struct {
@@ -63,6 +64,8 @@ NBGPU_EXPORT int nbgpu_sched_set(NbgpuSched *sched, int id, uint32_t compute_mil
 NBGPU_EXPORT int nbgpu_sched_kernels(NbgpuSched *sched, int id);
 /* 1: the gate becomes SUSPENDED and the slice gets no turns; 0: it waits for its turn again. */
 NBGPU_EXPORT int nbgpu_sched_suspend(NbgpuSched *sched, int id, int suspended);
+/* It computed so many ns longer than it said (NVML saw it): it pays for them from its next turns. At most `whole_ns` at once. */
+NBGPU_EXPORT int nbgpu_sched_owe(NbgpuSched *sched, int id, uint64_t ns);
 /* Forget it; its gate becomes GATE_NONE. */
 NBGPU_EXPORT int nbgpu_sched_remove(NbgpuSched *sched, int id);
 NBGPU_EXPORT int nbgpu_sched_stats(NbgpuSched *sched, int id, NbgpuSchedStats *out);

@@ -232,6 +232,16 @@ int nbgpu_sched_suspend(NbgpuSched *s, int id, int suspended) {
     return 0;
 }
 
+int nbgpu_sched_owe(NbgpuSched *s, int id, uint64_t ns) {
+    Entry *e = hold(s, id);
+    if (!e)
+        return -ENOENT;
+    sched_owe(&e->gpu->policy, e->index, ns, now_ns());
+    e->gpu->due = true;
+    let_go(s);
+    return 0;
+}
+
 int nbgpu_sched_remove(NbgpuSched *s, int id) {
     Entry *e = hold(s, id);
     if (!e)
@@ -252,6 +262,7 @@ int nbgpu_sched_stats(NbgpuSched *s, int id, NbgpuSchedStats *out) {
     if (!e)
         return -ENOENT;
     const SchedSlice *slice = &e->gpu->policy.slice[e->index];
+    sched_charge(&e->gpu->policy, now_ns());
     *out = (NbgpuSchedStats){
         .charged_ns = slice->charged_ns,
         .turns = slice->turns,
@@ -259,6 +270,7 @@ int nbgpu_sched_stats(NbgpuSched *s, int id, NbgpuSchedStats *out) {
         .junk = e->junk,
         .gate = e->gate,
         .active = slice->seen.want || slice->seen.busy,
+        .held_ns = slice->held_ns,
     };
     pthread_mutex_unlock(&s->lock);
     return 0;

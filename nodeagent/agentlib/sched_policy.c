@@ -1,188 +1,26 @@
-#include "sched_policy.h"
-
 #include <string.h>
 
-#define MS 1000000ull
-#define WHOLE 1000u
+#include "sched_charge.h"
+
 #define SPENT_NS (20 * MS) /* waiters ring again after this long anyway */
 #define UNUSED_MOST 5u     /* 20 ms doubled so often */
-#define VT_REBASE (INT64_C(1) << 55)
-#define LOSS 112u         /* one part in so many of a turn may be lost when it changes hands */
-#define STRICT_CHANGES 8u /* a strict slice alone has turns as long as if so many shared the device */
-#define GAP_MOST (MS)     /* a longer one is no hand-over but a pause */
-#define GAP_MEMORY 256u   /* hand-overs that the mean is of */
-#define GAP_LEAST 32u     /* before so many it is nothing yet */
-#define GAP_STEP 50000u   /* P follows the mean in steps, or it would never be the same twice */
-#define SOON_NS 100000u   /* no look again before that */
-#define SAME_NS 10000u    /* turn ends closer than this are one */
-
-static uint64_t or_default(uint64_t value, uint64_t otherwise) { return value ? value : otherwise; }
-
-NbgpuSchedConfig sched_config(const NbgpuSchedConfig *asked) {
-    NbgpuSchedConfig c = asked ? *asked : (NbgpuSchedConfig){0};
-    return (NbgpuSchedConfig){
-        .min_turn_ns = or_default(c.min_turn_ns, 2 * MS),
-        .period_ns = or_default(c.period_ns, 30 * MS),
-        .period_per_slice_ns = or_default(c.period_per_slice_ns, 7500000),
-        .lag_ns = or_default(c.lag_ns, 30 * MS),
-        .idle_grace_ns = or_default(c.idle_grace_ns, 300000),
-        .overlap_behind_ns = or_default(c.overlap_behind_ns, 1 * MS),
-        .overlap_ns = or_default(c.overlap_ns, 10 * MS),
-        .heartbeat_ns = or_default(c.heartbeat_ns, 200 * MS),
-        .handover_ns = or_default(c.handover_ns, MS / 2),
-        .whole_ns = or_default(c.whole_ns, 1000 * MS),
-    };
-}
-
-static uint64_t max_u64(uint64_t a, uint64_t b) { return a > b ? a : b; }
-static uint64_t min_u64(uint64_t a, uint64_t b) { return a < b ? a : b; }
-
-static bool is_active(const SchedSlice *s) { return s->joined && (s->seen.want || s->seen.busy || s->phase == PHASE_DRAIN); }
-
-/* P: the time in which every active slice gets one turn. Long enough that changing hands costs no more than its part of a turn, and a
- * whole part of the time in which shares are to hold: any such window then holds as many turns of each. */
-static void measure_period(SchedDevice *d) {
-    uint64_t active = 0, milli = 0, strict = 0, whole = d->config.whole_ns;
-    for (uint32_t i = 0; i < d->high; i++) {
-        const SchedSlice *s = &d->slice[i];
-        if (!s->joined || !(is_active(s) || (s->last_active && d->now - s->last_active < whole / 4)))
-            continue;
-        active++;
-        strict += s->strict;
-        milli += s->weight_milli;
-    }
-    uint64_t least = max_u64(d->config.period_ns, active * d->config.period_per_slice_ns);
-    /* Alone, a strict slice loses what it can't use of an open gate at each turn's ends: few turns. */
-    uint64_t lost = active > 1 ? active * (d->config.handover_ns + d->gap_held_ns) : STRICT_CHANGES * strict * d->config.handover_ns;
-    uint64_t parts = whole / max_u64(least, lost * LOSS);
-    d->period_ns = whole / max_u64(parts, 1);
-    d->patience_ns = 2 * least;
-    d->active_milli = milli ? (uint32_t)milli : WHOLE;
-}
-
-/* A period in virtual time. */
-static int64_t stride(const SchedDevice *d) { return (int64_t)(d->period_ns * WHOLE / d->active_milli); }
-
-static int64_t nearest(int64_t vt, int64_t stride_ns) {
-    int64_t steps = (vt + stride_ns / 2) / stride_ns;
-    return steps * stride_ns;
-}
-
-static int64_t strict_share(const SchedDevice *d, const SchedSlice *s) { return (int64_t)(d->period_ns * s->weight_milli / WHOLE); }
-
-/* What a strict slice's bucket is to hold when its turn begins: what the turn takes out beyond what flows in, and a reserve. */
-static int64_t strict_level(const SchedDevice *d, const SchedSlice *s) {
-    int64_t share = strict_share(d, s);
-    return share * (WHOLE - s->weight_milli) / WHOLE + share / 4;
-}
+#define GAP_MOST (MS)      /* a longer one is no hand-over but a pause */
+#define GAP_MEMORY 256u    /* hand-overs that the mean is of */
+#define GAP_LEAST 32u      /* before so many it is nothing yet */
+#define GAP_STEP 50000u    /* P follows the mean in steps, or it would never be the same twice */
+#define SOON_NS 100000u    /* no look again before that */
+#define SAME_NS 10000u     /* turn ends closer than this are one */
 
 static bool may_run(const SchedDevice *d, const SchedSlice *s) {
     return s->joined && s->seen.want && !s->suspended && !s->dry && d->now >= s->spent_until;
 }
 
-/* Another slice has, or could take, a turn now. */
+/* Another slice has, or could take, a turn now, or gave its own up for this one. */
 static bool contested(const SchedDevice *d, int index) {
     for (uint32_t i = 0; i < d->high; i++)
-        if ((int)i != index && (d->slice[i].phase == PHASE_OPEN || may_run(d, &d->slice[i])))
+        if ((int)i != index && (d->slice[i].phase == PHASE_OPEN || d->slice[i].phase == PHASE_DRAIN || may_run(d, &d->slice[i])))
             return true;
     return false;
-}
-
-/* ---- charging ------------------------------------------------------------------------------------------------------------ */
-
-static bool pays_share(const SchedSlice *s) {
-    if (s->phase == PHASE_OUT)
-        return s->overran && s->seen.busy;
-    if (s->phase == PHASE_PAUSE)
-        return s->seen.busy;
-    return s->phase == PHASE_DRAIN || s->turn_end || s->strict;
-}
-
-static void pay(SchedSlice *s, uint64_t vt_ns, uint64_t bucket_ns) {
-    s->vt += (int64_t)(vt_ns * WHOLE / s->weight_milli);
-    s->charged_ns += vt_ns;
-    if (s->strict)
-        s->bucket_ns -= (int64_t)bucket_ns;
-}
-
-/* Nobody saves up more than two turns. */
-static void cap_bucket(const SchedDevice *d, SchedSlice *s) {
-    int64_t full = strict_level(d, s) + strict_share(d, s);
-    if (s->bucket_ns > full)
-        s->bucket_ns = full;
-}
-
-static void rebase(SchedDevice *d) {
-    if (d->vt_floor < VT_REBASE)
-        return;
-    for (uint32_t i = 0; i < d->high; i++)
-        d->slice[i].vt -= d->vt_floor;
-    d->vt_floor = 0;
-}
-
-/* Slices let in together share the time between them: in what they owe each other, not in what a strict one may take, or somebody who never
- * says that it is done would lend it time. Work behind a closed gate that nobody waits for is paid in full by whose it is, and makes nobody
- * else's time cheaper. Time that nobody else wanted is free to a burst slice. */
-static void charge(SchedDevice *d, uint64_t now) {
-    if (now <= d->now)
-        return;
-    uint64_t passed = now - d->now, sharing = 0;
-    for (uint32_t i = 0; i < d->high; i++)
-        sharing += d->slice[i].joined && pays_share(&d->slice[i]);
-    for (uint32_t i = 0; i < d->high; i++) {
-        SchedSlice *s = &d->slice[i];
-        if (!s->joined)
-            continue;
-        if (s->strict)
-            s->bucket_ns += (int64_t)(passed * s->weight_milli / WHOLE);
-        if (pays_share(s))
-            pay(s, passed / sharing, passed);
-        else if (s->phase == PHASE_OUT && s->seen.busy)
-            pay(s, passed, passed);
-        if (s->strict)
-            cap_bucket(d, s);
-        if (is_active(s))
-            s->last_active = now;
-    }
-    d->now = now;
-}
-
-/* INT64_MAX when nobody is active. Strict slices count only among themselves: held back by their buckets they fall behind the burst
- * ones for good, and who starts from there would own the device until it had caught up. */
-static int64_t least_active_vt(const SchedDevice *d, int except) {
-    int64_t burst = INT64_MAX, strict = INT64_MAX;
-    for (uint32_t i = 0; i < d->high; i++) {
-        const SchedSlice *s = &d->slice[i];
-        int64_t *least = s->strict ? &strict : &burst;
-        if ((int)i != except && is_active(s) && s->vt < *least)
-            *least = s->vt;
-    }
-    return burst != INT64_MAX ? burst : strict;
-}
-
-/* Where everybody would be if they shared the device at every moment: the mean of the others, by weight. */
-static int64_t fair_vt(const SchedDevice *d, int except) {
-    double sum = 0, milli = 0;
-    for (uint32_t i = 0; i < d->high; i++) {
-        const SchedSlice *s = &d->slice[i];
-        if ((int)i == except || !is_active(s) || s->strict)
-            continue;
-        sum += (double)(s->vt - d->vt_floor) * s->weight_milli;
-        milli += s->weight_milli;
-    }
-    return milli > 0 ? d->vt_floor + (int64_t)(sum / milli) : d->vt_floor;
-}
-
-/* Nobody saves up more than the lag. */
-static void cap_lag(SchedDevice *d, int index) {
-    int64_t floor = fair_vt(d, index) - (int64_t)d->config.lag_ns;
-    if (d->slice[index].vt < floor)
-        d->slice[index].vt = floor;
-}
-
-/* How far a slice is behind, beyond what lets it in beside the owner; 0 or less: it waits. */
-static int64_t is_behind(const SchedDevice *d, int index) {
-    return fair_vt(d, index) - d->slice[index].vt - (int64_t)d->config.overlap_behind_ns;
 }
 
 /* ---- joining, seeing ------------------------------------------------------------------------------------------------------ */
@@ -194,7 +32,7 @@ void sched_init(SchedDevice *d, const NbgpuSchedConfig *config, uint64_t now) {
     d->wake_at = SCHED_NEVER;
     d->owner = d->guest = SCHED_NOBODY;
     d->idle_since = now;
-    measure_period(d);
+    sched_measure_period(d);
 }
 
 int sched_join(SchedDevice *d, uint32_t weight_milli, bool strict, uint64_t now) {
@@ -203,17 +41,17 @@ int sched_join(SchedDevice *d, uint32_t weight_milli, bool strict, uint64_t now)
             continue;
         if (i >= d->high)
             d->high = i + 1;
-        charge(d, now);
-        d->slice[i] = (SchedSlice){.joined = true, .vt = d->vt_floor, .weight_milli = 1};
+        sched_charge(d, now);
+        d->slice[i] = (SchedSlice){.joined = true, .vt = d->vt_floor, .goal = d->vt_floor, .closed_at = now, .weight_milli = 1};
         sched_set(d, (int)i, weight_milli, strict, now);
-        cap_lag(d, (int)i);
+        sched_cap_lag(d, (int)i);
         return (int)i;
     }
     return -1;
 }
 
 void sched_leave(SchedDevice *d, int index, uint64_t now) {
-    charge(d, now);
+    sched_charge(d, now);
     if (d->owner == index)
         d->owner = SCHED_NOBODY;
     if (d->guest == index)
@@ -223,7 +61,7 @@ void sched_leave(SchedDevice *d, int index, uint64_t now) {
 
 void sched_set(SchedDevice *d, int index, uint32_t weight_milli, bool strict, uint64_t now) {
     SchedSlice *s = &d->slice[index];
-    charge(d, now);
+    sched_charge(d, now);
     s->weight_milli = weight_milli < 1 ? 1 : weight_milli > WHOLE ? WHOLE : weight_milli;
     bool was = s->strict;
     s->strict = strict && s->weight_milli < WHOLE; /* strict with the whole device has nothing to be stopped from */
@@ -234,13 +72,13 @@ void sched_set(SchedDevice *d, int index, uint32_t weight_milli, bool strict, ui
     if (!s->strict)
         s->dry = false;
     if (s->strict != was)
-        cap_lag(d, index);
+        sched_cap_lag(d, index);
 }
 
 void sched_suspend(SchedDevice *d, int index, bool suspended, uint64_t now) {
-    charge(d, now);
+    sched_charge(d, now);
     d->slice[index].suspended = suspended;
-    cap_lag(d, index);
+    sched_cap_lag(d, index);
 }
 
 /* The GPU went from one slice's work to another's: how long had it nothing to do? */
@@ -271,9 +109,9 @@ static void note_idle(SchedDevice *d) {
 
 void sched_observe(SchedDevice *d, int index, SchedSeen seen, uint64_t now) {
     SchedSlice *s = &d->slice[index];
-    charge(d, now);
+    sched_charge(d, now);
     if (seen.want && !is_active(s) && s->phase == PHASE_OUT) {
-        cap_lag(d, index);
+        sched_cap_lag(d, index);
         s->woke = true;
     }
     if (seen.edges != s->seen.edges) {
@@ -316,17 +154,26 @@ static int64_t goal_of(const SchedDevice *d, int index) {
     return theirs > own ? theirs : own;
 }
 
+/* Beside what outlasted its turn a slice pays half, and would have its turn for twice as long: what it gets too little of it gets in the next.
+ * One that catches up with somebody far ahead keeps nobody waiting. */
+static uint64_t latest_end(const SchedDevice *d, const SchedSlice *s) {
+    if (s->goal - s->vt > 2 * stride(d))
+        return SCHED_NEVER;
+    return d->now + max_u64(d->config.min_turn_ns, d->period_ns * s->weight_milli / d->active_milli * 4 / 3);
+}
+
 static void open_gate(SchedDevice *d, int index) {
     SchedSlice *s = &d->slice[index];
     s->phase = PHASE_OPEN;
     s->open_since = d->now;
     s->quiet_since = d->now;
-    s->woke = false;
+    s->woke = s->overran = false;
     s->fresh = true;
     s->turns++;
     s->goal = goal_of(d, index);
+    s->turn_most = latest_end(d, s);
     if (s->strict) {
-        int64_t share = strict_share(d, s), turn = s->bucket_ns + share - strict_level(d, s), most = share + share / 4;
+        int64_t turn = s->bucket_ns + strict_share(d, s) - strict_level(d, s), most = strict_most(d, s);
         s->strict_end = d->now + max_u64(d->config.min_turn_ns, turn < 0 ? 0 : (uint64_t)(turn < most ? turn : most));
     }
 }
@@ -345,19 +192,25 @@ static uint64_t turn_left(const SchedDevice *d, const SchedSlice *s) {
 /* When the owner's turn is to end; 0 = no end. */
 static uint64_t plan_end(SchedDevice *d, int index) {
     SchedSlice *s = &d->slice[index];
-    if (s->strict)
-        return min_u64(s->strict_end, d->now + bucket_lasts(s));
+    if (s->strict) { /* P may be shorter by now: it was alone, and has company */
+        uint64_t most = max_u64(d->config.min_turn_ns, (uint64_t)strict_most(d, s));
+        return min_u64(min_u64(s->strict_end, s->open_since + most), d->now + bucket_lasts(s));
+    }
     if (!contested(d, index))
         return 0;
     if (!s->turn_end && s->open_since < d->now) { /* it had the device to itself until now */
-        bool ahead = least_active_vt(d, index) <= s->vt;
+        bool ahead = sched_least_vt(d, index) <= s->vt;
         s->goal = ahead ? s->vt : goal_of(d, index);
+        s->turn_most = latest_end(d, s);
         if (ahead)
             return d->now;
     }
-    if (s->goal > s->vt + stride(d)) /* somebody may have come to wait since */
+    if (s->goal > s->vt + stride(d)) { /* somebody may have come to wait since */
         s->goal = goal_of(d, index);
-    uint64_t end = d->now + turn_left(d, s);
+        if (s->turn_most == SCHED_NEVER)
+            s->turn_most = latest_end(d, s);
+    }
+    uint64_t end = max_u64(d->now, min_u64(s->turn_most, d->now + turn_left(d, s)));
     bool same = s->turn_end && end + SAME_NS > s->turn_end && end < s->turn_end + SAME_NS;
     return same ? s->turn_end : end;
 }
@@ -428,7 +281,7 @@ static void settle_guest(SchedDevice *d) {
         d->guest = SCHED_NOBODY;
         d->owner = guest;
     } else if (d->now >= d->guest_since + d->config.overlap_ns) {
-        if (is_behind(d, guest) > 0) {
+        if (sched_is_behind(d, guest) > 0) {
             close_gate(d, d->owner);
             d->guest = SCHED_NOBODY;
             d->owner = guest;
@@ -497,17 +350,22 @@ static bool comes_before(const SchedDevice *d, const SchedSlice *a, const SchedS
     return x != y ? x < y : a->closed_at != b->closed_at ? a->closed_at < b->closed_at : a->vt < b->vt;
 }
 
+/* Who comes next: a burst slice or a strict one, whose turn is longer ago. */
 static int least_waiting(const SchedDevice *d) {
-    int best[2] = {SCHED_NOBODY, SCHED_NOBODY};
+    enum { BURST, STRICT, OWING, KINDS };
+    int best[KINDS] = {SCHED_NOBODY, SCHED_NOBODY, SCHED_NOBODY};
     for (uint32_t i = 0; i < d->high; i++) {
         const SchedSlice *s = &d->slice[i];
-        int *of = &best[s->strict];
+        int *of = &best[s->strict ? STRICT : sched_owes_strict(d, s) ? OWING : BURST];
         if (s->phase == PHASE_OUT && may_run(d, s) && (*of == SCHED_NOBODY || comes_before(d, s, &d->slice[*of])))
             *of = (int)i;
     }
-    if (best[0] == SCHED_NOBODY || best[1] == SCHED_NOBODY)
-        return best[0] == SCHED_NOBODY ? best[1] : best[0];
-    return best[d->slice[best[1]].closed_at < d->slice[best[0]].closed_at];
+    int burst = best[BURST], owing = best[OWING], strict = best[STRICT];
+    if (strict == SCHED_NOBODY && burst != SCHED_NOBODY && owing != SCHED_NOBODY)
+        return comes_before(d, &d->slice[owing], &d->slice[burst]) ? owing : burst;
+    if (strict == SCHED_NOBODY)
+        return burst != SCHED_NOBODY ? burst : owing;
+    return burst == SCHED_NOBODY || d->slice[strict].closed_at < d->slice[burst].closed_at ? strict : burst;
 }
 
 /* Who woke and is furthest behind. */
@@ -515,7 +373,7 @@ static int most_behind(const SchedDevice *d) {
     int best = SCHED_NOBODY;
     for (uint32_t i = 0; i < d->high; i++) {
         const SchedSlice *s = &d->slice[i];
-        if (s->phase != PHASE_OUT || !may_run(d, s) || !s->woke || s->strict || is_behind(d, (int)i) <= 0)
+        if (s->phase != PHASE_OUT || !may_run(d, s) || !s->woke || s->strict || sched_is_behind(d, (int)i) <= 0)
             continue;
         if (best == SCHED_NOBODY || s->vt < d->slice[best].vt)
             best = (int)i;
@@ -554,7 +412,7 @@ static uint64_t next_wake(const SchedDevice *d) {
         if (s->dry)
             at = min_u64(at, dry_ends(d, s));
         else if (s->woke && !s->strict && d->guest == SCHED_NOBODY) {
-            int64_t missing = -is_behind(d, (int)i);
+            int64_t missing = -sched_is_behind(d, (int)i);
             if (missing >= 0)
                 at = min_u64(at, d->now + max_u64((uint64_t)missing * d->active_milli / WHOLE, SOON_NS));
         }
@@ -565,8 +423,8 @@ static uint64_t next_wake(const SchedDevice *d) {
 }
 
 void sched_step(SchedDevice *d, uint64_t now) {
-    charge(d, now);
-    measure_period(d);
+    sched_charge(d, now);
+    sched_measure_period(d);
     settle_buckets(d);
     settle_owner(d);
     settle_guest(d);
@@ -578,10 +436,10 @@ void sched_step(SchedDevice *d, uint64_t now) {
         d->slice[d->guest].turn_end = d->guest_since + d->config.overlap_ns;
     if (d->owner != SCHED_NOBODY && d->slice[d->owner].phase == PHASE_OPEN)
         d->slice[d->owner].turn_end = plan_end(d, d->owner);
-    int64_t least = least_active_vt(d, SCHED_NOBODY);
+    int64_t least = sched_least_vt(d, SCHED_NOBODY);
     if (least != INT64_MAX && least > d->vt_floor)
         d->vt_floor = least;
-    rebase(d);
+    sched_rebase(d);
     d->wake_at = next_wake(d);
 }
 

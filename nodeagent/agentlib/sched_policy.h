@@ -15,6 +15,9 @@
  * between the two, which costs more than the pause. Work that outlasts its turn by `patience_ns` (a GPU kernel can't be stopped) goes on
  * beside the next turn, and both pay half.
  *
+ * Reconciled. Whose words end its turn while its work still runs on is charged nothing for that work here; somebody who sees the GPU compute
+ * (the agent, by NVML) compares with `held_ns` and has it pay the difference later (`sched_owe`).
+ *
  * Guests. A slice that begins to want out of idleness, and is behind where it would be if all shared the device at every moment, is let
  * in at once; the owner's gate is closed until it is done. After `overlap_ns` it takes the turn, or leaves when it is no longer behind.
  *
@@ -68,7 +71,9 @@ typedef struct {
     uint64_t spent_until; /* did not use its last turn: no other before this or before it rings again */
     uint64_t last_active;
     uint64_t charged_ns, turns, overruns;
+    uint64_t held_ns;    /* time that it could compute in: its gate was open, or it said that work of it still ran */
     int64_t goal;        /* its turn ends when its vt is there */
+    uint64_t turn_most;  /* ...or at this time, wherever it is */
     uint64_t strict_end; /* strict: its turn ends then, whoever else waits */
     uint64_t dry_until;  /* strict: dry for so long */
     uint64_t closed_at;  /* its last turn ended */
@@ -104,8 +109,14 @@ void sched_set(SchedDevice *device, int index, uint32_t weight_milli, bool stric
 void sched_suspend(SchedDevice *device, int index, bool suspended, uint64_t now);
 /* Take in what a slice's words say. The caller steps afterwards. */
 void sched_observe(SchedDevice *device, int index, SchedSeen seen, uint64_t now);
+/* Charge everybody up to now, by what was last seen and decided. */
+void sched_charge(SchedDevice *device, uint64_t now);
+/* It computed so much longer than it was charged for, as somebody saw who need not believe it: it pays for that now. */
+void sched_owe(SchedDevice *device, int index, uint64_t ns, uint64_t now);
 /* Charge up to now, then decide; sets phases, turn ends and wake_at. */
 void sched_step(SchedDevice *device, uint64_t now);
+/* A burst slice that took more than its turn and comes after strict ones until the time for it has passed. */
+bool sched_owes_strict(const SchedDevice *device, const SchedSlice *slice);
 /* GATE_* for the slice's gate word. */
 uint32_t sched_gate(const SchedSlice *slice);
 

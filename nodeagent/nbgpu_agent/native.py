@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from . import layout
 
-ABI = 2
+ABI = 3
 LOCKED_ELSEWHERE = 0x7FFFFFFF
 JUNK_DEVICE, JUNK_KERNEL_ID, JUNK_MEMORY, JUNK_COMPUTE, JUNK_OWNER = 1, 2, 4, 8, 16
 
@@ -45,6 +45,7 @@ class _SchedStats(c.Structure):
         ("junk", c.c_uint64),
         ("gate", c.c_uint32),
         ("active", c.c_uint32),
+        ("held_ns", c.c_uint64),
     ]
 
 
@@ -70,6 +71,8 @@ class SchedStats:
     junk: int
     gate: int
     active: bool
+    held_ns: int
+    """Time that it could compute in."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ def _load(path: Path) -> c.CDLL:
         "nbgpu_sched_set": (c.c_int, [c.c_void_p, c.c_int, c.c_uint32, c.c_uint32]),
         "nbgpu_sched_kernels": (c.c_int, [c.c_void_p, c.c_int]),
         "nbgpu_sched_suspend": (c.c_int, [c.c_void_p, c.c_int, c.c_int]),
+        "nbgpu_sched_owe": (c.c_int, [c.c_void_p, c.c_int, c.c_uint64]),
         "nbgpu_sched_remove": (c.c_int, [c.c_void_p, c.c_int]),
         "nbgpu_sched_stats": (c.c_int, [c.c_void_p, c.c_int, c.c_void_p]),
         "nbgpu_sched_totals": (c.c_int, [c.c_void_p, c.c_void_p]),
@@ -232,6 +236,10 @@ class Scheduler:
         """Close an entry's gate until it is resumed."""
         _check(self._lib.nbgpu_sched_suspend(self._handle, entry, int(suspended)), "scheduler suspend")
 
+    def owe(self, entry: int, ns: int) -> None:
+        """Let an entry pay for time that it computed beyond what it said."""
+        _check(self._lib.nbgpu_sched_owe(self._handle, entry, ns), "scheduler owe")
+
     def remove(self, entry: int) -> None:
         """Forget an entry."""
         _check(self._lib.nbgpu_sched_remove(self._handle, entry), "scheduler remove")
@@ -240,7 +248,7 @@ class Scheduler:
         """Return what was done for an entry."""
         out = _SchedStats()
         _check(self._lib.nbgpu_sched_stats(self._handle, entry, c.byref(out)), "scheduler stats")
-        return SchedStats(out.charged_ns, out.turns, out.overruns, out.junk, out.gate, bool(out.active))
+        return SchedStats(out.charged_ns, out.turns, out.overruns, out.junk, out.gate, bool(out.active), out.held_ns)
 
     def totals(self) -> SchedTotals:
         """Return what the thread costs."""

@@ -1,15 +1,22 @@
 /* Random histories in virtual time: slices come, go, are resized, suspended, killed in mid-turn, run GPU kernels of any length; and after
- * each a calm in which everybody computes. What must hold: nobody who is due waits longer than two periods (and what may still run after a
- * turn), the GPU does not idle while somebody waits, and in the calm every share comes out. A history is a function of its seed. */
+ * each a calm in which everybody computes. What must hold: nobody who is due waits longer than two periods, the GPU does not idle while
+ * somebody waits, and in the calm every share comes out. A history is a function of its seed. */
 #include "gpu_sim.h"
 
 #define MS 1000000ull
 #define WHOLE_MILLI 1000u
 #define STORM_EVENTS 30
-#define CALM_SETTLE_NS (40000 * MS) /* to pay back what long GPU kernels took, at most */
+/* To pay back what long GPU kernels took in the storm, at most. */
+#define CALM_SETTLE_NS (40000 * MS)
 #define CALM_NS (10000 * MS)
-#define CALM_POINTS 1.5  /* and one turn of the slice */
-#define LOST_NS (5 * MS) /* the GPU idle, and somebody waits */
+/* The hundredth of the time that changing hands may cost falls on anybody; and a turn at the edge of the calm may fall in or out. */
+#define CALM_POINTS 1.0
+/* The GPU idle, and somebody waits: twice the shortest turn, after which one who does not come for its turn loses it, and the reports of it. */
+#define LOST_NS (5 * MS)
+/* Of the longest P since the slice began to wait: others' turns, half as long again at most, and between them what outlasts them. */
+#define STARVED_PERIODS 2
+/* One has had its turn of the period and another has not, when somebody looks. */
+#define SETTLED_PERIODS 1.1
 
 enum { FOUND_NOTHING, FOUND_STARVED, FOUND_LOST, FOUND_SHARE, FOUND_DEBT };
 
@@ -25,8 +32,15 @@ typedef struct {
 typedef struct {
     Sim *sim;
     HistoryResult *out;
-    uint64_t idle_since, worked_ns, longest_period;
+    uint64_t idle_since, worked_ns;
+    uint64_t longest_period[SIM_SLICES]; /* since the slice began to wait */
 } History;
+
+/* A slice when the time in which shares are looked at begins. */
+typedef struct {
+    uint64_t busy_ns;
+    int64_t bucket_ns;
+} Before;
 
 static uint64_t pick(Sim *m, uint64_t n) { return sim_random(m) % n; }
 
@@ -99,12 +113,13 @@ static void something_happens(Sim *m) {
 
 /* ---- what must hold ---- */
 
-/* May it have a turn, as far as the rules go? Not who had more periods than somebody, nor a strict slice whose bucket is empty. */
-static bool is_due(const Sim *m, const SimSlice *s, int64_t least, int64_t step) {
+/* May it have a turn, as far as the rules go? Not whose last turn's work still computes beside the others', who had more periods than somebody,
+ * or owes strict slices for a GPU kernel longer than its turn, nor a strict slice whose bucket is empty. */
+static bool is_due(const Sim *m, const SimSlice *s, int64_t least, int64_t step, bool strict) {
     const SchedSlice *p = &m->policy.slice[s->id];
-    if (!s->joined || s->suspended || !s->told.want || sched_gate(p) == NBGPU_GATE_OPEN)
+    if (!s->joined || s->suspended || !s->told.want || p->overran || sched_gate(p) == NBGPU_GATE_OPEN)
         return false;
-    return p->strict ? !p->dry : p->vt <= least + step / 2;
+    return p->strict ? !p->dry : p->vt <= least + step / 2 && !(strict && sched_owes_strict(&m->policy, p));
 }
 
 static bool found(History *h, int what, int slice, double value) {
@@ -116,29 +131,31 @@ static bool found(History *h, int what, int slice, double value) {
 static void check(History *h) {
     Sim *m = h->sim;
     int64_t least = INT64_MAX;
-    bool waits = false;
+    bool waits = false, strict = false;
     for (uint32_t i = 0; i < m->slices; i++) {
         const SimSlice *s = &m->slice[i];
         const SchedSlice *p = &m->policy.slice[s->id];
         if (s->joined && !p->strict && (s->told.want || s->told.busy) && p->vt < least)
             least = p->vt;
+        strict |= s->joined && p->strict && (s->told.want || s->told.busy);
     }
-    if (m->policy.period_ns > h->longest_period)
-        h->longest_period = m->policy.period_ns;
-    int64_t step = (int64_t)(h->longest_period * WHOLE_MILLI / (m->policy.active_milli ? m->policy.active_milli : 1));
+    uint64_t period = m->policy.period_ns;
+    int64_t step = (int64_t)(period * WHOLE_MILLI / m->policy.active_milli);
     for (uint32_t i = 0; i < m->slices; i++) {
         SimSlice *s = &m->slice[i];
-        if (!is_due(m, s, least, step)) {
+        if (!is_due(m, s, least, step, strict)) {
             s->hungry_since = 0;
             continue;
         }
         waits = true;
         if (!s->hungry_since)
-            s->hungry_since = m->now;
-        double periods = (double)(m->now - s->hungry_since) / (double)h->longest_period;
+            s->hungry_since = m->now, h->longest_period[i] = 0;
+        if (period > h->longest_period[i])
+            h->longest_period[i] = period;
+        double periods = (double)(m->now - s->hungry_since) / (double)h->longest_period[i];
         if (periods > h->out->longest)
             h->out->longest = periods;
-        if (m->now - s->hungry_since > 2 * h->longest_period + m->policy.patience_ns)
+        if (periods > STARVED_PERIODS)
             found(h, FOUND_STARVED, (int)i, (double)(m->now - s->hungry_since) / (double)MS);
     }
     if (m->busy_ns + m->lost_ns != h->worked_ns || !waits)
@@ -186,6 +203,16 @@ static void calm_down(Sim *m) {
     }
 }
 
+/* GPU kernels of the storm are still outstanding. */
+static bool storm_runs(const Sim *m) {
+    for (uint32_t i = 0; i < m->processes; i++) {
+        const SimProcess *p = &m->process[i];
+        if (p->alive && p->outstanding > 3 * m->slice[p->slice].load.kernel_ns + 2 * MS)
+            return true;
+    }
+    return false;
+}
+
 /* How far apart the burst slices are, in periods, beyond what one GPU kernel may have made of it; a strict slice in debt is far. */
 static double apart(const Sim *m) {
     int64_t least = INT64_MAX, most = INT64_MIN, kernel = 0;
@@ -207,47 +234,46 @@ static double apart(const Sim *m) {
     return most < least ? 0 : (double)(most - least - kernel) * m->policy.active_milli / WHOLE_MILLI / (double)m->policy.period_ns;
 }
 
-static void check_shares(History *h, const uint64_t *before, uint64_t ns) {
+/* Shares of the time; of a burst slice those of what strict ones leave: what they spend of their buckets' savings, or save, is theirs too. */
+static void check_shares(History *h, const Before *before, uint64_t ns) {
     Sim *m = h->sim;
-    double strict = 0, burst = 0;
-    for (uint32_t i = 0; i < m->slices; i++)
-        if (m->slice[i].joined)
-            *(m->policy.slice[m->slice[i].id].strict ? &strict : &burst) += m->slice[i].load.milli;
-    /* Beside a strict slice burst ones owe nothing for a GPU kernel that is longer than their turn: one in each period. */
-    double beyond = 0, period = (double)m->policy.period_ns;
-    for (uint32_t i = 0; i < m->slices && strict > 0; i++) {
-        const SimSlice *s = &m->slice[i];
-        double more = (double)s->load.kernel_ns - period * s->load.milli / WHOLE_MILLI;
-        if (s->joined && !m->policy.slice[s->id].strict && more > 0)
-            beyond += 100 * more / period;
+    double strict = 0, burst = 0, saved_ns = 0;
+    for (uint32_t i = 0; i < m->slices; i++) {
+        const SchedSlice *p = &m->policy.slice[m->slice[i].id];
+        if (!m->slice[i].joined)
+            continue;
+        *(p->strict ? &strict : &burst) += m->slice[i].load.milli;
+        saved_ns += p->strict ? (double)(p->bucket_ns - before[i].bucket_ns) : 0;
     }
+    double left = (WHOLE_MILLI - strict) / 10.0 + 100 * saved_ns / (double)ns;
     for (uint32_t i = 0; i < m->slices; i++) {
         const SimSlice *s = &m->slice[i];
         if (!s->joined)
             continue;
         bool is_strict = m->policy.slice[s->id].strict;
-        double due = is_strict ? s->load.milli / 10.0 : (WHOLE_MILLI - strict) / 10.0 * s->load.milli / burst;
-        double off = (double)(s->busy_ns - before[i]) * 100 / (double)ns - due;
+        double due = is_strict ? s->load.milli / 10.0 : left * s->load.milli / burst;
+        double off = (double)(s->busy_ns - before[i].busy_ns) * 100 / (double)ns - due;
         off = off < 0 ? -off : off;
         if (off > h->out->share_off)
             h->out->share_off = off;
-        if (off > CALM_POINTS + due * (double)m->policy.period_ns / (double)ns + beyond)
+        if (off > CALM_POINTS + due * (double)m->policy.period_ns / (double)ns)
             found(h, FOUND_SHARE, (int)i, off);
     }
 }
 
 static void calm(History *h) {
     Sim *m = h->sim;
-    uint64_t before[SIM_SLICES];
+    Before before[SIM_SLICES];
     calm_down(m);
     uint64_t until = m->now + CALM_SETTLE_NS;
-    do
-        play(h, 4 * h->longest_period);
-    while (h->out->found == FOUND_NOTHING && apart(m) > 1.6 && m->now < until);
+    do {
+        m->due = true; /* the policy charges when it looks, and is asked only when something happens */
+        play(h, 4 * m->policy.period_ns);
+    } while (h->out->found == FOUND_NOTHING && (storm_runs(m) || apart(m) > SETTLED_PERIODS) && m->now < until);
     if (h->out->found == FOUND_NOTHING && m->now >= until)
         found(h, FOUND_DEBT, -1, apart(m));
     for (uint32_t i = 0; i < m->slices; i++)
-        before[i] = m->slice[i].busy_ns;
+        before[i] = (Before){m->slice[i].busy_ns, m->policy.slice[m->slice[i].id].bucket_ns};
     play(h, CALM_NS);
     if (h->out->found == FOUND_NOTHING)
         check_shares(h, before, CALM_NS);

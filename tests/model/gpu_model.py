@@ -25,7 +25,7 @@ def build_policy(folder: Path) -> c.CDLL:
     compiler = build_module().find_compiler(None)
     out = folder / "libpolicy.so"
     agentlib = ROOT / "nodeagent" / "agentlib"
-    sources = [agentlib / "sched_policy.c", Path(__file__).parent / "sched_harness.c"]
+    sources = [agentlib / "sched_policy.c", agentlib / "sched_charge.c", Path(__file__).parent / "sched_harness.c"]
     flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", f"-I{agentlib}"]
     subprocess.run([*compiler, *flags, *map(str, sources), "-o", str(out)], check=True, timeout=120)
     lib = c.CDLL(str(out))

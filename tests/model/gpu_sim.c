@@ -71,7 +71,7 @@ static void put(Sim *m, SimProcess *p) {
     p->outstanding += ns;
     if (!p->told_busy)
         p->busy_since = m->now;
-    p->told_busy = true;
+    p->told_busy = load->liar != SIM_NEVER_BUSY;
     p->told_near = false;
     p->tell_idle_at = p->tell_near_at = SCHED_NEVER;
     p->want = p->granted = false;
@@ -297,7 +297,7 @@ void sim_start(Sim *m, int process, int slice) {
         m->processes = (uint32_t)process + 1;
     *p = (SimProcess){.slice = slice, .alive = true, .ready_at = m->now, .visit_at = SCHED_NEVER};
     p->tell_idle_at = p->tell_near_at = SCHED_NEVER;
-    p->told_busy = load->liar;
+    p->told_busy = load->liar == SIM_ALWAYS_BUSY;
     if (load->work_ns) {
         p->ready_at = SCHED_NEVER;
         p->visit_at = m->now + up_to(m, load->gap_ns);
@@ -380,6 +380,14 @@ void sim_load(Sim *m, int slice, const SimLoad *load) {
 uint64_t sim_now(const Sim *m) { return m->now; }
 uint64_t sim_steps(const Sim *m) { return m->steps; }
 uint64_t sim_busy(const Sim *m, int slice) { return slice < 0 ? m->busy_ns : m->slice[slice].busy_ns; }
+uint64_t sim_held(Sim *m, int slice) {
+    sched_charge(&m->policy, m->now);
+    return m->policy.slice[m->slice[slice].id].held_ns;
+}
+void sim_owe(Sim *m, int slice, uint64_t ns) {
+    sched_owe(&m->policy, m->slice[slice].id, ns, m->now);
+    m->due = true;
+}
 uint64_t sim_period(const Sim *m) { return m->policy.period_ns; }
 /* Forget the waits and visits so far. */
 void sim_mark(Sim *m) {

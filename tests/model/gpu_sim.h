@@ -15,6 +15,8 @@
 #define SIM_QUEUE 64
 #define SIM_WAITS 4096
 
+enum { SIM_HONEST, SIM_ALWAYS_BUSY, SIM_NEVER_BUSY };
+
 typedef struct {
     uint64_t slice_ns;  /* of the driver's round robin */
     uint64_t switch_ns; /* lost at each change of process */
@@ -30,7 +32,7 @@ typedef struct {
     uint64_t kernel_ns; /* each a tenth longer or shorter at random */
     uint64_t work_ns;   /* of one visit; 0: without end */
     uint64_t gap_ns;    /* between the end of a visit and the next, a fifth longer or shorter at random */
-    uint64_t liar;      /* never says that it is near or idle */
+    uint64_t liar;      /* SIM_ALWAYS_BUSY: never says that it is near or idle; SIM_NEVER_BUSY: never says that it has work outstanding */
 } SimLoad;
 
 typedef struct {

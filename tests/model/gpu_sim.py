@@ -13,6 +13,8 @@ HERE = Path(__file__).resolve().parent
 AGENTLIB = HERE.parents[1] / "nodeagent" / "agentlib"
 MS = 1_000_000
 WAITS = 4096
+HONEST, ALWAYS_BUSY, NEVER_BUSY = range(3)
+POLICY = ("sched_policy.c", "sched_charge.c")
 SOURCES = ("gpu_sim.c", "gpu_histories.c")
 
 
@@ -52,20 +54,21 @@ class Work:
     processes: int = 1
     work_ms: float = 0.0
     gap_ms: float = 0.0
-    liar: bool = False
+    liar: int = HONEST
 
 
 def build(folder: Path, faults: dict[str, str] | None = None) -> c.CDLL:
     """Compile the policy with the simulation; `faults` replaces pieces of the policy's source, each found exactly once."""
-    policy = (AGENTLIB / "sched_policy.c").read_text()
+    policy = {name: (AGENTLIB / name).read_text() for name in POLICY}
     for good, bad in (faults or {}).items():
-        assert policy.count(good) == 1, f"the policy no longer has exactly one: {good}"
-        policy = policy.replace(good, bad)
-    source = folder / "sched_policy.c"
-    source.write_text(policy)
+        found = [name for name in POLICY if good in policy[name]]
+        assert [policy[name].count(good) for name in found] == [1], f"the policy no longer has exactly one: {good}"
+        policy[found[0]] = policy[found[0]].replace(good, bad)
+    for name, text in policy.items():
+        (folder / name).write_text(text)
     out = folder / "libgpusim.so"
     flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fPIC", "-shared", f"-I{AGENTLIB}", f"-I{HERE}"]
-    files = [source, *(HERE / name for name in SOURCES if (HERE / name).exists())]
+    files = [*(folder / name for name in POLICY), *(HERE / name for name in SOURCES if (HERE / name).exists())]
     subprocess.run([*build_module().find_compiler(None), *flags, *map(str, files), "-o", str(out)], check=True, timeout=120)
     lib = c.CDLL(str(out))
     lib.sim_new.restype = c.c_void_p
@@ -75,6 +78,9 @@ def build(folder: Path, faults: dict[str, str] | None = None) -> c.CDLL:
     lib.sim_run.argtypes = [c.c_void_p, c.c_uint64]
     lib.sim_busy.restype = c.c_uint64
     lib.sim_busy.argtypes = [c.c_void_p, c.c_int]
+    lib.sim_held.restype = c.c_uint64
+    lib.sim_held.argtypes = [c.c_void_p, c.c_int]
+    lib.sim_owe.argtypes = [c.c_void_p, c.c_int, c.c_uint64]
     for name in ("sim_now", "sim_steps", "sim_period", "sim_mark"):
         getattr(lib, name).restype = c.c_uint64
         getattr(lib, name).argtypes = [c.c_void_p]
@@ -110,6 +116,18 @@ class Sim:
         before = [self.lib.sim_busy(self._sim, i) for i in self.slices]
         self.lib.sim_run(self._sim, int(seconds * 1e9))
         return [(self.lib.sim_busy(self._sim, i) - b) / seconds / 1e7 for i, b in zip(self.slices, before, strict=True)]
+
+    def busy_ns(self, i: int) -> int:
+        """Return how long a slice has computed so far, ns."""
+        return self.lib.sim_busy(self._sim, self.slices[i])
+
+    def held_ns(self, i: int) -> int:
+        """Return the time that a slice could compute in so far, as the policy knows it."""
+        return self.lib.sim_held(self._sim, self.slices[i])
+
+    def owe(self, i: int, ns: int) -> None:
+        """Let a slice pay for what it computed beyond that."""
+        self.lib.sim_owe(self._sim, self.slices[i], ns)
 
     def mark(self) -> None:
         """Forget the waits and visits so far."""
