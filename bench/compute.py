@@ -11,6 +11,8 @@ limiter's own constants stay as shipped. ``--shipped-turns`` leaves the schedule
 NBGPU_SIM_TIME_SCALE, which slows the device's clock, is not used for it: events would then tell device time, N times less than has passed
 by the clock that the limiter's pauses, turn ends and heartbeats go by, which no real GPU does and the limiter would misread.
 
+``--scheduler`` tells what the turns cost the agent: CPU time of the scheduler's thread a turn, and in percent of a core.
+
 ``--policy`` runs no processes: the policy alone in virtual time, over a whole sweep of drivers and hosts, to tighter bars.
 
 The driver alone is fair between processes, so equal scenarios also come with two processes in the first slice ("2 : 1", and 8 x 12.5).
@@ -70,12 +72,12 @@ BAR_POINTS = {"strict 30 alone": 1.0, "50/50, 2 : 1": 3.0}
 class Machine:
     """The simulated machine of this run and its truth."""
 
-    def __init__(self, folder: Path, time_scale: int) -> None:
+    def __init__(self, folder: Path, time_scale: int, devices: int = 1) -> None:
         self.env = {
             **{k: v for k, v in os.environ.items() if not k.startswith("NBGPU_") and k != "LD_PRELOAD"},
             "LD_LIBRARY_PATH": str(LIB / "sim"),
             "NBGPU_SIM_STATE": str(folder / "machine"),
-            "NBGPU_SIM_DEVICES": "1",
+            "NBGPU_SIM_DEVICES": str(devices),
             "NBGPU_SIM_TIME_SCALE": "1",
             "NBGPU_SIM_SLICE_US": str(DRIVER_SLICE_US * time_scale),
             "NBGPU_SIM_SWITCH_US": str(DRIVER_SWITCH_US * time_scale),
@@ -83,19 +85,23 @@ class Machine:
         }
         os.environ.update({k: v for k, v in self.env.items() if k.startswith("NBGPU_SIM_")})
         self._nvml = ctypes.CDLL(str(LIB / "sim" / "libnvidia-ml.so.1"))
-        self._device = ctypes.c_void_p()
         self._check(self._nvml.nvmlInit_v2())
-        self._check(self._nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(self._device)))
+        self._device = self._handle(0)
 
     @staticmethod
     def _check(code: int) -> None:
         if code:
             raise SystemExit(f"simulated NVML: error {code}")
 
-    def uuid(self) -> bytes:
-        """Return the device's UUID."""
+    def _handle(self, device: int) -> ctypes.c_void_p:
+        handle = ctypes.c_void_p()
+        self._check(self._nvml.nvmlDeviceGetHandleByIndex_v2(device, ctypes.byref(handle)))
+        return handle
+
+    def uuid(self, device: int = 0) -> bytes:
+        """Return a device's UUID."""
         text = ctypes.create_string_buffer(96)
-        self._check(self._nvml.nvmlDeviceGetUUID(self._device, text, 96))
+        self._check(self._nvml.nvmlDeviceGetUUID(self._handle(device), text, 96))
         return text.value
 
     def busy(self, pid: int) -> tuple[int, int]:
@@ -124,20 +130,25 @@ class SliceFiles:
         (folder / "ctl").write_bytes(bytes(ctl))
         (folder / "use").write_bytes(bytes(use))
 
-    def add_to(self, scheduler: Scheduler, share: Share) -> int:
-        """Let the scheduler give it turns."""
+    def add_to(self, scheduler: Scheduler, share: Share, physical: int = 0) -> int:
+        """Let the scheduler give it turns on that device."""
         ctl_fd = os.open(self.folder / "ctl", os.O_RDWR)
         use_fd = os.open(self.folder / "use", os.O_RDWR)
         try:
             mode = layout.MODE_STRICT if share.strict else layout.MODE_BURST
-            return scheduler.add(ctl_fd, use_fd, 0, 0, share.milli, mode)
+            return scheduler.add(ctl_fd, use_fd, 0, physical, share.milli, mode)
         finally:
             os.close(ctl_fd)
             os.close(use_fd)
 
 
 def start_client(
-    machine: Machine, kernel_ns: int, slice_folder: Path | None, kernel_id: str = "", work: str = "kernels"
+    machine: Machine,
+    kernel_ns: int,
+    slice_folder: Path | None,
+    kernel_id: str = "",
+    work: str = "kernels",
+    library: Path = LIB / "libnbgpu.so",
 ) -> subprocess.Popen[str]:
     """Start one computing process, in a slice (as the process of a notebook kernel, when one is named) or free.
 
@@ -147,7 +158,7 @@ def start_client(
     if kernel_id:
         env["NBGPU_KERNEL_ID"] = kernel_id
     if slice_folder is not None:
-        env |= {"LD_PRELOAD": str(LIB / "libnbgpu.so"), "NBGPU_SLICE_DIR": str(slice_folder)}
+        env |= {"LD_PRELOAD": str(library), "NBGPU_SLICE_DIR": str(slice_folder)}
     command = [sys.executable, "-S", str(ROOT / "bench" / "compute_client.py"), str(kernel_ns), work]
     return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -218,8 +229,8 @@ def run(
         if scheduler and before:
             after = scheduler.totals()
             turned = sum(scheduler.stats(entry).turns for entry in entries) - turns_before
-            figures["scheduler_us_per_turn"] = round((after.cpu_ns - before.cpu_ns) / 1e3 / max(1, turned), 1)
-            figures["scheduler_us_per_wakeup"] = round((after.cpu_ns - before.cpu_ns) / 1e3 / max(1, after.wakeups - before.wakeups), 1)
+            figures["us_per_turn"] = round((after.cpu_ns - before.cpu_ns) / 1e3 / max(1, turned), 1)
+            figures["us_per_wakeup"] = round((after.cpu_ns - before.cpu_ns) / 1e3 / max(1, after.wakeups - before.wakeups), 1)
             figures["scheduler_cpu_percent"] = round((after.cpu_ns - before.cpu_ns) / 1e7 / (time.monotonic() - started), 2)
         return figures
     finally:
@@ -252,6 +263,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Accuracy of shares of GPU time on the simulated driver")
     parser.add_argument("--quick", action="store_true", help="kernels of 1 and 5 ms, two windows")
     parser.add_argument("--policy", action="store_true", help="the policy alone, in virtual time, over a sweep of drivers and hosts")
+    parser.add_argument("--scheduler", action="store_true", help="what the turns cost: up to 8 devices x 8 busy slices")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--time-scale", type=int, default=4, help="how many times slower the device is than the clock (default 4)")
     parser.add_argument("--shipped-turns", action="store_true", help="do not scale the scheduler's turns")
@@ -274,6 +286,10 @@ def main() -> int:
     options = parse()
     if options.policy:
         return compute_policy.main(options.quick, options.json)
+    if options.scheduler:
+        import compute_scheduler  # it takes this module's machine and slices
+
+        return compute_scheduler.main(options.time_scale, 4.0 if options.quick else 15.0, options.json, options.scenario)
     config = turns(1 if options.shipped_turns else options.time_scale)
     build()
     results: dict[str, Any] = {}

@@ -42,6 +42,8 @@ typedef struct {
 
 typedef struct {
     uint64_t wakeups; /* of the thread, heartbeats included */
+    uint64_t bells;   /* of these, because a slice rang */
+    uint64_t looks;   /* times that a slice's slots were read */
     uint64_t cpu_ns;  /* CPU time of the thread */
     uint32_t entries; /* (slice, device) pairs */
     uint32_t polling; /* 1: this kernel has no futex_waitv, bells are polled */

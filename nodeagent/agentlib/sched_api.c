@@ -57,13 +57,14 @@ static Device *take_device(NbgpuSched *s, uint32_t physical) {
     return gpu;
 }
 
-/* One entry of each `use` file waits for its bell. */
-static void choose_bells(NbgpuSched *s) {
+/* Entries of one `use` file share its bell. */
+static void find_firsts(NbgpuSched *s) {
     for (uint32_t i = 0; i < s->high; i++) {
         Entry *e = &s->entry[i];
-        e->first_bell = e->used;
-        for (uint32_t j = 0; j < i && e->first_bell; j++)
-            e->first_bell = !s->entry[j].used || s->entry[j].inode != e->inode || s->entry[j].inode_dev != e->inode_dev;
+        e->first = i;
+        for (uint32_t j = 0; j < i && e->used && e->first == i; j++)
+            if (s->entry[j].used && s->entry[j].inode == e->inode && s->entry[j].inode_dev == e->inode_dev)
+                e->first = j;
     }
 }
 
@@ -156,9 +157,10 @@ static int add_locked(NbgpuSched *s, Entry *e, int ctl_fd, int use_fd, uint32_t 
     e->used = true;
     e->gate = UINT32_MAX; /* unlike any: the first step writes it */
     e->ctl->heartbeat_ns = now_ns();
-    choose_bells(s);
+    find_firsts(s);
+    e->gpu->due = true;
     rc = read_kernels(e);
-    sched_look(e, now_ns());
+    sched_look(s, e, now_ns());
     return rc;
 }
 
@@ -217,7 +219,8 @@ int nbgpu_sched_kernels(NbgpuSched *s, int id) {
     if (!e)
         return -ENOENT;
     int rc = read_kernels(e);
-    sched_look(e, now_ns());
+    sched_look(s, e, now_ns());
+    e->gpu->due = true;
     let_go(s);
     return rc;
 }
@@ -252,7 +255,7 @@ int nbgpu_sched_remove(NbgpuSched *s, int id) {
     futex_wake(&out->gate);
     no_kernel_gates(e);
     release(s, e);
-    choose_bells(s);
+    find_firsts(s);
     let_go(s);
     return 0;
 }
@@ -282,7 +285,7 @@ int nbgpu_sched_totals(NbgpuSched *s, NbgpuSchedTotals *out) {
     clockid_t clock;
     struct timespec cpu = {0};
     pthread_mutex_lock(&s->lock);
-    *out = (NbgpuSchedTotals){.wakeups = s->wakeups, .polling = sched_polls(s)};
+    *out = (NbgpuSchedTotals){.wakeups = s->wakeups, .bells = s->bells, .looks = s->looks, .polling = sched_polls(s)};
     for (uint32_t i = 0; i < s->high; i++)
         out->entries += s->entry[i].used;
     pthread_mutex_unlock(&s->lock);

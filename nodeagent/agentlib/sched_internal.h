@@ -23,7 +23,9 @@ typedef struct {
 typedef struct {
     uint32_t physical;
     uint32_t users;
-    bool due; /* something of it was seen anew */
+    bool due;          /* something of it was seen anew */
+    bool watched;      /* somebody's work is waited for */
+    uint64_t check_at; /* when to look whether who has a turn, or is waited for, still lives */
     SchedDevice policy;
 } Device;
 
@@ -36,7 +38,9 @@ typedef struct {
 typedef struct {
     bool used;
     bool broken;     /* its `use` file cannot be read: no bell, no turns */
-    bool first_bell; /* waits on behalf of all entries of that file */
+    uint32_t first;  /* the first entry of the same `use` file */
+    uint64_t waited; /* when `first`: the wake-up before which the file's bell was last listened to, */
+    uint32_t wait;   /* as which */
     int use_fd;
     ino_t inode;
     dev_t inode_dev;
@@ -60,12 +64,13 @@ struct NbgpuSched {
     pthread_t thread;
     _Atomic uint32_t poke; /* futex: an API call changed something */
     bool stop, no_waitv;
-    uint64_t wakeups, next_heartbeat;
+    uint64_t wakeups, bells, looks, next_heartbeat;
     uint32_t high;
     Entry entry[ENTRIES];
     uint32_t devices;
     Device *device[ENTRIES];
     FutexWait waits[WAITERS];
+    uint16_t heard[WAITERS]; /* whose bell each of them is */
 };
 
 static inline uint64_t now_ns(void) {
@@ -77,7 +82,7 @@ static inline uint64_t now_ns(void) {
 static inline void futex_wake(const void *word) { syscall(SYS_futex, word, FUTEX_WAKE, 0x7fffffff, NULL, NULL, 0); }
 
 /* Look at a slice's words now. */
-void sched_look(Entry *e, uint64_t now);
+void sched_look(NbgpuSched *s, Entry *e, uint64_t now);
 /* The address of a member's gate word. */
 uint32_t *sched_kernel_gate(Entry *e, uint32_t member);
 /* No futex_waitv here, or more slices than it takes. */

@@ -16,7 +16,8 @@
 #define SETTLE_ROUNDS 4 /* a decision may uncover news; at most this often in a row */
 #define RINGS_MOST 600u /* in one heartbeat; who rings more often is looked at regularly instead of waking us */
 #define MUTED_CHECK_NS 2000000ull
-#define DRAIN_CHECK_NS 5000000ull /* the dead do not ring: look this often while somebody is waited for */
+#define DRAIN_CHECK_NS 5000000ull /* the dead do not ring: look this often while somebody is waited for, */
+#define TURN_CHECK_NS 50000000ull /* and this often while somebody has a turn that others wait for */
 #define POLL_BUSY_NS 1500000ull
 #define POLL_IDLE_NS 20000000ull
 #define ASK_NS 500000ull   /* asking who holds a lock takes as long as the tenant took locks: at most about this long at once, */
@@ -29,11 +30,20 @@ static struct timespec as_timespec(uint64_t ns) {
 
 /* ---- reading the tenant --------------------------------------------------------------------------------------------------- */
 
-/* What the scheduler needs of the head of `use`, as it lies in the file. */
+#define BATCH 8u /* slots read at once */
+
+/* The beginning of `use` as it lies in the file: with few processes one read is all. */
 typedef struct {
-    uint8_t before_bell[offsetof(NbgpuUse, bell)];
-    uint32_t bell;
-} Head;
+    uint8_t head[offsetof(NbgpuUse, slot)];
+    NbgpuUseSlot slot[BATCH];
+} Beginning;
+_Static_assert(sizeof(Beginning) == offsetof(NbgpuUse, slot) + BATCH * sizeof(NbgpuUseSlot), "beginning of use");
+
+static uint32_t word_at(const Beginning *b, size_t offset) {
+    uint32_t word;
+    memcpy(&word, b->head + offset, sizeof word);
+    return word;
+}
 
 static bool read_all(int fd, void *out, size_t size, off_t at) { return pread(fd, out, size, at) == (ssize_t)size; }
 
@@ -70,13 +80,12 @@ static void add_to_kernel(const Entry *e, const NbgpuUseSlot *slot, bool alive, 
 }
 
 /* The state of the slice on its device, from the slots, and that of its kernels where they have turns of their own. */
-static bool read_slots(Entry *e, uint32_t high, SchedSeen *seen, KernelSeen *kernels, uint64_t now) {
+static bool read_slots(Entry *e, NbgpuUseSlot slot[BATCH], uint32_t high, SchedSeen *seen, KernelSeen *kernels, uint64_t now) {
     uint64_t spent = 0;
-    NbgpuUseSlot slot[8];
     uint32_t busy = 0, near = 0;
-    for (uint32_t first = 0; first < high; first += 8) {
-        uint32_t n = high - first < 8 ? high - first : 8;
-        if (!read_all(e->use_fd, slot, n * sizeof *slot, (off_t)(offsetof(NbgpuUse, slot) + first * sizeof *slot)))
+    for (uint32_t first = 0; first < high; first += BATCH) {
+        uint32_t n = high - first < BATCH ? high - first : BATCH;
+        if (first && !read_all(e->use_fd, slot, n * sizeof *slot, (off_t)(offsetof(NbgpuUse, slot) + first * sizeof *slot)))
             return false;
         for (uint32_t i = 0; i < n; i++) {
             if (!slot[i].owner || !slot[i].ready || slot[i].device != e->device)
@@ -101,6 +110,8 @@ static bool read_slots(Entry *e, uint32_t high, SchedSeen *seen, KernelSeen *ker
     return true;
 }
 
+static const SchedSlice *slice_of(const Entry *e) { return &e->gpu->policy.slice[e->index]; }
+
 /* A slice whose waiting kernels have all spent their limits wants no turn. */
 static void look_at_kernels(Entry *e, const KernelSeen *kernels, uint64_t now, SchedSeen *seen) {
     KernelTurns *turns = &e->kernels->turns;
@@ -111,17 +122,18 @@ static void look_at_kernels(Entry *e, const KernelSeen *kernels, uint64_t now, S
         seen->want |= kernels_wants(turns, i);
 }
 
-void sched_look(Entry *e, uint64_t now) {
-    Head head;
+void sched_look(NbgpuSched *s, Entry *e, uint64_t now) {
+    s->looks++;
+    Beginning begin;
     SchedSeen seen = {0};
-    KernelSeen kernels[KERNELS_MEMBERS] = {0};
-    uint32_t high;
-    bool good = read_all(e->use_fd, &head, sizeof head, 0);
+    KernelSeen kernels[KERNELS_MEMBERS];
+    if (e->kernels)
+        memset(kernels, 0, sizeof kernels);
+    bool good = read_all(e->use_fd, &begin, sizeof begin, 0);
     if (good) {
-        memcpy(&high, head.before_bell + offsetof(NbgpuUse, high_water), sizeof high);
-        e->bell = head.bell;
-        seen.edges = head.bell;
-        good = read_slots(e, high < NBGPU_SLOTS ? high : NBGPU_SLOTS, &seen, e->kernels ? kernels : NULL, now);
+        const uint32_t high = word_at(&begin, offsetof(NbgpuUse, high_water));
+        e->bell = seen.edges = word_at(&begin, offsetof(NbgpuUse, bell)); /* not after the slots: a ring in between is heard */
+        good = read_slots(e, begin.slot, high < NBGPU_SLOTS ? high : NBGPU_SLOTS, &seen, e->kernels ? kernels : NULL, now);
     }
     if (good && e->kernels)
         look_at_kernels(e, kernels, now, &seen);
@@ -131,28 +143,39 @@ void sched_look(Entry *e, uint64_t now) {
             e->junk++;
     }
     e->broken = !good;
+    const SchedSeen was = slice_of(e)->seen;
     sched_observe(&e->gpu->policy, e->index, seen, now);
-    e->gpu->due = true;
+    e->gpu->due |= e->kernels || was.want != seen.want || was.busy != seen.busy || was.edges != seen.edges;
 }
 
+/* Behind a closed gate a process rings whenever it begins to want or stops to be busy: there is nothing to see of who does not ring. */
+static bool rings_for_all(const Entry *e) { return slice_of(e)->phase == PHASE_OUT && !e->kernels; }
+
+/* It wants, and that is all that there is to know of it before it gets its turn: what it rings meanwhile changes nothing. */
+static bool is_unheard(const Entry *e) {
+    const SchedSlice *slice = slice_of(e);
+    return rings_for_all(e) && slice->seen.want && !slice->seen.busy && !slice->spent_until && e->gate == NBGPU_GATE_CLOSED;
+}
+
+/* What may have changed without a ring. */
 static void observe_device(NbgpuSched *s, Device *gpu, uint64_t now) {
     for (uint32_t i = 0; i < s->high; i++)
-        if (s->entry[i].used && s->entry[i].gpu == gpu)
-            sched_look(&s->entry[i], now);
+        if (s->entry[i].used && s->entry[i].gpu == gpu && !rings_for_all(&s->entry[i]))
+            sched_look(s, &s->entry[i], now);
 }
 
 static bool is_muted(const Entry *e) { return e->rings > RINGS_MOST; }
 
-/* Look at every entry whose bell is not what it was. */
-static void observe_rung(NbgpuSched *s, uint64_t now) {
+/* Look at every entry whose bell is not what it was; `only`: those of this entry's file. */
+static void observe_rung(NbgpuSched *s, const Entry *only, uint64_t now) {
     for (uint32_t i = 0; i < s->high; i++) {
         Entry *e = &s->entry[i];
         uint32_t bell;
-        if (!e->used || is_muted(e))
+        if (!e->used || (only && e->first != only->first) || is_muted(e) || (is_unheard(e) && !e->broken))
             continue;
         bool rang = !read_all(e->use_fd, &bell, sizeof bell, offsetof(NbgpuUse, bell)) || bell != e->bell;
         if (rang || e->broken)
-            sched_look(e, now);
+            sched_look(s, e, now);
         e->rings += rang;
     }
 }
@@ -163,7 +186,7 @@ static bool observe_muted(NbgpuSched *s, uint64_t now) {
     for (uint32_t i = 0; i < s->high; i++) {
         if (!s->entry[i].used || !is_muted(&s->entry[i]))
             continue;
-        sched_look(&s->entry[i], now);
+        sched_look(s, &s->entry[i], now);
         any = true;
     }
     return any;
@@ -215,23 +238,38 @@ static bool settle_kernels(Entry *e) {
     return closed;
 }
 
+/* Whoever is about to get a turn is asked again whether it wants it: the dead do not ring. */
+static bool ask_next(NbgpuSched *s, Device *gpu) {
+    bool asked = false;
+    for (uint32_t i = 0; i < s->high; i++) {
+        Entry *e = &s->entry[i];
+        if (!e->used || e->gpu != gpu || e->gate == NBGPU_GATE_OPEN || slice_of(e)->phase != PHASE_OPEN)
+            continue;
+        sched_look(s, e, now_ns());
+        asked |= !slice_of(e)->seen.want;
+    }
+    return asked;
+}
+
 /* Step a device until nothing changes. After a gate was closed or got an end the slice is read again: it need not have rung for what it
  * did just before. */
 static void settle(NbgpuSched *s, Device *gpu) {
     for (int round = 0; round < SETTLE_ROUNDS; round++) {
         bool again = false;
         sched_step(&gpu->policy, now_ns());
+        if (ask_next(s, gpu))
+            sched_step(&gpu->policy, now_ns());
         for (uint32_t i = 0; i < s->high; i++) {
             Entry *e = &s->entry[i];
             if (!e->used || e->gpu != gpu)
                 continue;
             bool had_no_end = e->gate == NBGPU_GATE_OPEN && !e->turn_end;
             if (write_gate(e) && (had_no_end || e->gate != NBGPU_GATE_OPEN)) {
-                sched_look(e, now_ns());
+                sched_look(s, e, now_ns());
                 again = true;
             }
             if (e->kernels && settle_kernels(e)) {
-                sched_look(e, now_ns());
+                sched_look(s, e, now_ns());
                 again = true;
             }
         }
@@ -274,13 +312,33 @@ static void heartbeat(NbgpuSched *s, uint64_t now) {
         if (!e->used)
             continue;
         __atomic_store_n(&e->ctl->heartbeat_ns, now, __ATOMIC_RELEASE);
-        if (e->broken)
-            sched_look(e, now);
+        if (e->broken || slice_of(e)->seen.want || slice_of(e)->seen.busy)
+            sched_look(s, e, now); /* a ring that was lost is made up for */
         if (is_muted(e))
             e->junk++;
         e->rings = 0;
     }
     s->next_heartbeat = now + s->config.heartbeat_ns;
+}
+
+/* The same moments for all devices, so that one look is for all of them. */
+static uint64_t next_check(uint64_t now, uint64_t every) { return (now / every + 1) * every; }
+
+/* What is due on one device; returns when to come back to it at the latest. */
+static uint64_t work_on(NbgpuSched *s, Device *gpu, uint64_t now) {
+    SchedDevice *policy = &gpu->policy;
+    if (gpu->due || now >= policy->wake_at || now >= gpu->check_at) {
+        observe_device(s, gpu, now);
+        if (gpu->due || now >= policy->wake_at) {
+            settle(s, gpu);
+            gpu->watched = is_draining(policy);
+            const uint64_t kernels = kernels_wake(s, gpu, &gpu->watched);
+            if (kernels < policy->wake_at)
+                policy->wake_at = kernels;
+        }
+        gpu->check_at = gpu->watched ? next_check(now, DRAIN_CHECK_NS) : is_busy(policy) ? next_check(now, TURN_CHECK_NS) : SCHED_NEVER;
+    }
+    return policy->wake_at < gpu->check_at ? policy->wake_at : gpu->check_at;
 }
 
 /* Everything that is due; returns when to come back at the latest. */
@@ -292,35 +350,31 @@ static uint64_t work(NbgpuSched *s) {
     if (observe_muted(s, now) && now + MUTED_CHECK_NS < at)
         at = now + MUTED_CHECK_NS;
     for (uint32_t i = 0; i < s->devices; i++) {
-        Device *gpu = s->device[i];
-        if (gpu->due || now >= gpu->policy.wake_at) {
-            /* An owner without an end does not ring: ask everybody before deciding. */
-            observe_device(s, gpu, now);
-            settle(s, gpu);
-        }
-        /* Who waits for a turn rings every 20 ms; so an owner that died in its turn is found too. */
-        bool watched = is_draining(&gpu->policy);
-        uint64_t kernels = kernels_wake(s, gpu, &watched);
-        if (kernels < gpu->policy.wake_at)
-            gpu->policy.wake_at = kernels;
-        uint64_t check = watched ? now_ns() + DRAIN_CHECK_NS : SCHED_NEVER;
-        if (check < gpu->policy.wake_at)
-            gpu->policy.wake_at = check;
-        if (gpu->policy.wake_at < at)
-            at = gpu->policy.wake_at;
+        const uint64_t again = work_on(s, s->device[i], now);
+        at = again < at ? again : at;
     }
     return at;
 }
 
 /* ---- waiting ---------------------------------------------------------------------------------------------------------------- */
 
+/* The bells to listen to, one for each file. Returns how many, 0: one of them has rung since not all of its entries were looked at. */
 static uint32_t prepare_waits(NbgpuSched *s) {
     uint32_t n = 1;
     s->waits[0] = (FutexWait){.val = s->poke, .uaddr = (uintptr_t)&s->poke, .flags = FUTEX_32_SHARED};
     for (uint32_t i = 0; i < s->high && n < WAITERS; i++) {
         const Entry *e = &s->entry[i];
-        if (!e->used || e->broken || is_muted(e) || !e->first_bell)
+        if (!e->used || e->broken || is_muted(e) || is_unheard(e))
             continue;
+        Entry *first = &s->entry[e->first];
+        if (first->waited == s->wakeups) {
+            if (s->waits[first->wait].val != e->bell)
+                return 0;
+            continue;
+        }
+        first->waited = s->wakeups;
+        first->wait = n;
+        s->heard[n] = (uint16_t)i;
         s->waits[n] = (FutexWait){.val = e->bell, .uaddr = (uintptr_t)(e->page + offsetof(NbgpuUse, bell)), .flags = FUTEX_32_SHARED};
         n++;
     }
@@ -330,7 +384,7 @@ static uint32_t prepare_waits(NbgpuSched *s) {
 bool sched_polls(const NbgpuSched *s) {
     uint32_t n = 1;
     for (uint32_t i = 0; i < s->high; i++)
-        n += s->entry[i].used && s->entry[i].first_bell;
+        n += s->entry[i].used && s->entry[i].first == i;
     return s->no_waitv || n > WAITERS;
 }
 
@@ -345,7 +399,7 @@ static void poll_bells(NbgpuSched *s, uint64_t until) {
     pthread_mutex_unlock(&s->lock);
     syscall(SYS_futex, &s->poke, FUTEX_WAIT_BITSET, poke, &t, NULL, FUTEX_BITSET_MATCH_ANY);
     pthread_mutex_lock(&s->lock);
-    observe_rung(s, now_ns());
+    observe_rung(s, NULL, now_ns());
 }
 
 static void wait_bells(NbgpuSched *s, uint64_t until) {
@@ -354,6 +408,10 @@ static void wait_bells(NbgpuSched *s, uint64_t until) {
         return;
     }
     uint32_t n = prepare_waits(s);
+    if (!n) {
+        observe_rung(s, NULL, now_ns());
+        return;
+    }
     struct timespec t = as_timespec(until);
     pthread_mutex_unlock(&s->lock);
     long rc = syscall(SYS_futex_waitv, s->waits, n, 0, &t, CLOCK_MONOTONIC);
@@ -361,8 +419,10 @@ static void wait_bells(NbgpuSched *s, uint64_t until) {
     pthread_mutex_lock(&s->lock);
     if (rc < 0 && (error == ENOSYS || error == EPERM))
         s->no_waitv = true;
-    else if (error != ETIMEDOUT && error != EINTR)
-        observe_rung(s, now_ns()); /* somebody rang, or before we slept (EAGAIN), or a file shrank (EFAULT) */
+    else if (rc > 0 && (uint32_t)rc < n)
+        s->bells++, observe_rung(s, &s->entry[s->heard[rc]], now_ns());
+    else if (error == EAGAIN || error == EFAULT) /* rang before we slept, or a file shrank: it does not say which */
+        s->bells++, observe_rung(s, NULL, now_ns());
 }
 
 void *sched_run(void *self) {

@@ -288,7 +288,8 @@ static uint64_t advance(int d, Busy *b) {
     if (over && remaining < (double)NEAR_NS && !LOAD(slot->near)) {
         __atomic_store_n(&slot->near, 1, __ATOMIC_SEQ_CST);
         nbgpu_publish(d);
-        nbgpu_ring();
+        if (nbgpu_kernel_gated(d)) /* turns of slices change hands when all is done: that will be rung */
+            nbgpu_ring();
     }
     const bool close_watch = nbgpu_contended(d) || LOAD(slot->want);
     double next = close_watch ? remaining / 4 : remaining / 2;

@@ -205,6 +205,10 @@ bool nbgpu_scheduler_dead(uint64_t now) {
     return now > beat && now - beat > HEARTBEAT_NS;
 }
 
+static uint32_t gate_generation(int device) { return __atomic_load_n(&nbgpu_ctl->device[device].gate_generation, __ATOMIC_ACQUIRE); }
+
+bool nbgpu_kernel_gated(int device) { return kernel_gate(device) != NULL; }
+
 /* The closed gate that stands in the way, NULL: none. */
 static const uint32_t *in_the_way(int device, uint32_t *value) {
     *value = gate_word(device);
@@ -274,21 +278,26 @@ static void wait_turn(Launch *launch, NbgpuUseSlot *slot) {
     const struct timespec limit = {0, GATE_WAIT_NS};
     uint32_t value;
     const uint32_t *word;
-    nbgpu_hold_slots();
+    const bool was_dead = nbgpu_hold_slots();
+    uint32_t asked = gate_generation(d);
     __atomic_fetch_add(&slot->want, 1, __ATOMIC_SEQ_CST);
     MARK("wanting");
     nbgpu_publish(d);
-    nbgpu_ring();
+    if (was_dead || !__atomic_load_n(&slot->busy_since, __ATOMIC_SEQ_CST)) /* else the end of that rings, and is read with this */
+        nbgpu_ring();
     bool dead = false;
     do { /* a gate that opens often is no leave to queue ever more: the window holds behind it too */
         while (!dead && (word = in_the_way(d, &value)) != NULL) {
             dead = nbgpu_scheduler_dead(nbgpu_now());
             if (dead) {
                 local_bucket(launch);
-            } else if (futex(word, FUTEX_WAIT, value, &limit) != 0 &&
-                       in_the_way(d, &value)) { /* 20 ms: a bell may have been lost, or our lock */
-                nbgpu_hold_slots();
-                nbgpu_ring();
+            } else if (futex(word, FUTEX_WAIT, value, &limit) != 0 && in_the_way(d, &value)) {
+                /* 20 ms: is there a scheduler? It need not hear again what it knows: unless it had to take us for dead, or gave us a turn
+                 * for which we came too late. */
+                const uint32_t was = asked;
+                asked = gate_generation(d);
+                if (nbgpu_hold_slots() || asked != was)
+                    nbgpu_ring();
             }
         }
     } while (!dead && nbgpu_busy_wait_window(d) && in_the_way(d, &value));

@@ -10,7 +10,11 @@
 #define NEAR_NS (MS / 2)
 #define IDLE_GRACE_NS (MS / 10) /* a queue empty for so long is idle */
 #define GATE_WAIT_NS (20 * (long)MS)
+#ifdef NBGPU_CONTROL_NO_FALLBACK /* for the test that shows what it is for */
+#define HEARTBEAT_NS (3600000 * MS)
+#else
 #define HEARTBEAT_NS (500 * MS)
+#endif
 
 typedef struct {
     CUstream stream;
@@ -46,8 +50,9 @@ double nbgpu_busy_estimate(int device, CUgraphExec exec);
 /* gate.c */
 void nbgpu_publish(int device); /* the slice's want, near and idle, from its slots */
 void nbgpu_ring(void);
-bool nbgpu_contended(int device);   /* the gate is not open, or its turn has an end, or its kernels have turns of their own */
-bool nbgpu_gate_closed(int device); /* the slice's or the kernel's */
+bool nbgpu_contended(int device);    /* the gate is not open, or its turn has an end, or its kernels have turns of their own */
+bool nbgpu_kernel_gated(int device); /* its kernels have turns of their own */
+bool nbgpu_gate_closed(int device);  /* the slice's or the kernel's */
 bool nbgpu_turn_over(int device, uint64_t now);
 bool nbgpu_scheduler_dead(uint64_t now);
 bool nbgpu_capturing(CUstream stream, bool ptsz);

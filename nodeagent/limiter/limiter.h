@@ -76,7 +76,7 @@ extern Device nbgpu_device[NBGPU_DEVICES];
 extern int nbgpu_devices; /* of the slice */
 
 NbgpuUseSlot *nbgpu_slot(int device);           /* takes one if needed; NULL: all 256 are in use */
-void nbgpu_hold_slots(void);                    /* take their locks again, where the program dropped them */
+bool nbgpu_hold_slots(void);                    /* take their locks again, where the program dropped them; true: it had */
 int nbgpu_reap(void);                           /* slots of dead processes freed */
 const NbgpuCtlKernel *nbgpu_kernel_limit(void); /* of this process's kernel, NULL: none */
 int nbgpu_fork_hook(void (*child)(void));

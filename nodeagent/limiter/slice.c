@@ -252,14 +252,32 @@ static bool slot_alive(uint32_t i, uint64_t owner) {
     return start != 0 && owner_word(pid, start) == owner;
 }
 
-/* The locks of this process' slots, if the program lost them (by closing a descriptor of the file): who has none is dead to the scheduler. */
-void nbgpu_hold_slots(void) {
+/* Whether this process has the lock. One's own is seen only by asking as an open file description, which is somebody else; where there are
+ * none of those nobody can tell, and it counts as lost. */
+static bool holds_lock(uint32_t slot) {
+    struct flock lock;
+    return byte_lock(slot, F_WRLCK, F_OFD_GETLK, &lock) && lock.l_type != F_UNLCK && lock.l_pid == getpid();
+}
+
+/* The locks of this process' slots, if the program lost them (by closing a descriptor of the file): who has none is dead to the scheduler.
+ * Returns whether any was lost. */
+bool nbgpu_hold_slots(void) {
+    bool lost = false;
     pthread_mutex_lock(&slots_lock);
+    if (!use_fd_is_ours())
+        lost = true;
     if (restore_descriptor())
-        for (int d = 0; d < nbgpu_devices; d++)
-            if (nbgpu_device[d].slot)
-                byte_lock((uint32_t)(nbgpu_device[d].slot - nbgpu_use->slot), F_WRLCK, F_SETLK, NULL);
+        for (int d = 0; d < nbgpu_devices; d++) {
+            if (!nbgpu_device[d].slot)
+                continue;
+            const uint32_t slot = (uint32_t)(nbgpu_device[d].slot - nbgpu_use->slot);
+            if (holds_lock(slot))
+                continue;
+            lost = true;
+            byte_lock(slot, F_WRLCK, F_SETLK, NULL);
+        }
     pthread_mutex_unlock(&slots_lock);
+    return lost;
 }
 
 /* With the byte's lock held by us: nobody else reaps or claims it. Numbers first, owner last: dying here leaves a dead slot. */

@@ -50,7 +50,14 @@ class _SchedStats(c.Structure):
 
 
 class _SchedTotals(c.Structure):
-    _fields_ = [("wakeups", c.c_uint64), ("cpu_ns", c.c_uint64), ("entries", c.c_uint32), ("polling", c.c_uint32)]
+    _fields_ = [
+        ("wakeups", c.c_uint64),
+        ("bells", c.c_uint64),
+        ("looks", c.c_uint64),
+        ("cpu_ns", c.c_uint64),
+        ("entries", c.c_uint32),
+        ("polling", c.c_uint32),
+    ]
 
 
 class _UseHead(c.Structure):
@@ -77,9 +84,11 @@ class SchedStats:
 
 @dataclass(frozen=True)
 class SchedTotals:
-    """What the scheduler's thread costs."""
+    """What the scheduler's thread costs: times that it woke, of these because a slice rang, and times that it read a slice's slots."""
 
     wakeups: int
+    bells: int
+    looks: int
     cpu_ns: int
     entries: int
     polling: bool
@@ -254,4 +263,4 @@ class Scheduler:
         """Return what the thread costs."""
         out = _SchedTotals()
         _check(self._lib.nbgpu_sched_totals(self._handle, c.byref(out)), "scheduler totals")
-        return SchedTotals(out.wakeups, out.cpu_ns, out.entries, bool(out.polling))
+        return SchedTotals(out.wakeups, out.bells, out.looks, out.cpu_ns, out.entries, bool(out.polling))

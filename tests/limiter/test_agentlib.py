@@ -51,6 +51,13 @@ def without_guests(library: native.Native) -> Iterator[native.Scheduler]:
         yield running
 
 
+@pytest.fixture
+def patient(library: native.Native) -> Iterator[native.Scheduler]:
+    """The same, and it waits 0.4 s for work that does not end, so that a busy machine is not taken for a stuck GPU."""
+    with library.scheduler(native.SchedConfig(overlap_behind_ns=10**15, period_ns=200_000_000)) as running:
+        yield running
+
+
 MakeSlice = Callable[[], PlayedSlice]
 
 
@@ -78,10 +85,10 @@ def test_gate_opens_for_who_wants_and_needs_no_wakeups_alone(scheduler: native.S
     assert scheduler.stats(entry).turns == 1
 
 
-def test_turns_alternate_and_a_closed_gate_drains_first(without_guests: native.Scheduler, make_slice: MakeSlice) -> None:
+def test_turns_alternate_and_a_closed_gate_drains_first(patient: native.Scheduler, make_slice: MakeSlice) -> None:
     one, two = make_slice(), make_slice()
     for files in (one, two):
-        add(without_guests, files)
+        add(patient, files)
         files.take_slot()
     one.say(want=1)
     assert wait_until(lambda: one.gate() == layout.GATE_OPEN)
@@ -184,6 +191,70 @@ def test_dead_process_does_not_hold_the_device(without_guests: native.Scheduler,
     finally:
         child.kill()
         child.wait(10)
+
+
+def test_a_process_that_dies_waiting_costs_the_device_nothing(without_guests: native.Scheduler, make_slice: MakeSlice) -> None:
+    """Nobody rings for it: it is asked again when its turn comes."""
+    one, two = make_slice(), make_slice()
+    first = add(without_guests, one)
+    add(without_guests, two)
+    two.take_slot()
+    child = owner_of_slot(one)
+    try:
+        two.say(want=1)
+        assert wait_until(lambda: two.gate() == layout.GATE_OPEN)
+        two.say(want=0, busy=True)
+        one.say(want=1)
+        assert wait_until(lambda: two.ctl.device[0].turn_end_ns != 0)
+        child.kill()
+        child.wait(10)
+        assert wait_until(lambda: two.gate() == layout.GATE_CLOSED), "the turn that is over for the other's sake"
+        two.say(want=1, busy=False)
+        started = time.monotonic()
+        assert wait_until(lambda: two.gate() == layout.GATE_OPEN)
+        assert time.monotonic() - started < 0.05
+        assert without_guests.stats(first).turns <= 1
+    finally:
+        child.kill()
+        child.wait(10)
+
+
+def test_who_is_known_to_wait_wakes_nobody_however_often_it_rings(without_guests: native.Scheduler, make_slice: MakeSlice) -> None:
+    one, two = make_slice(), make_slice()
+    for files in (one, two):
+        add(without_guests, files)
+        files.take_slot()
+    one.say(want=1)
+    assert wait_until(lambda: one.gate() == layout.GATE_OPEN)
+    one.say(want=0, busy=True)
+
+    def heard(files: PlayedSlice) -> int:
+        time.sleep(0.02)
+        before = without_guests.totals().bells
+        for _ in range(20):
+            files.ring()
+            time.sleep(0.001)
+        return without_guests.totals().bells - before
+
+    assert heard(one) > 10, "control: who has the turn is heard"
+    two.say(want=1)
+    assert wait_until(lambda: one.ctl.device[0].turn_end_ns != 0)
+    assert heard(two) == 0
+    one.say(busy=False)
+    assert wait_until(lambda: two.gate() == layout.GATE_OPEN), "and it gets its turn"
+
+
+def test_a_ring_of_a_slice_on_two_devices_is_heard_for_both(scheduler: native.Scheduler, make_slice: MakeSlice) -> None:
+    """It rings for the second device just when the first is looked at for another reason."""
+    files = make_slice()
+    entries = [scheduler.add(files.ctl_fd, files.use_fd, device, device, 500, layout.MODE_BURST) for device in (0, 1)]
+    files.take_slot(1, device=1)
+    assert wait_until(lambda: files.gate(1) == layout.GATE_CLOSED)
+    time.sleep(0.05)
+    files.use.slot[1].want = 1
+    files.use.bell += 1
+    scheduler.kernels(entries[0])
+    assert wait_until(lambda: files.gate(1) == layout.GATE_OPEN, 1)
 
 
 def test_strict_slice_is_closed_when_its_share_is_spent(scheduler: native.Scheduler, make_slice: MakeSlice) -> None:

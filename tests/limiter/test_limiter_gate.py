@@ -254,3 +254,41 @@ def test_words_are_over_all_processes(make_slice: Make) -> None:
         wait_for(lambda: len(third.answers) == 1 and files.use.idle[0] == 1, "idle, though one died wanting")
         assert files.use.want[0] == 0
         third.end()
+
+
+LOSES_ITS_LOCK = (
+    LAUNCH
+    + """
+import threading
+threading.Thread(target=lambda: (sys.stdin.readline(), os.closerange(3, 4096)), daemon=True).start()
+ok(launch())
+"""
+)
+
+
+@pytest.mark.parametrize("why", ["turn missed", "lock lost", "control: nothing happens"])
+def test_who_waits_rings_once_and_again_only_with_news(make_slice: Make, why: str) -> None:
+    """The scheduler pays for each ring, and knows already that it wants."""
+    files = make_slice(mem_limit=MIB, gate=layout.GATE_CLOSED)
+    with beating(files):
+        child = spawn(LOSES_ITS_LOCK, environment(files, null_driver(), preload=limiter()))
+        try:
+            wait_for(lambda: files.use.want[0] == 1 and files.use.bell > 0, "it wants")
+            time.sleep(0.05)
+            before = files.use.bell
+            if why == "turn missed":
+                files.ctl.device[0].gate_generation += 1
+            elif why == "lock lost":
+                assert child.stdin
+                child.stdin.write("\n")
+                child.stdin.flush()
+            if why.startswith("control"):
+                time.sleep(0.3)
+                assert files.use.bell == before
+            else:
+                wait_for(lambda: files.use.bell == before + 1, "it rings", 1)
+                time.sleep(0.2)
+                assert files.use.bell == before + 1, "once"
+        finally:
+            child.kill()
+            child.communicate()
