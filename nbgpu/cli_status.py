@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .cli_common import SHORT_ID, agent, console, own_slice, owner_name, percent, pool, print_json
+from .cli_common import SHORT_ID, agent, backend_words, console, limiter_only, own_slice, owner_name, percent, pool, print_json
 from .client import SliceClient
 from .errors import NbgpuError, Unavailable
 from .kernel_names import read_names
@@ -93,8 +93,10 @@ def machine_picture(machine: Machine) -> RenderableType:
 
     node = machine.node
     kind = "simulated GPUs (no NVIDIA driver on this machine)" if node.simulated else f"driver {node.driver_version}"
-    parts: list[RenderableType] = [f"{node.node}: {kind}; memory held by: {node.backend}", devices_table(machine)]
+    parts: list[RenderableType] = [f"{node.node}: {kind}; {backend_words(node)}", devices_table(machine)]
     parts.append(slices_table(machine) if machine.slices else "No slices.")
+    if alone := limiter_only(node, machine.slices):
+        parts.append(Text(one_line(alone), style="yellow"))
     if machine.queue:
         parts.append(queue_table(machine.queue))
     if machine.pool_error:

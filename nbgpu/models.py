@@ -290,6 +290,7 @@ class Event(Model):
         "suspended",
         "resumed",
         "not-permitted",
+        "limiter-only",
         "limit-changed",
         "ended",
     ]
@@ -309,6 +310,8 @@ class AgentSlice(Model):
     created: float
     """Unix time, seconds."""
     memory_used_bytes: Bytes = 0
+    backend: Backend = "limiter"
+    """Who holds its memory: the limiter alone, or the driver too."""
 
 
 class AgentSlices(Model):
@@ -327,6 +330,9 @@ class Node(Model):
     simulated: bool
     driver_version: str
     backend: Backend
+    """Who holds slices' memory where it can: the limiter alone, or the driver too."""
+    backend_reason: str = ""
+    """Why it is that one."""
     devices: list[Device]
 
 

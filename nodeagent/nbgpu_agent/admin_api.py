@@ -190,7 +190,7 @@ def _add_slices(app: FastAPI, agent: Agent) -> None:
     @app.get("/v1/slices/{slice_id}/usage", responses=NOT_FOUND)
     async def usage(slice_id: SlicePath) -> Usage:  # pyright: ignore[reportUnusedFunction]
         """What one slice uses, now."""
-        return agent.find(slice_id).usage(agent.settings.backend)
+        return agent.find(slice_id).usage()
 
     @app.get("/v1/slices/{slice_id}/suspended", responses=NOT_FOUND)
     async def suspended(slice_id: SlicePath) -> list[Suspended]:  # pyright: ignore[reportUnusedFunction]
@@ -217,7 +217,7 @@ def _add_rest(app: FastAPI, agent: Agent, metrics: Metrics) -> None:
     @app.get("/v1/usage")
     async def usages() -> list[Usage]:  # pyright: ignore[reportUnusedFunction]
         """What each slice uses, now."""
-        return [live.usage(agent.settings.backend) for live in list(agent.slices.values())]
+        return [live.usage() for live in list(agent.slices.values())]
 
     @app.get("/v1/events")
     async def events(after: After = -1, wait_seconds: Seconds = 0, slice_id: SliceId | None = None) -> list[Event]:  # pyright: ignore[reportUnusedFunction]

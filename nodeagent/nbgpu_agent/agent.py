@@ -15,7 +15,8 @@ from nbgpu.errors import InvalidValue, NbgpuError
 from nbgpu.models import AgentSlice, AgentSlices, Backend, Device, KernelLimit, Launch, Node, Slice
 from nbgpu.quantities import format_memory, format_share
 
-from . import layout, procs, slicedir
+from . import procs, slicedir
+from .backend import DriverLimits
 from .books import Conflict, check_fits, check_kernel_limit, check_slice, resized
 from .cgroups import Cgroups
 from .events import EventLog, Signal, first_id
@@ -56,6 +57,8 @@ class Settings:
     machine: Machine | None
     """The simulated machine; None on a real one."""
     backend: Backend = "limiter"
+    backend_reason: str = ""
+    """Why it is that one."""
     policy: Policy = field(default_factory=Policy)
     """What the watchdog does about what it finds."""
 
@@ -79,6 +82,8 @@ class Agent:
         self.turns = Turns(native, devices)
         self.events = EventLog()
         self.slices: dict[str, LiveSlice] = {}
+        self.driver_limits: DriverLimits | None = None
+        """Where the driver can limit memory by cgroup: what sets its limits."""
         self.actions: dict[tuple[str, str], int] = {}
         """What the watchdog did, by the kind of finding and what was done."""
         self._old_cgroups: list[Path] = []
@@ -111,7 +116,14 @@ class Agent:
     def _after_boot(self, directory: Path, record: Record) -> Record:
         """No process of an earlier boot lives: a running slice is over, a prepared one gets a fresh `use` file."""
         os.close(slicedir.create_use(directory, record.uid, record.claim is not None))
-        changes: dict[str, object] = {"roots": (), "cgroup": None, "boot_id": procs.boot_id(), "suspended": (), "use_since": 0}
+        changes: dict[str, object] = {
+            "roots": (),
+            "cgroup": None,
+            "boot_id": procs.boot_id(),
+            "suspended": (),
+            "limited": None,
+            "use_since": 0,
+        }
         if record.claim is not None:
             changes["state"] = "prepared"  # its pod's containers start again
         record = record.model_copy(update=changes)
@@ -120,15 +132,24 @@ class Agent:
 
     def _start(self, directory: Path, record: Record) -> LiveSlice:
         live = LiveSlice(directory, record, self.native, self.cgroups, self.slice_lost_process)
-        self._write_limits(live)
+        live.on_gathered = lambda: self.hold(live)
         self.slices[live.id] = live
+        self._write_limits(live)
         self.turns.add(live)
         self.on_slice_added(live)
         return live
 
     def _write_limits(self, live: LiveSlice) -> None:
-        backend = layout.BACKEND_DRIVER if self.settings.backend == "driver" else layout.BACKEND_LIMITER
-        live.ctl.set_slice(live.slice, self.context_bytes, self.overhead_caps, backend)
+        live.ctl.set_slice(live.slice, self.context_bytes, self.overhead_caps)
+        self.hold(live)
+
+    def hold(self, live: LiveSlice) -> None:
+        """Bring the driver's limits of a slice in force beside the limiter's, where that is possible."""
+        before = live.backend
+        if self.driver_limits is not None:
+            self.driver_limits.hold(live)
+        if live.backend != before:
+            self.touch()
 
     def put_slice(self, wanted: Slice, uid: int | None, claim: ClaimOf | None = None) -> Launch:
         """Prepare a slice; the same slice again is answered the same. See ``PUT /v1/slices/{slice_id}``.
@@ -155,7 +176,7 @@ class Agent:
         os.close(slicedir.create_use(directory, uid, claim is not None))
         record = Record(slice=wanted, uid=uid, state="prepared", created=time.time(), boot_id=procs.boot_id(), claim=claim)
         live = self._start(directory, record)
-        slicedir.write_record(directory, record)
+        slicedir.write_record(directory, live.record)
         self.touch()
         parts = ", ".join(f"GPU {d.index}: {format_memory(d.memory_bytes)}, {d.compute_milli} milli-GPU" for d in wanted.devices)
         log.info("prepared slice=%s owner=%s: %s, %s", live.id, live.owner, parts, wanted.mode)
@@ -232,6 +253,8 @@ class Agent:
         self.turns.remove(live)
         self.events.add("ended", "info", f"The slice of {live.owner} has ended: {why}.", live.id, owner=live.owner)
         self.on_slice_ended(live)
+        if self.driver_limits is not None:
+            self.driver_limits.end(live)
         self.events.forget(live.id)
         live.close()
         slicedir.remove(live.directory)
@@ -353,6 +376,7 @@ class Agent:
             simulated=settings.simulated,
             driver_version=settings.driver_version,
             backend=settings.backend,
+            backend_reason=settings.backend_reason,
             devices=list(self.devices.values()),
         )
 

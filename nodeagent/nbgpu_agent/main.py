@@ -26,6 +26,8 @@ from nbgpu.words import counted
 
 from . import admin_api, slice_api
 from .agent import Agent, Settings
+from .backend import VARIABLE, WANTED, DriverLimits, Wanted, choose, missing
+from .cgroups import Cgroups
 from .http import App, Bounds, Door, listen_tcp
 from .live import LiveSlice
 from .metrics import Metrics, MetricsPage
@@ -60,6 +62,7 @@ class Options:
     metrics_listen: str | None = None
     health_only: bool = False
     alive_file: Path | None = None
+    memory_backend: Wanted = "auto"
     watchdog: str = "event"
     watchdog_grace: float = 0
     watchdog_resume: bool = True
@@ -89,6 +92,13 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--metrics-listen", metavar="ADDRESS:PORT", help="serve /metrics and /healthz there by TCP too")
     parser.add_argument("--health-only", action="store_true", help="no /metrics at --metrics-listen: they name users")
     parser.add_argument("--alive-file", type=Path, metavar="FILE", help="renew this file's time every few seconds, for a liveness probe")
+    parser.add_argument(
+        "--memory-backend",
+        choices=WANTED,
+        default=os.environ.get(VARIABLE) or "auto",
+        help="who holds slices to their memory: the limiter alone, or the driver too, by cgroup, which no program evades (r615 and later);"
+        f" auto: the driver too where it can (default: ${VARIABLE}, else auto)",
+    )
     watchdog = parser.add_argument_group("what is done with processes that get past the limiter (docs/security.md)")
     watchdog.add_argument(
         "--watchdog",
@@ -218,8 +228,14 @@ async def _make(options: Options, runtime: Path) -> tuple[Agent, Nvml]:
         raise StartError("The NVIDIA driver of this machine shows no GPU that answers. With --simulate nbgpu runs on simulated ones.")
     cuda = str(machine.libraries / "libcuda.so.1") if machine else "libcuda.so.1"
     contexts = await context_bytes(nvml, devices, runtime, cuda)
-    settings = Settings(runtime, node, simulate, nvml.driver_version, libraries, machine, policy=policy)
-    return Agent(settings, devices, Native(libraries / "libnbgpu_agent.so"), contexts), nvml
+    lacks = missing(nvml, devices, Cgroups())
+    choice = choose(options.memory_backend, lacks)
+    log.info("memory is held by: %s (%s)", choice.backend, choice.reason)
+    settings = Settings(runtime, node, simulate, nvml.driver_version, libraries, machine, choice.backend, choice.reason, policy)
+    agent = Agent(settings, devices, Native(libraries / "libnbgpu_agent.so"), contexts)
+    if not lacks:
+        agent.driver_limits = DriverLimits(nvml, agent.cgroups, choice.backend == "driver", agent.slices.values, agent.events)
+    return agent, nvml
 
 
 async def _work(

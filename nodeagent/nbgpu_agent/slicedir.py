@@ -79,6 +79,8 @@ class Record(Model):
     """With one the files are for whatever user the pod's processes run as, and the slice ends when the kubelet says so."""
     kernel_limits: dict[KernelId, KernelLimit] = Field(default_factory=dict[KernelId, KernelLimit])
     suspended: tuple[Suspended, ...] = ()
+    limited: str | None = None
+    """The cgroup of which the driver may have a memory limit for this slice; written before the limit is set."""
     use_since: int = 0
     """When the agent started that found a running slice's `use` file gone, ticks since boot: older processes write on into that one."""
 
@@ -244,7 +246,7 @@ class CtlFile:
                 device.rest_gate = layout.GATE_NONE
             self.words.version = layout.VERSION
 
-    def set_slice(self, part_of: Slice, context_bytes: dict[str, int], overhead_caps: dict[str, int], backend: int) -> None:
+    def set_slice(self, part_of: Slice, context_bytes: dict[str, int], overhead_caps: dict[str, int]) -> None:
         """Write the limits of a slice; `context_bytes` and `overhead_caps` in bytes by device uuid."""
         words = self.words
         for index, part in enumerate(part_of.devices):
@@ -255,7 +257,6 @@ class CtlFile:
             device.context_bytes = context_bytes.get(part.uuid, 0)
             device.overhead_cap = overhead_caps.get(part.uuid, 0)
             device.uuid = part.uuid.encode()
-        words.backend = backend
         words.generation += 1
         words.magic = layout.CTL_MAGIC
 

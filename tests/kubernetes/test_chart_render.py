@@ -72,6 +72,7 @@ def test_lint_and_render(values: dict[str, Any]) -> None:
         ({"agent.maxSurge": "0%"}, "maxSurge"),
         ({"agent.watchdog.unlimited": "stop"}, "unlimited"),
         ({"agent.watchdog.foreign": "kill"}, "foreign"),
+        ({"agent.memoryBackend": "gpu"}, "memoryBackend"),
         ({"admission.exemptGroups": ["a' || true || 'b"]}, "exemptGroups"),
     ],
 )
@@ -185,6 +186,12 @@ def test_where_the_agent_gets_the_driver_from() -> None:
     simulated = agent(**{"agent.simulate.enabled": True})
     assert not {"runtimeClassName", "nodeSelector"} & set(simulated["spec"])
     assert "--simulate" in simulated["spec"]["containers"][0]["args"]
+
+
+def test_who_holds_memory() -> None:
+    for values, wanted in (({}, "auto"), ({"agent.memoryBackend": "driver"}, "driver")):
+        [container] = pick(render(values), "DaemonSet", "nbgpu-agent")["spec"]["template"]["spec"]["containers"]
+        assert [one for one in container["args"] if "backend" in one] == [f"--memory-backend={wanted}"]
 
 
 def test_what_the_watchdog_does() -> None:
