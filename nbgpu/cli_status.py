@@ -134,7 +134,8 @@ def slices_table(machine: Machine) -> RenderableType:
         for number, part in enumerate(known.slice.devices):
             use = uses.get(part.uuid)
             head = [known.slice.slice_id[:SHORT_ID], owner_name(known.slice)] if number == 0 else ["", ""]
-            tail = [known.slice.mode, known.state, str(known.process_count)] if number == 0 else ["", "", ""]
+            held = f", {len(usage.suspended)} suspended" if usage and usage.suspended else ""
+            tail = [known.slice.mode, known.state + held, str(known.process_count)] if number == 0 else ["", "", ""]
             limit, share = (use.memory_limit_bytes, use.compute_limit_milli) if use else (part.memory_bytes, part.compute_milli)
             table.add_row(
                 *head, str(part.index), memory_text(use.memory_used_bytes if use else 0, limit), percent(share),
@@ -171,6 +172,10 @@ def slice_picture(usage: Usage) -> RenderableType:
         from .cli_limit import kernels_table
 
         parts.append(kernels_table(usage, names))
+    if usage.suspended:
+        from .cli_resume import suspended_table
+
+        parts.append(suspended_table(usage.suspended, names))
     return Group(*parts)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from .probe import overhead_cap_bytes
 from .runtime import SOCKET_PATH_MAX
 from .simulated import Machine
 from .slicedir import ClaimOf, Record, Suspended
+from .suspension import GpuLock, Suspender
 from .turns import Turns
 
 log = logging.getLogger("nbgpu.agent")
@@ -72,7 +72,9 @@ class Agent:
         What a bare context costs, bytes by device uuid; 0 or missing where that is not known.
     """
 
-    def __init__(self, settings: Settings, devices: list[Device], native: Native, context_bytes: dict[str, int]):
+    def __init__(
+        self, settings: Settings, devices: list[Device], native: Native, context_bytes: dict[str, int], suspender: Suspender | None = None
+    ):
         self.settings = settings
         self.devices = {device.uuid: device for device in devices}
         self.native = native
@@ -80,6 +82,7 @@ class Agent:
         self.overhead_caps = {device.uuid: overhead_cap_bytes(context_bytes.get(device.uuid, 0)) for device in devices}
         self.cgroups = Cgroups()
         self.turns = Turns(native, devices)
+        self.suspender = suspender or Suspender(GpuLock("", ""))
         self.events = EventLog()
         self.slices: dict[str, LiveSlice] = {}
         self.driver_limits: DriverLimits | None = None
@@ -133,6 +136,7 @@ class Agent:
     def _start(self, directory: Path, record: Record) -> LiveSlice:
         live = LiveSlice(directory, record, self.native, self.cgroups, self.slice_lost_process)
         live.on_gathered = lambda: self.hold(live)
+        live.owner_resumes = self.settings.policy.owner_resumes
         self.slices[live.id] = live
         self._write_limits(live)
         self.turns.add(live)
@@ -329,26 +333,32 @@ class Agent:
         """Count for the metrics what the watchdog did."""
         self.actions[kind, action] = self.actions.get((kind, action), 0) + 1
 
-    def resume(self, slice_id: str, pid: int | None = None, excuse: bool = True) -> list[Suspended]:
+    async def resume(self, slice_id: str, pid: int | None = None, by: str = "") -> list[Suspended]:
         """Let suspended processes of a slice go on: one, or (None) all; return what is left suspended or excused.
 
         Parameters
         ----------
-        excuse : bool
-            Leave them alone from now on, whatever they do, until they end.
+        by : str
+            Who wants it: they are left alone from now on, whatever they do, until they end. "": what they were suspended for is over.
         """
         live = self.find(slice_id)
         chosen = [one for one in live.record.suspended if pid in (None, one.pid) and not one.excused]
         if pid is not None and not chosen:
             raise Conflict(f"Process {pid} of slice {slice_id} is not suspended.", field="pid")
-        kept = [one for one in live.record.suspended if one not in chosen]
-        live.save(suspended=(*kept, *(one.model_copy(update={"excused": True}) for one in chosen if excuse)))
         for one in chosen:
-            if procs.send(procs.Process(one.pid, one.start_time), signal.SIGCONT):
+            if self.slices.get(slice_id) is not live:
+                break
+            # Excused first: nobody suspends it again meanwhile. Forgotten last: an agent that dies over it finds it again.
+            if by:
+                excused = one.model_copy(update={"excused": True})
+                live.save(suspended=tuple(excused if entry == one else entry for entry in live.record.suspended))
+            if await self.suspender.resume(procs.Process(one.pid, one.start_time)):
                 self.count_action(one.kind, "resume")
-                why = "an administrator has let it" if excuse else "what it was stopped for is over"
-                message = f"Process {one.pid} goes on: {why}."
-                self.events.add("resumed", "info", message, live.id, owner=live.owner, pid=one.pid, for_kind=one.kind)
+                message = f"Process {one.pid} goes on: {f'{by} has let it' if by else 'what it was suspended for is over'}."
+                self.events.add("resumed", "info", message, live.id, one.kernel_id or None, live.owner, pid=one.pid, for_kind=one.kind)
+            if not by and self.slices.get(live.id) is live:
+                live.save(suspended=tuple(entry for entry in live.record.suspended if entry != one))
+        self.touch()
         return list(live.record.suspended)
 
     # ---- answers
@@ -410,6 +420,7 @@ class Agent:
     def close(self) -> None:
         """Let go of everything; the slices go on without the agent."""
         self.turns.close()
+        self.suspender.close()
         for live in self.slices.values():
             live.close()
 

@@ -67,6 +67,8 @@ class LiveSlice:
         self.history = History([part.uuid for part in record.slice.devices])
         self.backend: Backend = "limiter"
         """Who holds its memory: the limiter alone, or the driver too."""
+        self.owner_resumes = False
+        """Its owner may let suspended processes go on."""
         self.on_gathered: Callable[[], None] = lambda: None
         """Called when its processes are in its cgroup, or cannot be brought there."""
         self.entries: list[int] = []
@@ -330,7 +332,8 @@ class LiveSlice:
         """Return what the slice uses now, read from its files."""
         now_ns = time.monotonic_ns()
         slots = self.slots(self.tenant.read(), now_ns)
-        return slice_usage(self.slice, slots, self.record.kernel_limits, self.seen_milli, self.backend, time.time(), now_ns)
+        limits, suspended = self.record.kernel_limits, [one.as_model() for one in self.record.suspended if not one.excused]
+        return slice_usage(self.slice, slots, limits, self.seen_milli, self.backend, time.time(), now_ns, suspended, self.owner_resumes)
 
     def memory_by_device(self, kernel_id: str | None = None) -> list[int]:
         """Return the memory that the slice, or one kernel of it, uses on each of its devices."""

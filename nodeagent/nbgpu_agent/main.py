@@ -39,6 +39,7 @@ from .probe import context_bytes
 from .procs import sees_the_hosts_pids
 from .runtime import RuntimeLock, StartError, built_libraries, install_libraries, prepare, remove_unused
 from .simulated import find_machine
+from .suspension import GpuLock, Suspender
 
 log = logging.getLogger("nbgpu.agent")
 ADMIN_BOUNDS = Bounds(connections=256, body_bytes=1024 * 1024, requests_per_second=None)
@@ -67,6 +68,7 @@ class Options:
     watchdog_grace: float = 0
     watchdog_resume: bool = True
     watchdog_escalate: bool = False
+    watchdog_owner_resumes: bool = False
     kubernetes: bool = False
     seal_key: Path | None = None
     cdi_dir: Path = Path("/var/run/cdi")
@@ -118,6 +120,9 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     watchdog.add_argument(
         "--watchdog-escalate", action="store_true", help="kill all processes of a slice after three actions on it within a minute"
     )
+    watchdog.add_argument(
+        "--watchdog-owner-resumes", action="store_true", help="a slice's owner may let what is suspended go on, as an administrator may"
+    )
     kube = parser.add_argument_group("Kubernetes")
     kube.add_argument("--kubernetes", action="store_true", help="be the DRA driver gpu.nbgpu.io of the Node that --node names")
     kube.add_argument("--seal-key", type=Path, metavar="FILE", help="the key with which the pool seals its claims")
@@ -160,7 +165,9 @@ def policy_of(options: Options, simulate: bool) -> Policy:
     grace = options.watchdog_grace
     if not 0 <= grace < math.inf:
         raise InvalidValue("--watchdog-grace", grace, "a number of seconds, 0 for never")
-    policy = Policy(parse_actions(options.watchdog), grace or None, options.watchdog_resume, options.watchdog_escalate)
+    policy = Policy(
+        parse_actions(options.watchdog), grace or None, options.watchdog_resume, options.watchdog_escalate, options.watchdog_owner_resumes
+    )
     if policy.acts and not simulate and not sees_the_hosts_pids():
         raise StartError(
             "--watchdog would end the wrong processes here: the driver tells the host's pids. Start the agent with them (hostPID)."
@@ -232,7 +239,10 @@ async def _make(options: Options, runtime: Path) -> tuple[Agent, Nvml]:
     choice = choose(options.memory_backend, lacks)
     log.info("memory is held by: %s (%s)", choice.backend, choice.reason)
     settings = Settings(runtime, node, simulate, nvml.driver_version, libraries, machine, choice.backend, choice.reason, policy)
-    agent = Agent(settings, devices, Native(libraries / "libnbgpu_agent.so"), contexts)
+    suspender = Suspender(GpuLock(cuda, nvml.driver_version))
+    if policy.suspends:
+        log.info("the watchdog suspends by %s", suspender.words)
+    agent = Agent(settings, devices, Native(libraries / "libnbgpu_agent.so"), contexts, suspender)
     if not lacks:
         agent.driver_limits = DriverLimits(nvml, agent.cgroups, choice.backend == "driver", agent.slices.values, agent.events)
     return agent, nvml

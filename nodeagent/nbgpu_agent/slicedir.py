@@ -18,7 +18,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from nbgpu.models import KernelId, KernelLimit, Model, Slice
+from nbgpu.models import KernelId, KernelLimit, Model, Slice, Suspension
 from nbgpu.words import counted
 
 from . import layout
@@ -41,16 +41,30 @@ class Root(Model):
 
 
 class Suspended(Model):
-    """A process that the watchdog has stopped."""
+    """A process that the watchdog has suspended."""
 
     pid: int
     start_time: int
     kind: str
-    """What it was stopped for."""
+    """What it was suspended for."""
     since: float
     """Unix time, seconds."""
+    how: Literal["lock", "stop"] = "stop"
+    """``lock``: its GPU calls wait; ``stop``: all of it stands still."""
+    kernel_id: str = ""
+    """The notebook kernel that it says it is of."""
+    reason: str = ""
+    """What it did, for people: "it used the GPU (3 GiB) without nbgpu's limiter"."""
+    memory_bytes: int = 0
+    """What it held then, or its slice did."""
     excused: bool = False
-    """An administrator has let it go on: it is left alone until it ends."""
+    """Somebody who may has let it go on: it is left alone until it ends."""
+
+    def as_model(self) -> Suspension:
+        """Return what is told of it."""
+        return Suspension(
+            pid=self.pid, kernel_id=self.kernel_id or None, kind=self.kind, how=self.how, since=self.since, reason=self.reason
+        )
 
 
 class ClaimOf(Model):

@@ -202,11 +202,11 @@ def test_what_the_watchdog_does() -> None:
 
     plain = policy()
     assert not plain.acts
-    assert (plain.grace_seconds, plain.resume, plain.escalate) == (None, True, False)
-    asked = {"unlimited": "kill", "overLimit": "suspend", "graceSeconds": 60, "resume": False, "escalate": True}
+    assert (plain.grace_seconds, plain.resume, plain.escalate, plain.owner_resumes) == (None, True, False, False)
+    asked = {"unlimited": "kill", "overLimit": "suspend", "graceSeconds": 60, "resume": False, "escalate": True, "ownerResumes": True}
     strict = policy(**{f"agent.watchdog.{name}": value for name, value in asked.items()})
     assert [strict.action(kind) for kind in KINDS] == ["kill", "event", "suspend", "event"]
-    assert (strict.grace_seconds, strict.resume, strict.escalate) == (60.0, False, True)
+    assert (strict.grace_seconds, strict.resume, strict.escalate, strict.owner_resumes) == (60.0, False, True, True)
 
 
 def test_only_hub_pods_reach_the_pool() -> None:
