@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -92,6 +94,17 @@ def nbgpu(agent: AgentProcess, *arguments: str, env: dict[str, str] | None = Non
     done = subprocess.run([sys.executable, "-m", "nbgpu", *arguments], env=full, capture_output=True, text=True, timeout=30, cwd=ROOT)
     assert done.returncode == status, done.stderr
     return done.stdout + done.stderr
+
+
+def test_restarting_the_kernel_ends_a_locked_process_and_frees_its_memory(agent: AgentProcess, tenancy: Make) -> None:
+    mallory = tenancy()
+    one = offender(mallory)
+    locked(mallory, one.pid)
+    os.kill(one.pid, signal.SIGKILL)
+    until(lambda: not alive(one.pid), 1, "its end")
+    until(lambda: mallory.id not in agent.slices(), 1, "the end of the slice")
+    used = re.compile(r'^nbgpu_device_memory_used_bytes{index="0",.*} 0.0$', re.M)
+    until(lambda: used.search(metrics(agent)), 3, "its memory is free")
 
 
 def test_who_lets_itself_go_on_is_stopped(agent: AgentProcess, tenancy: Make) -> None:
