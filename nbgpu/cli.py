@@ -106,6 +106,25 @@ def limit(
 
 
 @app.command()
+def resume(
+    what: Annotated[
+        str | None, typer.Argument(help="The process by its number, or a kernel as in `nbgpu limit`. Without it, they are listed.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All of the slice.")] = False,
+    slice_id: Annotated[str | None, typer.Option("--slice", "-s", help="As admin: the slice, or the start of its id.")] = None,
+    as_json: Annotated[bool, AS_JSON] = False,
+) -> None:
+    """List what the watchdog has suspended in a slice, or let it go on: it is left alone until it ends."""
+    from .cli_resume import list_suspended
+    from .cli_resume import resume as go_on
+
+    if what is None and not everything:
+        list_suspended(slice_id, as_json=as_json)
+    else:
+        go_on(None if everything else what, slice_id, as_json=as_json)
+
+
+@app.command()
 def doctor(
     as_json: Annotated[bool, AS_JSON] = False,
     probe: Annotated[bool, typer.Option(help="Also start a tiny program in a slice and look at it from inside.")] = True,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .client import AgentClient, PoolClient, SliceClient
 from .errors import NbgpuError
 from .logs import one_line
-from .models import AgentSlice, Slice
+from .models import AgentSlice, Node, Slice
 from .paths import AGENT_SOCKET, POOL_SOCKET, runtime_dir
 
 if TYPE_CHECKING:
@@ -61,6 +61,17 @@ def owner_name(piece: Slice) -> str:
     """Return who holds a slice: ``ada``, ``ada/second``."""
     owner = piece.owner
     return f"{owner.user}/{owner.server}" if owner.server else owner.user
+
+
+def backend_words(node: Node) -> str:
+    """Return who holds slices' memory on a node, and why."""
+    return f"memory held by: {node.backend}" + (f" ({node.backend_reason})" if node.backend_reason else "")
+
+
+def limiter_only(node: Node, slices: list[AgentSlice]) -> str:
+    """Return which slices the driver does not hold though it holds others; "" for none."""
+    found = [slice_name(one) for one in slices if node.backend == "driver" and one.backend == "limiter" and one.state != "prepared"]
+    return f"Held by the limiter alone, as the driver cannot (their events say why): {', '.join(found)}" if found else ""
 
 
 def percent(milli: int) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from . import __version__
-from .cli_common import agent, pool
+from .cli_common import agent, backend_words, limiter_only, pool
 from .cli_doctor import Check, Facts
 from .errors import NbgpuError
 from .models import GrantState
@@ -108,7 +108,12 @@ def agent_and_pool(facts: Facts) -> list[Check]:
         facts.node = agent().node()
         facts.slices = agent().slices().slices
         kind = "simulated GPU" if facts.node.simulated else "GPU"
-        found.append(Check("agent", "ok", f"serves {counted(len(facts.node.devices), kind)}; memory is held by: {facts.node.backend}"))
+        found.append(Check("agent", "ok", f"serves {counted(len(facts.node.devices), kind)}; {backend_words(facts.node)}"))
+        if alone := limiter_only(facts.node, facts.slices):
+            remedy = (
+                "They need a cgroup v2 of their own: run the agent as root with cgroups delegated to it, one claim a pod on Kubernetes."
+            )
+            found.append(Check("agent", "note", alone, remedy))
         for device in facts.node.devices:
             if not device.healthy:
                 remedy = "Look at `nvidia-smi -q` and the kernel log (Xid); nothing new is placed on it."

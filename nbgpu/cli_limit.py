@@ -38,6 +38,13 @@ class Target:
             return self.api.set_kernel_limit(kernel_id, limit)
         return self.api.set_kernel_limit(self.slice_id, kernel_id, limit)
 
+    def resume(self, pid: int) -> None:
+        """Let a suspended process go on."""
+        if isinstance(self.api, SliceClient):
+            self.api.resume(pid)
+        else:
+            self.api.resume(self.slice_id, pid)
+
 
 def target(slice_start: str | None) -> Target:
     """Return the slice that is meant: this server's own, else the one whose id begins with `slice_start`."""

@@ -15,6 +15,7 @@ from .client import AgentClient, PoolClient
 from .errors import NbgpuError, Unavailable
 from .models import GrantState
 from .paths import AGENT_SOCKET, POOL_SOCKET, SYSTEM_RUNTIME, runtime_dir
+from .procs import is_alive
 from .words import counted
 
 START_SECONDS = 60.0
@@ -170,14 +171,6 @@ def start_in_background(runtime: Path, log: Path) -> int:
         env=environment, cwd="/", start_new_session=True, check=True, text=True,
     )  # fmt: skip
     return int(done.stdout)
-
-
-def is_alive(pid: int) -> bool:
-    """Return whether a process lives; one that has ended and that nobody has waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def own_directory(runtime: Path) -> None:

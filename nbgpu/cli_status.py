@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .cli_common import SHORT_ID, agent, console, own_slice, owner_name, percent, pool, print_json
+from .cli_common import SHORT_ID, agent, backend_words, console, limiter_only, own_slice, owner_name, percent, pool, print_json
 from .client import SliceClient
 from .errors import NbgpuError, Unavailable
 from .kernel_names import read_names
@@ -93,8 +93,10 @@ def machine_picture(machine: Machine) -> RenderableType:
 
     node = machine.node
     kind = "simulated GPUs (no NVIDIA driver on this machine)" if node.simulated else f"driver {node.driver_version}"
-    parts: list[RenderableType] = [f"{node.node}: {kind}; memory held by: {node.backend}", devices_table(machine)]
+    parts: list[RenderableType] = [f"{node.node}: {kind}; {backend_words(node)}", devices_table(machine)]
     parts.append(slices_table(machine) if machine.slices else "No slices.")
+    if alone := limiter_only(node, machine.slices):
+        parts.append(Text(one_line(alone), style="yellow"))
     if machine.queue:
         parts.append(queue_table(machine.queue))
     if machine.pool_error:
@@ -132,7 +134,8 @@ def slices_table(machine: Machine) -> RenderableType:
         for number, part in enumerate(known.slice.devices):
             use = uses.get(part.uuid)
             head = [known.slice.slice_id[:SHORT_ID], owner_name(known.slice)] if number == 0 else ["", ""]
-            tail = [known.slice.mode, known.state, str(known.process_count)] if number == 0 else ["", "", ""]
+            held = f", {len(usage.suspended)} suspended" if usage and usage.suspended else ""
+            tail = [known.slice.mode, known.state + held, str(known.process_count)] if number == 0 else ["", "", ""]
             limit, share = (use.memory_limit_bytes, use.compute_limit_milli) if use else (part.memory_bytes, part.compute_milli)
             table.add_row(
                 *head, str(part.index), memory_text(use.memory_used_bytes if use else 0, limit), percent(share),
@@ -169,6 +172,10 @@ def slice_picture(usage: Usage) -> RenderableType:
         from .cli_limit import kernels_table
 
         parts.append(kernels_table(usage, names))
+    if usage.suspended:
+        from .cli_resume import suspended_table
+
+        parts.append(suspended_table(usage.suspended, names))
     return Group(*parts)
 
 

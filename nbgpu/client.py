@@ -216,6 +216,10 @@ class AgentClient(Client):
         """Set a kernel's limit inside a slice; both None removes it."""
         return self.ask(KernelLimit, "PUT", f"/v1/slices/{slice_id}/kernels/{kernel_id}", limit)
 
+    def resume(self, slice_id: str, pid: int | None = None) -> None:
+        """Let a suspended process of a slice, or (None) all of them, go on."""
+        self.call("POST", f"/v1/slices/{slice_id}/resume", {"pid": pid})
+
     def events(self, after: int = 0, wait_seconds: float = 0, slice_id: str | None = None) -> list[Event]:
         """Return the events after the one numbered `after`; those of one slice, which may have ended, without waiting for any."""
         query = f"after={after}&wait_seconds={wait_seconds:g}" if slice_id is None else f"after={after}&slice_id={slice_id}"
@@ -243,6 +247,10 @@ class SliceClient(Client):
     def set_kernel_limit(self, kernel_id: str, limit: KernelLimit) -> KernelLimit:
         """Set a kernel's limit; both None removes it."""
         return self.ask(KernelLimit, "PUT", f"/v1/kernels/{kernel_id}", limit)
+
+    def resume(self, pid: int | None = None) -> None:
+        """Let a suspended process, or (None) all of them, go on; an error where only an administrator may."""
+        self.call("POST", "/v1/resume", {"pid": pid})
 
     def events(self, after: int = 0, wait_seconds: float = 0) -> list[Event]:
         """Return this slice's events after the one numbered `after`."""

@@ -26,6 +26,7 @@ Namespace = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}
 """Name of a Kubernetes namespace."""
 Milli = Annotated[int, Field(ge=1, le=1000)]
 Bytes = Annotated[int, Field(ge=0, le=2**60)]
+Pid = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
 T = TypeVar("T")
@@ -255,6 +256,29 @@ class KernelUsage(Model):
     """Since its last launch; None when it never launched."""
 
 
+class Suspension(Model):
+    """A process that the watchdog has suspended: it is not dead, and goes on when it may."""
+
+    pid: int
+    kernel_id: str | None
+    """The notebook kernel that it says it is of."""
+    kind: str
+    """What it was suspended for, as in the watchdog's policy."""
+    how: Literal["lock", "stop"]
+    """``lock``: its calls to the GPU wait, it answers else; ``stop``: all of it stands still."""
+    since: float
+    """Unix time, seconds."""
+    reason: str
+    """What it did, for people."""
+
+
+class Resume(Model):
+    """Which suspended processes shall go on."""
+
+    pid: Pid | None = None
+    """None = all of the slice."""
+
+
 class Usage(Model):
     """Use of one slice, now."""
 
@@ -267,6 +291,9 @@ class Usage(Model):
     """Unix time, seconds."""
     devices: list[DeviceUsage]
     kernels: list[KernelUsage]
+    suspended: list[Suspension] = []
+    may_resume: bool = False
+    """The slice's owner may let them go on."""
 
 
 class Event(Model):
@@ -290,6 +317,7 @@ class Event(Model):
         "suspended",
         "resumed",
         "not-permitted",
+        "limiter-only",
         "limit-changed",
         "ended",
     ]
@@ -309,6 +337,8 @@ class AgentSlice(Model):
     created: float
     """Unix time, seconds."""
     memory_used_bytes: Bytes = 0
+    backend: Backend = "limiter"
+    """Who holds its memory: the limiter alone, or the driver too."""
 
 
 class AgentSlices(Model):
@@ -327,6 +357,9 @@ class Node(Model):
     simulated: bool
     driver_version: str
     backend: Backend
+    """Who holds slices' memory where it can: the limiter alone, or the driver too."""
+    backend_reason: str = ""
+    """Why it is that one."""
     devices: list[Device]
 
 

@@ -23,6 +23,7 @@ from nbgpu.client import AgentClient, PoolClient
 from nbgpu.errors import NbgpuError
 from nbgpu.models import Node
 from nbgpu.paths import AGENT_SOCKET, POOL_SOCKET, runtime_dir
+from nbgpu.procs import lives, stat_fields
 from nbgpu.quantities import GIB
 from nbgpu.words import counted
 
@@ -84,19 +85,11 @@ def be_alone(folder: Path, url: str) -> list[IO[str]]:
     return locks
 
 
-def stat_fields(pid: int) -> list[str]:
-    """Return the fields of /proc/<pid>/stat that follow the name; empty when the process is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
-
-
 def descendants() -> list[int]:
     """Return all living processes below this one. As a subreaper it inherits orphans, so none of them can escape the count."""
     parents: dict[int, int] = {}
     for entry in os.listdir("/proc"):
-        if entry.isdigit() and (fields := stat_fields(int(entry))) and fields[0] != "Z":
+        if entry.isdigit() and lives(fields := stat_fields(entry)):
             parents[int(entry)] = int(fields[1])
     found: list[int] = []
     for pid in parents:
@@ -275,7 +268,7 @@ def watch(hub: subprocess.Popen[bytes], log: Path) -> None:
 def reap_others(hub: subprocess.Popen[bytes]) -> None:
     """Collect ended orphans, but leave the hub's exit status to its `Popen`."""
     for pid in children():
-        if pid != hub.pid and stat_fields(pid)[:1] == ["Z"]:
+        if pid != hub.pid and stat_fields(pid)[:1] == [b"Z"]:
             os.waitpid(pid, os.WNOHANG)
 
 

@@ -34,6 +34,10 @@ class SliceClient:
         """Return the JSON answer of ``PUT path``; see :meth:`request` for the errors."""
         return await self.request("PUT", path, body)
 
+    async def post(self, path: str, body: object) -> Any:
+        """Return the JSON answer of ``POST path``; see :meth:`request` for the errors."""
+        return await self.request("POST", path, body)
+
     async def request(self, method: str, path: str, body: object = None, *, wait_seconds: float = 0) -> Any:
         """Send one request and return the decoded answer.
 

@@ -54,6 +54,17 @@ class SliceHandler(APIHandler):
             raise NbgpuError("This server has no GPU slice.", code="no-slice", status=404)
         return self.sampler
 
+    def json_object(self, allowed: str) -> dict[str, Any]:
+        """Return the body, which must be `allowed`."""
+        body = self.request.body
+        try:
+            asked = json.loads(body) if len(body) <= _MAX_BODY_BYTES else None
+        except ValueError:
+            asked = None
+        if not isinstance(asked, dict):
+            raise InvalidValue("body", body[:40].decode("utf-8", "replace"), allowed)
+        return asked
+
     def whole_number(self, name: str, default: int, low: int, high: int) -> int:
         """Return a whole number from the query."""
         text = self.get_query_argument(name, str(default))
@@ -107,17 +118,26 @@ class KernelHandler(SliceHandler):
     @_answers
     async def put(self, kernel_id: str) -> Any:
         sampler = self.slice()
-        body = self.request.body
-        try:
-            asked = json.loads(body) if len(body) <= _MAX_BODY_BYTES else None
-        except ValueError:
-            asked = None
-        if not isinstance(asked, dict):
-            raise InvalidValue("body", body[:40].decode("utf-8", "replace"), "a JSON object with a kernel's limits")
+        asked = self.json_object("a JSON object with a kernel's limits")
         usage = await sampler.usage()
         if not usage.get("devices"):
             raise Unavailable("The GPU's node agent does not answer yet. Try again in a moment.")
         return await sampler.set_limit(kernel_id, kernel_limit(asked, usage["devices"]))
+
+
+class ResumeHandler(SliceHandler):
+    """``POST nbgpu/api/resume``: ``{"pid": int}``, a suspended process that shall go on."""
+
+    _track_activity = True
+
+    @web.authenticated
+    @authorized
+    @_answers
+    async def post(self) -> Any:
+        pid = self.json_object('{"pid": number}').get("pid")
+        if not isinstance(pid, int) or isinstance(pid, bool) or pid < 1:
+            raise InvalidValue("pid", pid, "the number of a process")
+        return await self.slice().resume(pid)
 
 
 def routes(base_url: str, sampler: Sampler | None, notices: Notices) -> list[tuple[str, type[SliceHandler], dict[str, Any]]]:
@@ -127,6 +147,7 @@ def routes(base_url: str, sampler: Sampler | None, notices: Notices) -> list[tup
         ("usage", UsageHandler),
         ("history", HistoryHandler),
         ("events", EventsHandler),
+        ("resume", ResumeHandler),
         (r"kernels/([A-Za-z0-9_.-]{1,39})", KernelHandler),
     ]
     return [(url_path_join(base_url, "nbgpu/api", path), handler, made_with) for path, handler in paths]

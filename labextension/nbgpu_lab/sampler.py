@@ -73,6 +73,12 @@ class Sampler:
         self._kept.clear()
         return answer
 
+    async def resume(self, pid: int) -> Json:
+        """Ask the agent to let a suspended process go on; the next usage shows it. Raises what the agent says."""
+        answer = await self.client.post("/v1/resume", {"pid": pid})
+        self._kept.clear()
+        return answer
+
     async def _shared(self, key: str, keep_seconds: float, ask: Callable[[], Awaitable[Json]]) -> Json:
         """Return a recent answer, or join the question that is on its way, or ask."""
         when, answer = self._kept.get(key, (-keep_seconds, None))

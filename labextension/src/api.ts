@@ -49,6 +49,19 @@ export interface INotice {
   path?: string | null;
 }
 
+/** A process that the watchdog has suspended: it is not dead, and goes on when it may. */
+export interface ISuspension {
+  pid: number;
+  kernel_id: string | null;
+  kind: string;
+  /** Lock: its calls to the GPU wait, it answers else. Stop: all of it stands still. */
+  how: 'lock' | 'stop';
+  /** Unix time, seconds. */
+  since: number;
+  /** What it did. */
+  reason: string;
+}
+
 export interface IUsage {
   slice_id: string;
   mode: 'strict' | 'burst';
@@ -57,6 +70,10 @@ export interface IUsage {
   time: number;
   devices: IDeviceUsage[];
   kernels: IKernelUsage[];
+  /** An older agent says nothing of these. */
+  suspended?: ISuspension[];
+  /** The server's user may let them go on. */
+  may_resume?: boolean;
 }
 
 /** The node agent: whether it answers, and since when that is so (Unix time, seconds). */
@@ -99,4 +116,6 @@ export interface ISliceApi {
   usage(after: number): Promise<IUsageAnswer>;
   history(seconds: number): Promise<IHistoryAnswer>;
   setLimit(kernelId: string, limit: IWrittenLimit): Promise<void>;
+  /** Let a suspended process go on. */
+  resume(pid: number): Promise<void>;
 }

@@ -2,7 +2,13 @@ import type { TranslationBundle } from '@jupyterlab/translation';
 import { closeIcon, editIcon } from '@jupyterlab/ui-components';
 import * as React from 'react';
 
-import type { IDeviceUsage, IKernelUsage, IWrittenLimit } from './api';
+import type {
+  IDeviceUsage,
+  IKernelUsage,
+  ISuspension,
+  IUsage,
+  IWrittenLimit
+} from './api';
 import {
   formatMemory,
   formatMemoryOf,
@@ -11,18 +17,20 @@ import {
   overLimit,
   percent
 } from './format';
-import { kernelName } from './words';
+import { suspendedOf, suspendedWords, withSuspended } from './suspended';
+import { clock, kernelName } from './words';
 
 interface IKernelsProps {
-  kernels: IKernelUsage[];
-  devices: IDeviceUsage[];
+  usage: IUsage;
   trans: TranslationBundle;
   setLimit: (kernelId: string, limit: IWrittenLimit) => Promise<void>;
+  resume: (pid: number) => Promise<void>;
 }
 
 /** The server's kernels by notebook: what each holds, and its limits, which can be set here. */
 export function Kernels(props: IKernelsProps): JSX.Element {
-  const { kernels, devices, trans } = props;
+  const { usage, trans } = props;
+  const kernels = withSuspended(usage);
   const [editing, setEditing] = React.useState<string | null>(null);
   if (kernels.length === 0) {
     return (
@@ -47,11 +55,14 @@ export function Kernels(props: IKernelsProps): JSX.Element {
         <Kernel
           key={kernel.kernel_id ?? ''}
           kernel={kernel}
-          devices={devices}
+          devices={usage.devices}
+          suspended={suspendedOf(kernel, usage)}
+          mayResume={usage.may_resume ?? false}
           trans={trans}
           editing={kernel.kernel_id !== null && editing === kernel.kernel_id}
           edit={on => setEditing(on ? kernel.kernel_id : null)}
           setLimit={props.setLimit}
+          resume={props.resume}
         />
       ))}
     </table>
@@ -61,10 +72,13 @@ export function Kernels(props: IKernelsProps): JSX.Element {
 interface IKernelProps {
   kernel: IKernelUsage;
   devices: IDeviceUsage[];
+  suspended: ISuspension[];
+  mayResume: boolean;
   trans: TranslationBundle;
   editing: boolean;
   edit: (on: boolean) => void;
   setLimit: (kernelId: string, limit: IWrittenLimit) => Promise<void>;
+  resume: (pid: number) => Promise<void>;
 }
 
 function Kernel(props: IKernelProps): JSX.Element {
@@ -84,6 +98,11 @@ function Kernel(props: IKernelProps): JSX.Element {
         <th scope="rowgroup" colSpan={3} title={kernel.path ?? name}>
           <div className="nbgpu-Kernels-title">
             <span className="nbgpu-Kernels-name">{name}</span>
+            {props.suspended.length > 0 && (
+              <span className="nbgpu-Kernels-suspended">
+                {trans.__('suspended')}
+              </span>
+            )}
             {kernel.refusals > 0 && (
               <span className="nbgpu-quiet">
                 {trans._n('%1 refusal', '%1 refusals', kernel.refusals)}
@@ -129,6 +148,9 @@ function Kernel(props: IKernelProps): JSX.Element {
           </td>
         </tr>
       )}
+      {props.suspended.map(one => (
+        <Suspended key={one.pid} {...props} one={one} />
+      ))}
       {props.editing && (
         <tr>
           <td colSpan={3}>
@@ -137,6 +159,36 @@ function Kernel(props: IKernelProps): JSX.Element {
         </tr>
       )}
     </tbody>
+  );
+}
+
+/** Why a process is suspended, and where the user may: letting it go on. */
+function Suspended(props: IKernelProps & { one: ISuspension }): JSX.Element {
+  const { one, mayResume, trans } = props;
+  const [error, setError] = React.useState('');
+  return (
+    <tr>
+      <td colSpan={3}>
+        <div className="nbgpu-Kernels-over" role="status">
+          {trans.__('Process %1 since %2.', one.pid, clock(one.since))}{' '}
+          {suspendedWords(one, mayResume, trans)}
+          {mayResume && (
+            <button
+              type="button"
+              className="jp-mod-styled jp-mod-reject nbgpu-Kernels-resume"
+              onClick={() =>
+                void props
+                  .resume(one.pid)
+                  .catch(reason => setError((reason as Error).message))
+              }
+            >
+              {trans.__('Let it go on')}
+            </button>
+          )}
+          {error && <p role="alert">{error}</p>}
+        </div>
+      </td>
+    </tr>
   );
 }
 

@@ -85,6 +85,11 @@ export class SliceModel implements ISliceModel {
     void this._poll.refresh();
   }
 
+  async resume(pid: number): Promise<void> {
+    await this._api.resume(pid);
+    void this._poll.refresh();
+  }
+
   /** Tell of a notice that came with the server's event stream: sooner than the next poll. */
   hear(notice: INotice): void {
     if (this._keep([notice]).length > 0) {

@@ -9,6 +9,7 @@ import {
   overLimit,
   percent
 } from './format';
+import { suspendedOf, withSuspended } from './suspended';
 import { HISTORY_SECONDS, type ISample, linePoints } from './history';
 import { SliceModel } from './model';
 import { follow, OwnModel } from './page';
@@ -48,7 +49,8 @@ function pageApi(): ISliceApi {
   return {
     usage: after => ask(`usage?after=${after}`),
     history: seconds => ask(`history?seconds=${seconds}`),
-    setLimit: () => Promise.reject(new Error('only the panel sets limits'))
+    setLimit: () => Promise.reject(new Error('only the panel sets limits')),
+    resume: () => Promise.reject(new Error('only the panel resumes'))
   };
 }
 
@@ -124,7 +126,7 @@ function deviceRows(
 
 function kernelLine(
   kernel: IKernelUsage,
-  devices: IDeviceUsage[],
+  usage: IUsage,
   ownId: string
 ): string {
   const used = formatMemory(kernelTotals(kernel).usedBytes);
@@ -135,8 +137,9 @@ function kernelLine(
       : (kernel.name ?? kernel.kernel_id.slice(0, 8));
   const mine = kernel.kernel_id === ownId ? ' (this notebook)' : '';
   const limit = cap === null ? '' : ` of its own limit of ${formatMemory(cap)}`;
-  const over = overLimit(kernel, devices) ? ', over' : '';
-  return `${name}${mine}: ${used}${limit}${over}`;
+  const over = overLimit(kernel, usage.devices) ? ', over' : '';
+  const held = suspendedOf(kernel, usage).length > 0 ? ', suspended' : '';
+  return `${name}${mine}: ${used}${limit}${over}${held}`;
 }
 
 function sliceParts(
@@ -149,10 +152,15 @@ function sliceParts(
   const gpu = usage.simulated ? 'simulated GPU' : 'GPU';
   const title = `${many}${share} ${gpu}, ${usage.mode}`;
   const list = element('ul');
-  usage.kernels
-    .filter(({ devices, kernel_id }) => devices.length || kernel_id === ownId)
+  withSuspended(usage)
+    .filter(
+      kernel =>
+        kernel.devices.length ||
+        kernel.kernel_id === ownId ||
+        suspendedOf(kernel, usage).length
+    )
     .forEach(kernel =>
-      list.append(element('li', '', kernelLine(kernel, usage.devices, ownId)))
+      list.append(element('li', '', kernelLine(kernel, usage, ownId)))
     );
   return [
     element('div', 'nbgpu-monitor-title', title),

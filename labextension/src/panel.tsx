@@ -62,10 +62,10 @@ export class SlicePanel extends ReactWidget {
             <section aria-label={trans.__('Kernels')}>
               <h3>{trans.__('Kernels')}</h3>
               <Kernels
-                kernels={usage.kernels}
-                devices={usage.devices}
+                usage={usage}
                 trans={trans}
                 setLimit={(id, limit) => this._model.setLimit(id, limit)}
+                resume={pid => this._model.resume(pid)}
               />
             </section>
           </>

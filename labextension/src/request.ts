@@ -23,6 +23,8 @@ export function sliceApi(settings: ServerConnection.ISettings): ISliceApi {
       request(`kernels/${encodeURIComponent(kernelId)}`, {
         method: 'PUT',
         body: JSON.stringify(limit)
-      })
+      }),
+    resume: pid =>
+      request('resume', { method: 'POST', body: JSON.stringify({ pid }) })
   };
 }

@@ -43,13 +43,16 @@ export class StatusItem extends ReactWidget {
     const away = model.agent.ok
       ? null
       : trans.__('no news since %1', clock(model.agent.since));
-    const warning = away ?? warningWords(level, trans);
+    const suspended = usage.suspended?.length
+      ? trans.__('%1 suspended', usage.suspended.length)
+      : null;
+    const warning = away ?? warningWords(level, trans) ?? suspended;
     const title = [
       trans.__('GPU slice of this server (%1)', modeWords(usage, trans)),
       trans.__('Compute is in percent of the slice. Click for details.')
     ].join('\n');
     return this._button(
-      away ? 'warning' : level,
+      away || (suspended && level === 'ok') ? 'warning' : level,
       warning ? `${text} · ${warning}` : text,
       title
     );

@@ -29,6 +29,8 @@ export interface ISliceModel extends IDisposable {
   readonly noticed: ISignal<ISliceModel, INotice>;
   /** Limit a kernel; rejects with the server's words. */
   setLimit(kernelId: string, limit: IWrittenLimit): Promise<void>;
+  /** Let a suspended process go on; rejects with the server's words. */
+  resume(pid: number): Promise<void>;
 }
 
 export const ISliceModel = new Token<ISliceModel>(

@@ -77,12 +77,13 @@ uint64_t nbgpu_round(uint64_t bytes) {
     return (bytes + unit - 1) / unit * unit;
 }
 
-/* Whose limit the sum is over, with `more` bytes on top. */
-static uint32_t over(int device, uint64_t more) {
-    if (nbgpu_ctl->backend != NBGPU_BACKEND_DRIVER && nbgpu_total(device, NULL) + more > nbgpu_ctl->device[device].mem_limit)
+/* Whose limit the sum is over. Also where the driver holds the slice: it knows no kernels, lets managed memory pass, and holds nobody who
+ * is outside the slice's cgroup. */
+static uint32_t over(int device) {
+    if (nbgpu_total(device, NULL) > nbgpu_ctl->device[device].mem_limit)
         return NBGPU_REFUSED_SLICE;
     const NbgpuCtlKernel *kernel = nbgpu_kernel_limit();
-    if (kernel && kernel->mem_limit && nbgpu_total(device, kernel->id) + more > kernel->mem_limit)
+    if (kernel && kernel->mem_limit && nbgpu_total(device, kernel->id) > kernel->mem_limit)
         return NBGPU_REFUSED_KERNEL;
     return NBGPU_REFUSED_NONE;
 }
@@ -116,7 +117,7 @@ static uint32_t try_add(int device, uint64_t *word, uint64_t bytes) {
     control_lock();
     __atomic_fetch_add(word, bytes, __ATOMIC_SEQ_CST);
     MARK("charge-added");
-    const uint32_t by = over(device, 0);
+    const uint32_t by = over(device);
     if (unlikely(by != NBGPU_REFUSED_NONE)) {
         __atomic_fetch_sub(word, bytes, __ATOMIC_SEQ_CST);
         MARK("charge-taken-back");

@@ -16,9 +16,6 @@
 /* mode of a slice */
 #define NBGPU_MODE_STRICT 0u
 #define NBGPU_MODE_BURST 1u
-/* who refuses memory */
-#define NBGPU_BACKEND_LIMITER 0u
-#define NBGPU_BACKEND_DRIVER 1u
 /* gate words */
 #define NBGPU_GATE_CLOSED 0u
 #define NBGPU_GATE_OPEN 1u
@@ -82,7 +79,7 @@ typedef struct {
     uint32_t size;
     uint64_t generation;
     uint64_t heartbeat_ns;
-    uint32_t backend;
+    uint32_t reserved1;
     uint32_t kernels_limited;
     uint8_t reserved0[24];
     NbgpuCtlDevice device[16];
@@ -95,7 +92,7 @@ _Static_assert(offsetof(NbgpuCtl, version) == 8, "NbgpuCtl.version");
 _Static_assert(offsetof(NbgpuCtl, size) == 12, "NbgpuCtl.size");
 _Static_assert(offsetof(NbgpuCtl, generation) == 16, "NbgpuCtl.generation");
 _Static_assert(offsetof(NbgpuCtl, heartbeat_ns) == 24, "NbgpuCtl.heartbeat_ns");
-_Static_assert(offsetof(NbgpuCtl, backend) == 32, "NbgpuCtl.backend");
+_Static_assert(offsetof(NbgpuCtl, reserved1) == 32, "NbgpuCtl.reserved1");
 _Static_assert(offsetof(NbgpuCtl, kernels_limited) == 36, "NbgpuCtl.kernels_limited");
 _Static_assert(offsetof(NbgpuCtl, reserved0) == 40, "NbgpuCtl.reserved0");
 _Static_assert(offsetof(NbgpuCtl, device) == 64, "NbgpuCtl.device");

@@ -24,6 +24,8 @@ from nbgpu.models import (
     Mode,
     Model,
     Node,
+    Pid,
+    Resume,
     Slice,
     SliceId,
     Usage,
@@ -37,7 +39,6 @@ MAX_ID = 2**53
 Seconds = Annotated[float, Query(ge=0, le=30, allow_inf_nan=False)]
 After = Annotated[int, Query(ge=-1, le=MAX_ID)]
 SlicePath = Annotated[SliceId, Path()]
-Pid = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Uid = Annotated[int, Field(ge=0, le=2**32 - 2)]
 
 
@@ -61,13 +62,6 @@ class PatchSlice(Model):
     memory_bytes: Bytes | None = None
     compute_milli: Milli | None = None
     mode: Mode | None = None
-
-
-class Resume(Model):
-    """Body of ``POST /v1/slices/{slice_id}/resume``."""
-
-    pid: Pid | None = None
-    """null = all that are suspended."""
 
 
 class Gone(Model):
@@ -190,7 +184,7 @@ def _add_slices(app: FastAPI, agent: Agent) -> None:
     @app.get("/v1/slices/{slice_id}/usage", responses=NOT_FOUND)
     async def usage(slice_id: SlicePath) -> Usage:  # pyright: ignore[reportUnusedFunction]
         """What one slice uses, now."""
-        return agent.find(slice_id).usage(agent.settings.backend)
+        return agent.find(slice_id).usage()
 
     @app.get("/v1/slices/{slice_id}/suspended", responses=NOT_FOUND)
     async def suspended(slice_id: SlicePath) -> list[Suspended]:  # pyright: ignore[reportUnusedFunction]
@@ -200,7 +194,7 @@ def _add_slices(app: FastAPI, agent: Agent) -> None:
     @app.post("/v1/slices/{slice_id}/resume", responses=NOT_FOUND | CONFLICT)
     async def resume(slice_id: SlicePath, body: Resume) -> list[Suspended]:  # pyright: ignore[reportUnusedFunction]
         """Let suspended processes go on; the watchdog leaves them alone until they end."""
-        return agent.resume(slice_id, body.pid)
+        return await agent.resume(slice_id, body.pid, "an administrator")
 
     @app.put("/v1/slices/{slice_id}/kernels/{kernel_id}", responses=NOT_FOUND | CONFLICT)
     async def kernel(slice_id: SlicePath, kernel_id: Annotated[KernelId, Path()], body: KernelLimit) -> KernelLimit:  # pyright: ignore[reportUnusedFunction]
@@ -217,7 +211,7 @@ def _add_rest(app: FastAPI, agent: Agent, metrics: Metrics) -> None:
     @app.get("/v1/usage")
     async def usages() -> list[Usage]:  # pyright: ignore[reportUnusedFunction]
         """What each slice uses, now."""
-        return [live.usage(agent.settings.backend) for live in list(agent.slices.values())]
+        return [live.usage() for live in list(agent.slices.values())]
 
     @app.get("/v1/events")
     async def events(after: After = -1, wait_seconds: Seconds = 0, slice_id: SliceId | None = None) -> list[Event]:  # pyright: ignore[reportUnusedFunction]

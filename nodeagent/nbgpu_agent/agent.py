@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +14,8 @@ from nbgpu.errors import InvalidValue, NbgpuError
 from nbgpu.models import AgentSlice, AgentSlices, Backend, Device, KernelLimit, Launch, Node, Slice
 from nbgpu.quantities import format_memory, format_share
 
-from . import layout, procs, slicedir
+from . import procs, slicedir
+from .backend import DriverLimits
 from .books import Conflict, check_fits, check_kernel_limit, check_slice, resized
 from .cgroups import Cgroups
 from .events import EventLog, Signal, first_id
@@ -26,6 +26,7 @@ from .probe import overhead_cap_bytes
 from .runtime import SOCKET_PATH_MAX
 from .simulated import Machine
 from .slicedir import ClaimOf, Record, Suspended
+from .suspension import GpuLock, Suspender
 from .turns import Turns
 
 log = logging.getLogger("nbgpu.agent")
@@ -56,6 +57,8 @@ class Settings:
     machine: Machine | None
     """The simulated machine; None on a real one."""
     backend: Backend = "limiter"
+    backend_reason: str = ""
+    """Why it is that one."""
     policy: Policy = field(default_factory=Policy)
     """What the watchdog does about what it finds."""
 
@@ -69,7 +72,9 @@ class Agent:
         What a bare context costs, bytes by device uuid; 0 or missing where that is not known.
     """
 
-    def __init__(self, settings: Settings, devices: list[Device], native: Native, context_bytes: dict[str, int]):
+    def __init__(
+        self, settings: Settings, devices: list[Device], native: Native, context_bytes: dict[str, int], suspender: Suspender | None = None
+    ):
         self.settings = settings
         self.devices = {device.uuid: device for device in devices}
         self.native = native
@@ -77,8 +82,11 @@ class Agent:
         self.overhead_caps = {device.uuid: overhead_cap_bytes(context_bytes.get(device.uuid, 0)) for device in devices}
         self.cgroups = Cgroups()
         self.turns = Turns(native, devices)
+        self.suspender = suspender or Suspender(GpuLock("", ""))
         self.events = EventLog()
         self.slices: dict[str, LiveSlice] = {}
+        self.driver_limits: DriverLimits | None = None
+        """Where the driver can limit memory by cgroup: what sets its limits."""
         self.actions: dict[tuple[str, str], int] = {}
         """What the watchdog did, by the kind of finding and what was done."""
         self._old_cgroups: list[Path] = []
@@ -111,7 +119,14 @@ class Agent:
     def _after_boot(self, directory: Path, record: Record) -> Record:
         """No process of an earlier boot lives: a running slice is over, a prepared one gets a fresh `use` file."""
         os.close(slicedir.create_use(directory, record.uid, record.claim is not None))
-        changes: dict[str, object] = {"roots": (), "cgroup": None, "boot_id": procs.boot_id(), "suspended": (), "use_since": 0}
+        changes: dict[str, object] = {
+            "roots": (),
+            "cgroup": None,
+            "boot_id": procs.boot_id(),
+            "suspended": (),
+            "limited": None,
+            "use_since": 0,
+        }
         if record.claim is not None:
             changes["state"] = "prepared"  # its pod's containers start again
         record = record.model_copy(update=changes)
@@ -120,15 +135,25 @@ class Agent:
 
     def _start(self, directory: Path, record: Record) -> LiveSlice:
         live = LiveSlice(directory, record, self.native, self.cgroups, self.slice_lost_process)
-        self._write_limits(live)
+        live.on_gathered = lambda: self.hold(live)
+        live.owner_resumes = self.settings.policy.owner_resumes
         self.slices[live.id] = live
+        self._write_limits(live)
         self.turns.add(live)
         self.on_slice_added(live)
         return live
 
     def _write_limits(self, live: LiveSlice) -> None:
-        backend = layout.BACKEND_DRIVER if self.settings.backend == "driver" else layout.BACKEND_LIMITER
-        live.ctl.set_slice(live.slice, self.context_bytes, self.overhead_caps, backend)
+        live.ctl.set_slice(live.slice, self.context_bytes, self.overhead_caps)
+        self.hold(live)
+
+    def hold(self, live: LiveSlice) -> None:
+        """Bring the driver's limits of a slice in force beside the limiter's, where that is possible."""
+        before = live.backend
+        if self.driver_limits is not None:
+            self.driver_limits.hold(live)
+        if live.backend != before:
+            self.touch()
 
     def put_slice(self, wanted: Slice, uid: int | None, claim: ClaimOf | None = None) -> Launch:
         """Prepare a slice; the same slice again is answered the same. See ``PUT /v1/slices/{slice_id}``.
@@ -155,7 +180,7 @@ class Agent:
         os.close(slicedir.create_use(directory, uid, claim is not None))
         record = Record(slice=wanted, uid=uid, state="prepared", created=time.time(), boot_id=procs.boot_id(), claim=claim)
         live = self._start(directory, record)
-        slicedir.write_record(directory, record)
+        slicedir.write_record(directory, live.record)
         self.touch()
         parts = ", ".join(f"GPU {d.index}: {format_memory(d.memory_bytes)}, {d.compute_milli} milli-GPU" for d in wanted.devices)
         log.info("prepared slice=%s owner=%s: %s, %s", live.id, live.owner, parts, wanted.mode)
@@ -232,6 +257,8 @@ class Agent:
         self.turns.remove(live)
         self.events.add("ended", "info", f"The slice of {live.owner} has ended: {why}.", live.id, owner=live.owner)
         self.on_slice_ended(live)
+        if self.driver_limits is not None:
+            self.driver_limits.end(live)
         self.events.forget(live.id)
         live.close()
         slicedir.remove(live.directory)
@@ -306,26 +333,32 @@ class Agent:
         """Count for the metrics what the watchdog did."""
         self.actions[kind, action] = self.actions.get((kind, action), 0) + 1
 
-    def resume(self, slice_id: str, pid: int | None = None, excuse: bool = True) -> list[Suspended]:
+    async def resume(self, slice_id: str, pid: int | None = None, by: str = "") -> list[Suspended]:
         """Let suspended processes of a slice go on: one, or (None) all; return what is left suspended or excused.
 
         Parameters
         ----------
-        excuse : bool
-            Leave them alone from now on, whatever they do, until they end.
+        by : str
+            Who wants it: they are left alone from now on, whatever they do, until they end. "": what they were suspended for is over.
         """
         live = self.find(slice_id)
         chosen = [one for one in live.record.suspended if pid in (None, one.pid) and not one.excused]
         if pid is not None and not chosen:
             raise Conflict(f"Process {pid} of slice {slice_id} is not suspended.", field="pid")
-        kept = [one for one in live.record.suspended if one not in chosen]
-        live.save(suspended=(*kept, *(one.model_copy(update={"excused": True}) for one in chosen if excuse)))
         for one in chosen:
-            if procs.send(procs.Process(one.pid, one.start_time), signal.SIGCONT):
+            if self.slices.get(slice_id) is not live:
+                break
+            # Excused first: nobody suspends it again meanwhile. Forgotten last: an agent that dies over it finds it again.
+            if by:
+                excused = one.model_copy(update={"excused": True})
+                live.save(suspended=tuple(excused if entry == one else entry for entry in live.record.suspended))
+            if await self.suspender.resume(procs.Process(one.pid, one.start_time)):
                 self.count_action(one.kind, "resume")
-                why = "an administrator has let it" if excuse else "what it was stopped for is over"
-                message = f"Process {one.pid} goes on: {why}."
-                self.events.add("resumed", "info", message, live.id, owner=live.owner, pid=one.pid, for_kind=one.kind)
+                message = f"Process {one.pid} goes on: {f'{by} has let it' if by else 'what it was suspended for is over'}."
+                self.events.add("resumed", "info", message, live.id, one.kernel_id or None, live.owner, pid=one.pid, for_kind=one.kind)
+            if not by and self.slices.get(live.id) is live:
+                live.save(suspended=tuple(entry for entry in live.record.suspended if entry != one))
+        self.touch()
         return list(live.record.suspended)
 
     # ---- answers
@@ -353,6 +386,7 @@ class Agent:
             simulated=settings.simulated,
             driver_version=settings.driver_version,
             backend=settings.backend,
+            backend_reason=settings.backend_reason,
             devices=list(self.devices.values()),
         )
 
@@ -386,6 +420,7 @@ class Agent:
     def close(self) -> None:
         """Let go of everything; the slices go on without the agent."""
         self.turns.close()
+        self.suspender.close()
         for live in self.slices.values():
             live.close()
 

@@ -52,6 +52,11 @@ class Cgroups:
         self._pods: dict[str, Path] = {}
         """Cgroups of pods that were found, by their UID."""
 
+    @property
+    def version_2(self) -> bool:
+        """Whether the hierarchy used here is cgroup v2 at its usual place, the one that drivers know."""
+        return self._found is not None and not self._found[1]
+
     def path_of(self, pid: int) -> str | None:
         """Return the cgroup of a process in the hierarchy used here, as a path under its mount point."""
         if self._found is None:
@@ -139,6 +144,21 @@ class Cgroups:
                     found.add(int(name))
                     self._learn(self._found[0], *pod)
         return found
+
+    def pod_directory(self, uid: str) -> Path | None:
+        """Return a pod's cgroup, from before its first container starts; None where it cannot be seen from here."""
+        if self._found is None:
+            return None
+        if uid not in self._pods or not (self._pods[uid] / "cgroup.procs").exists():
+            base, names = self._found[0], (f"pod{uid}", f"*-pod{uid.replace('-', '_')}.slice")
+            # below the kubelet's root, of guaranteed pods and of the other two classes
+            places = (place for above in ("*kubepods*", "*kubepods*/*") for name in names for place in base.glob(f"{above}/{name}"))
+            found = next(places, None)
+            if found is None:
+                self.pod_members([uid])  # wherever its processes are
+                return self._pods.get(uid)
+            self._pods[uid] = found
+        return self._pods[uid]
 
     def _learn(self, base: Path, uid: str, path: str) -> None:
         """Remember where a pod's cgroup is, as far as it can be seen from here: next time it need not be looked for."""

@@ -59,14 +59,12 @@ UUID_BYTES = 48
 KERNEL_ID_BYTES = 40
 
 MODE_STRICT, MODE_BURST = 0, 1
-BACKEND_LIMITER, BACKEND_DRIVER = 0, 1
 GATE_CLOSED, GATE_OPEN, GATE_SUSPENDED, GATE_NONE = 0, 1, 2, 3
 REFUSED_NONE, REFUSED_SLICE, REFUSED_KERNEL, REFUSED_DRIVER = 0, 1, 2, 3
 
 CONSTANTS: dict[str, tuple[str, ...]] = {
     "": ("VERSION", "CTL_MAGIC", "USE_MAGIC", "DEVICES", "KERNELS", "SLOTS", "SHARES", "UUID_BYTES", "KERNEL_ID_BYTES"),
     "mode of a slice": ("MODE_STRICT", "MODE_BURST"),
-    "who refuses memory": ("BACKEND_LIMITER", "BACKEND_DRIVER"),
     "gate words": ("GATE_CLOSED", "GATE_OPEN", "GATE_SUSPENDED", "GATE_NONE"),
     "whose limit refused": ("REFUSED_NONE", "REFUSED_SLICE", "REFUSED_KERNEL", "REFUSED_DRIVER"),
 }
@@ -114,7 +112,7 @@ class Ctl(c.LittleEndianStructure):
         ("size", c.c_uint32),  # of the file
         ("generation", c.c_uint64),  # rises after each change of limits
         ("heartbeat_ns", c.c_uint64),  # CLOCK_MONOTONIC of the scheduler's last sign of life
-        ("backend", c.c_uint32),
+        ("reserved1", c.c_uint32),
         ("kernels_limited", c.c_uint32),  # how many kernels have a limit of compute; not 0: the others obey rest_gate
         ("reserved0", c.c_uint8 * 24),
         ("device", CtlDevice * DEVICES),

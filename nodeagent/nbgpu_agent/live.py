@@ -65,6 +65,12 @@ class LiveSlice:
             fd = slicedir.create_use(directory, record.uid, record.claim is not None)
         self.tenant = Tenant(fd, native, len(record.slice.devices), self._member_ended, self.has_member)
         self.history = History([part.uuid for part in record.slice.devices])
+        self.backend: Backend = "limiter"
+        """Who holds its memory: the limiter alone, or the driver too."""
+        self.owner_resumes = False
+        """Its owner may let suspended processes go on."""
+        self.on_gathered: Callable[[], None] = lambda: None
+        """Called when its processes are in its cgroup, or cannot be brought there."""
         self.entries: list[int] = []
         """Of the GPU-time scheduler, one a device."""
         self.seen_milli: dict[int, int] = {}
@@ -147,7 +153,15 @@ class LiveSlice:
             path = Path(self.record.cgroup)
             pids = [root.pid for root in self.record.roots if not self._cgroups.holds(self.record.cgroup, root.pid)]
             future = asyncio.get_running_loop().run_in_executor(None, _move, self._cgroups, path, pids)
-            future.add_done_callback(lambda done: None if done.cancelled() or done.result() else self._without_cgroup(path))
+            future.add_done_callback(lambda done: None if done.cancelled() else self._gathered(path, done.result()))
+        else:
+            asyncio.get_running_loop().call_soon(self._gathered, None, True)
+
+    def _gathered(self, path: Path | None, moved: bool) -> None:
+        if path is not None and not moved:
+            self._without_cgroup(path)
+        if not self._closed:
+            self.on_gathered()
 
     def _without_cgroup(self, path: Path) -> None:
         """The agent may not move a process of the slice: ancestry tells from now on who belongs to it."""
@@ -314,11 +328,12 @@ class LiveSlice:
             )
         return found
 
-    def usage(self, backend: Backend) -> Usage:
+    def usage(self) -> Usage:
         """Return what the slice uses now, read from its files."""
         now_ns = time.monotonic_ns()
         slots = self.slots(self.tenant.read(), now_ns)
-        return slice_usage(self.slice, slots, self.record.kernel_limits, self.seen_milli, backend, time.time(), now_ns)
+        limits, suspended = self.record.kernel_limits, [one.as_model() for one in self.record.suspended if not one.excused]
+        return slice_usage(self.slice, slots, limits, self.seen_milli, self.backend, time.time(), now_ns, suspended, self.owner_resumes)
 
     def memory_by_device(self, kernel_id: str | None = None) -> list[int]:
         """Return the memory that the slice, or one kernel of it, uses on each of its devices."""
@@ -355,6 +370,7 @@ class LiveSlice:
             process_count=len(self.members()),
             created=self.record.created,
             memory_used_bytes=self.memory_used_bytes(),
+            backend=self.backend,
         )
 
     def close(self) -> None:

@@ -26,6 +26,8 @@ from nbgpu.words import counted
 
 from . import admin_api, slice_api
 from .agent import Agent, Settings
+from .backend import VARIABLE, WANTED, DriverLimits, Wanted, choose, missing
+from .cgroups import Cgroups
 from .http import App, Bounds, Door, listen_tcp
 from .live import LiveSlice
 from .metrics import Metrics, MetricsPage
@@ -37,6 +39,7 @@ from .probe import context_bytes
 from .procs import sees_the_hosts_pids
 from .runtime import RuntimeLock, StartError, built_libraries, install_libraries, prepare, remove_unused
 from .simulated import find_machine
+from .suspension import GpuLock, Suspender
 
 log = logging.getLogger("nbgpu.agent")
 ADMIN_BOUNDS = Bounds(connections=256, body_bytes=1024 * 1024, requests_per_second=None)
@@ -60,10 +63,12 @@ class Options:
     metrics_listen: str | None = None
     health_only: bool = False
     alive_file: Path | None = None
+    memory_backend: Wanted = "auto"
     watchdog: str = "event"
     watchdog_grace: float = 0
     watchdog_resume: bool = True
     watchdog_escalate: bool = False
+    watchdog_owner_resumes: bool = False
     kubernetes: bool = False
     seal_key: Path | None = None
     cdi_dir: Path = Path("/var/run/cdi")
@@ -89,6 +94,13 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--metrics-listen", metavar="ADDRESS:PORT", help="serve /metrics and /healthz there by TCP too")
     parser.add_argument("--health-only", action="store_true", help="no /metrics at --metrics-listen: they name users")
     parser.add_argument("--alive-file", type=Path, metavar="FILE", help="renew this file's time every few seconds, for a liveness probe")
+    parser.add_argument(
+        "--memory-backend",
+        choices=WANTED,
+        default=os.environ.get(VARIABLE) or "auto",
+        help="who holds slices to their memory: the limiter alone, or the driver too, by cgroup, which no program evades (r615 and later);"
+        f" auto: the driver too where it can (default: ${VARIABLE}, else auto)",
+    )
     watchdog = parser.add_argument_group("what is done with processes that get past the limiter (docs/security.md)")
     watchdog.add_argument(
         "--watchdog",
@@ -107,6 +119,9 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     )
     watchdog.add_argument(
         "--watchdog-escalate", action="store_true", help="kill all processes of a slice after three actions on it within a minute"
+    )
+    watchdog.add_argument(
+        "--watchdog-owner-resumes", action="store_true", help="a slice's owner may let what is suspended go on, as an administrator may"
     )
     kube = parser.add_argument_group("Kubernetes")
     kube.add_argument("--kubernetes", action="store_true", help="be the DRA driver gpu.nbgpu.io of the Node that --node names")
@@ -150,7 +165,9 @@ def policy_of(options: Options, simulate: bool) -> Policy:
     grace = options.watchdog_grace
     if not 0 <= grace < math.inf:
         raise InvalidValue("--watchdog-grace", grace, "a number of seconds, 0 for never")
-    policy = Policy(parse_actions(options.watchdog), grace or None, options.watchdog_resume, options.watchdog_escalate)
+    policy = Policy(
+        parse_actions(options.watchdog), grace or None, options.watchdog_resume, options.watchdog_escalate, options.watchdog_owner_resumes
+    )
     if policy.acts and not simulate and not sees_the_hosts_pids():
         raise StartError(
             "--watchdog would end the wrong processes here: the driver tells the host's pids. Start the agent with them (hostPID)."
@@ -218,8 +235,17 @@ async def _make(options: Options, runtime: Path) -> tuple[Agent, Nvml]:
         raise StartError("The NVIDIA driver of this machine shows no GPU that answers. With --simulate nbgpu runs on simulated ones.")
     cuda = str(machine.libraries / "libcuda.so.1") if machine else "libcuda.so.1"
     contexts = await context_bytes(nvml, devices, runtime, cuda)
-    settings = Settings(runtime, node, simulate, nvml.driver_version, libraries, machine, policy=policy)
-    return Agent(settings, devices, Native(libraries / "libnbgpu_agent.so"), contexts), nvml
+    lacks = missing(nvml, devices, Cgroups())
+    choice = choose(options.memory_backend, lacks)
+    log.info("memory is held by: %s (%s)", choice.backend, choice.reason)
+    settings = Settings(runtime, node, simulate, nvml.driver_version, libraries, machine, choice.backend, choice.reason, policy)
+    suspender = Suspender(GpuLock(cuda, nvml.driver_version))
+    if policy.suspends:
+        log.info("the watchdog suspends by %s", suspender.words)
+    agent = Agent(settings, devices, Native(libraries / "libnbgpu_agent.so"), contexts, suspender)
+    if not lacks:
+        agent.driver_limits = DriverLimits(nvml, agent.cgroups, choice.backend == "driver", agent.slices.values, agent.events)
+    return agent, nvml
 
 
 async def _work(

@@ -84,10 +84,11 @@ class Metrics:
         refusals = CounterMetricFamily("nbgpu_slice_refusals", "Allocations refused", labels=SLICE)
         processes = GaugeMetricFamily("nbgpu_slice_processes", "Processes of a slice", labels=SLICE)
         suspended = GaugeMetricFamily("nbgpu_slice_suspended_processes", "Processes that the watchdog has stopped", labels=SLICE)
+        driver = GaugeMetricFamily("nbgpu_slice_driver_limited", "1 when the driver too holds a slice's memory", labels=SLICE)
         for live in list(self._agent.slices.values()):
             owner = live.slice.owner
             names = [live.id, owner.user, owner.server, owner.hub]
-            for device in live.usage(self._agent.settings.backend).devices:
+            for device in live.usage().devices:
                 on_device = [*names, device.uuid]
                 limit.add_metric(on_device, device.memory_limit_bytes)
                 used.add_metric(on_device, device.memory_used_bytes)
@@ -97,7 +98,8 @@ class Metrics:
             refusals.add_metric(names, live.refusals)
             processes.add_metric(names, len(live.members()))
             suspended.add_metric(names, sum(not one.excused for one in live.record.suspended))
-        yield from (limit, used, share, compute, busy, refusals, processes, suspended)
+            driver.add_metric(names, int(live.backend == "driver"))
+        yield from (limit, used, share, compute, busy, refusals, processes, suspended, driver)
 
 
 class MetricsPage:

@@ -21,7 +21,7 @@ from .nvml import DeviceSample, Nvml
 from .offenders import Books, Held, Offence, judge
 from .procs import Process, exiting, find, inner_pid, parent
 from .responses import Responses
-from .watchdog import Confirmed, Finding, SlotSeen, describe, judge_slice, overheads
+from .watchdog import OVER_LIMIT_TOLERANCE_BYTES, Confirmed, Finding, SlotSeen, describe, judge_slice, overheads
 
 log = logging.getLogger("nbgpu.agent")
 TICK_SECONDS = 1.0
@@ -150,6 +150,7 @@ class Monitor:
             live.tenant.check_size()
         if live.tenant.junk is not None:
             self._hostile(live, live.tenant.junk)
+        agent.hold(live)
         if not live.has_root():
             agent.end_if_over(live)
         return rows
@@ -367,7 +368,9 @@ class Monitor:
         slice_used = used = sum(slot.memory_bytes for slot in slots)
         allowed, which = part.memory_bytes, "slice"
         if row.refused_by == layout.REFUSED_DRIVER:
-            which = "device"
+            # The driver knows to the byte what the slice holds; the slots, what was told and the last look.
+            full = slice_used + row.refused_bytes + OVER_LIMIT_TOLERANCE_BYTES > part.memory_bytes
+            which = "slice" if live.backend == "driver" and full else "device"
         elif limit is not None and limit.memory_bytes is not None:
             own = sum(slot.memory_bytes for slot in slots if slot.kernel_id == row.kernel_id)
             # The limiter looks at the slice first: where the kernel's own limit forbids it too, a larger slice would not help.

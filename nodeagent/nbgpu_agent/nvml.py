@@ -117,6 +117,25 @@ class Nvml:
         except nvml.NVMLError as error:
             return DeviceSample(error=str(error))
 
+    def has_limits(self, uuid: str) -> bool:
+        """Return whether a device can limit memory by cgroup: the question about one that cannot have a limit is answered otherwise."""
+        nvml = self._nvml
+        try:
+            nvml.nvmlDeviceGetMemoryLimits_v1(self._handles[uuid], nvml.c_nvmlGetMemoryLimits_v1_t(b"/sys/fs/cgroup"))
+        except nvml.NVMLError as error:
+            return error.value not in (nvml.NVML_ERROR_NOT_SUPPORTED, nvml.NVML_ERROR_FUNCTION_NOT_FOUND)
+        return True
+
+    def set_limit(self, uuid: str, cgroup: Path, limit_bytes: int | None) -> str | None:
+        """Set what the processes of a cgroup may hold of a device, None = no limit; return what went wrong."""
+        nvml = self._nvml
+        soft, hard = (0, nvml.NVML_DEVICE_MEMORY_LIMIT_MAX) if limit_bytes is None else (limit_bytes, limit_bytes)
+        try:
+            nvml.nvmlDeviceSetMemoryLimits_v1(self._handles[uuid], nvml.c_nvmlSetMemoryLimits_v1_t(os.fsencode(cgroup), soft, hard))
+        except nvml.NVMLError as error:
+            return str(error)
+        return None
+
     def _compute(self, uuid: str, handle: Any) -> dict[int, int]:
         nvml = self._nvml
         try:

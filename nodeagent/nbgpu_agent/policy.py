@@ -29,12 +29,15 @@ class Policy:
         Let a suspended process go on once what it was suspended for is over.
     escalate : bool
         After three actions on a slice within a minute kill all its processes.
+    owner_resumes : bool
+        The slice's owner may let a suspended process go on, as an administrator may.
     """
 
     actions: Mapping[Kind, Action] = field(default_factory=dict[Kind, Action])
     grace_seconds: float | None = None
     resume: bool = True
     escalate: bool = False
+    owner_resumes: bool = False
 
     def action(self, kind: Kind) -> Action:
         """Return what is done about findings of a kind."""
@@ -44,6 +47,11 @@ class Policy:
     def acts(self) -> bool:
         """Whether anything is ever done."""
         return any(action != "event" for action in self.actions.values())
+
+    @property
+    def suspends(self) -> bool:
+        """Whether anything is suspended."""
+        return "suspend" in self.actions.values()
 
 
 def parse_actions(text: str, name: str = "--watchdog") -> dict[Kind, Action]:

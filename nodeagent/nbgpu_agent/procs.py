@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from nbgpu.procs import lives, stat_fields
+
 MOUNTS_BYTES = 64 * 1024
 """So much of a process's list of mounts is read: a tenant may make it as long as it likes."""
 ENVIRONMENT_BYTES = 64 * 1024
@@ -31,37 +33,21 @@ class Process:
         return start_time(self.pid) == self.start_time
 
 
-def _stat(pid: int | str) -> list[bytes] | None:
-    """Return the fields of ``/proc/<pid>/stat`` from the third (state) on."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
-            text = file.read(1024)
-    except OSError:
-        return None
-    return text[text.rindex(b")") + 2 :].split()
-
-
-def _lives(fields: list[bytes]) -> bool:
-    """Return whether a process runs. One whose first thread has ended shows as a zombie, and goes on with its others."""
-    return fields[0] not in (b"Z", b"X") or int(fields[17]) > 1
-
-
 def start_time(pid: int) -> int | None:
     """Return when a process started, in clock ticks since boot; None when it is gone or a zombie."""
-    fields = _stat(pid)
-    return int(fields[19]) if fields is not None and _lives(fields) else None
+    fields = stat_fields(pid)
+    return int(fields[19]) if lives(fields) else None
 
 
 def exiting(pid: int) -> bool:
     """Return whether a process is on its way out or gone: what it holds goes with it, and it writes no word any more."""
-    fields = _stat(pid)
-    return fields is None or not _lives(fields) or bool(int(fields[6]) & _PF_EXITING)
+    fields = stat_fields(pid)
+    return not lives(fields) or bool(int(fields[6]) & _PF_EXITING)
 
 
 def stopped(pid: int) -> bool:
     """Return whether a process is stopped by a signal."""
-    fields = _stat(pid)
-    return fields is not None and fields[0] in (b"T", b"t")
+    return stat_fields(pid)[:1] in ([b"T"], [b"t"])
 
 
 def send(process: Process, number: int) -> bool:
@@ -86,8 +72,8 @@ def find(pid: int) -> Process | None:
 
 def parent(pid: int) -> int | None:
     """Return the pid of a process's parent; None when the process is gone."""
-    fields = _stat(pid)
-    return None if fields is None else int(fields[1])
+    fields = stat_fields(pid)
+    return int(fields[1]) if fields else None
 
 
 def descendants(roots: Iterable[int]) -> set[int]:
@@ -95,7 +81,7 @@ def descendants(roots: Iterable[int]) -> set[int]:
     children: dict[int, list[int]] = defaultdict(list)
     live: set[int] = set()
     for name in os.listdir("/proc"):
-        if name.isdigit() and (fields := _stat(name)) is not None and _lives(fields):
+        if name.isdigit() and lives(fields := stat_fields(name)):
             live.add(int(name))
             children[int(fields[1])].append(int(name))
     found: set[int] = set()

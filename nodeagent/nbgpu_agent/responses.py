@@ -12,12 +12,13 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from nbgpu.errors import NbgpuError
 from nbgpu.models import KernelId
-from nbgpu.quantities import format_memory
 
 from . import procs
 from .agent import Agent, short
@@ -25,10 +26,13 @@ from .live import LiveSlice
 from .offenders import Offence, Sure
 from .procs import Process
 from .slicedir import Suspended
+from .watchdog import OVER_LIMIT_TOLERANCE_BYTES, deed
 
 log = logging.getLogger("nbgpu.agent")
 ACTIONS_MOST = 16
 """On one slice at one look; the others' turn comes at the next."""
+SHARE_SEEN_SECONDS = 8.0
+"""So long after a process was locked NVML may still tell of what it had done before."""
 GONE_SECONDS = 10.0
 """So long must be over what a process was suspended for, before it goes on."""
 REPEATS = 3
@@ -39,22 +43,18 @@ _KERNEL_ID: TypeAdapter[str] = TypeAdapter(KernelId)
 
 
 def reason(one: Offence) -> str:
-    """Return what a process did, for people; short, because JupyterLab cuts a notice after 140 characters."""
-    held, allowed = format_memory(one.memory_bytes), format_memory(one.allowed_bytes)
-    if one.kind == "unlimited":
-        return f"it used the GPU ({held}) without nbgpu's limiter"
-    if one.kind == "overhead":
-        return f"it held {held} of the GPU past nbgpu's limiter"
-    if one.kind == "over-limit":
-        return f"it took the server to {held} of its {allowed}"
-    return f"it used {one.compute_milli / 10:.0f} % of the GPU's time past nbgpu's limiter"
+    """Return what a process did, for people."""
+    return f"it {deed(one.kind, 'the GPU', one.memory_bytes, one.allowed_bytes, one.compute_milli, by_server=False)}"
+
+
+DONE = {"lock": "suspended", "stop": "stopped"}
 
 
 def action_message(process: Process, kernel_id: str, done: str, why: str) -> str:
     """Return what was done to a process, why, and what its user can do."""
     who = f"Process {process.pid}" + (f" (Notebook kernel {short(kernel_id)})" if kernel_id else "")
-    what = "Restart it, or ask your administrator." if done == "stopped" else "Restart its kernel or program."
-    return f"{who} was {done}: {why}. {what}"
+    what = {"suspended": "Its GPU calls wait. Restart it, or ask your administrator.", "stopped": "Restart it, or ask your administrator."}
+    return f"{who} was {done}: {why}. {what.get(done, 'Restart its kernel or program.')}"
 
 
 class Responses:
@@ -74,6 +74,8 @@ class Responses:
         self._acted: dict[str, deque[float]] = {}
         self._gone_since: dict[Process, float] = {}
         self._ending: dict[str, asyncio.Task[None]] = {}
+        self._busy: dict[Process, asyncio.Task[None]] = {}
+        """Who is being suspended, looked at or let go on: the driver may take its time."""
 
     @property
     def needed(self) -> bool:
@@ -109,7 +111,11 @@ class Responses:
         # Without a cgroup one that has left its ancestors is still the slice's: it was seen there.
         if owner != live.id and not (owner is None and live.record.cgroup is None and live.record.claim is None):
             return False
-        return not any(_same(one, process) and (one.excused or procs.stopped(process.pid)) for one in live.record.suspended)
+        if process in self._busy:
+            return False
+        return not any(
+            _same(one, process) and (one.excused or one.how == "lock" or procs.stopped(process.pid)) for one in live.record.suspended
+        )
 
     # ---- actions
 
@@ -135,17 +141,56 @@ class Responses:
         return True
 
     def _suspend(self, live: LiveSlice, one: Offence) -> bool:
+        """Suspend a process; one that was and goes on, by its user's doing, is stopped."""
         process = one.process
         known = next((entry for entry in live.record.suspended if _same(entry, process)), None)
-        if known is None:  # written first: one that is stopped is never forgotten
-            entry = Suspended(pid=process.pid, start_time=process.start_time, kind=one.kind, since=time.time())
+        if known is None:  # written first: one that is suspended is never forgotten
+            entry = Suspended(
+                pid=process.pid, start_time=process.start_time, kind=one.kind, since=time.time(),
+                kernel_id=self._kernel(live, process), reason=reason(one), memory_bytes=one.memory_bytes,
+            )  # fmt: skip
             live.save(suspended=(*live.record.suspended, entry))
-        if not procs.send(process, signal.SIGSTOP):
-            live.save(suspended=tuple(entry for entry in live.record.suspended if not _same(entry, process)))
-            return self._failed(live, process, one.kind)
-        self._agent.count_action(one.kind, "suspend")
-        self._tell("suspended", live, process, self._kernel(live, process), "stopped", reason(one), one.kind, one.memory_bytes)
+            self._begin(process, self._suspend_now(live, entry, process))
+            return True
+        return self._stop(live, known, process)
+
+    async def _suspend_now(self, live: LiveSlice, entry: Suspended, process: Process) -> None:
+        how = await self._agent.suspender.suspend(process)
+        if self._agent.slices.get(live.id) is not live:
+            return
+        if how is None:
+            self._forget(live, process)
+            self._failed(live, process, entry.kind)
+        else:
+            self._suspended(live, entry.model_copy(update={"how": how}), process)
+
+    def _stop(self, live: LiveSlice, entry: Suspended, process: Process) -> bool:
+        """Stop all of a process that is suspended and goes on."""
+        if not self._agent.suspender.stop(process):
+            self._forget(live, process)
+            return self._failed(live, process, entry.kind)
+        self._suspended(live, entry.model_copy(update={"how": "stop"}), process)
         return True
+
+    def _suspended(self, live: LiveSlice, entry: Suspended, process: Process) -> None:
+        live.save(suspended=tuple(entry if _same(one, process) else one for one in live.record.suspended))
+        self._agent.count_action(entry.kind, "suspend")
+        done = DONE[entry.how]
+        self._tell("suspended", live, process, entry.kernel_id, done, entry.reason, entry.kind, entry.memory_bytes)
+        self._agent.touch()
+
+    def _forget(self, live: LiveSlice, process: Process) -> None:
+        live.save(suspended=tuple(one for one in live.record.suspended if not _same(one, process)))
+
+    def _begin(self, process: Process, work: Coroutine[Any, Any, None]) -> None:
+        """Do what the driver is asked for about a process, one thing at a time."""
+        task = self._busy[process] = asyncio.create_task(work)
+        task.add_done_callback(lambda done: self._end(process, done))
+
+    def _end(self, process: Process, done: asyncio.Task[None]) -> None:
+        self._busy.pop(process, None)
+        if not done.cancelled() and (error := done.exception()) is not None:
+            log.error("Process %d could not be looked after: %s", process.pid, error)
 
     def _failed(self, live: LiveSlice, process: Process, kind: str) -> bool:
         if process.alive():
@@ -198,29 +243,50 @@ class Responses:
     # ---- the suspended
 
     def _look_after_suspended(self, offences: Sequence[Offence], now: float) -> None:
-        offending = {one.process for one in offences}
+        offending = {one.process: one for one in offences}
         watched: set[Process] = set()
         for live in list(self._agent.slices.values()):
             for entry in live.record.suspended:
                 process = Process(entry.pid, entry.start_time)
                 if not process.alive():
-                    live.save(suspended=tuple(one for one in live.record.suspended if one != entry))
+                    self._forget(live, process)
                     continue
                 watched.add(process)
-                if not entry.excused:
-                    self._look_after(live, entry, process, process in offending, now)
+                if not entry.excused and process not in self._busy:
+                    self._look_after(live, entry, process, offending.get(process), now)
         self._gone_since = {process: since for process, since in self._gone_since.items() if process in watched}
 
-    def _look_after(self, live: LiveSlice, entry: Suspended, process: Process, offends: bool, now: float) -> None:
+    def _look_after(self, live: LiveSlice, entry: Suspended, process: Process, offence: Offence | None, now: float) -> None:
         grace = self._policy.grace_seconds
-        if offends:
+        if offence is not None:
             self._gone_since.pop(process, None)
             if grace is not None and time.time() - entry.since >= grace:
-                self._kill(live, process, entry.kind, f"it was stopped {grace:.0f} s ago and nothing has changed since")
+                self._kill(live, process, entry.kind, f"it was suspended {grace:.0f} s ago and nothing has changed since")
+            elif entry.how == "lock":
+                self._begin(process, self._look_at_lock(live, entry, process, offence))
             elif not procs.stopped(process.pid):  # its own user may let it go on
-                procs.send(process, signal.SIGSTOP)
+                self._agent.suspender.stop(process)
         elif self._policy.resume and now - self._gone_since.setdefault(process, now) >= GONE_SECONDS:
-            self._agent.resume(live.id, process.pid, excuse=False)
+            self._begin(process, self._resume(live, process))
+
+    async def _look_at_lock(self, live: LiveSlice, entry: Suspended, process: Process, offence: Offence) -> None:
+        """Stop a process that the lock does not hold: who speaks to the driver by itself, or has let itself go on."""
+        held = await self._agent.suspender.holds(process)
+        known = any(_same(one, process) and not one.excused for one in live.record.suspended)
+        if known and self._agent.slices.get(live.id) is live and not (held and kept(entry, offence, time.time())):
+            self._stop(live, entry, process)
+
+    async def _resume(self, live: LiveSlice, process: Process) -> None:
+        with contextlib.suppress(NbgpuError):  # it has ended, or somebody was faster
+            await self._agent.resume(live.id, process.pid)
+
+
+def kept(entry: Suspended, offence: Offence, now: float) -> bool:
+    """Return whether a locked process does nothing more: it takes no memory, and what it had begun is all that is seen (Unix time)."""
+    if offence.kind == "over-share":
+        return now - entry.since < SHARE_SEEN_SECONDS
+    grown = offence.memory_bytes > entry.memory_bytes + OVER_LIMIT_TOLERANCE_BYTES
+    return offence.kind != entry.kind or offence.kind == "over-limit" or not grown
 
 
 def _same(entry: Suspended, process: Process) -> bool:

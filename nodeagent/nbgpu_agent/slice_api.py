@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from nbgpu.errors import InvalidValue, NbgpuError
-from nbgpu.models import KernelId, KernelLimit
+from nbgpu.models import KernelId, KernelLimit, Resume
 
 from .agent import Agent, NoSuchSlice
 from .history import LENGTH
@@ -69,7 +69,7 @@ class SliceApi:
         now = time.monotonic()
         kept = self._usage.get(live.id)
         if kept is None or now >= kept[0]:
-            text = live.usage(self._agent.settings.backend).model_dump_json()
+            text = live.usage().model_dump_json()
             took = time.monotonic() - now
             # A file made to be expensive is read less often; an ordinary one at each request.
             kept = (now + (COST_SHARE * took if took > CHEAP_SECONDS else 0), text)
@@ -97,10 +97,21 @@ class SliceApi:
         try:
             limit = KernelLimit.model_validate_json(await request.body())
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            field = ".".join(str(part) for part in first["loc"]) or "body"
-            raise NbgpuError(f"{field}: {first['msg']}.", code="invalid", status=400, field=field) from None
+            raise _invalid(error) from None
         return _json(self._agent.set_kernel_limit(live, kernel_id, limit).model_dump_json())
+
+    async def resume(self, request: Request) -> Response:
+        """``POST /v1/resume``."""
+        live = self._live(request)
+        if not live.owner_resumes:
+            raise NbgpuError("Only an administrator may let a suspended process go on here.", code="forbidden", status=403)
+        try:
+            pid = Resume.model_validate_json(await request.body()).pid
+        except ValidationError as error:
+            raise _invalid(error) from None
+        await self._agent.resume(live.id, pid, "this server's user")
+        self._usage.pop(live.id, None)
+        return _json(live.usage().model_dump_json(include={"suspended"}))
 
     async def events(self, request: Request) -> Response:
         """``GET /v1/events?after=&wait_seconds=``."""
@@ -109,6 +120,12 @@ class SliceApi:
         wait_seconds = _number(request, "wait_seconds", 0, 0, MAX_WAIT_SECONDS)
         found = await self._agent.events.wait(after, wait_seconds, live.id)
         return JSONResponse([event.model_dump(mode="json") for event in found])
+
+
+def _invalid(error: ValidationError) -> NbgpuError:
+    first = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"]) or "body"
+    return NbgpuError(f"{field}: {first['msg']}.", code="invalid", status=400, field=field)
 
 
 async def _own_error(_: Request, error: Exception) -> Response:
@@ -135,6 +152,7 @@ def make_app(agent: Agent) -> Starlette:
             Route("/v1/history", api.history),
             Route("/v1/kernels", api.kernels),
             Route("/v1/kernels/{kernel_id}", api.put_kernel, methods=["PUT"]),
+            Route("/v1/resume", api.resume, methods=["POST"]),
             Route("/v1/events", api.events),
         ],
         exception_handlers=handlers,

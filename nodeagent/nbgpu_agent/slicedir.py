@@ -18,7 +18,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from nbgpu.models import KernelId, KernelLimit, Model, Slice
+from nbgpu.models import KernelId, KernelLimit, Model, Slice, Suspension
 from nbgpu.words import counted
 
 from . import layout
@@ -41,16 +41,30 @@ class Root(Model):
 
 
 class Suspended(Model):
-    """A process that the watchdog has stopped."""
+    """A process that the watchdog has suspended."""
 
     pid: int
     start_time: int
     kind: str
-    """What it was stopped for."""
+    """What it was suspended for."""
     since: float
     """Unix time, seconds."""
+    how: Literal["lock", "stop"] = "stop"
+    """``lock``: its GPU calls wait; ``stop``: all of it stands still."""
+    kernel_id: str = ""
+    """The notebook kernel that it says it is of."""
+    reason: str = ""
+    """What it did, for people: "it used the GPU (3 GiB) without nbgpu's limiter"."""
+    memory_bytes: int = 0
+    """What it held then, or its slice did."""
     excused: bool = False
-    """An administrator has let it go on: it is left alone until it ends."""
+    """Somebody who may has let it go on: it is left alone until it ends."""
+
+    def as_model(self) -> Suspension:
+        """Return what is told of it."""
+        return Suspension(
+            pid=self.pid, kernel_id=self.kernel_id or None, kind=self.kind, how=self.how, since=self.since, reason=self.reason
+        )
 
 
 class ClaimOf(Model):
@@ -79,6 +93,8 @@ class Record(Model):
     """With one the files are for whatever user the pod's processes run as, and the slice ends when the kubelet says so."""
     kernel_limits: dict[KernelId, KernelLimit] = Field(default_factory=dict[KernelId, KernelLimit])
     suspended: tuple[Suspended, ...] = ()
+    limited: str | None = None
+    """The cgroup of which the driver may have a memory limit for this slice; written before the limit is set."""
     use_since: int = 0
     """When the agent started that found a running slice's `use` file gone, ticks since boot: older processes write on into that one."""
 
@@ -244,7 +260,7 @@ class CtlFile:
                 device.rest_gate = layout.GATE_NONE
             self.words.version = layout.VERSION
 
-    def set_slice(self, part_of: Slice, context_bytes: dict[str, int], overhead_caps: dict[str, int], backend: int) -> None:
+    def set_slice(self, part_of: Slice, context_bytes: dict[str, int], overhead_caps: dict[str, int]) -> None:
         """Write the limits of a slice; `context_bytes` and `overhead_caps` in bytes by device uuid."""
         words = self.words
         for index, part in enumerate(part_of.devices):
@@ -255,7 +271,6 @@ class CtlFile:
             device.context_bytes = context_bytes.get(part.uuid, 0)
             device.overhead_cap = overhead_caps.get(part.uuid, 0)
             device.uuid = part.uuid.encode()
-        words.backend = backend
         words.generation += 1
         words.magic = layout.CTL_MAGIC
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from nbgpu.models import Backend, DeviceUsage, KernelDeviceUsage, KernelLimit, KernelUsage, Slice, Usage
+from nbgpu.models import Backend, DeviceUsage, KernelDeviceUsage, KernelLimit, KernelUsage, Slice, Suspension, Usage
 
 NO_LIMIT = KernelLimit()
 
@@ -107,6 +107,8 @@ def slice_usage(
     backend: Backend,
     time: float,
     now_ns: int,
+    suspended: Sequence[Suspension] = (),
+    may_resume: bool = False,
 ) -> Usage:
     """Return the use of one slice at Unix `time` (s) and CLOCK_MONOTONIC `now_ns`."""
     memory = memory_by_device(part_of, slots)
@@ -119,4 +121,6 @@ def slice_usage(
         time=time,
         devices=device_usage(part_of, memory, compute),
         kernels=kernel_usage(part_of, slots, limits, now_ns),
+        suspended=list(suspended),
+        may_resume=may_resume,
     )

@@ -49,21 +49,33 @@ class Finding:
         return str(self.key[2] if self.slice_id is not None else self.key[1])
 
 
+def deed(kind: str, gpu: str, memory_bytes: int, allowed_bytes: int, compute_milli: int, *, by_server: bool) -> str:
+    """Return what was done, to follow "This server", "Process 12" or "it"; short, because JupyterLab cuts a notice after 140 characters."""
+    held, allowed = format_memory(memory_bytes), format_memory(allowed_bytes)
+    if kind == "unlimited":
+        return f"used {gpu} ({held}) without nbgpu's limiter"
+    if kind == "overhead":
+        return f"held {held} of {gpu} past nbgpu's limiter"
+    if kind == "foreign":
+        return f"used {gpu} ({held}) and belongs to no slice of this node"
+    if kind == "over-share":
+        return f"used {compute_milli / 10:.0f} % of the time of {gpu}, past its share"
+    whose = f"of its {allowed}" if allowed_bytes else "without a part there"
+    return f"holds {held} on {gpu}, {whose}" if by_server else f"took this server to {held} {whose}"
+
+
 def describe(finding: Finding, gpu: str) -> str:
     """Return what happened and what to do, for the slice's owner and the log; `gpu` is how the device is called here."""
     who = f"Process {finding.pid}" if finding.pid is not None else "This server"
-    held, allowed = format_memory(finding.memory_bytes), format_memory(finding.allowed_bytes)
-    if finding.kind == "unlimited":
-        return f"{who} uses {gpu} ({held}) without nbgpu's limiter. Start it without changing LD_PRELOAD, or stop it."
-    if finding.kind == "overhead":
-        return f"{who} holds {held} on {gpu} beyond what it allocated; up to {allowed} are granted. Restart it to give the memory back."
-    if finding.kind == "foreign":
-        return f"{who} uses {gpu} ({held}) and belongs to no slice of this node. Its memory is not counted by nbgpu."
-    if finding.kind == "over-share":
-        return f"{who} used {finding.compute_milli / 10:.0f} % of the time of {gpu}, more than its strict share, for 5 seconds."
-    if not finding.allowed_bytes:
-        return f"{who} holds {held} on {gpu}, of which it has no part. End what runs there, or restart it."
-    return f"{who} holds {held} on {gpu}, its limit there is {allowed}. Free memory, or restart it."
+    remedy = {
+        "unlimited": "Start it without changing LD_PRELOAD, or stop it.",
+        "overhead": f"Up to {format_memory(finding.allowed_bytes)} are granted. Restart it to give the memory back.",
+        "foreign": "Its memory is not counted by nbgpu.",
+        "over-share": "Look for programs that were started without nbgpu's limiter.",
+        "over-limit": "Free memory, or restart it." if finding.allowed_bytes else "End what runs there, or restart it.",
+    }[finding.kind]
+    what = deed(finding.kind, gpu, finding.memory_bytes, finding.allowed_bytes, finding.compute_milli, by_server=finding.pid is None)
+    return f"{who} {what}. {remedy}"
 
 
 def overheads(slots: Sequence[SlotSeen], nvml: Mapping[int, int], cap_bytes: int) -> dict[int, tuple[int, int]]:

@@ -20,6 +20,7 @@ from traitlets import Bool, TraitError, default
 from nbgpu.errors import NbgpuError
 from nbgpu.launch import environment
 from nbgpu.models import Grant, Launch, Request
+from nbgpu.procs import is_alive
 
 from .mixin import GPUSliceMixin
 from .profiles import Profile, custom_fields, default_profiles, overrides
@@ -158,7 +159,7 @@ class LocalGPUMixin(GPUSliceMixin):
 
         A hub that starts again would take it for alive, and wait for its answer until `http_timeout`.
         """
-        if sig == 0 and _has_ended(self.pid):  # pyright: ignore[reportAttributeAccessIssue]
+        if sig == 0 and not is_alive(self.pid):  # pyright: ignore[reportAttributeAccessIssue]
             return False
         return await super()._signal(sig)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -189,14 +190,6 @@ class SimpleLocalGPUSpawner(LocalGPUMixin, SimpleLocalProcessSpawner):
     def gpu_uid(self) -> int | None:
         """Return None: every server runs as the hub's account, which is the agent's."""
         return None
-
-
-def _has_ended(pid: int) -> bool:
-    """Return whether a process is a zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"Z"
-    except (OSError, IndexError):
-        return False
 
 
 def _write(end: int) -> None:

@@ -72,6 +72,7 @@ def test_lint_and_render(values: dict[str, Any]) -> None:
         ({"agent.maxSurge": "0%"}, "maxSurge"),
         ({"agent.watchdog.unlimited": "stop"}, "unlimited"),
         ({"agent.watchdog.foreign": "kill"}, "foreign"),
+        ({"agent.memoryBackend": "gpu"}, "memoryBackend"),
         ({"admission.exemptGroups": ["a' || true || 'b"]}, "exemptGroups"),
     ],
 )
@@ -187,6 +188,12 @@ def test_where_the_agent_gets_the_driver_from() -> None:
     assert "--simulate" in simulated["spec"]["containers"][0]["args"]
 
 
+def test_who_holds_memory() -> None:
+    for values, wanted in (({}, "auto"), ({"agent.memoryBackend": "driver"}, "driver")):
+        [container] = pick(render(values), "DaemonSet", "nbgpu-agent")["spec"]["template"]["spec"]["containers"]
+        assert [one for one in container["args"] if "backend" in one] == [f"--memory-backend={wanted}"]
+
+
 def test_what_the_watchdog_does() -> None:
     def policy(**values: Any) -> Policy:
         template = pick(render(values), "DaemonSet", "nbgpu-agent")["spec"]["template"]
@@ -195,11 +202,11 @@ def test_what_the_watchdog_does() -> None:
 
     plain = policy()
     assert not plain.acts
-    assert (plain.grace_seconds, plain.resume, plain.escalate) == (None, True, False)
-    asked = {"unlimited": "kill", "overLimit": "suspend", "graceSeconds": 60, "resume": False, "escalate": True}
+    assert (plain.grace_seconds, plain.resume, plain.escalate, plain.owner_resumes) == (None, True, False, False)
+    asked = {"unlimited": "kill", "overLimit": "suspend", "graceSeconds": 60, "resume": False, "escalate": True, "ownerResumes": True}
     strict = policy(**{f"agent.watchdog.{name}": value for name, value in asked.items()})
     assert [strict.action(kind) for kind in KINDS] == ["kill", "event", "suspend", "event"]
-    assert (strict.grace_seconds, strict.resume, strict.escalate) == (60.0, False, True)
+    assert (strict.grace_seconds, strict.resume, strict.escalate, strict.owner_resumes) == (60.0, False, True, True)
 
 
 def test_only_hub_pods_reach_the_pool() -> None:

@@ -30,6 +30,8 @@ class FakeAgent:
         self.kernels: dict[str | None, dict[str, Any]] = {}
         self.events: list[dict[str, Any]] = []
         self.asked: list[str] = []
+        self.suspended: list[dict[str, Any]] = []
+        self.may_resume = True
         self.delay_seconds = 0.0
         self._news = asyncio.Event()
         self._server: asyncio.Server | None = None
@@ -66,7 +68,14 @@ class FakeAgent:
             "utilization_percent": min(100, self.used_milli * 100 // self.compute_milli),
         }  # fmt: skip
         slice_ = {"version": 1, "slice_id": "fakeslice", "mode": "burst", "backend": "limiter", "simulated": True}
+        slice_ |= {"suspended": self.suspended, "may_resume": self.may_resume}
         return {**slice_, "time": time.time(), "devices": [device], "kernels": [self._kernel(kernel_id) for kernel_id in self.kernels]}
+
+    def suspend(self, pid: int, kernel_id: str | None) -> None:
+        """Let a process of a kernel be suspended."""
+        reason = "it used the GPU (3 GiB) without nbgpu's limiter"
+        what = {"pid": pid, "kernel_id": kernel_id, "kind": "unlimited", "how": "lock", "since": time.time(), "reason": reason}
+        self.suspended.append(what)
 
     def _kernel(self, kernel_id: str | None) -> dict[str, Any]:
         held = self.kernels[kernel_id]
@@ -100,6 +109,11 @@ class FakeAgent:
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
         if method == "PUT" and url.path.startswith("/v1/kernels/"):
             return self._limit(url.path.rsplit("/", 1)[1], body)
+        if (method, url.path) == ("POST", "/v1/resume"):
+            if not self.may_resume:
+                return 403, {"error": {"code": "forbidden", "message": "Only an administrator may let a suspended process go on here."}}
+            self.suspended = [one for one in self.suspended if one["pid"] != body["pid"]]
+            return 200, {"suspended": self.suspended}
         if url.path == "/v1/usage":
             return 200, self.usage()
         if url.path == "/v1/history":

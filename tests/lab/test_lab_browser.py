@@ -243,6 +243,34 @@ def test_the_slice_in_jupyterlab(lab: Lab, page: Any, theme: str, shot: str) -> 
     page.get_by_text("The node agent does not answer").wait_for(state="detached", timeout=35_000)
 
 
+def test_a_suspended_kernel_is_shown_as_suspended_and_let_go_on(lab: Lab, page: Any) -> None:
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    fill_slice(lab)
+    lab.agent.suspend(4711, lab.kernels[1])
+    lab.agent.suspend(4712, None)
+    try:
+        open_lab(page, lab, "JupyterLab Light")
+        row, rest, first = (page.locator(f'[data-kernel="{name}"]') for name in (lab.kernels[1], "other", lab.kernels[0]))
+        row.get_by_text("suspended", exact=True).wait_for()
+        row.get_by_text("Suspended: its calls to the GPU wait, because it used the GPU (3 GiB)").wait_for()
+        rest.get_by_text("Process 4712 since").wait_for()
+        assert first.get_by_text("suspended").count() == 0
+        assert page.locator(".nbgpu-Status-text").inner_text().endswith("2 suspended")
+        page.screenshot(path=SHOTS / "lab-suspended.png")
+
+        # where the policy does not let its user: no button, and what to do
+        lab.agent.may_resume = False
+        row.get_by_text("Restart it, or ask your administrator.").wait_for()
+        assert page.get_by_role("button", name="Let it go on").count() == 0
+        lab.agent.may_resume = True
+
+        row.get_by_role("button", name="Let it go on").click()
+        row.get_by_text("suspended", exact=True).wait_for(state="detached")
+        assert [one["pid"] for one in lab.agent.suspended] == [4712]
+    finally:
+        lab.agent.suspended, lab.agent.may_resume = [], True
+
+
 PLACEHOLDER_FITS = """input => {
     const canvas = document.createElement('canvas').getContext('2d');
     const style = getComputedStyle(input);

@@ -198,6 +198,29 @@ async def test_an_event_names_its_notebook(agent: FakeAgent, jp_fetch: Any) -> N
     assert (unknown["name"], unknown["message"]) == (None, "Notebook kernel 12345678… was refused 1 GiB.")
 
 
+async def test_a_suspended_kernel_is_told_of_and_let_go_on(agent: FakeAgent, jp_fetch: Any) -> None:
+    agent.suspend(4711, "some-kernel")
+    usage = json.loads((await jp_fetch("nbgpu/api/usage")).body)
+    assert [(one["pid"], one["kernel_id"], one["how"]) for one in usage["suspended"]] == [(4711, "some-kernel", "lock")]
+    assert usage["may_resume"] is True
+    agent.may_resume = False
+    with pytest.raises(HTTPClientError) as refused:
+        await jp_fetch("nbgpu/api/resume", method="POST", body=json.dumps({"pid": 4711}))
+    assert refused.value.code == 403
+    assert "Only an administrator" in json.loads(refused.value.response.body)["error"]["message"]
+    agent.may_resume = True
+    await jp_fetch("nbgpu/api/resume", method="POST", body=json.dumps({"pid": 4711}))
+    assert json.loads((await jp_fetch("nbgpu/api/usage")).body)["suspended"] == []
+
+
+@pytest.mark.parametrize("body", ["", "[]", '{"pid": "1"}', '{"pid": true}', '{"pid": -1}', "{}"])
+async def test_what_names_no_process_is_refused(agent: FakeAgent, jp_fetch: Any, body: str) -> None:
+    with pytest.raises(HTTPClientError) as refused:
+        await jp_fetch("nbgpu/api/resume", method="POST", body=body, allow_nonstandard_methods=True)
+    assert refused.value.code == 400
+    assert agent.count("/v1/resume") == 0
+
+
 async def test_what_the_watchdog_did_is_said_of_the_notebook(agent: FakeAgent, jp_fetch: Any) -> None:
     body = json.dumps({"name": "", "type": "notebook", "path": "train.ipynb", "kernel": {"name": "python3"}})
     kernel_id = json.loads((await jp_fetch("api/sessions", method="POST", body=body)).body)["kernel"]["id"]

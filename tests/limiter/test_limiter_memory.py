@@ -104,12 +104,6 @@ def test_overhead_counts_up_to_the_cap(make_slice: Make) -> None:
     assert run("start(); say(info())", within(files)) == [60 * MIB, 100 * MIB]
 
 
-def test_driver_backend_only_counts(make_slice: Make) -> None:
-    files = make_slice(mem_limit=4 * MIB)
-    files.ctl.backend = layout.BACKEND_DRIVER
-    assert run("start(); say([alloc(8 * MIB)[0]])", within(files)) == [0]
-
-
 def test_unknown_pointers_reach_the_driver(make_slice: Make) -> None:
     files = make_slice(mem_limit=4 * MIB)
     assert run("start(); say([free(12345), alloc(4 * MIB)[0]])", within(files)) == [0, 0]

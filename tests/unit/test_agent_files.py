@@ -48,7 +48,7 @@ def test_a_record_is_read_as_it_was_written(directory: Path) -> None:
 
 def test_ctl_is_written_over_restarts_and_never_replaced(directory: Path) -> None:
     ctl = CtlFile(directory)
-    ctl.set_slice(SLICE, {"GPU-0": 300}, {"GPU-0": 500}, layout.BACKEND_LIMITER)
+    ctl.set_slice(SLICE, {"GPU-0": 300}, {"GPU-0": 500})
     ctl.set_kernels({"a": KernelLimit(memory_bytes=5), "b": KernelLimit(compute_milli=7)})
     generation = ctl.words.generation
     ctl.words.device[0].gate = layout.GATE_OPEN
@@ -76,7 +76,7 @@ def test_ctl_is_written_over_restarts_and_never_replaced(directory: Path) -> Non
 def test_the_ctl_of_an_older_agent_is_brought_up_to_date_in_its_place(directory: Path) -> None:
     """Where version 2 has the gate of kernels without a limit, version 1 had zeros, which would be a closed gate."""
     ctl = CtlFile(directory)
-    ctl.set_slice(SLICE, {}, {}, layout.BACKEND_LIMITER)
+    ctl.set_slice(SLICE, {}, {})
     ctl.words.version, ctl.words.device[0].gate, ctl.words.device[0].rest_gate = 1, layout.GATE_OPEN, 0
     ctl.close()
     again = CtlFile(directory)

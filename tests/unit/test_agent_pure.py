@@ -158,8 +158,8 @@ def test_what_nvml_sees_beyond_the_slices_words_counts() -> None:
 @pytest.mark.parametrize(
     ("limit", "said"),
     [
-        (20 * GIB, "This server holds 30 GiB on GPU 3, its limit there is 20 GiB. Free memory, or restart it."),
-        (0, "This server holds 30 GiB on GPU 3, of which it has no part. End what runs there, or restart it."),
+        (20 * GIB, "This server holds 30 GiB on GPU 3, of its 20 GiB. Free memory, or restart it."),
+        (0, "This server holds 30 GiB on GPU 3, without a part there. End what runs there, or restart it."),
     ],
 )
 def test_who_holds_too_much_is_told_on_which_gpu(limit: int, said: str) -> None:

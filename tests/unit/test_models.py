@@ -51,7 +51,7 @@ def test_numbers_carry_their_units_in_their_names(model: type[models.Model]) -> 
     units = ("_bytes", "_milli", "_seconds", "_percent")
     bare = {
         "index", "device_count", "process_count", "version", "generation", "time", "created", "position", "refusals", "launches", "id",
-        "pids", "data",
+        "pids", "pid", "since", "data",
     }  # fmt: skip
     for name, field in model.model_fields.items():
         kinds = {field.annotation, *typing.get_args(field.annotation)}

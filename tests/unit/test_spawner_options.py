@@ -295,7 +295,7 @@ def test_defaults_of_setup_give_way_to_the_admins(own: bool, before: bool, tmp_p
 
 def test_a_server_that_nobody_waited_for_has_ended() -> None:
     """Control: the operating system still takes a signal for it."""
-    from nbgpu_spawner.local import _has_ended
+    from nbgpu.procs import is_alive
 
     child = os.fork()
     if child == 0:
@@ -303,8 +303,8 @@ def test_a_server_that_nobody_waited_for_has_ended() -> None:
     try:
         os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
         os.kill(child, 0)
-        assert _has_ended(child)
-        assert not _has_ended(os.getpid())
+        assert not is_alive(child)
+        assert is_alive(os.getpid())
     finally:
         os.waitpid(child, 0)
-    assert not _has_ended(child)
+    assert not is_alive(child)

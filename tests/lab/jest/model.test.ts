@@ -20,6 +20,10 @@ class FakeApi implements ISliceApi {
     return { interval_seconds: 1, time: [], devices: {} };
   }
 
+  async resume(pid: number): Promise<void> {
+    throw new Error(`process ${pid} is not suspended`);
+  }
+
   async setLimit(kernelId: string): Promise<void> {
     throw new Error(`${kernelId} is above the slice`);
   }

@@ -14,7 +14,8 @@ function model(): SliceModel {
       return answer(100 + asked);
     },
     history: async () => ({ interval_seconds: 1, time: [], devices: {} }),
-    setLimit: async () => undefined
+    setLimit: async () => undefined,
+    resume: async () => undefined
   };
   const one = new SliceModel({ api, auto: false });
   made.push(one);
