@@ -21,6 +21,7 @@ from .cgroups import Cgroups
 from .events import EventLog, Signal, first_id
 from .live import LiveSlice
 from .native import Native, UseRow
+from .parking import Parking
 from .policy import Policy
 from .probe import overhead_cap_bytes
 from .runtime import SOCKET_PATH_MAX
@@ -58,6 +59,9 @@ class Settings:
     backend: Backend = "limiter"
     policy: Policy = field(default_factory=Policy)
     """What the watchdog does about what it finds."""
+    cuda: str = "libcuda.so.1"
+    idle_host_bytes: int = 0
+    """Host memory that parked slices may take; 0 = none is parked."""
 
 
 class Agent:
@@ -78,6 +82,7 @@ class Agent:
         self.cgroups = Cgroups()
         self.turns = Turns(native, devices)
         self.events = EventLog()
+        self.parking = Parking(self, settings.cuda, settings.idle_host_bytes)
         self.slices: dict[str, LiveSlice] = {}
         self.actions: dict[tuple[str, str], int] = {}
         """What the watchdog did, by the kind of finding and what was done."""
@@ -112,6 +117,7 @@ class Agent:
         """No process of an earlier boot lives: a running slice is over, a prepared one gets a fresh `use` file."""
         os.close(slicedir.create_use(directory, record.uid, record.claim is not None))
         changes: dict[str, object] = {"roots": (), "cgroup": None, "boot_id": procs.boot_id(), "suspended": (), "use_since": 0}
+        changes["parked"] = None
         if record.claim is not None:
             changes["state"] = "prepared"  # its pod's containers start again
         record = record.model_copy(update=changes)
@@ -120,15 +126,16 @@ class Agent:
 
     def _start(self, directory: Path, record: Record) -> LiveSlice:
         live = LiveSlice(directory, record, self.native, self.cgroups, self.slice_lost_process)
-        self._write_limits(live)
+        self.write_limits(live)
         self.slices[live.id] = live
         self.turns.add(live)
         self.on_slice_added(live)
         return live
 
-    def _write_limits(self, live: LiveSlice) -> None:
+    def write_limits(self, live: LiveSlice) -> None:
+        """Write the limits that are in force where the slice's processes read them."""
         backend = layout.BACKEND_DRIVER if self.settings.backend == "driver" else layout.BACKEND_LIMITER
-        live.ctl.set_slice(live.slice, self.context_bytes, self.overhead_caps, backend)
+        live.ctl.set_slice(live.full, self.context_bytes, self.overhead_caps, backend, holds=live.slice == live.full)
 
     def put_slice(self, wanted: Slice, uid: int | None, claim: ClaimOf | None = None) -> Launch:
         """Prepare a slice; the same slice again is answered the same. See ``PUT /v1/slices/{slice_id}``.
@@ -140,7 +147,7 @@ class Agent:
         """
         existing = self.slices.get(wanted.slice_id)
         if existing is not None:
-            if existing.slice != wanted or existing.record.uid != uid:
+            if wanted not in (existing.slice, existing.full) or existing.record.uid != uid:
                 raise Conflict(f"Slice {wanted.slice_id} exists and is another one: ask for it under another id.")
             if existing.state == "releasing":
                 raise Conflict(f"Slice {wanted.slice_id} is being released: ask for a new one under another id.")
@@ -258,6 +265,8 @@ class Agent:
         if live.record.claim is not None:
             claim = live.record.claim
             raise Conflict(f"Slice {slice_id} is of ResourceClaim {claim.namespace}/{claim.name}: its pool alone changes its limits.")
+        if live.record.parked is not None:
+            raise Conflict(f"Slice {slice_id} is {live.record.parked.phase} because it is idle: its limits change when it is back.")
         self.change(live, wanted)
         return live.as_model()
 
@@ -268,7 +277,7 @@ class Agent:
         check_slice(wanted, self.devices, self.settings.node)
         check_fits(wanted, (other.slice for other in self.slices.values() if other is not live), self.devices)
         live.save(slice=wanted)
-        self._write_limits(live)
+        self.write_limits(live)
         self.turns.change(live)
         self.touch()
         first = wanted.devices[0]
@@ -281,7 +290,7 @@ class Agent:
 
     def set_kernel_limit(self, live: LiveSlice, kernel_id: str, limit: KernelLimit) -> KernelLimit:
         """Limit a kernel inside its slice; both None removes its limit."""
-        check_kernel_limit(limit, live.slice)
+        check_kernel_limit(limit, live.full)
         if live.record.kernel_limits.get(kernel_id, KernelLimit()) == limit:
             return limit
         live.set_kernel_limit(kernel_id, limit)
@@ -367,7 +376,7 @@ class Agent:
             else:
                 # what changes together is told together: answers cost more than changes
                 await asyncio.sleep(min(GATHER_SECONDS, max(0.0, deadline - loop.time())))
-        slices = [live.as_model() for live in list(self.slices.values())]
+        slices = [live.as_model().model_copy(update={"idle": self.parking.model(live)}) for live in list(self.slices.values())]
         return AgentSlices(generation=self.generation, slices=slices, devices=list(self.devices.values()))
 
     def set_healthy(self, uuid: str, healthy: bool) -> None:

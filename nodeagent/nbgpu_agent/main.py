@@ -64,6 +64,7 @@ class Options:
     watchdog_grace: float = 0
     watchdog_resume: bool = True
     watchdog_escalate: bool = False
+    idle_host_memory: str = "0"
     kubernetes: bool = False
     seal_key: Path | None = None
     cdi_dir: Path = Path("/var/run/cdi")
@@ -108,6 +109,13 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     watchdog.add_argument(
         "--watchdog-escalate", action="store_true", help="kill all processes of a slice after three actions on it within a minute"
     )
+    idle = parser.add_argument_group("idle notebooks (docs/idle.md)")
+    idle.add_argument(
+        "--idle-host-memory",
+        metavar="MEMORY",
+        default="0",
+        help="park idle slices when the pool asks for it, their GPU memory in at most so much of the host's; 0: never (default)",
+    )
     kube = parser.add_argument_group("Kubernetes")
     kube.add_argument("--kubernetes", action="store_true", help="be the DRA driver gpu.nbgpu.io of the Node that --node names")
     kube.add_argument("--seal-key", type=Path, metavar="FILE", help="the key with which the pool seals its claims")
@@ -143,6 +151,18 @@ def _reserve_bytes(text: str | None) -> int | None:
     if text is None:
         return None
     return 0 if text.strip() == "0" else parse_memory(text, "--reserve")
+
+
+def _idle_bytes(options: Options, simulate: bool) -> int:
+    """Return how much host memory parked slices may take, by a command line."""
+    text = options.idle_host_memory.strip()
+    if text == "0":
+        return 0
+    if options.kubernetes:
+        raise StartError("--idle-host-memory is not offered on Kubernetes yet: slices of claims are not parked.")
+    if not simulate and not sees_the_hosts_pids():
+        raise StartError("--idle-host-memory needs the host's pids (hostPID): the driver is told which processes to move by them.")
+    return parse_memory(text, "--idle-host-memory")
 
 
 def policy_of(options: Options, simulate: bool) -> Policy:
@@ -203,6 +223,7 @@ async def _make(options: Options, runtime: Path) -> tuple[Agent, Nvml]:
     """Return the agent of a runtime directory whose lock is held."""
     simulate = not driver_present() if options.simulate is None else options.simulate
     policy = policy_of(options, simulate)
+    host_bytes = _idle_bytes(options, simulate)
     libraries = install_libraries(built_libraries(), runtime)
     if options.sim_devices is not None:
         os.environ["NBGPU_SIM_DEVICES"] = str(options.sim_devices)
@@ -218,7 +239,9 @@ async def _make(options: Options, runtime: Path) -> tuple[Agent, Nvml]:
         raise StartError("The NVIDIA driver of this machine shows no GPU that answers. With --simulate nbgpu runs on simulated ones.")
     cuda = str(machine.libraries / "libcuda.so.1") if machine else "libcuda.so.1"
     contexts = await context_bytes(nvml, devices, runtime, cuda)
-    settings = Settings(runtime, node, simulate, nvml.driver_version, libraries, machine, policy=policy)
+    settings = Settings(
+        runtime, node, simulate, nvml.driver_version, libraries, machine, policy=policy, cuda=cuda, idle_host_bytes=host_bytes
+    )
     return Agent(settings, devices, Native(libraries / "libnbgpu_agent.so"), contexts), nvml
 
 
@@ -241,6 +264,7 @@ async def _work(
     agent.on_slice_added = added
     agent.on_slice_ended = removed
     agent.load()
+    agent.parking.load()
     page.metrics = Metrics(agent, monitor)
     admin_app: App = admin_api.make_app(agent, page.metrics)  # pyright: ignore[reportAssignmentType]
     admin = Door(agent.settings.runtime / AGENT_SOCKET, admin_app, {}, ADMIN_BOUNDS)
@@ -259,6 +283,7 @@ async def _work(
     finally:
         log.info("ending; slices that keep their limits: %d", len(agent.slices))
         await stop(watch)
+        await agent.parking.close()
         agent.end_waits()
         answering = set[asyncio.Task[Any]]().union(*(door.close() for door in (admin, *doors.values())))
         if answering:

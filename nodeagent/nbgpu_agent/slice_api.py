@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -15,10 +15,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from nbgpu.errors import InvalidValue, NbgpuError
-from nbgpu.models import KernelId, KernelLimit
+from nbgpu.models import Idle, KernelId, KernelLimit, Model
 
 from .agent import Agent, NoSuchSlice
 from .history import LENGTH
+from .idle import MOST_KERNELS
 from .live import LiveSlice
 
 MAX_ID = 2**53
@@ -26,6 +27,15 @@ MAX_WAIT_SECONDS = 30
 CHEAP_SECONDS = 0.003
 COST_SHARE = 20
 _KERNEL_ID: TypeAdapter[str] = TypeAdapter(KernelId)
+
+
+class Kernels(Model):
+    """Body of ``PUT /v1/idle``: what the Jupyter server says of its kernels."""
+
+    kernels: Annotated[dict[KernelId, bool], Field(max_length=MOST_KERNELS)]
+    """By id: whether it is busy."""
+    protected: Annotated[tuple[KernelId, ...], Field(max_length=MOST_KERNELS)] | None = None
+    """Those that are never to be parked; null = the same as before."""
 
 
 def _json(text: str) -> Response:
@@ -97,10 +107,23 @@ class SliceApi:
         try:
             limit = KernelLimit.model_validate_json(await request.body())
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            field = ".".join(str(part) for part in first["loc"]) or "body"
-            raise NbgpuError(f"{field}: {first['msg']}.", code="invalid", status=400, field=field) from None
+            raise _invalid(error) from None
         return _json(self._agent.set_kernel_limit(live, kernel_id, limit).model_dump_json())
+
+    async def idle(self, request: Request) -> Response:
+        """``GET /v1/idle``."""
+        live = self._live(request)
+        return _json((self._agent.parking.model(live) or Idle()).model_dump_json())
+
+    async def put_idle(self, request: Request) -> Response:
+        """``PUT /v1/idle``."""
+        live = self._live(request)
+        try:
+            told = Kernels.model_validate_json(await request.body())
+        except ValidationError as error:
+            raise _invalid(error) from None
+        self._agent.parking.hear(live, told.kernels, told.protected)
+        return await self.idle(request)
 
     async def events(self, request: Request) -> Response:
         """``GET /v1/events?after=&wait_seconds=``."""
@@ -109,6 +132,12 @@ class SliceApi:
         wait_seconds = _number(request, "wait_seconds", 0, 0, MAX_WAIT_SECONDS)
         found = await self._agent.events.wait(after, wait_seconds, live.id)
         return JSONResponse([event.model_dump(mode="json") for event in found])
+
+
+def _invalid(error: ValidationError) -> NbgpuError:
+    first = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"]) or "body"
+    return NbgpuError(f"{field}: {first['msg']}.", code="invalid", status=400, field=field)
 
 
 async def _own_error(_: Request, error: Exception) -> Response:
@@ -135,6 +164,8 @@ def make_app(agent: Agent) -> Starlette:
             Route("/v1/history", api.history),
             Route("/v1/kernels", api.kernels),
             Route("/v1/kernels/{kernel_id}", api.put_kernel, methods=["PUT"]),
+            Route("/v1/idle", api.idle),
+            Route("/v1/idle", api.put_idle, methods=["PUT"]),
             Route("/v1/events", api.events),
         ],
         exception_handlers=handlers,
