@@ -265,7 +265,7 @@ class Agent:
         if live.record.claim is not None:
             claim = live.record.claim
             raise Conflict(f"Slice {slice_id} is of ResourceClaim {claim.namespace}/{claim.name}: its pool alone changes its limits.")
-        if live.record.parked is not None:
+        if live.record.parked is not None and wanted != live.slice:
             raise Conflict(f"Slice {slice_id} is {live.record.parked.phase} because it is idle: its limits change when it is back.")
         self.change(live, wanted)
         return live.as_model()
