@@ -38,6 +38,8 @@ class IdleWatch:
     kernels: Mapping[str, bool] = field(default_factory=dict[str, bool])
     """By kernel: whether it is busy, in the words of the Jupyter server."""
     told_at: float = 0.0
+    could: bool = False
+    """It could be parked at the last look."""
     refused_until: float = 0.0
     refused_why: str = ""
 

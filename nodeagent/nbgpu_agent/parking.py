@@ -36,6 +36,8 @@ CHILD_SECONDS = 60.0
 BYTES_PER_SECOND = 1e8
 """Slower than this nothing is copied: who takes longer hangs."""
 AGAIN_SECONDS = 0.5
+TELL_SECONDS = 2.0
+"""How often those who follow the slices are told at once that one has become idle: they hear of it within seconds anyway."""
 WORDS = {
     "-1": "this driver has no checkpoint calls; 570 and later have",
     "2": "the GPU had no room",
@@ -63,6 +65,7 @@ class Parking:
         self._host_bytes = host_bytes
         self._watches: dict[str, IdleWatch] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._told_at = 0.0
 
     @property
     def offered(self) -> bool:
@@ -109,7 +112,12 @@ class Parking:
     def tick(self, live: LiveSlice, rows: list[UseRow]) -> None:
         """Once a second: note whether the slice's processes did something."""
         if self.offered:
-            self._watch(live).look(rows, time.time())
+            now, watch = time.time(), self._watch(live)
+            watch.look(rows, now)
+            could, watch.could = watch.could, watch.why_not(rows, live.record.protected, now) is None
+            if watch.could and not could and now - self._told_at >= TELL_SECONDS:
+                self._told_at = now
+                self._agent.touch()
             for gone in self._watches.keys() - self._agent.slices.keys():
                 del self._watches[gone]
 
