@@ -49,11 +49,13 @@ class IdleWatch:
         if found != self.seen or any(row.busy_since or row.want for row in rows):
             self.seen, self.active_at = found, now
 
-    def hear(self, kernels: Mapping[str, bool], now: float) -> None:
-        """Note what the Jupyter server says."""
+    def hear(self, kernels: Mapping[str, bool], on_gpu: Collection[str], now: float) -> bool:
+        """Note what the Jupyter server says; return whether one of the kernels `on_gpu` is busy."""
         self.kernels, self.told_at = dict(kernels), now
-        if any(kernels.values()):
+        busy = any(kernels.get(kernel_id) for kernel_id in on_gpu)
+        if busy:
             self.active_at = now
+        return busy
 
     def refuse(self, why: str, now: float) -> None:
         """Leave it alone for a while."""

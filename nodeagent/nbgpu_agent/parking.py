@@ -133,8 +133,8 @@ class Parking:
         """Take what the Jupyter server says of its kernels: by id, whether each is busy; None: the same are protected as before."""
         if protected is not None and protected != live.record.protected:
             live.save(protected=protected)
-        self._watch(live).hear(kernels, time.time())
-        if any(kernels.values()):
+        on_gpu = {row.kernel_id for row in live.tenant.read()}
+        if self._watch(live).hear(kernels, on_gpu, time.time()):
             self.want(live)
 
     def want(self, live: LiveSlice) -> None:

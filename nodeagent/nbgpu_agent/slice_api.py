@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from nbgpu.errors import InvalidValue, NbgpuError
-from nbgpu.models import Idle, KernelId, KernelLimit, Model
+from nbgpu.models import KernelId, KernelLimit, Model
 
 from .agent import Agent, NoSuchSlice
 from .history import LENGTH
@@ -111,9 +111,20 @@ class SliceApi:
         return _json(self._agent.set_kernel_limit(live, kernel_id, limit).model_dump_json())
 
     async def idle(self, request: Request) -> Response:
-        """``GET /v1/idle``."""
+        """``GET /v1/idle``; 404 ``not-offered`` where slices are never parked."""
+        return self._idle(self._live(request))
+
+    def _idle(self, live: LiveSlice) -> Response:
+        found = self._agent.parking.model(live)
+        if found is None:
+            raise NbgpuError("Slices are not parked on this node.", code="not-offered", status=404)
+        return _json(found.model_dump_json())
+
+    async def want(self, request: Request) -> Response:
+        """``POST /v1/idle/want``."""
         live = self._live(request)
-        return _json((self._agent.parking.model(live) or Idle()).model_dump_json())
+        self._agent.parking.want(live)
+        return self._idle(live)
 
     async def put_idle(self, request: Request) -> Response:
         """``PUT /v1/idle``."""
@@ -123,7 +134,7 @@ class SliceApi:
         except ValidationError as error:
             raise _invalid(error) from None
         self._agent.parking.hear(live, told.kernels, told.protected)
-        return await self.idle(request)
+        return self._idle(live)
 
     async def events(self, request: Request) -> Response:
         """``GET /v1/events?after=&wait_seconds=``."""
@@ -166,6 +177,7 @@ def make_app(agent: Agent) -> Starlette:
             Route("/v1/kernels/{kernel_id}", api.put_kernel, methods=["PUT"]),
             Route("/v1/idle", api.idle),
             Route("/v1/idle", api.put_idle, methods=["PUT"]),
+            Route("/v1/idle/want", api.want, methods=["POST"]),
             Route("/v1/events", api.events),
         ],
         exception_handlers=handlers,
