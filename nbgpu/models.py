@@ -122,7 +122,8 @@ class SliceDevice(Model):
     index: Annotated[int, Field(ge=0, lt=64)]
     model: Name
     memory_bytes: Bytes
-    compute_milli: Milli
+    compute_milli: Annotated[int, Field(ge=0, le=1000)]
+    """0, as the memory, only while the slice is parked (docs/idle.md)."""
 
 
 class Slice(Model):
@@ -319,12 +320,30 @@ class Event(Model):
         "not-permitted",
         "limiter-only",
         "limit-changed",
+        "parked",
+        "wanting",
+        "restored",
+        "lost",
         "ended",
     ]
     level: Literal["info", "warning", "error"]
     message: str
     """What happened, and what to do."""
     data: dict[str, int | float | str | None] = {}
+
+
+class Idle(Model):
+    """What the agent knows of a slice's being idle, and of its parking (docs/idle.md)."""
+
+    state: Literal["held", "parking", "parked", "restoring"] = "held"
+    idle_seconds: float | None = None
+    """How long it has been idle; None: it cannot be parked now."""
+    full: Slice | None = None
+    """With the limits that a parked slice comes back to."""
+    wanted_seconds: float | None = None
+    """How long a parked slice has wanted to come back; None: it does not."""
+    reason: str | None = None
+    """Why it cannot be parked now, in words."""
 
 
 class AgentSlice(Model):
@@ -339,6 +358,8 @@ class AgentSlice(Model):
     memory_used_bytes: Bytes = 0
     backend: Backend = "limiter"
     """Who holds its memory: the limiter alone, or the driver too."""
+    idle: Idle | None = None
+    """None where slices are not parked."""
 
 
 class AgentSlices(Model):

@@ -18,6 +18,7 @@ from nbgpu.kernel_names import write_names
 
 from .client import SliceClient
 from .handlers import routes
+from .idle import tell_kernels
 from .notices import SERVER
 from .sampler import Json, Sampler
 
@@ -44,7 +45,8 @@ def load(serverapp: Any) -> None:
     _emit_notices(serverapp)
     _follow_kernels(serverapp, sampler)
     _use_provisioner(serverapp)
-    tasks = [sampler.follow_events(), _keep_busy_server(sampler, web_app.settings)]
+    idle = tell_kernels(SliceClient(socket_path), lambda: kernels_of(serverapp))
+    tasks = [sampler.follow_events(), _keep_busy_server(sampler, web_app.settings), idle]
     web_app.settings["nbgpu_tasks"] = [_start(serverapp, task) for task in tasks]
     serverapp.log.info("nbgpu: this server has a GPU slice, its agent is asked at %s", socket_path)
 

@@ -15,6 +15,7 @@ from nbgpu.kernel_limits import kernel_limit
 from nbgpu.logs import one_line
 
 from .client import SliceClient
+from .idle import waiting_argument
 from .notices import SERVER
 
 _MAX_NOTEBOOK_BYTES = 256 * 1024**2
@@ -37,6 +38,9 @@ class SliceProvisioner(LocalProvisioner):
         socket_path = os.environ.get("NBGPU_SOCKET")
         if socket_path and not self._limited:
             await self._limit(SliceClient(socket_path), env.get("JPY_SESSION_NAME", ""))
+        if socket_path:
+            more = await waiting_argument(SliceClient(socket_path), self.kernel_spec.argv)
+            kwargs["extra_arguments"] = [*(kwargs.get("extra_arguments") or []), *more]
         return await super().pre_launch(**kwargs)
 
     async def cleanup(self, restart: bool = False) -> None:

@@ -143,6 +143,7 @@ static uint32_t add_with_patience(int device, uint64_t *word, uint64_t bytes) {
 static uint32_t charge_word(int device, NbgpuUseSlot *slot, uint64_t *word, uint64_t bytes) {
     uint32_t by = try_add(device, word, bytes);
     if (unlikely(by != NBGPU_REFUSED_NONE)) {
+        nbgpu_wait_until_back(device);
         nbgpu_pools_refresh(device, true);
         nbgpu_reap();
         by = add_with_patience(device, word, bytes);

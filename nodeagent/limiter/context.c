@@ -200,6 +200,8 @@ static int device_of_context(CUcontext context) {
 int nbgpu_current(uint32_t *id) {
     CUcontext context = NULL;
     CUdevice device;
+    if (unlikely(LOAD(nbgpu_ctl->device[0].mem_limit) == 0)) /* a slice is parked on all its devices */
+        nbgpu_wait_in_parked();
     if (unlikely(!HAVE(cuCtxGetCurrent)) || REAL(cuCtxGetCurrent)(&context) != CUDA_SUCCESS || !context)
         return -1;
     if (unlikely(context != last.context || last.epoch != epoch)) {

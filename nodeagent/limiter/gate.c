@@ -308,6 +308,30 @@ static void wait_turn(Launch *launch, NbgpuUseSlot *slot) {
     __atomic_fetch_add(&slot->stall_ns, nbgpu_now() - start, __ATOMIC_RELAXED);
 }
 
+static bool parked(int device) { return __atomic_load_n(&nbgpu_ctl->device[device].mem_limit, __ATOMIC_ACQUIRE) == 0; }
+
+/* A parked slice has a limit of 0 (docs/idle.md): who wants memory in it says so, and waits until the agent has brought it back. */
+void nbgpu_wait_until_back(int device) {
+    NbgpuUseSlot *slot = nbgpu_device[device].slot;
+    const struct timespec pause = {0, GATE_WAIT_NS};
+    if (likely(!parked(device)) || !slot)
+        return;
+    nbgpu_hold_slots();
+    __atomic_fetch_add(&slot->want, 1, __ATOMIC_SEQ_CST);
+    nbgpu_publish(device);
+    nbgpu_ring();
+    while (parked(device))
+        nanosleep(&pause, NULL);
+    __atomic_fetch_sub(&slot->want, 1, __ATOMIC_SEQ_CST);
+    nbgpu_publish(device);
+}
+
+/* Before a call into the driver, which would not return: nobody could see there that the slice is wanted. */
+void nbgpu_wait_in_parked(void) {
+    for (int d = 0; d < nbgpu_devices; d++)
+        nbgpu_wait_until_back(d);
+}
+
 bool nbgpu_capturing(CUstream stream, bool ptsz) {
     int status = 0;
     if (likely(hot.captures == 0))

@@ -88,7 +88,9 @@ enum charge_kind { CHARGE_USED, CHARGE_CONTEXT };
 bool nbgpu_charge(int device, enum charge_kind kind, uint64_t bytes); /* false: refused, and said so in the slot */
 bool nbgpu_charge_quietly(int device, enum charge_kind kind, uint64_t bytes);
 bool nbgpu_charge_word(int device, uint64_t *word, uint64_t bytes); /* the same for any word that the sum contains */
-void nbgpu_charge_forced(int device, uint64_t bytes);               /* what is there already and can't be undone */
+void nbgpu_wait_until_back(int device);                             /* while the slice is parked; else returns at once */
+void nbgpu_wait_in_parked(void);
+void nbgpu_charge_forced(int device, uint64_t bytes); /* what is there already and can't be undone */
 void nbgpu_uncharge(int device, enum charge_kind kind, uint64_t bytes);
 void nbgpu_refuse(int device, uint64_t bytes, uint32_t by);
 bool nbgpu_driver_refused(int device, uint64_t bytes, int attempt); /* driver said out of memory: true = try again */

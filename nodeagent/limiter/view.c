@@ -31,6 +31,7 @@ static size_t whole(uint64_t bytes) { return bytes; }
 #define MEMORY_INFO(name, number, fit)                                                                                                     \
     CUresult name(number *free_bytes, number *total) {                                                                                     \
         ENTER_CUDA(name, free_bytes, total);                                                                                               \
+        nbgpu_wait_in_parked();                                                                                                            \
         const CUresult result = REAL(name)(free_bytes, total);                                                                             \
         const int device = result == CUDA_SUCCESS ? nbgpu_current(NULL) : -1;                                                              \
         if (device < 0)                                                                                                                    \

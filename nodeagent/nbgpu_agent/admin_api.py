@@ -17,6 +17,7 @@ from nbgpu.models import (
     AgentSlices,
     Bytes,
     Event,
+    Idle,
     KernelId,
     KernelLimit,
     Launch,
@@ -62,6 +63,13 @@ class PatchSlice(Model):
     memory_bytes: Bytes | None = None
     compute_milli: Milli | None = None
     mode: Mode | None = None
+
+
+class Park(Model):
+    """Body of ``POST /v1/slices/{slice_id}/park``."""
+
+    idle_seconds: Annotated[float, Field(ge=0, le=1e7, allow_inf_nan=False)]
+    """So long the slice must have been idle."""
 
 
 class Gone(Model):
@@ -195,6 +203,20 @@ def _add_slices(app: FastAPI, agent: Agent) -> None:
     async def resume(slice_id: SlicePath, body: Resume) -> list[Suspended]:  # pyright: ignore[reportUnusedFunction]
         """Let suspended processes go on; the watchdog leaves them alone until they end."""
         return await agent.resume(slice_id, body.pid, "an administrator")
+
+    @app.post("/v1/slices/{slice_id}/park", responses=NOT_FOUND | CONFLICT)
+    async def park(slice_id: SlicePath, body: Park) -> Idle | None:  # pyright: ignore[reportUnusedFunction]
+        """Begin to park an idle slice (docs/idle.md); the list of slices tells when it is parked."""
+        live = agent.find(slice_id)
+        agent.parking.park(live, body.idle_seconds)
+        return agent.parking.model(live)
+
+    @app.post("/v1/slices/{slice_id}/restore", responses=NOT_FOUND | CONFLICT)
+    async def restore(slice_id: SlicePath) -> Idle | None:  # pyright: ignore[reportUnusedFunction]
+        """Begin to bring a parked slice back, with the limits that it had; the same again is answered the same."""
+        live = agent.find(slice_id)
+        agent.parking.restore(live)
+        return agent.parking.model(live)
 
     @app.put("/v1/slices/{slice_id}/kernels/{kernel_id}", responses=NOT_FOUND | CONFLICT)
     async def kernel(slice_id: SlicePath, kernel_id: Annotated[KernelId, Path()], body: KernelLimit) -> KernelLimit:  # pyright: ignore[reportUnusedFunction]

@@ -21,6 +21,7 @@ from .cgroups import Cgroups
 from .events import EventLog, Signal, first_id
 from .live import LiveSlice
 from .native import Native, UseRow
+from .parking import Parking
 from .policy import Policy
 from .probe import overhead_cap_bytes
 from .runtime import SOCKET_PATH_MAX
@@ -61,6 +62,9 @@ class Settings:
     """Why it is that one."""
     policy: Policy = field(default_factory=Policy)
     """What the watchdog does about what it finds."""
+    cuda: str = "libcuda.so.1"
+    idle_host_bytes: int = 0
+    """Host memory that parked slices may take; 0 = none is parked."""
 
 
 class Agent:
@@ -84,6 +88,7 @@ class Agent:
         self.turns = Turns(native, devices)
         self.suspender = suspender or Suspender(GpuLock("", ""))
         self.events = EventLog()
+        self.parking = Parking(self, settings.cuda, settings.idle_host_bytes)
         self.slices: dict[str, LiveSlice] = {}
         self.driver_limits: DriverLimits | None = None
         """Where the driver can limit memory by cgroup: what sets its limits."""
@@ -125,6 +130,7 @@ class Agent:
             "boot_id": procs.boot_id(),
             "suspended": (),
             "limited": None,
+            "parked": None,
             "use_since": 0,
         }
         if record.claim is not None:
@@ -138,13 +144,14 @@ class Agent:
         live.on_gathered = lambda: self.hold(live)
         live.owner_resumes = self.settings.policy.owner_resumes
         self.slices[live.id] = live
-        self._write_limits(live)
+        self.write_limits(live)
         self.turns.add(live)
         self.on_slice_added(live)
         return live
 
-    def _write_limits(self, live: LiveSlice) -> None:
-        live.ctl.set_slice(live.slice, self.context_bytes, self.overhead_caps)
+    def write_limits(self, live: LiveSlice) -> None:
+        """Write the limits that are in force where the slice's processes read them, and tell the driver."""
+        live.ctl.set_slice(live.full, self.context_bytes, self.overhead_caps, holds=live.slice == live.full)
         self.hold(live)
 
     def hold(self, live: LiveSlice) -> None:
@@ -165,7 +172,7 @@ class Agent:
         """
         existing = self.slices.get(wanted.slice_id)
         if existing is not None:
-            if existing.slice != wanted or existing.record.uid != uid:
+            if wanted not in (existing.slice, existing.full) or existing.record.uid != uid:
                 raise Conflict(f"Slice {wanted.slice_id} exists and is another one: ask for it under another id.")
             if existing.state == "releasing":
                 raise Conflict(f"Slice {wanted.slice_id} is being released: ask for a new one under another id.")
@@ -285,6 +292,8 @@ class Agent:
         if live.record.claim is not None:
             claim = live.record.claim
             raise Conflict(f"Slice {slice_id} is of ResourceClaim {claim.namespace}/{claim.name}: its pool alone changes its limits.")
+        if live.record.parked is not None and wanted != live.slice:
+            raise Conflict(f"Slice {slice_id} is {live.record.parked.phase} because it is idle: its limits change when it is back.")
         self.change(live, wanted)
         return live.as_model()
 
@@ -295,7 +304,7 @@ class Agent:
         check_slice(wanted, self.devices, self.settings.node)
         check_fits(wanted, (other.slice for other in self.slices.values() if other is not live), self.devices)
         live.save(slice=wanted)
-        self._write_limits(live)
+        self.write_limits(live)
         self.turns.change(live)
         self.touch()
         first = wanted.devices[0]
@@ -308,7 +317,7 @@ class Agent:
 
     def set_kernel_limit(self, live: LiveSlice, kernel_id: str, limit: KernelLimit) -> KernelLimit:
         """Limit a kernel inside its slice; both None removes its limit."""
-        check_kernel_limit(limit, live.slice)
+        check_kernel_limit(limit, live.full)
         if live.record.kernel_limits.get(kernel_id, KernelLimit()) == limit:
             return limit
         live.set_kernel_limit(kernel_id, limit)
@@ -401,7 +410,7 @@ class Agent:
             else:
                 # what changes together is told together: answers cost more than changes
                 await asyncio.sleep(min(GATHER_SECONDS, max(0.0, deadline - loop.time())))
-        slices = [live.as_model() for live in list(self.slices.values())]
+        slices = [live.as_model().model_copy(update={"idle": self.parking.model(live)}) for live in list(self.slices.values())]
         return AgentSlices(generation=self.generation, slices=slices, devices=list(self.devices.values()))
 
     def set_healthy(self, uuid: str, healthy: bool) -> None:

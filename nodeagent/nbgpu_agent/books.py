@@ -36,6 +36,8 @@ def check_slice(wanted: Slice, devices: Mapping[str, Device], node: str) -> None
             raise InvalidValue("slice.devices.index", part.index, f"{device.index}, the index of {part.uuid}")
         if part.memory_bytes < MIB:
             raise InvalidValue("slice.devices.memory_bytes", part.memory_bytes, "at least 1 MiB")
+        if part.compute_milli < 1:
+            raise InvalidValue("slice.devices.compute_milli", part.compute_milli, "from 1 to 1000")
 
 
 def check_fits(wanted: Slice, others: Iterable[Slice], devices: Mapping[str, Device]) -> None:
@@ -62,6 +64,12 @@ def check_fits(wanted: Slice, others: Iterable[Slice], devices: Mapping[str, Dev
                 f"GPU {device.index} ({device.uuid}) has {max(0, share)} of 1000 milli-GPU of its time left, "
                 f"slice {wanted.slice_id} needs {part.compute_milli}."
             )
+
+
+def emptied(full: Slice) -> Slice:
+    """Return what a slice holds while it is parked: nothing of each of its devices."""
+    nothing = {"memory_bytes": 0, "compute_milli": 0}
+    return full.model_copy(update={"devices": [part.model_copy(update=nothing) for part in full.devices]})
 
 
 def check_kernel_limit(limit: KernelLimit, within: Slice) -> None:

@@ -96,6 +96,12 @@ class LiveSlice:
         return self.record.slice
 
     @property
+    def full(self) -> Slice:
+        """The slice with its own limits, also while it is parked and has none of them."""
+        parked = self.record.parked
+        return self.record.slice if parked is None else parked.full
+
+    @property
     def id(self) -> str:
         """The slice's id."""
         return self.record.slice.slice_id
@@ -311,14 +317,17 @@ class LiveSlice:
     def slots(self, rows: list[UseRow], now_ns: int) -> list[SlotUse]:
         """Return what each slot uses, with what the agent knows of it."""
         found: list[SlotUse] = []
+        parked = self.record.parked
+        away = {root.pid for root in parked.processes} if parked is not None and parked.phase == "parked" else set[int]()
         for row in rows:
             state = self.tenant.states[row.slot]
+            on_host = state.process is not None and state.process.pid in away
             found.append(
                 SlotUse(
                     device=row.device,
                     kernel_id=row.kernel_id,
                     pid=state.process.pid if state.process else None,
-                    memory_bytes=row.used + row.context + state.overhead_bytes,
+                    memory_bytes=0 if on_host else row.used + row.context + state.overhead_bytes,
                     peak_bytes=max(row.peak, row.used + row.context) + state.overhead_bytes,
                     compute_milli=self.tenant.compute_milli(row, now_ns),
                     refusals=row.refusals,
@@ -333,7 +342,7 @@ class LiveSlice:
         now_ns = time.monotonic_ns()
         slots = self.slots(self.tenant.read(), now_ns)
         limits, suspended = self.record.kernel_limits, [one.as_model() for one in self.record.suspended if not one.excused]
-        return slice_usage(self.slice, slots, limits, self.seen_milli, self.backend, time.time(), now_ns, suspended, self.owner_resumes)
+        return slice_usage(self.full, slots, limits, self.seen_milli, self.backend, time.time(), now_ns, suspended, self.owner_resumes)
 
     def memory_by_device(self, kernel_id: str | None = None) -> list[int]:
         """Return the memory that the slice, or one kernel of it, uses on each of its devices."""

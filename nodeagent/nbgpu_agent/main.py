@@ -69,6 +69,7 @@ class Options:
     watchdog_resume: bool = True
     watchdog_escalate: bool = False
     watchdog_owner_resumes: bool = False
+    idle_host_memory: str = "0"
     kubernetes: bool = False
     seal_key: Path | None = None
     cdi_dir: Path = Path("/var/run/cdi")
@@ -123,6 +124,13 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     watchdog.add_argument(
         "--watchdog-owner-resumes", action="store_true", help="a slice's owner may let what is suspended go on, as an administrator may"
     )
+    idle = parser.add_argument_group("idle notebooks (docs/idle.md)")
+    idle.add_argument(
+        "--idle-host-memory",
+        metavar="MEMORY",
+        default="0",
+        help="park idle slices when the pool asks for it, their GPU memory in at most so much of the host's; 0: never (default)",
+    )
     kube = parser.add_argument_group("Kubernetes")
     kube.add_argument("--kubernetes", action="store_true", help="be the DRA driver gpu.nbgpu.io of the Node that --node names")
     kube.add_argument("--seal-key", type=Path, metavar="FILE", help="the key with which the pool seals its claims")
@@ -158,6 +166,18 @@ def _reserve_bytes(text: str | None) -> int | None:
     if text is None:
         return None
     return 0 if text.strip() == "0" else parse_memory(text, "--reserve")
+
+
+def _idle_bytes(options: Options, simulate: bool) -> int:
+    """Return how much host memory parked slices may take, by a command line."""
+    text = options.idle_host_memory.strip()
+    if text == "0":
+        return 0
+    if options.kubernetes:
+        raise StartError("--idle-host-memory is not offered on Kubernetes yet: slices of claims are not parked.")
+    if not simulate and not sees_the_hosts_pids():
+        raise StartError("--idle-host-memory needs the host's pids (hostPID): the driver is told which processes to move by them.")
+    return parse_memory(text, "--idle-host-memory")
 
 
 def policy_of(options: Options, simulate: bool) -> Policy:
@@ -220,6 +240,7 @@ async def _make(options: Options, runtime: Path) -> tuple[Agent, Nvml]:
     """Return the agent of a runtime directory whose lock is held."""
     simulate = not driver_present() if options.simulate is None else options.simulate
     policy = policy_of(options, simulate)
+    host_bytes = _idle_bytes(options, simulate)
     libraries = install_libraries(built_libraries(), runtime)
     if options.sim_devices is not None:
         os.environ["NBGPU_SIM_DEVICES"] = str(options.sim_devices)
@@ -238,7 +259,9 @@ async def _make(options: Options, runtime: Path) -> tuple[Agent, Nvml]:
     lacks = missing(nvml, devices, Cgroups())
     choice = choose(options.memory_backend, lacks)
     log.info("memory is held by: %s (%s)", choice.backend, choice.reason)
-    settings = Settings(runtime, node, simulate, nvml.driver_version, libraries, machine, choice.backend, choice.reason, policy)
+    settings = Settings(
+        runtime, node, simulate, nvml.driver_version, libraries, machine, choice.backend, choice.reason, policy, cuda, host_bytes
+    )
     suspender = Suspender(GpuLock(cuda, nvml.driver_version))
     if policy.suspends:
         log.info("the watchdog suspends by %s", suspender.words)
@@ -267,6 +290,7 @@ async def _work(
     agent.on_slice_added = added
     agent.on_slice_ended = removed
     agent.load()
+    agent.parking.load()
     page.metrics = Metrics(agent, monitor)
     admin_app: App = admin_api.make_app(agent, page.metrics)  # pyright: ignore[reportAssignmentType]
     admin = Door(agent.settings.runtime / AGENT_SOCKET, admin_app, {}, ADMIN_BOUNDS)
@@ -285,6 +309,7 @@ async def _work(
     finally:
         log.info("ending; slices that keep their limits: %d", len(agent.slices))
         await stop(watch)
+        await agent.parking.close()
         agent.end_waits()
         answering = set[asyncio.Task[Any]]().union(*(door.close() for door in (admin, *doors.values())))
         if answering:

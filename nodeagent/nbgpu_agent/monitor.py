@@ -144,6 +144,7 @@ class Monitor:
         if self._ticks % DESCENDANTS_TICKS == 0:
             live.learn_descendants()
         rows = agent.reap(live)
+        agent.parking.tick(live, rows)
         if live.state != "prepared":
             live.tick(wall, rows)
         if self._ticks % SIZE_TICKS == 0:
@@ -326,6 +327,7 @@ class Monitor:
     def _look_for_refusals(self) -> None:
         for live in list(self._agent.slices.values()):
             self._look_at_refusals(live)
+        self._agent.parking.look()
         self._untold &= self._agent.slices.keys()
 
     def _look_at_refusals(self, live: LiveSlice) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -15,10 +15,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from nbgpu.errors import InvalidValue, NbgpuError
-from nbgpu.models import KernelId, KernelLimit, Resume
+from nbgpu.models import KernelId, KernelLimit, Model, Resume
 
 from .agent import Agent, NoSuchSlice
 from .history import LENGTH
+from .idle import MOST_KERNELS
 from .live import LiveSlice
 
 MAX_ID = 2**53
@@ -26,6 +27,15 @@ MAX_WAIT_SECONDS = 30
 CHEAP_SECONDS = 0.003
 COST_SHARE = 20
 _KERNEL_ID: TypeAdapter[str] = TypeAdapter(KernelId)
+
+
+class Kernels(Model):
+    """Body of ``PUT /v1/idle``: what the Jupyter server says of its kernels."""
+
+    kernels: Annotated[dict[KernelId, bool], Field(max_length=MOST_KERNELS)]
+    """By id: whether it is busy."""
+    protected: Annotated[tuple[KernelId, ...], Field(max_length=MOST_KERNELS)] | None = None
+    """Those that are never to be parked; null = the same as before."""
 
 
 def _json(text: str) -> Response:
@@ -113,6 +123,32 @@ class SliceApi:
         self._usage.pop(live.id, None)
         return _json(live.usage().model_dump_json(include={"suspended"}))
 
+    async def idle(self, request: Request) -> Response:
+        """``GET /v1/idle``; 404 ``not-offered`` where slices are never parked."""
+        return self._idle(self._live(request))
+
+    def _idle(self, live: LiveSlice) -> Response:
+        found = self._agent.parking.model(live)
+        if found is None:
+            raise NbgpuError("Slices are not parked on this node.", code="not-offered", status=404)
+        return _json(found.model_dump_json())
+
+    async def want(self, request: Request) -> Response:
+        """``POST /v1/idle/want``."""
+        live = self._live(request)
+        self._agent.parking.want(live)
+        return self._idle(live)
+
+    async def put_idle(self, request: Request) -> Response:
+        """``PUT /v1/idle``."""
+        live = self._live(request)
+        try:
+            told = Kernels.model_validate_json(await request.body())
+        except ValidationError as error:
+            raise _invalid(error) from None
+        self._agent.parking.hear(live, told.kernels, told.protected)
+        return self._idle(live)
+
     async def events(self, request: Request) -> Response:
         """``GET /v1/events?after=&wait_seconds=``."""
         live = self._live(request)
@@ -153,6 +189,9 @@ def make_app(agent: Agent) -> Starlette:
             Route("/v1/kernels", api.kernels),
             Route("/v1/kernels/{kernel_id}", api.put_kernel, methods=["PUT"]),
             Route("/v1/resume", api.resume, methods=["POST"]),
+            Route("/v1/idle", api.idle),
+            Route("/v1/idle", api.put_idle, methods=["PUT"]),
+            Route("/v1/idle/want", api.want, methods=["POST"]),
             Route("/v1/events", api.events),
         ],
         exception_handlers=handlers,

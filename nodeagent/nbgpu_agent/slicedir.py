@@ -67,6 +67,21 @@ class Suspended(Model):
         )
 
 
+class Parked(Model):
+    """A slice whose GPU memory is on the host, or on its way there or back (docs/idle.md)."""
+
+    phase: Literal["parking", "parked", "restoring"]
+    full: Slice
+    """With the limits that it comes back to."""
+    processes: tuple[Root, ...]
+    memory_bytes: int
+    """What they held on all devices together; as much host memory is taken."""
+    since: float
+    """Unix time, seconds."""
+    wanted_since: float | None = None
+    """Since when it is wanted back, Unix time, seconds."""
+
+
 class ClaimOf(Model):
     """The ResourceClaim of Kubernetes that a slice stands for."""
 
@@ -95,6 +110,9 @@ class Record(Model):
     suspended: tuple[Suspended, ...] = ()
     limited: str | None = None
     """The cgroup of which the driver may have a memory limit for this slice; written before the limit is set."""
+    parked: Parked | None = None
+    protected: tuple[KernelId, ...] = ()
+    """Kernels that are never parked."""
     use_since: int = 0
     """When the agent started that found a running slice's `use` file gone, ticks since boot: older processes write on into that one."""
 
@@ -260,12 +278,18 @@ class CtlFile:
                 device.rest_gate = layout.GATE_NONE
             self.words.version = layout.VERSION
 
-    def set_slice(self, part_of: Slice, context_bytes: dict[str, int], overhead_caps: dict[str, int]) -> None:
-        """Write the limits of a slice; `context_bytes` and `overhead_caps` in bytes by device uuid."""
+    def set_slice(self, part_of: Slice, context_bytes: dict[str, int], overhead_caps: dict[str, int], holds: bool = True) -> None:
+        """Write the limits of a slice; `context_bytes` and `overhead_caps` in bytes by device uuid.
+
+        Parameters
+        ----------
+        holds : bool
+            False while it is parked: then there is no memory for it, and whoever wants some waits.
+        """
         words = self.words
         for index, part in enumerate(part_of.devices):
             device = words.device[index]
-            device.mem_limit = part.memory_bytes
+            device.mem_limit = part.memory_bytes if holds else 0
             device.compute_milli = part.compute_milli
             device.mode = layout.MODE_STRICT if part_of.mode == "strict" else layout.MODE_BURST
             device.context_bytes = context_bytes.get(part.uuid, 0)

@@ -37,12 +37,14 @@ class Turns:
         live.entries = []
         try:
             repair_use(live.tenant.fd)
-            for index, part in enumerate(live.slice.devices):
+            for index, part in enumerate(live.full.devices):
                 if part.uuid in self._physical:
                     physical = self._physical[part.uuid]
                     live.entries.append(
                         self._scheduler.add(live.ctl.fd, live.tenant.fd, index, physical, part.compute_milli, self._mode(live))
                     )
+            if live.record.parked is not None:
+                self.suspend(live, True)
         except OSError as error:  # one slice's file stops no other's turns
             log.error("slice=%s owner=%s gets no turns on the GPU: %s", live.id, live.owner, error.strerror)
             for device in live.ctl.words.device:
@@ -52,6 +54,11 @@ class Turns:
         """Tell the scheduler of a slice's new shares or mode."""
         for entry, part in zip(live.entries, live.slice.devices, strict=False):
             self._scheduler.set(entry, part.compute_milli, self._mode(live))
+
+    def suspend(self, live: LiveSlice, suspended: bool) -> None:
+        """Keep a slice's gates closed, or let it have turns again."""
+        for entry in live.entries:
+            self._scheduler.suspend(entry, suspended)
 
     def change_kernels(self, live: LiveSlice) -> None:
         """Tell the scheduler that limits of the slice's kernels are others now (`LiveSlice.set_kernel_limit` has written them)."""

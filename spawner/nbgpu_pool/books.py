@@ -74,6 +74,16 @@ class Entry:
     """A snapshot begun at this mark or later tells what became of `wanted`."""
     wanted_until: float = 0.0
     """When a growth that is not in force by then is taken back."""
+    full: Slice | None = None
+    """What it comes back to while it is parked; `slice` then holds nothing."""
+    idle_from: float | None = None
+    """Since when it could be parked; None: it cannot be."""
+    wants_from: float | None = None
+    """Since when a parked slice wants to come back."""
+    parking: bool = False
+    """The ledger is parking it."""
+    park_mark: int | None = None
+    """A snapshot begun at this mark or later tells whether it still is."""
     moving: Slice | None = None
     """Where it is being moved to; counted in addition to `slice` until it is known which of them holds (`moves`)."""
     unplaced: Unplaced | None = None
@@ -98,6 +108,10 @@ class Entry:
             return parts
         asked = dict(_parts(self.wanted))
         return [(uuid, part.larger(asked.get(uuid, part))) for uuid, part in parts]
+
+    def quota_parts(self) -> list[tuple[str, Part]]:
+        """Return what counts in its owner's quota, by device: of a parked slice what it comes back to."""
+        return self.own_parts() if self.full is None else _parts(self.full)
 
     def parts(self) -> list[tuple[str, Part]]:
         """Return what counts on each device: what it holds, and where it is being moved to."""
@@ -165,6 +179,8 @@ class Books:
     """One device of each model and size."""
     free_milli: int = 0
     """Of all healthy devices that are there."""
+    parked: set[str] = field(default_factory=set[str])
+    """All that are parked are among these."""
     _empty: list[Room] = field(default_factory=list[Room])
     _here: list[Room] = field(default_factory=list[Room])
     _to_come: list[Room] = field(default_factory=list[Room])
@@ -297,6 +313,19 @@ class Books:
             nodes.add(room.device.node)
         return nodes
 
+    def wanted_back(self) -> list[Entry]:
+        """Return the parked slices that want to come back and have no room yet, who waits longest first."""
+        if not self.parked:
+            return []
+        self.parked = {one for one in self.parked if one in self.entries and self.entries[one].full is not None}
+        there = [self.entries[one] for one in self.parked]
+        found = [one for one in there if one.wants_from is not None and one.wanted is None and one.state == GrantState.bound]
+        return sorted(found, key=lambda one: (one.wants_from, one.number))
+
+    def kept(self) -> set[str]:
+        """Return the devices where what comes free is kept for slices that come back."""
+        return {part.uuid for one in self.wanted_back() if one.full is not None for part in one.full.devices}
+
     def overbooked(self) -> list[str]:
         """Return the devices that hold more than they have."""
         return [uuid for uuid, room in self.rooms.items() if room.free_milli < 0 or room.free_bytes < 0]
@@ -344,7 +373,7 @@ class Books:
     def holding(self, entry: Entry, counted: frozenset[str]) -> Holding:
         """Return what one request holds, or would hold at least."""
         if entry.holds:
-            parts = [part for _, part in entry.own_parts()]
+            parts = [part for _, part in entry.quota_parts()]
             amount = Part(sum(part.memory_bytes for part in parts), sum(part.compute_milli for part in parts))
         else:
             amount = self.cost(entry.want) or Part(0, 0)

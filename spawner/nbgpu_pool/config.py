@@ -14,6 +14,7 @@ Example
       groups:
         students: {limit: 4, guarantee: 1, per_user: 1/4}
     queue: {total: 1000, per_user: 5, overtake_count: 50, overtake_seconds: 900}
+    idle: {after_seconds: 1800, least_memory: 4 GiB, protect_groups: [staff]} # one machine: docs/idle.md
     coming:                               # Kubernetes: nodes that an autoscaler starts when a pod asks for one
       - {name: a100, model: NVIDIA A100-SXM4-80GB, devices: 8, memory: 80 GiB, reserve: 2 GiB, nodes: 4, labels: {pool: a100}}
     tokens:                               # only for --listen; the Unix socket needs none
@@ -39,6 +40,7 @@ from nbgpu.quantities import MIB, WHOLE_MILLI, parse_memory
 
 from .auth import Principal, Token
 from .coming import Coming
+from .idle import IdlePolicy
 from .queue import Fairness
 from .quotas import Limits, Quotas
 from .state import Settings
@@ -128,6 +130,18 @@ class QueueConfig(Closed):
     """And for how long."""
 
 
+class IdleConfig(Closed):
+    """When an idle slice's GPU memory is moved to the host, so that others can use what it holds (docs/idle.md)."""
+
+    after_seconds: Seconds | None = None
+    """How long it must have been idle; none: never. The agent must allow it too (``--idle-host-memory``)."""
+    least_memory: Memory = None
+    """Smaller slices are left alone."""
+    protect_users: list[Annotated[str, Field(min_length=1, max_length=255)]] = []
+    """Whose slices are left alone."""
+    protect_groups: list[Annotated[str, Field(min_length=1, max_length=255)]] = []
+
+
 class ComingConfig(Closed):
     """A group of alike nodes that an autoscaler starts when a pod asks for one."""
 
@@ -204,6 +218,8 @@ class Config(Closed):
     """Least memory of a slice on each of its GPUs: a program's CUDA context takes some hundred MiB of it, by GPU and driver."""
     quotas: QuotaConfig = QuotaConfig()
     queue: QueueConfig = QueueConfig()
+    idle: IdleConfig = IdleConfig()
+    """One machine only."""
     coming: list[ComingConfig] = []
     """On Kubernetes: nodes that would be started where they are asked for."""
     tokens: list[TokenConfig] = []
@@ -228,6 +244,12 @@ class Config(Closed):
             queue_ttl_seconds=self.queue_ttl_seconds,
             session_guess_seconds=self.session_guess_seconds,
             smallest_bytes=self.smallest_memory,
+            idle=IdlePolicy(
+                self.idle.after_seconds,
+                self.idle.least_memory or 0,
+                frozenset(self.idle.protect_users),
+                frozenset(self.idle.protect_groups),
+            ),
             queue_total=self.queue.total,
             queue_per_user=self.queue.per_user,
             start_seconds={group.name: group.start_seconds for group in self.coming},

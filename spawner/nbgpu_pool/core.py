@@ -16,6 +16,7 @@ from . import quotas as quota_rules
 from .books import Books, Entry, adopted
 from .estimate import Estimate, Kinds, queue_forecast
 from .held import Held
+from .idle import note_of
 from .queue import hopeless
 from .shapes import Want, memory_field, too_small, want_of
 from .state import Effects, Seen, Settings, Snapshot
@@ -321,7 +322,7 @@ class Core(Held):
             wait_guessed=wait is not None and wait.guessed,
             expires_seconds=max(0.0, entry.expires - now) if entry.state == GrantState.reserved and entry.expires is not None else None,
             reason=self._why(entry) if queued else entry.reason,
-            note=entry.note,
+            note=entry.note or note_of(entry),
             resizing=entry.wanted.devices if entry.wanted is not None and entry.wanted is not entry.slice else None,
         )
 
@@ -408,12 +409,14 @@ class Core(Held):
         self.generation += 1
 
     def _serve(self, now: float) -> None:
-        if not self.connected or not self.books.waiting():
+        if not self.connected:
             return
-        for entry in self.walk(now).serve(now):
+        self._bring_back(now)
+        for entry in self.walk(now).serve(now) if self.books.waiting() else ():
             entry.expires = now + self.settings.reservation_ttl_seconds
             self._effects.granted.append(entry.slice_id)
             self._changed()
+        self._park_for_others(now)
         self._served = self.generation, now
 
     def _bound(self, entry: Entry, started: float) -> None:
@@ -472,6 +475,7 @@ class Core(Held):
             self._releasing.add(entry.slice_id)
             entry.reason = "given back"
             self._changed()
+        self._see_idle(entry, seen, now)
         if seen.wanted is not None or entry.wanted is not None:
             self._see_limits(entry, seen, now)
         if not seen.placed or entry.slice_id in self._loose:
@@ -485,7 +489,8 @@ class Core(Held):
         unwanted = (past is not None and past.withdrawn) or by_its_hub
         queued = self.books.entries.pop(slice_id, None)
         self._number += 1
-        entry = adopted(seen.slice, queued.number if queued else self._number, now)
+        entry = adopted(seen.full or seen.slice, queued.number if queued else self._number, now)
+        entry.slice, entry.full = seen.slice, seen.full
         if queued is not None:
             entry.request, entry.want, entry.adopted = queued.request, queued.want, False
         entry.state, entry.expires = GrantState.reserved, now + self.settings.reservation_ttl_seconds

@@ -9,6 +9,7 @@ from nbgpu.errors import NbgpuError, Unavailable
 from nbgpu.models import GrantState, Resize, Slice
 
 from .books import Books, Entry, Unplaced, slice_at
+from .idle import has_room, to_park
 from .queue import Pass
 from .resize import RESIZE_SECONDS, above_quota, grows, must_fit, must_hold_a_program, same_limits, target_of
 from .shapes import Part, Want
@@ -40,6 +41,8 @@ class Held(ABC):
         self._loose: set[str] = set()
         """Slices that wait for a node."""
         self._resizing: set[str] = set()
+        self._parking: set[str] = set()
+        """Slices that the ledger was asked to park."""
 
     @abstractmethod
     def _need_ready(self) -> None: ...
@@ -64,6 +67,9 @@ class Held(ABC):
             raise NbgpuError(f"Request {entry.slice_id} is not running and cannot be resized.", code="state", status=409)
         if not self.connected:
             raise Unavailable("The limits cannot be changed while the GPU node does not answer; try again.")
+        if entry.full is not None:
+            why = f"Request {entry.slice_id} is parked, because its notebooks are idle: its limits can be changed when it is back."
+            raise NbgpuError(why, code="state", status=409)
         target = target_of(entry, asked, self.books)
         if same_limits(target, entry.wanted or entry.slice) and (entry.wanted is None or entry.wanted_acked):
             return None
@@ -131,8 +137,57 @@ class Held(ABC):
             entry = self.books.entries.get(slice_id)
             if entry is None or entry.wanted is None or entry.slice is None:
                 self._resizing.discard(slice_id)
+            elif entry.full is not None:  # the ledger is told until it has answered: it alone can bring it back
+                continue
             elif now >= entry.wanted_until and not entry.busy and grows(entry.slice, entry.wanted):
                 self._take_growth_back(entry, "its node did not answer in time", now)
+
+    # -- idle slices ---------------------------------------------------------------------------------------------------
+
+    def _see_idle(self, entry: Entry, seen: Seen, now: float) -> None:
+        """Take over whether a slice is idle or parked."""
+        assert self._snapshot is not None
+        wants_from = None if seen.wanted_seconds is None else now - seen.wanted_seconds
+        if (entry.full, entry.wants_from is None) != (seen.full, wants_from is None):
+            self._changed()
+        entry.full, entry.idle_from = seen.full, None if seen.idle_seconds is None else now - seen.idle_seconds
+        entry.wants_from = wants_from if entry.wants_from is None or wants_from is None else entry.wants_from
+        if seen.full is not None:
+            self.books.parked.add(entry.slice_id)
+        answered = entry.park_mark is not None and entry.park_mark <= self._snapshot.begun
+        if seen.full is not None or (answered and not seen.parking):
+            self._parked_or_not(entry)
+
+    def _parked_or_not(self, entry: Entry) -> None:
+        entry.parking, entry.park_mark = False, None
+        self._parking.discard(entry.slice_id)
+
+    def _bring_back(self, now: float) -> None:
+        """Give parked slices that are wanted their room, in the order in which they have been."""
+        for entry in self.books.wanted_back():
+            if not entry.busy and entry.full is not None and has_room(self.books, entry):
+                self._tell(entry, entry.full, now, note=entry.note)
+                entry.busy -= 1
+
+    def _park_for_others(self, now: float) -> None:
+        """Have idle slices parked for those who wait; one who waits at a time."""
+        self._parking &= self.books.entries.keys()
+        if self.settings.idle.after_seconds is None or self._parking:
+            return
+        found = to_park(self.books, self.settings.idle, self.settings.policy, now)
+        for entry in found[1] if found is not None else ():
+            entry.parking = True
+            self._parking.add(entry.slice_id)
+            self._effects.parks.append(entry.slice_id)
+
+    def end_park(self, entry: Entry, refused: bool) -> None:
+        """After the ledger was asked to park a slice; whether it is parked a snapshot tells."""
+        if refused:
+            entry.idle_from = None
+            self._parked_or_not(entry)
+        else:
+            self.mark += 1
+            entry.park_mark = self.mark
 
     # -- pods that find no node ----------------------------------------------------------------------------------------
 
@@ -201,7 +256,7 @@ class Held(ABC):
         for key in [key for key, until in self.avoid.items() if until <= now]:
             del self.avoid[key]
         settings = self.settings
-        return Pass(self.books, settings.quotas, settings.fairness, settings.policy, frozenset(self.avoid))
+        return Pass(self.books, settings.quotas, settings.fairness, settings.policy, frozenset(self.avoid), frozenset(self.books.kept()))
 
     def begin_move(self, entry: Entry) -> tuple[Slice, Slice] | None:
         """Return from where and to where the ledger is to move a slice; None when it need not. End with `end_move`."""

@@ -237,6 +237,14 @@ class KubeLedger:
             return
         raise ApiServerAway("The claim of the slice changes all the time; try again.")
 
+    async def park(self, slice_id: str, idle_seconds: float) -> None:
+        """No slice of a claim is parked yet."""
+        raise LedgerRefused("Slices are not parked on Kubernetes yet.", status=409)
+
+    async def restore(self, slice_id: str) -> None:
+        """No slice of a claim is parked yet."""
+        raise LedgerRefused("Slices are not parked on Kubernetes yet.", status=409)
+
     async def move(self, old: Slice, new: Slice) -> None:
         """Delete a claim that has no devices, and make it again for others, under the same name: the pod that waits for it looks again.
 

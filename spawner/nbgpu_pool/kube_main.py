@@ -151,6 +151,8 @@ def check(config: Config) -> None:
     """Raise `ConfigError` where the configuration lacks what a pool on Kubernetes needs."""
     if not config.tokens:
         raise ConfigError("--kubernetes needs tokens: name at least one under `tokens` in the configuration.")
+    if config.idle.after_seconds is not None:
+        raise ConfigError("idle.after_seconds is not offered on Kubernetes yet: leave it out.")
     for token in config.tokens:
         if token.role == "hub" and not token.namespaces:
             told = f"The token of hub {token.hub} names no `namespaces`: say where its servers may run, such as [jhub] or ['jhub-*']."

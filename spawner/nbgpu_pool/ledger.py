@@ -12,7 +12,7 @@ import httpx
 from pydantic import ValidationError
 
 from nbgpu.errors import InvalidValue, NbgpuError, Unavailable
-from nbgpu.models import AgentSlices, Launch, Slice
+from nbgpu.models import AgentSlice, AgentSlices, Idle, Launch, Slice
 
 from .state import Seen, Snapshot
 
@@ -72,6 +72,30 @@ class Ledger(Protocol):
             They stay as they are.
         Unavailable
             Nobody knows.
+        """
+        ...
+
+    async def park(self, slice_id: str, idle_seconds: float) -> None:
+        """Have a slice parked that has been idle for so long (docs/idle.md); a snapshot tells when it is.
+
+        Raises
+        ------
+        LedgerRefused
+            It is not parked, and why.
+        Unavailable
+            Nobody knows.
+        """
+        ...
+
+    async def restore(self, slice_id: str) -> None:
+        """Have a parked slice brought back; idempotent.
+
+        Raises
+        ------
+        LedgerRefused
+            It stays parked for now.
+        Unavailable
+            Nobody knows; ask again.
         """
         ...
 
@@ -157,6 +181,18 @@ class AgentLedger:
         if answer.status_code >= 400:
             raise LedgerRefused(_words(answer), status=409 if answer.status_code in (404, 409) else 503)
 
+    async def park(self, slice_id: str, idle_seconds: float) -> None:
+        """`POST /v1/slices/{slice_id}/park`."""
+        answer = await self._ask("POST", f"/v1/slices/{slice_id}/park", {"idle_seconds": idle_seconds})
+        if answer.status_code >= 400:
+            raise LedgerRefused(_words(answer), status=409)
+
+    async def restore(self, slice_id: str) -> None:
+        """`POST /v1/slices/{slice_id}/restore`."""
+        answer = await self._ask("POST", f"/v1/slices/{slice_id}/restore")
+        if answer.status_code >= 400:
+            raise LedgerRefused(_words(answer), status=409)
+
     async def move(self, old: Slice, new: Slice) -> None:
         """Nothing moves here: there is no other node."""
         raise LedgerRefused("There is one node only.", status=409)
@@ -181,7 +217,7 @@ class AgentLedger:
             pause = RETRY_SECONDS
             after = found.generation
             now = time.time()
-            seen = [Seen(one.slice, one.state, max(0.0, now - one.created)) for one in found.slices]
+            seen = [_seen(one, now) for one in found.slices]
             yield Snapshot(begun, found.devices, seen)
             if fresh():
                 after = None
@@ -191,6 +227,19 @@ class AgentLedger:
             return await self._calls.request(method, path, json=body)
         except httpx.HTTPError as error:
             raise Unavailable("The GPU node does not answer at the moment; try again in a few seconds.", code="agent-away") from error
+
+
+def _seen(one: AgentSlice, now: float) -> Seen:
+    idle = one.idle or Idle()
+    return Seen(
+        one.slice,
+        one.state,
+        max(0.0, now - one.created),
+        full=idle.full,
+        idle_seconds=idle.idle_seconds,
+        wanted_seconds=idle.wanted_seconds,
+        parking=idle.state == "parking",
+    )
 
 
 def _words(answer: httpx.Response) -> str:

@@ -53,6 +53,8 @@ class Room:
         self._change(part, -1)
 
     def _change(self, part: Part, sign: int) -> None:
+        if part == (0, 0):  # of a parked slice
+            return
         self.free_bytes -= sign * part.memory_bytes
         self.free_milli -= sign * part.compute_milli
         self.part_count += sign

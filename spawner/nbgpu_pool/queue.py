@@ -41,6 +41,8 @@ class Pass:
         Limits and guarantees.
     avoid : set of (node, want)
         Nodes that had no room for a pod of that shape: the last choice for it.
+    kept : set of str
+        Devices where nobody new is placed: a parked slice comes back there first.
     """
 
     def __init__(
@@ -50,12 +52,14 @@ class Pass:
         fairness: Fairness,
         policy: Policy = DEFAULT_POLICY,
         avoid: Set[tuple[str, Want]] = frozenset(),
+        kept: Set[str] = frozenset(),
     ):
         self.books = books
         self.quotas = quotas
         self.fairness = fairness
         self.policy = policy
         self.avoid = avoid
+        self.kept = kept
         self.rooms, self.coming = books.ordered_rooms(), books.coming_rooms()
         self.barred: set[str] = set()
         self.kept_milli = 0
@@ -92,7 +96,7 @@ class Pass:
         if cap is not None and self._over(entry.want, cap):
             entry.holder = words
             return None
-        barred = self.barred - set(entry.earmark)
+        barred = (self.barred - set(entry.earmark)) | self.kept
         key = entry.want, cap, len(barred)
         if not entry.earmark and key in self._misfits:
             return None
@@ -129,7 +133,7 @@ class Pass:
     def elsewhere(self, want: Want, but: Set[str], *, coming: bool) -> Place | None:
         """Return a place on none of the nodes `but`; with `coming` also on one that has to be started."""
         barred = {uuid for one in self.books.waiting() for uuid in one.earmark}
-        barred |= {room.device.uuid for room in self.rooms if room.device.node in but}
+        barred |= {room.device.uuid for room in self.rooms if room.device.node in but} | self.kept
         return self._here(want, barred, None) or (self._to_come(want, None) if coming else None)
 
     def _over(self, want: Want, cap: Part) -> bool:

@@ -130,6 +130,8 @@ class Service:
             entry = self.core.ended.get(request_id)
             if entry is not None:
                 log.info("gone %s %s: %s", request_id, _who(entry.request.owner), entry.reason)
+        for slice_id in effects.parks:
+            self._spawn(self._park(slice_id))
         for what, slice_ids in ((self._release, effects.releases), (self._resize_again, effects.resizes), (self._move, effects.moves)):
             for slice_id in slice_ids:
                 if slice_id not in self._asking:
@@ -176,7 +178,7 @@ class Service:
         refused: str | None = None
         done = False
         try:
-            await self.ledger.resize(wanted)
+            await (self.ledger.resize(wanted) if entry.full is None else self.ledger.restore(entry.slice_id))
             done = True
         except LedgerRefused as error:
             refused = error.message
@@ -184,6 +186,21 @@ class Service:
         finally:
             self.core.end_resize(entry, refused, done, self.clock())
             self.settle()
+
+    async def _park(self, slice_id: str) -> None:
+        entry, seconds = self.core.books.entries.get(slice_id), self.core.settings.idle.after_seconds
+        if entry is None or seconds is None:
+            return
+        refused = True
+        try:
+            async with self._lock(slice_id):
+                await self.ledger.park(slice_id, seconds)
+            refused = False
+            log.info("parking %s %s: idle, and others wait", slice_id, _who(entry.request.owner))
+        except NbgpuError as error:
+            log.info("not parked %s: %s", slice_id, error.message)
+        finally:
+            self.core.end_park(entry, refused)
 
     async def _move(self, slice_id: str) -> None:
         entry = self.core.books.entries.get(slice_id)

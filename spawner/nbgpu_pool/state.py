@@ -9,6 +9,7 @@ from functools import cached_property
 from nbgpu.models import Device, Slice
 
 from .estimate import GUESS_SECONDS
+from .idle import IdlePolicy
 from .placement import DEFAULT_POLICY, Policy
 from .queue import Fairness
 from .quotas import Quotas
@@ -31,6 +32,7 @@ class Settings:
     queue_total: int = 1000
     queue_per_user: int = 10
     policy: Policy = DEFAULT_POLICY
+    idle: IdlePolicy = field(default_factory=IdlePolicy)
     start_seconds: Mapping[str, float] = field(default_factory=dict[str, float])
     """How long a node takes to start, by the name of its group (`coming`)."""
 
@@ -52,6 +54,14 @@ class Seen:
     """It has its devices; False where that is still Kubernetes' to decide."""
     refusal: str = ""
     """Why no node is found for its pod, in the scheduler's words."""
+    full: Slice | None = None
+    """With the limits that a parked slice comes back to; None: it is not parked."""
+    idle_seconds: float | None = None
+    """How long it has been idle; None: it cannot be parked."""
+    wanted_seconds: float | None = None
+    """How long a parked slice has wanted to come back; None: it does not."""
+    parking: bool = False
+    """It is on its way there at this moment."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,8 @@ class Effects:
     """Slices to ask back from the ledger, again and again until it has answered."""
     resizes: list[str] = field(default_factory=list[str])
     """Slices whose wanted limits the ledger has to be told, again and again until it has answered."""
+    parks: list[str] = field(default_factory=list[str])
+    """Slices that the ledger is to be asked to park, once."""
     moves: list[str] = field(default_factory=list[str])
     """Slices to move to another node, again and again until the ledger has answered."""
     granted: list[str] = field(default_factory=list[str])

@@ -1,0 +1,97 @@
+"""In a Python kernel: a cell waits before its first line while the server's slice is parked, and can be interrupted (docs/idle.md).
+
+An IPython extension that the kernel provisioner names. It imports nothing of nbgpu's: kernels have environments of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+LIMIT_AT = 112
+"""Where `ctl` has the memory limit of the slice's first device: 0 while it is parked (`nbgpu_agent.layout`)."""
+LOOK_SECONDS = 0.25
+ANSWER_SECONDS = 5.0
+WAITS = (
+    "This notebook's GPU was given to others while it was idle. The cell waits for it, before all new requests; interrupt it to give up."
+)
+GIVEN_UP = "Interrupted while waiting for the GPU: the cell did not run."
+
+
+def ask(path: str, method: str, address: str) -> dict[str, Any]:
+    """Return the agent's answer; empty where there is none."""
+    with contextlib.suppress(OSError, ValueError), socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(ANSWER_SECONDS)
+        connection.connect(address)
+        connection.sendall(f"{method} {path} HTTP/1.0\r\nHost: slice\r\nContent-Length: 0\r\n\r\n".encode())
+        answer = b""
+        while piece := connection.recv(65536):
+            answer += piece
+        found = json.loads(answer.partition(b"\r\n\r\n")[2])
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+class Wait:
+    """Looks before each cell: an AST transformer of IPython, which may refuse to run a cell.
+
+    Parameters
+    ----------
+    rejected : type
+        What to raise for that (`IPython.core.error.InputRejected`).
+    """
+
+    def __init__(self, directory: str, address: str, rejected: type[Exception]):
+        self._ctl = os.open(os.path.join(directory, "ctl"), os.O_RDONLY | os.O_CLOEXEC)
+        self._address = address
+        self._rejected = rejected
+
+    def parked(self) -> bool:
+        """Return whether the slice holds nothing now."""
+        return os.pread(self._ctl, 8, LIMIT_AT) == bytes(8)
+
+    def visit(self, node: Any) -> Any:
+        """Return the cell as it is, once the GPU is there."""
+        if self.parked():
+            print(WAITS, file=sys.stderr, flush=True)
+            began = time.monotonic()
+            if not self._interruptible():
+                raise self._rejected(GIVEN_UP)
+            print(f"The GPU is back after {max(1, round(time.monotonic() - began))} s.", file=sys.stderr, flush=True)
+        return node
+
+    def _interruptible(self) -> bool:
+        """Wait; return False when interrupted. IPython has another handler for SIGINT while it runs what awaits."""
+        main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGINT, signal.default_int_handler) if main else None
+        try:
+            self._wait()
+            return True
+        except KeyboardInterrupt:
+            return False
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGINT, before)
+
+    def _wait(self) -> None:
+        asked: dict[str, Any] = {}
+        while self.parked() or asked.get("state") == "restoring":
+            asked = ask("/v1/idle/want", "POST", self._address)
+            time.sleep(LOOK_SECONDS)
+
+
+def load_ipython_extension(ipython: Any) -> None:
+    """Have cells wait; nothing where the kernel is in no slice."""
+    from IPython.core.error import InputRejected
+
+    directory, address = os.environ.get("NBGPU_SLICE_DIR"), os.environ.get("NBGPU_SOCKET")
+    if directory and address:
+        with contextlib.suppress(OSError):
+            ipython.ast_transformers.append(Wait(directory, address, InputRejected))

@@ -1,0 +1,85 @@
+"""A notebook kernel for tests: holds GPU memory with known contents, and does on the GPU what stdin says. Answers each line with one.
+
+Commands: ``hold MIB`` (allocates, fills, answers the checksum), ``sum``, ``launch``, ``more MIB`` (allocates, answers the CUresult),
+``managed``, ``share`` (hands the memory out), ``drop`` (frees what is managed).
+"""
+
+from __future__ import annotations
+
+import ctypes as c
+import hashlib
+import sys
+
+from sim_client import Cuda, CudaError
+
+MIB = 1024**2
+PIECE = 4096
+MOST_PIECES = 256
+
+
+def pattern(number: int) -> bytes:
+    """Return what is written into each MiB: another thing for each."""
+    return hashlib.sha256(str(number).encode()).digest() * (PIECE // 32)
+
+
+class Kernel:
+    """What the program holds."""
+
+    def __init__(self) -> None:
+        self.cuda = Cuda()
+        self.function = self.cuda.make("cuModuleGetFunction", self.cuda.module, b"sim_busy_1000us")
+        self.memory, self.mib = c.c_uint64(), 0
+        self.managed = c.c_uint64()
+
+    def hold(self, mib: int) -> str:
+        self.memory, self.mib = self.cuda.alloc(mib * MIB), mib
+        for number in self.places():
+            self.cuda.write(c.c_uint64(self.memory.value + number * MIB), pattern(number))
+        return self.sum()
+
+    def places(self) -> range:
+        """Return where something is written, in MiB: the simulated driver keeps the contents of 64 KiB around each, up to a bound."""
+        return range(0, self.mib, max(1, self.mib // MOST_PIECES))
+
+    def sum(self) -> str:
+        found = hashlib.sha256()
+        for number in self.places():
+            found.update(self.cuda.read(c.c_uint64(self.memory.value + number * MIB), PIECE))
+        return found.hexdigest()
+
+    def launch(self) -> str:
+        self.cuda.launch(self.function)
+        self.cuda.call("cuCtxSynchronize")
+        return "launched"
+
+    def more(self, mib: int) -> str:
+        try:
+            self.cuda.alloc(mib * MIB)
+        except CudaError as error:
+            return str(error.code)
+        return "0"
+
+    def share(self) -> str:
+        self.cuda.call("cuIpcGetMemHandle", (c.c_ubyte * 64)(), self.memory)
+        return "shared"
+
+    def manage(self) -> str:
+        self.cuda.call("cuMemAllocManaged", c.byref(self.managed), c.c_size_t(MIB), 1)
+        return "managed"
+
+    def drop(self) -> str:
+        self.cuda.free(self.managed)
+        return "dropped"
+
+
+def main() -> None:
+    """Obey stdin until it closes."""
+    kernel = Kernel()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        word, *rest = line.split()
+        print(getattr(kernel, {"managed": "manage"}.get(word, word))(*map(int, rest)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

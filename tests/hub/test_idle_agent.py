@@ -1,0 +1,257 @@
+"""The agent parks idle slices and brings them back (docs/idle.md): nothing is lost, nothing is given twice, and refusals have reasons."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from agent_harness import AgentProcess, missing_libraries, own_agent, until, usage
+from idle_kit import Notebook, held_bytes, idle_agent, open_notebook, parked, refusal, restore, smi_used_mib
+
+from nbgpu.errors import NbgpuError
+from nbgpu.quantities import MIB
+
+pytestmark = [pytest.mark.timeout(240), pytest.mark.skipif(missing_libraries() is not None, reason=str(missing_libraries()))]
+CYCLES = int(os.environ.get("NBGPU_TEST_CYCLES", "1000"))
+
+
+@pytest.fixture(scope="module")
+def agent() -> Iterator[AgentProcess]:
+    with tempfile.TemporaryDirectory(prefix="nbgpu-test-", dir="/tmp") as name:
+        found = AgentProcess(Path(name))
+        try:
+            yield idle_agent(found)
+        finally:
+            found.close()
+
+
+@pytest.fixture(autouse=True)
+def empty(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each test leaves the shared agent without slices."""
+    yield
+    if "agent" in request.fixturenames:
+        shared: AgentProcess = request.getfixturevalue("agent")
+        until(lambda: not shared.slices(), 10, "all slices have ended")
+
+
+def test_memory_goes_to_the_host_and_comes_back_as_it_was(agent: AgentProcess) -> None:
+    notebook, wanted = open_notebook(agent)
+    launch = agent.put(wanted)
+    before = usage(launch).devices[0].memory_used_bytes // MIB
+    until(lambda: smi_used_mib(launch) == before, 10, "the agent's own look at the GPU is over")
+    parked(agent, notebook, wanted.slice_id)
+    assert smi_used_mib(launch) == 0
+    assert held_bytes(agent, wanted.slice_id) == 0
+    device = usage(launch).devices[0]
+    assert (device.memory_used_bytes, device.memory_limit_bytes) == (0, wanted.devices[0].memory_bytes)
+    restore(agent, wanted.slice_id)
+    until(lambda: notebook.state() == "held", 20, "the slice is back")
+    assert notebook.do("sum") == notebook.sum
+    assert smi_used_mib(launch) == before
+    assert held_bytes(agent, wanted.slice_id) == wanted.devices[0].memory_bytes
+    mine = [event["kind"] for event in agent.events() if event["slice_id"] == wanted.slice_id]
+    assert [kind for kind in mine if kind in ("parked", "restored", "lost")] == ["parked", "restored"]
+    notebook.close()
+
+
+def test_somebody_else_runs_in_the_room_and_the_way_back_waits_for_it(agent: AgentProcess) -> None:
+    ada, of_ada = open_notebook(agent, 1000)
+    with pytest.raises(NbgpuError, match="left"):  # the control: while it is held there is no room
+        agent.put(agent.slice(1000, user="grace"))
+    parked(agent, ada, of_ada.slice_id)
+    grace, of_grace = open_notebook(agent, 1000, user="grace")
+    with pytest.raises(NbgpuError, match="left"):
+        restore(agent, of_ada.slice_id)
+    assert ada.state() == "parked"
+    grace.close()
+    until(lambda: of_grace.slice_id not in agent.slices(), 10, "grace's slice has ended")
+    restore(agent, of_ada.slice_id)
+    assert ada.do("sum") == ada.sum  # a call that came too early waits in the driver
+    ada.close()
+
+
+@pytest.mark.parametrize("what", [("launch",), ("more", 1)], ids=["launch", "allocation"])
+def test_a_parked_program_that_wants_its_gpu_waits_and_asks_for_it(agent: AgentProcess, what: tuple[object, ...]) -> None:
+    notebook, wanted = open_notebook(agent)
+    parked(agent, notebook, wanted.slice_id)
+    assert agent.slices()[wanted.slice_id]["idle"]["wanted_seconds"] is None
+    notebook.begin(*what)
+    until(lambda: agent.slices()[wanted.slice_id]["idle"]["wanted_seconds"] is not None, 10, "it asks for its slice")
+    assert held_bytes(agent, wanted.slice_id) == 0
+    restore(agent, wanted.slice_id)
+    assert notebook.end() in ("launched", "0")
+    assert notebook.do("sum") == notebook.sum
+    notebook.close()
+
+
+def test_a_new_kernel_of_a_parked_slice_waits_instead_of_taking_what_is_not_there(agent: AgentProcess) -> None:
+    notebook, wanted = open_notebook(agent)
+    launch = agent.put(wanted)
+    parked(agent, notebook, wanted.slice_id)
+    made: list[Notebook] = []
+    starter = threading.Thread(target=lambda: made.append(Notebook(launch, "kernel-b", 16)))
+    starter.start()
+    until(lambda: agent.slices()[wanted.slice_id]["idle"]["wanted_seconds"] is not None, 10, "the new kernel asks for the slice")
+    assert not made
+    assert smi_used_mib(launch) == 0
+    restore(agent, wanted.slice_id)
+    starter.join(20)
+    assert made[0].do("sum") == made[0].sum
+    assert notebook.do("sum") == notebook.sum
+    for one in (*made, notebook):
+        one.close()
+
+
+def test_refusals_say_why(agent: AgentProcess) -> None:
+    notebook, wanted = open_notebook(agent)
+    slice_id = wanted.slice_id
+    assert "has not told" in str(refusal(agent, slice_id))
+    notebook.tell(busy=True)
+    assert "busy" in str(refusal(agent, slice_id))
+    notebook.tell(protected=["kernel-a"])
+    assert "protected" in str(refusal(agent, slice_id))
+    notebook.tell(protected=[])
+    assert "not been idle" in str(refusal(agent, slice_id, 60))
+    other = Notebook(agent.put(wanted), "", 1)
+    assert "no notebook kernel" in str(refusal(agent, slice_id))
+    other.close()
+    until(lambda: "no notebook" not in str(refusal(agent, slice_id, 60)), 10, "the other program is gone")
+    parked(agent, notebook, slice_id)  # the control: none of them holds any more
+    assert "parked already" in str(refusal(agent, slice_id))
+    with pytest.raises(NbgpuError, match="because it is idle"):
+        agent.client.call("PATCH", f"/v1/slices/{slice_id}", {"compute_milli": 100})
+    notebook.close()
+
+
+@pytest.mark.parametrize("kind", ["managed", "share"])
+def test_memory_that_no_checkpoint_takes_is_refused_and_the_program_goes_on(agent: AgentProcess, kind: str) -> None:
+    notebook, wanted = open_notebook(agent)
+    notebook.do(kind)
+    notebook.tell()
+    assert refusal(agent, wanted.slice_id) is None
+    until(lambda: "shares with other" in str(agent.slices()[wanted.slice_id]["idle"]["reason"]), 20, "why it was not parked")
+    assert "shares with other" in str(refusal(agent, wanted.slice_id)), "it is left alone for a while"
+    assert notebook.do("launch") == "launched"
+    assert notebook.do("sum") == notebook.sum
+    assert held_bytes(agent, wanted.slice_id) == wanted.devices[0].memory_bytes
+    notebook.close()
+
+
+def test_host_memory_is_bounded_over_all_slices(runtime: Path) -> None:
+    agent = AgentProcess(runtime).start("--idle-host-memory", "1 GiB")
+    try:
+        # each holds 64 MiB and a context of a few hundred: the second is one too many
+        first, one = open_notebook(agent, 250)
+        second, two = open_notebook(agent, 250, user="grace", mib=600)
+        parked(agent, first, one.slice_id)
+        second.tell()
+        assert "host memory is left" in str(refusal(agent, two.slice_id))
+        first.close()
+        until(lambda: one.slice_id not in agent.slices(), 10, "the first slice has ended")
+        parked(agent, second, two.slice_id)
+        second.close()
+    finally:
+        agent.close()
+
+
+def test_nothing_is_parked_unless_an_administrator_says_so() -> None:
+    with own_agent() as agent:
+        notebook, wanted = open_notebook(agent)
+        notebook.tell()
+        assert "not parked here" in str(refusal(agent, wanted.slice_id))
+        assert agent.slices()[wanted.slice_id]["idle"] is None
+        notebook.close()
+
+
+def test_a_kernel_that_is_killed_while_parked_takes_nothing_with_it(agent: AgentProcess) -> None:
+    notebook, wanted = open_notebook(agent)
+    other = Notebook(agent.put(wanted), "kernel-b", 16, agent)
+    agent.adopt(wanted.slice_id, other.pid)
+    notebook.client.call("PUT", "/v1/idle", {"kernels": {"kernel-a": False, "kernel-b": False}})
+    assert refusal(agent, wanted.slice_id) is None
+    until(lambda: notebook.state() == "parked", 20, "the slice is parked")
+    notebook.kill()
+    time.sleep(0.3)
+    restore(agent, wanted.slice_id)
+    assert other.do("sum") == other.sum
+    until(lambda: other.state() == "held", 20, "the slice is back")
+    other.close()
+    notebook.close()
+    until(lambda: wanted.slice_id not in agent.slices(), 10, "the slice has ended")
+
+
+STEPS = ("idle.parking-saved", "idle.locked", "idle.checkpointed", "idle.parked-saved", "idle.restoring-saved", "idle.restored")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", STEPS)
+def test_an_agent_that_dies_anywhere_loses_nothing(runtime: Path, step: str) -> None:
+    agent = AgentProcess(runtime)
+    agent.env["NBGPU_MARK"] = f"{step}:1"
+    idle_agent(agent)
+    notebook, wanted = open_notebook(agent)
+    assert agent.process is not None
+    notebook.tell()
+    try:
+        refusal(agent, wanted.slice_id)
+        until(lambda: agent.process is None or agent.process.poll() is not None or notebook.state() == "parked", 20, "it is parked")
+        if agent.process.poll() is None:
+            restore(agent, wanted.slice_id)
+    except NbgpuError:
+        pass
+    assert agent.process.wait(20) == -9, "it died where it should"
+    del agent.env["NBGPU_MARK"]
+    idle_agent(agent)
+    until(lambda: notebook.state() in ("held", "parked"), 20, "the next agent has brought it to an end")
+    state, held = notebook.state(), held_bytes(agent, wanted.slice_id)
+    print(f"{step}: found {state}")
+    assert (state == "parked") == (step == "idle.parked-saved")
+    assert held == (0 if state == "parked" else wanted.devices[0].memory_bytes)
+    if state == "parked":
+        restore(agent, wanted.slice_id)
+    assert notebook.do("sum") == notebook.sum
+    assert notebook.do("launch") == "launched"
+    until(lambda: notebook.state() == "held", 20, "the slice is back")
+    notebook.tell()
+    agent.close()
+    notebook.close()
+
+
+def cycle(agent: AgentProcess, notebook: Notebook, slice_id: str) -> None:
+    """There and back, with work before and after."""
+    assert notebook.do("launch") == "launched"
+    notebook.tell()
+    until(lambda: refusal(agent, slice_id) is None or notebook.state() != "held", 20, "it begins to be parked", every=0.02)
+    until(lambda: notebook.state() == "parked", 20, "it is parked")
+    restore(agent, slice_id)
+    assert notebook.do("sum") == notebook.sum
+    until(lambda: notebook.state() == "held", 20, "it is back")
+
+
+def cycles(agent: AgentProcess, count: int) -> None:
+    """So many times there and back, beside a neighbour that works."""
+    notebook, wanted = open_notebook(agent)
+    neighbour, _ = open_notebook(agent, user="grace")
+    for number in range(count):
+        cycle(agent, notebook, wanted.slice_id)
+        if number % 10 == 0:
+            assert neighbour.do("launch") == "launched"
+    assert neighbour.do("sum") == neighbour.sum
+    assert not agent.events(kind="lost")
+    notebook.close()
+    neighbour.close()
+
+
+def test_there_and_back_many_times(agent: AgentProcess) -> None:
+    cycles(agent, 20)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_there_and_back_a_thousand_times(agent: AgentProcess) -> None:
+    cycles(agent, CYCLES)

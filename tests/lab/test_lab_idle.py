@@ -1,0 +1,146 @@
+"""Two people with a Jupyter server each and one GPU: ada goes to lunch, grace starts on her memory, ada's cell waits and loses nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_lab_slice import LIBRARIES, ROOT, Kernel, Server, environment, wait_for
+
+from nbgpu.client import AgentClient
+from nbgpu_agent import layout
+from nbgpu_lab.kernel_wait import GIVEN_UP, LIMIT_AT, WAITS
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(not (LIBRARIES / "sim" / "libcuda.so.1").exists(), reason="C libraries not built: make setup"),
+]
+GIB_MIB = 1024
+PATHS = [str(ROOT / "tests/hub"), str(ROOT / "tests/limiter")]
+HOLD = f"import sys; sys.path[:0] = {PATHS!r}; import idle_program; k = idle_program.Kernel()"
+WORK = """
+import threading, time
+def work():
+    while True:
+        k.launch()
+        time.sleep(0.05)
+threading.Thread(target=work, daemon=True).start()
+"""
+
+
+class Place:
+    """A pool and an agent that park slices after a second, and the servers of their users."""
+
+    def __init__(self) -> None:
+        self.base = Path(tempfile.mkdtemp(prefix="nbgpu-idle-"))  # short: it holds Unix sockets
+        self.parts: list[subprocess.Popen[bytes]] = []
+        self.log = (self.base / "log").open("w")
+        self.runtime = self.base / "nbgpu"
+        self.runtime.mkdir()
+        self.env = {"NBGPU_RUNTIME_DIR": str(self.runtime), "NBGPU_SIM_STATE": f"/dev/shm/{self.base.name}"}
+        config = self.base / "pool.yaml"
+        config.write_text("idle: {after_seconds: 1}\n")
+        path = os.pathsep.join(str(ROOT / part) for part in ("", "spawner", "nodeagent", "labextension"))
+        env = {**os.environ, **self.env, "PYTHONPATH": path}
+        self.start(env, "nbgpu_agent", "--simulate", "--sim-devices", "1", "--idle-host-memory", "64 GiB")
+        wait_for("the agent", (self.runtime / "agent.sock").exists, 30)
+        self.start(env, "nbgpu_pool", "--config", str(config))
+        wait_for("the pool", (self.runtime / "pool.sock").exists, 30)
+        self.agent = AgentClient(self.runtime / "agent.sock")
+
+    def start(self, env: dict[str, str], *arguments: str) -> subprocess.Popen[bytes]:
+        self.parts.append(subprocess.Popen([sys.executable, "-m", *arguments], env=env, stdout=self.log, stderr=self.log))
+        return self.parts[-1]
+
+    def server(self, user: str) -> tuple[Server, subprocess.Popen[bytes]]:
+        """Start somebody's Jupyter server with the whole GPU; it waits until it gets it."""
+        base = self.base / user
+        base.mkdir()
+        (base / "notebooks").mkdir()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            found = Server(base, probe.getsockname()[1])
+        options = [f"--port={found.port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=secret", "--allow-root", "--no-browser"]
+        jupyter = [sys.executable, "-m", "jupyter_server", *options, f"--ServerApp.root_dir={base / 'notebooks'}"]
+        return found, self.start({**environment(base), **self.env}, "nbgpu", "run", "--gpu", "1", "--", *jupyter)
+
+    def states(self) -> list[str]:
+        """Return where each slice is."""
+        return [one.idle.state if one.idle is not None else "" for one in self.agent.slices().slices]
+
+    def close(self) -> None:
+        for part in reversed(self.parts):
+            part.terminate()
+            part.wait(30)
+        self.log.close()
+        print((self.base / "log").read_text()[-6000:])
+        Path(self.env["NBGPU_SIM_STATE"]).unlink(missing_ok=True)
+        shutil.rmtree(self.base, ignore_errors=True)
+
+
+@pytest.fixture
+def place() -> Iterator[Place]:
+    found = Place()
+    yield found
+    found.close()
+
+
+def begin(kernel: Kernel, code: str) -> str:
+    """Run a cell without waiting for it; return its message's id."""
+    return kernel.client.execute(code)
+
+
+def told(kernel: Kernel, message_id: str, word: str, seconds: float = 60) -> str:
+    """Return what a cell has printed once `word` is among it."""
+    printed, deadline = "", time.monotonic() + seconds
+    while word not in printed:
+        assert time.monotonic() < deadline, printed
+        message: dict[str, Any] = kernel.client.get_iopub_msg(timeout=seconds)
+        if message["parent_header"].get("msg_id") == message_id and message["msg_type"] == "stream":
+            printed += message["content"]["text"]
+    return printed
+
+
+def test_where_the_limit_is() -> None:
+    assert layout.Ctl.device.offset + layout.CtlDevice.mem_limit.offset == LIMIT_AT
+
+
+def test_ada_goes_to_lunch(place: Place) -> None:
+    ada, _ = place.server("ada")
+    wait_for("ada's server", ada.answers, 60)
+    notebook = ada.open("ada.ipynb")
+    notebook.run(HOLD)
+    before = notebook.run(f"print(k.hold({20 * GIB_MIB}))")
+
+    grace, of_grace = place.server("grace")  # who waits for the GPU that ada does not use
+    wait_for("grace's server", grace.answers, 90)
+    assert sorted(place.states()) == ["held", "parked"]
+    assert ada.usage()["devices"][0]["memory_used_bytes"] == 0
+    hers = grace.open("grace.ipynb")
+    hers.run(HOLD)
+    hers.run(f"print(k.hold({16 * GIB_MIB}))")
+    hers.run(WORK)  # a notebook that trains in the background is not idle
+
+    cell = begin(notebook, "ran = True; print(k.sum())")
+    told(notebook, cell, WAITS)
+    ada.call(f"api/kernels/{notebook.id}/interrupt", {}, "POST")
+    assert notebook.client.get_shell_msg(timeout=20)["content"]["status"] == "error", GIVEN_UP
+    assert sorted(place.states()) == ["held", "parked"]
+    cell = begin(notebook, "print(k.sum())")
+    told(notebook, cell, WAITS)
+    of_grace.send_signal(signal.SIGTERM)
+    assert before.strip() in told(notebook, cell, before.strip(), 90)
+    kinds = [notice["kind"] for notice in ada.call("nbgpu/api/events?after=0")]
+    assert [kind for kind in kinds if kind in ("parked", "wanting", "restored", "lost")] == ["parked", "wanting", "restored"]
+    assert notebook.run("print('ran' in globals())").strip() == "False", "the cell that was interrupted did not run"
