@@ -245,11 +245,9 @@ def test_a_taint_that_should_not_be_there_is_a_difference() -> None:
 # -- the kubelet's calls ------------------------------------------------------------------------------------------------
 
 
-def test_a_pod_that_is_refused_without_end_does_not_fill_the_log(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pod_that_is_refused_without_end_does_not_fill_the_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger("nbgpu.agent"), "disabled", False)  # a hub in this process turns others' loggers off
-    plugin = Plugin(tmp_path, tmp_path, "x")
+    plugin = Plugin(Path("/nowhere"), Path("/nowhere"), "x")  # a path that is short enough for sockets; it makes none here
     plugin._claims = object()  # type: ignore[assignment]
     clock = [0.0]
     monkeypatch.setattr("nbgpu_agent.kube.plugin.time", SimpleNamespace(monotonic=lambda: clock[0]))
