@@ -9,7 +9,11 @@ from __future__ import annotations
 FACTS: dict[str, tuple[str, str, str]] = {
     # name: (section that measures it, where it is claimed, what is claimed)
     "nvml-pids": ("machine", "limiter 7", "NVML names processes by the pids that the agent sees"),
-    "memory-limits-r615": ("machine", "limiter 5", "drivers from 615 on limit memory per cgroup (nothing is set here)"),
+    "memory-limits-r615": (
+        "machine",
+        "limiter 5, security",
+        "drivers from 615 on limit memory per cgroup, older ones say Not Supported: by that the agent chooses (nothing is set here)",
+    ),
     "proc-address": (
         "resolution",
         "limiter 3 [?]",
@@ -32,7 +36,11 @@ FACTS: dict[str, tuple[str, str, str]] = {
     "lock-after-kill": ("death", "limiter 4", "a record lock is free within 1 ms of SIGKILL"),
     "teardown-lag": ("death", "limiter 5, 9", "the memory of the dead is free at most 500 ms after its process is gone"),
     "kill-in-kernel": ("death", "limiter 6", "a killed process's GPU kernel does not go on holding the device"),
-    "checkpoint-lock": ("checkpoint", "limiter 7 [?]", "cuCheckpointProcessLock stops a process that uses the GPU; unlocked it goes on"),
+    "checkpoint-lock": (
+        "checkpoint",
+        "limiter 7 [?]",
+        "cuCheckpointProcessLock by a process without a context stops one that uses the GPU; unlocked it goes on",
+    ),
     "checkpoint-frees": ("checkpoint", "limiter 8", "a checkpoint gives a process's GPU memory back, and a restore brings it back"),
     "framework-pytorch": ("frameworks", "limiter 3", "PyTorch works in a slice and gets its own out-of-memory error at the limit"),
     "framework-cupy": ("frameworks", "limiter 3", "CuPy works in a slice and gets its own out-of-memory error at the limit"),

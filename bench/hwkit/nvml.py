@@ -38,6 +38,10 @@ class _Sample(c.Structure):
     ]
 
 
+class _Limits(c.Structure):
+    _fields_ = [("cgroup", c.c_char_p), ("soft", c.c_ulonglong), ("hard", c.c_ulonglong), ("used", c.c_ulonglong)]
+
+
 class _Utilization(c.Structure):
     _fields_ = [("gpu", c.c_uint), ("memory", c.c_uint)]
 
@@ -63,6 +67,13 @@ class Nvml:
     def has(self, name: str) -> bool:
         """Return whether this driver exports a function."""
         return hasattr(self._lib, name)
+
+    def limits_memory(self) -> bool | None:
+        """Return whether the driver limits cgroups, by its answer about one that cannot have a limit; None: it does not know the call."""
+        if not self.has("nvmlDeviceGetMemoryLimits_v1"):
+            return None
+        question = _Limits(b"/sys/fs/cgroup")
+        return int(self._lib.nvmlDeviceGetMemoryLimits_v1(self._device, c.byref(question))) != NOT_SUPPORTED
 
     def _call(self, name: str, *arguments: Any) -> None:
         function = getattr(self._lib, name, None)

@@ -43,7 +43,7 @@ def machine(kit: Kit) -> dict[str, Any]:
         "others_on_gpu": len(nvml.processes()),
         "cpu": _cpu(),
         "cores": os.cpu_count(),
-        "memory_limits_by_driver": nvml.has("nvmlDeviceSetMemoryLimits_v1"),
+        "memory_limits_by_driver": nvml.limits_memory(),
         "kernel": platform.release(),
         "root": os.geteuid() == 0,
         "python": platform.python_version(),
@@ -66,10 +66,12 @@ def machine(kit: Kit) -> dict[str, Any]:
         "holds" if found["pids_agree"] else "differs",
         "the worker's pid is in NVML's list" if found["pids_agree"] else f"pid {worker.pid} is not in NVML's list, which has {own[:8]}",
     )
+    limits = found["memory_limits_by_driver"]
+    recent = (major or "").partition(".")[0].isdecimal() and int((major or "").partition(".")[0]) >= 615
     kit.fact(
         "memory-limits-r615",
-        "unknown",
-        f"driver {major} {'has' if found['memory_limits_by_driver'] else 'has no'} nvmlDeviceSetMemoryLimits_v1; nothing was set",
+        "holds" if bool(limits) == recent else "differs",
+        f"driver {major} {'has them' if limits else 'does not know the call' if limits is None else 'says Not Supported'}; nothing was set",
     )
     notes = []
     if found["mig"]:

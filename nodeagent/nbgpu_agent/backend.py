@@ -178,4 +178,4 @@ class DriverLimits:
         if live.id not in self._told:
             self._told.add(live.id)
             message = f"The limiter alone holds this server's GPU memory, not the driver: {why}. Programs that evade it are only detected."
-            self._events.add("limiter-only", "warning", message, live.id, owner=live.owner)
+            self._events.add("limiter-only", "info", message, live.id, owner=live.owner)

@@ -56,6 +56,8 @@ class SliceMemory:
     hostile_at: float = -HOSTILE_SECONDS
     books: dict[str, Books] = field(default_factory=dict[str, Books])
     """By device: what offences are judged by."""
+    seen_bytes: dict[str, int] = field(default_factory=dict[str, int])
+    """By device: what NVML saw of its processes at the last look."""
 
 
 class Monitor:
@@ -216,6 +218,7 @@ class Monitor:
         rows = [row for row in rows if row.device == index]
         memory = {pid: sample.memory[pid] for pid in pids if pid in sample.memory}
         compute = {pid: sample.compute[pid] for pid in pids if pid in sample.compute}
+        self._memory.setdefault(live.id, SliceMemory()).seen_bytes[part.uuid] = sum(memory.values())
         slots = [self._seen(live, row) for row in rows]
         found = overheads(slots, memory, cap)
         for seen in slots:
@@ -370,9 +373,11 @@ class Monitor:
         slice_used = used = sum(slot.memory_bytes for slot in slots)
         allowed, which = part.memory_bytes, "slice"
         if row.refused_by == layout.REFUSED_DRIVER:
-            # The driver knows to the byte what the slice holds; the slots, what was told and the last look.
-            full = slice_used + row.refused_bytes + OVER_LIMIT_TOLERANCE_BYTES > part.memory_bytes
-            which = "slice" if live.backend == "driver" and full else "device"
+            which = "device"
+            # The driver counts who tells nothing, too.
+            seen = max(slice_used, self._memory[live.id].seen_bytes.get(part.uuid, 0))
+            if live.backend == "driver" and seen + row.refused_bytes + OVER_LIMIT_TOLERANCE_BYTES > part.memory_bytes:
+                which, used = "slice", seen
         elif limit is not None and limit.memory_bytes is not None:
             own = sum(slot.memory_bytes for slot in slots if slot.kernel_id == row.kernel_id)
             # The limiter looks at the slice first: where the kernel's own limit forbids it too, a larger slice would not help.

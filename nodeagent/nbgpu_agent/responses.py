@@ -23,6 +23,7 @@ from nbgpu.models import KernelId
 from . import procs
 from .agent import Agent, short
 from .live import LiveSlice
+from .marks import mark
 from .offenders import Offence, Sure
 from .procs import Process
 from .slicedir import Suspended
@@ -150,12 +151,14 @@ class Responses:
                 kernel_id=self._kernel(live, process), reason=reason(one), memory_bytes=one.memory_bytes,
             )  # fmt: skip
             live.save(suspended=(*live.record.suspended, entry))
+            mark("suspend-noted")
             self._begin(process, self._suspend_now(live, entry, process))
             return True
         return self._stop(live, known, process)
 
     async def _suspend_now(self, live: LiveSlice, entry: Suspended, process: Process) -> None:
         how = await self._agent.suspender.suspend(process)
+        mark("suspend-held")
         if self._agent.slices.get(live.id) is not live:
             return
         if how is None:

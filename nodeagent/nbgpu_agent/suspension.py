@@ -43,6 +43,7 @@ class GpuLock:
     def __init__(self, library: str, driver_version: str):
         self.lacks = ""
         """Why there is no lock; "" where there is one."""
+        self._ready = False
         branch = driver_version.partition(".")[0]
         if not branch.isdecimal() or int(branch) < LEAST_DRIVER:
             self.lacks = f"this driver ({driver_version}) has no lock, r{LEAST_DRIVER} and later do"
@@ -69,7 +70,11 @@ class GpuLock:
         return self._call("GetState", pid, ctypes.byref(state)) and state.value == _LOCKED
 
     def _call(self, name: str, pid: int, argument: object) -> bool:
-        return not self.lacks and getattr(self._cuda, f"cuCheckpointProcess{name}")(ctypes.c_int(pid), argument) == 0
+        if self.lacks:
+            return False
+        if not self._ready:  # as the hardware kit measures the lock
+            self._ready = self._cuda.cuInit(0) == 0
+        return getattr(self._cuda, f"cuCheckpointProcess{name}")(ctypes.c_int(pid), argument) == 0
 
 
 class Suspender:

@@ -170,7 +170,7 @@ def filled(of: Place) -> Iterator[tuple[Slice, Launch, subprocess.Popen[str]]]:
         until(lambda: usage(launch).backend == backend(of), 3, "who holds its memory")
         yield wanted, launch, process
     finally:
-        end(process)
+        of.end_all()
         until(lambda: not of.agent.slices(), 5, "the end of the slice")
 
 
@@ -239,6 +239,22 @@ def test_who_evades_the_limiter_is_refused_by_the_driver_and_by_nobody_else(both
         if backend(both) == "limiter":
             until(lambda: [e for e in both.agent.events(kind="over-limit") if e["slice_id"] == wanted.slice_id], 4, "it is told of")
         both.end_all()
+
+
+def test_who_is_refused_because_another_evades_the_limiter_is_told_of_the_slice(both: Place) -> None:
+    with filled(both) as (wanted, launch, kernel):
+        other = both.enter(wanted, launch, preload=False)
+        assert ask(other, "start() or alloc(12 * GIB)") == 0
+        last = both.agent.events()[-1]["id"] if both.agent.events() else -1
+        until(lambda: both.agent.events(last, kind="unlimited"), 4, "NVML has been looked at")
+        assert ask(kernel, "alloc(10 * GIB)") == (2 if backend(both) == "driver" else 0)
+        if backend(both) == "limiter":
+            return  # control: it knows nothing of the other
+        told = until(lambda: both.agent.events(last, kind="refused"), 3, "the event")
+        assert "this server's slice of 19.5 GiB has 6.9 GiB left" in told[0]["message"]
+        assert (told[0]["data"]["limit"], told[0]["kernel_id"]) == ("slice", "kernel-a")
+        end(other)
+        until(lambda: ask(kernel, "alloc(10 * GIB)") == 0, 2, "control: without the other there is room")
 
 
 def test_the_driver_has_the_limit_while_the_slice_lives(both: Place) -> None:

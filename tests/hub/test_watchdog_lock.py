@@ -96,6 +96,25 @@ def nbgpu(agent: AgentProcess, *arguments: str, env: dict[str, str] | None = Non
     return done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("point", ["suspend-noted", "suspend-held"])
+def test_an_agent_that_dies_over_it_knows_it_again(tenants: tuple[str, str], point: str) -> None:
+    with agent_with("--watchdog", "suspend", NBGPU_MARK=f"{point}:1") as agent:
+        mallory = Tenancy(agent, tenants[0])
+        try:
+            one = offender(mallory)
+            assert agent.process is not None
+            assert agent.process.wait(10) == -signal.SIGKILL, "it died at the marked point"
+            del agent.env["NBGPU_MARK"]
+            agent.start("--watchdog", "suspend")
+            stopped(one.pid, time.monotonic())  # locked or not: nobody knows how far it came
+            assert [e.pid for e in usage(mallory.launch).suspended] == [one.pid]
+            agent.client.call("POST", f"/v1/slices/{mallory.id}/resume", {"pid": one.pid})
+            ask_for_more(one)
+            until(lambda: one.run("result = done") == [0], 3, "neither lock nor stop is left")
+        finally:
+            mallory.close()
+
+
 def test_restarting_the_kernel_ends_a_locked_process_and_frees_its_memory(agent: AgentProcess, tenancy: Make) -> None:
     mallory = tenancy()
     one = offender(mallory)
