@@ -443,6 +443,35 @@ void sched_step(SchedDevice *d, uint64_t now) {
     d->wake_at = next_wake(d);
 }
 
+bool sched_pull(SchedDevice *d, int index, uint64_t now) {
+    SchedSlice *s = &d->slice[index];
+    sched_charge(d, now);
+    if (s->phase == PHASE_OPEN || s->phase == PHASE_PAUSE || !may_run(d, s))
+        return false;
+    int64_t least = sched_least_vt(d, index);
+    if (least < s->vt - stride(d)) /* its part here is smaller than there: others have their share first */
+        return false;
+    if (d->guest != SCHED_NOBODY)
+        close_gate(d, d->guest);
+    if (d->owner != SCHED_NOBODY)
+        close_gate(d, d->owner);
+    open_gate(d, index);
+    d->owner = index;
+    s->turn_end = plan_end(d, index);
+    d->wake_at = next_wake(d);
+    return true;
+}
+
+bool sched_close(SchedDevice *d, int index, uint64_t now) {
+    SchedSlice *s = &d->slice[index];
+    sched_charge(d, now);
+    if (s->phase != PHASE_OPEN || !contested(d, index))
+        return false;
+    close_gate(d, index);
+    d->wake_at = now; /* somebody is next */
+    return true;
+}
+
 uint32_t sched_gate(const SchedSlice *s) {
     if (s->suspended)
         return NBGPU_GATE_SUSPENDED;

@@ -18,6 +18,10 @@
  * Reconciled. Whose words end its turn while its work still runs on is charged nothing for that work here; somebody who sees the GPU compute
  * (the agent, by NVML) compares with `held_ns` and has it pay the difference later (`sched_owe`).
  *
+ * Parts on several devices. A slice's turn on one device begins on all its devices where it is active (`sched_pull`), and a turn that others
+ * wait for ends on all of them (`sched_close`): GPU kernels of a collective wait for each other on their devices, and one whose peers have no
+ * turn spins through its own. Each device charges for itself, so that a turn taken early there is a turn less later.
+ *
  * Guests. A slice that begins to want out of idleness, and is behind where it would be if all shared the device at every moment, is let
  * in at once; the owner's gate is closed until it is done. After `overlap_ns` it takes the turn, or leaves when it is no longer behind.
  *
@@ -117,6 +121,10 @@ void sched_owe(SchedDevice *device, int index, uint64_t ns, uint64_t now);
 void sched_step(SchedDevice *device, uint64_t now);
 /* A burst slice that took more than its turn and comes after strict ones until the time for it has passed. */
 bool sched_owes_strict(const SchedDevice *device, const SchedSlice *slice);
+/* The slice has its turn on another of its devices: it has it here too, now, if it waits for it. Returns whether its gate was opened. */
+bool sched_pull(SchedDevice *device, int index, uint64_t now);
+/* The slice's turn on another of its devices is over: here too, if others wait. Returns whether its gate was closed. */
+bool sched_close(SchedDevice *device, int index, uint64_t now);
 /* GATE_* for the slice's gate word. */
 uint32_t sched_gate(const SchedSlice *slice);
 

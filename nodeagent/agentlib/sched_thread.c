@@ -251,6 +251,21 @@ static bool ask_next(NbgpuSched *s, Device *gpu) {
     return asked;
 }
 
+/* The gate of a slice's part was another before: a turn that began, or ended, does so on the slice's other devices. */
+static void turn_together(NbgpuSched *s, const Entry *e, uint32_t was) {
+    const bool is_open = e->gate == NBGPU_GATE_OPEN;
+    if (is_open == (was == NBGPU_GATE_OPEN))
+        return;
+    for (uint32_t i = 0; i < s->high; i++) {
+        Entry *part = &s->entry[i];
+        if (!part->used || part == e || part->inode != e->inode || part->inode_dev != e->inode_dev || part->gpu == e->gpu)
+            continue;
+        SchedDevice *policy = &part->gpu->policy;
+        if (is_open ? sched_pull(policy, part->index, now_ns()) : sched_close(policy, part->index, now_ns()))
+            part->gpu->due = true;
+    }
+}
+
 /* Step a device until nothing changes. After a gate was closed or got an end the slice is read again: it need not have rung for what it
  * did just before. */
 static void settle(NbgpuSched *s, Device *gpu) {
@@ -263,6 +278,7 @@ static void settle(NbgpuSched *s, Device *gpu) {
             Entry *e = &s->entry[i];
             if (!e->used || e->gpu != gpu)
                 continue;
+            const uint32_t was = e->gate;
             bool had_no_end = e->gate == NBGPU_GATE_OPEN && !e->turn_end;
             if (write_gate(e) && (had_no_end || e->gate != NBGPU_GATE_OPEN)) {
                 sched_look(s, e, now_ns());
@@ -272,6 +288,7 @@ static void settle(NbgpuSched *s, Device *gpu) {
                 sched_look(s, e, now_ns());
                 again = true;
             }
+            turn_together(s, e, was);
         }
         if (!again)
             break;
@@ -353,6 +370,8 @@ static uint64_t work(NbgpuSched *s) {
         const uint64_t again = work_on(s, s->device[i], now);
         at = again < at ? again : at;
     }
+    for (uint32_t i = 0; i < s->devices; i++)
+        at = s->device[i]->due ? now : at; /* a turn on a later device began or ended on this one */
     return at;
 }
 

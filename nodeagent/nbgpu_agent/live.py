@@ -18,6 +18,7 @@ from .cgroups import Cgroups
 from .history import History
 from .native import Native, UseRow
 from .procs import Process
+from .reconcile import Account
 from .slicedir import CtlFile, Record, Root
 from .tenant import Tenant
 from .usage import SlotUse, compute_by_device, memory_by_device, slice_usage
@@ -73,6 +74,8 @@ class LiveSlice:
         """Called when its processes are in its cgroup, or cannot be brought there."""
         self.entries: list[int] = []
         """Of the GPU-time scheduler, one a device."""
+        self.accounts: dict[int, Account] = {}
+        """What the slice was let compute and what NVML saw of it, by its device's place."""
         self.seen_milli: dict[int, int] = {}
         """Compute that NVML saw and the slice did not tell, by its device's place."""
         self.doubts: dict[int, int] = {}

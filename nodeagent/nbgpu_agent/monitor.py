@@ -33,6 +33,8 @@ LOOKS_BETWEEN = 3
 DESCENDANTS_TICKS = 2
 SIZE_TICKS = 3
 HOSTILE_SECONDS = 60.0
+OWED_TOLD_NS = 100_000_000
+"""GPU time taken beyond the turns in one look: from this on somebody is told, and not only charged."""
 BURST_SECONDS = 1.0
 REFUSALS_MOST = 1_000_000
 """Of one slot, between two looks: more is nothing that a program did."""
@@ -225,6 +227,9 @@ class Monitor:
             live.grant_overhead(seen.slot, found.get(seen.slot, (0, 0))[0])
         now_ns = time.monotonic_ns()
         told = sum(live.tenant.compute_milli(row, now_ns) for row in rows)
+        owed_ns = self._agent.turns.reconcile(live, index, sum(sample.computed_ns.get(pid, 0) for pid in pids))
+        if owed_ns >= OWED_TOLD_NS:
+            self._hostile(live, f"it says that nothing of it runs while GPU {part.index} computes for it")
         live.doubt(index, sum(compute.values()), told)
         live.ctl.words.device[index].compute_used_milli = min(1000, max(told, live.seen_milli.get(index, 0)))
         strict = part.compute_milli if live.slice.mode == "strict" else None

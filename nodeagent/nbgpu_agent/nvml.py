@@ -5,10 +5,10 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nbgpu.models import Device
 from nbgpu.quantities import GIB, MIB
@@ -17,6 +17,8 @@ from .runtime import StartError
 
 log = logging.getLogger("nbgpu.agent")
 DEFAULT_RESERVE_BYTES = 2 * GIB
+SAMPLE_MOST_US = 2_000_000
+"""The agent asks once a second."""
 
 
 def driver_present() -> bool:
@@ -31,12 +33,54 @@ def default_reserve_bytes(memory_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class DeviceSample:
-    """What NVML says of one device at one moment; memory in bytes, busy time in milli-GPU, both by host pid."""
+    """What NVML says of one device at one moment; memory in bytes, busy time in milli-GPU, both by host pid.
+
+    `computed_ns` is the GPU time of each pid since the sample before.
+    """
 
     memory: dict[int, int] = field(default_factory=dict[int, int])
     compute: dict[int, int] = field(default_factory=dict[int, int])
     used_bytes: int = 0
+    computed_ns: dict[int, int] = field(default_factory=dict[int, int])
     error: str | None = None
+
+
+class UtilSample(NamedTuple):
+    """How busy one process kept the device, in percent, in the time until `stamp_us`."""
+
+    pid: int
+    percent: int
+    stamp_us: int
+
+
+def _plausible(samples: Iterable[UtilSample]) -> list[UtilSample]:
+    return [sample for sample in samples if sample.pid and sample.percent <= 100]
+
+
+def busy_milli(samples: Iterable[UtilSample]) -> dict[int, int]:
+    """Return each process's mean over its samples, in milli-GPU."""
+    sums: dict[int, tuple[int, int]] = {}
+    for sample in _plausible(samples):
+        total, count = sums.get(sample.pid, (0, 0))
+        sums[sample.pid] = (total + sample.percent, count + 1)
+    return {pid: total * 10 // count for pid, (total, count) in sums.items()}
+
+
+def computed_ns(samples: Iterable[UtilSample], seen_us: int) -> dict[int, int]:
+    """Return each process's GPU time since `seen_us`, the newest stamp before; nothing where there was none.
+
+    A sample stands for the time since the next older stamp, whosever that was: too little rather than too much where the stamps of the
+    processes differ. NVML says nothing of a pause longer than `SAMPLE_MOST_US`.
+    """
+    samples = _plausible(samples)
+    stamps = sorted({sample.stamp_us for sample in samples if sample.stamp_us > seen_us})
+    since = dict(zip(stamps, [seen_us, *stamps], strict=False))
+    found: dict[int, int] = {}
+    for sample in samples:
+        if seen_us and sample.stamp_us in since:
+            length_us = min(sample.stamp_us - since[sample.stamp_us], SAMPLE_MOST_US)
+            found[sample.pid] = found.get(sample.pid, 0) + length_us * sample.percent * 10
+    return found
 
 
 class Nvml:
@@ -113,7 +157,8 @@ class Nvml:
             processes: list[Any] = nvml.nvmlDeviceGetComputeRunningProcesses_v3(handle)
             memory = {int(process.pid): int(process.usedGpuMemory or 0) for process in processes}
             used_bytes = int(nvml.nvmlDeviceGetMemoryInfo(handle).used)
-            return DeviceSample(memory, self._compute(uuid, handle), used_bytes)
+            compute, computed_ns = self._compute(uuid, handle)
+            return DeviceSample(memory, compute, used_bytes, computed_ns)
         except nvml.NVMLError as error:
             return DeviceSample(error=str(error))
 
@@ -136,24 +181,19 @@ class Nvml:
             return str(error)
         return None
 
-    def _compute(self, uuid: str, handle: Any) -> dict[int, int]:
-        nvml = self._nvml
+    def _compute(self, uuid: str, handle: Any) -> tuple[dict[int, int], dict[int, int]]:
+        nvml, seen = self._nvml, self._seen.get(uuid, 0)
         try:
-            samples: list[Any] = nvml.nvmlDeviceGetProcessUtilization(handle, self._seen.get(uuid, 0))
+            samples: list[Any] = nvml.nvmlDeviceGetProcessUtilization(handle, seen)
         except nvml.NVMLError as error:
             if error.value in (nvml.NVML_ERROR_NOT_FOUND, nvml.NVML_ERROR_NOT_SUPPORTED):
-                return {}
+                return {}, {}
             if error.value == nvml.NVML_SUCCESS:  # nvidia-ml-py raises this when there is no sample
-                return {}
+                return {}, {}
             raise
-        sums: dict[int, tuple[int, int]] = {}
-        for sample in samples:
-            pid, percent = int(sample.pid), int(sample.smUtil)
-            if pid and percent <= 100:
-                total, count = sums.get(pid, (0, 0))
-                sums[pid] = (total + percent, count + 1)
-            self._seen[uuid] = max(self._seen.get(uuid, 0), int(sample.timeStamp))
-        return {pid: total * 10 // count for pid, (total, count) in sums.items()}
+        told = [UtilSample(int(sample.pid), int(sample.smUtil), int(sample.timeStamp)) for sample in samples]
+        self._seen[uuid] = max([seen, *(sample.stamp_us for sample in told)])
+        return busy_milli(told), computed_ns(told, seen)
 
 
 def select(devices: list[Device], selector: str, lost: Collection[int] = ()) -> list[Device]:

@@ -12,6 +12,7 @@ from nbgpu.models import Device
 from . import layout
 from .live import LiveSlice
 from .native import Native, Scheduler
+from .reconcile import Account
 from .slicedir import repair_use
 
 log = logging.getLogger("nbgpu.agent")
@@ -35,6 +36,7 @@ class Turns:
     def add(self, live: LiveSlice) -> None:
         """Schedule a slice on each of its devices."""
         live.entries = []
+        live.accounts = {}
         try:
             repair_use(live.tenant.fd)
             for index, part in enumerate(live.full.devices):
@@ -71,6 +73,12 @@ class Turns:
             self._scheduler.remove(entry)
         live.entries = []
 
+    def reconcile(self, live: LiveSlice, index: int, computed_ns: int) -> int:
+        """Compare what NVML saw of a slice on its `index`-th device since the last look with what it was let do; return the debt, ns."""
+        if index >= len(live.entries):
+            return 0
+        return settle(self._scheduler, live.entries[index], live.accounts, index, computed_ns)
+
     def keep_alive(self, slices: Iterable[LiveSlice]) -> bool:
         """Replace the scheduler when it gives no sign of life any more; return whether that was so."""
         slices = list(slices)
@@ -98,3 +106,13 @@ class Turns:
     def close(self) -> None:
         """Stop the scheduler; processes fall back at once."""
         self._scheduler.close()
+
+
+def settle(scheduler: Scheduler, entry: int, accounts: dict[int, Account], key: int, computed_ns: int) -> int:
+    """Charge an entry of the scheduler for what it computed beyond what it was let do; return that, ns. A first look only notes."""
+    now_ns, held_ns = time.monotonic_ns(), scheduler.stats(entry).held_ns
+    account = accounts.setdefault(key, Account(now_ns, held_ns))
+    owed_ns = account.look(computed_ns, held_ns, now_ns) if account.now_ns != now_ns else 0
+    if owed_ns:
+        scheduler.owe(entry, owed_ns)
+    return owed_ns

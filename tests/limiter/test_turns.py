@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import random
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,10 +22,15 @@ import compute  # noqa: E402
 from compute import Machine, Share, SliceFiles, start_client, wait_ready  # noqa: E402
 from limiter_kit import COMPUTE_SCALE as SCALE  # noqa: E402
 
+from nbgpu_agent import layout  # noqa: E402
 from nbgpu_agent.native import Native, Scheduler  # noqa: E402
+from nbgpu_agent.nvml import Nvml  # noqa: E402
+from nbgpu_agent.reconcile import Account  # noqa: E402
+from nbgpu_agent.turns import settle  # noqa: E402
 
 pytestmark = pytest.mark.slow
 KERNEL_NS = 2_000_000 * SCALE
+BYTES_OF_SLOT = ctypes.sizeof(layout.UseSlot)
 
 
 @pytest.fixture
@@ -40,13 +48,13 @@ class Room:
         self.groups: list[list[subprocess.Popen[str]]] = []
         self.entries: list[int] = []
 
-    def add(self, share: Share, work: str = "kernels") -> None:
+    def add(self, share: Share, work: str = "kernels", kernel_ns: int = KERNEL_NS) -> None:
         """Make a slice and start its processes; `go` lets them compute."""
         files = SliceFiles(self.folder / str(len(self.groups)), share, self.machine.uuid())
         if self.scheduler:
             self.entries.append(files.add_to(self.scheduler, share))
         folder = files.folder if self.scheduler else None
-        self.groups.append([start_client(self.machine, KERNEL_NS, folder, work=work) for _ in range(share.processes)])
+        self.groups.append([start_client(self.machine, kernel_ns, folder, work=work) for _ in range(share.processes)])
 
     def go(self) -> None:
         """Let all processes compute."""
@@ -132,6 +140,59 @@ def test_half_the_device_is_half_whatever_it_does(room: Room, work: str) -> None
     windows = [room.shares(SCALE) for _ in range(4)]
     print(work, windows)
     assert error_between(windows) <= 2
+
+
+@contextlib.contextmanager
+def going_on(work: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Do something again and again in a thread of its own, with pauses."""
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.wait(seconds):
+            work()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_who_says_that_nothing_of_it_runs_pays_later(room: Room) -> None:
+    """A slice writes "not busy" over its own words, so that its turns end while its work runs on; the agent sees the GPU compute."""
+    for processes in (2, 1):
+        room.add(Share(500, processes=processes), kernel_ns=15_000_000 * SCALE)
+    nvml, scheduler = Nvml(compute.LIB / "sim" / "libnvidia-ml.so.1"), room.scheduler
+    uuid = nvml.devices("node", True, None, "all")[0].uuid
+    accounts: dict[int, Account] = {}
+    owed = [0, 0]
+    assert scheduler is not None
+
+    def reconcile() -> None:
+        sample = nvml.sample(uuid)
+        for i, group in enumerate(room.groups):
+            computed_ns = sum(sample.computed_ns.get(client.pid, 0) for client in group)
+            owed[i] += settle(scheduler, room.entries[i], accounts, i, computed_ns)
+
+    with (room.folder / "0" / "use").open("r+b") as use:
+
+        def lie() -> None:
+            for slot in range(2):
+                os.pwrite(use.fileno(), bytes(16), layout.Use.slot.offset + slot * BYTES_OF_SLOT + layout.UseSlot.busy_since.offset)
+
+        room.go()
+        with going_on(lie, 0.002):
+            time.sleep(1)
+            without = room.shares(3)
+            with going_on(reconcile, 1):
+                time.sleep(4)
+                shares = room.shares(6)
+    print(f"without {without}, reconciled {shares}, owed {owed}")
+    assert without[1] < 40, "the lie must win something, or the test shows nothing"
+    assert shares[1] > 47
+    assert owed[1] == 0
 
 
 def test_killed_owner_leaves_the_device_to_the_other(room: Room) -> None:

@@ -207,7 +207,8 @@ static void calm_down(Sim *m) {
 static bool storm_runs(const Sim *m) {
     for (uint32_t i = 0; i < m->processes; i++) {
         const SimProcess *p = &m->process[i];
-        if (p->alive && p->outstanding > 3 * m->slice[p->slice].load.kernel_ns + 2 * MS)
+        const SimSlice *of = &m->slice[p->slice];
+        if (p->alive && (p->outstanding > 3 * of->load.kernel_ns + 2 * MS || m->policy.slice[of->id].overran))
             return true;
     }
     return false;

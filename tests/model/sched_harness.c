@@ -29,3 +29,5 @@ uint32_t harness_gate(const SchedDevice *device, int index) { return sched_gate(
 uint64_t harness_turn_end(const SchedDevice *device, int index) { return device->slice[index].turn_end; }
 uint64_t harness_charged(const SchedDevice *device, int index) { return device->slice[index].charged_ns; }
 uint64_t harness_overruns(const SchedDevice *device, int index) { return device->slice[index].overruns; }
+int harness_pull(SchedDevice *device, int index, uint64_t now) { return sched_pull(device, index, now); }
+int harness_close(SchedDevice *device, int index, uint64_t now) { return sched_close(device, index, now); }
