@@ -40,9 +40,7 @@ def compiler_for(kind: str) -> list[str]:
     main = "" if "fuzzer" in kind else "int main(void){return 0;}"
     main = main or "int LLVMFuzzerTestOneInput(const unsigned char *d, unsigned long n){return d && n > (1ul << 40);}"
     with tempfile.TemporaryDirectory() as folder:
-        empty = subprocess.run(
-            [*command, "-x", "c", "-o", f"{folder}/empty", "-"], input=main, text=True, capture_output=True
-        )
+        empty = subprocess.run([*command, "-x", "c", "-o", f"{folder}/empty", "-"], input=main, text=True, capture_output=True)
     if empty.returncode != 0:
         pytest.skip("clang has no sanitizer runtimes here (Debian: apt-get install libclang-rt-dev)")
     return command
