@@ -494,6 +494,7 @@ bool nbgpu_busy_wait_window(int device) {
         const struct timespec pause = {0, (long)(over < least ? least : over > most ? most : over)};
         pthread_mutex_unlock(&b->lock);
         waited = true;
+        MARK("fence-wait");
         nanosleep(&pause, NULL);
         pthread_mutex_lock(&b->lock);
     }

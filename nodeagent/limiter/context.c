@@ -318,6 +318,7 @@ CUresult cuCtxDestroy_v2(CUcontext context) { DESTROY(cuCtxDestroy_v2); }
     }                                                                                                                                      \
     MARK("context-reserved");                                                                                                              \
     const CUresult result = REAL(name)(__VA_ARGS__);                                                                                       \
+    MARK("context-made");                                                                                                                  \
     if (result != CUDA_SUCCESS && first)                                                                                                   \
         nbgpu_uncharge(d, CHARGE_CONTEXT, nbgpu_device[d].contexts);                                                                       \
     if (result == CUDA_SUCCESS)                                                                                                            \
@@ -364,6 +365,7 @@ CUresult cuDevicePrimaryCtxReset_v2(CUdevice device) { PRIMARY_LEFT(cuDevicePrim
 CUresult cuGreenCtxDestroy(CUgreenCtx context) {
     ENTER_CUDA(cuGreenCtxDestroy, context);
     CUresult result = REAL(cuGreenCtxDestroy)(context);
+    MARK("green-ended");
     for (int d = 0; d < nbgpu_devices && result == CUDA_SUCCESS; d++)
         result = primary_left(result, nbgpu_device[d].cuda);
     return result;

@@ -62,6 +62,7 @@ static void count(uint64_t bytes) {
         return REAL(name)(__VA_ARGS__);                                                                                                    \
     Launch work;                                                                                                                           \
     const CUresult admitted = nbgpu_work_begin(&work, stream, ptsz, key(kind, waiting));                                                   \
+    MARK("copy-admitted");                                                                                                                 \
     return admitted == CUDA_SUCCESS ? nbgpu_work_end(&work, REAL(name)(__VA_ARGS__)) : admitted
 #define DEVICE(name, kind, bytes, stream, ptsz, ...)                                                                                       \
     ENTER_CUDA(name, __VA_ARGS__);                                                                                                         \

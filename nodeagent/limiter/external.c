@@ -32,6 +32,7 @@ CUresult cuImportExternalMemory(CUexternalMemory *memory, const CUDA_EXTERNAL_ME
         return REAL(cuImportExternalMemory)(memory, description);
     const uint64_t key = key_of(description), bytes = nbgpu_round(description->size); /* the driver takes the descriptor: ask before */
     const CUresult result = REAL(cuImportExternalMemory)(memory, description);
+    MARK("external-imported");
     if (result != CUDA_SUCCESS || pays((uintptr_t)*memory, device, context, key, bytes))
         return result;
     REAL(cuDestroyExternalMemory)(*memory);
@@ -60,6 +61,7 @@ static void mapped(CUexternalMemory memory, uint64_t local) {
 CUresult cuExternalMemoryGetMappedBuffer(CUdeviceptr *pointer, CUexternalMemory memory, const void *description) {
     ENTER_CUDA(cuExternalMemoryGetMappedBuffer, pointer, memory, description);
     const CUresult result = REAL(cuExternalMemoryGetMappedBuffer)(pointer, memory, description);
+    MARK("external-mapped");
     if (result == CUDA_SUCCESS)
         mapped(memory, *pointer);
     return result;

@@ -25,6 +25,7 @@ static void handed_out(CUdeviceptr pointer, const void *name, size_t size) {
     const int device = device_holding(pointer);
     if (device >= 0 && block_of(pointer, &base, &bytes))
         nbgpu_cover(base, device, context, nbgpu_share_key(name, size), nbgpu_round(bytes));
+    MARK("handed-out");
 }
 
 /* Opening takes no memory of the device, so it is counted afterwards and undone where it is too much, or its size not known. */

@@ -14,6 +14,7 @@ static void bound(CUmemGenericAllocationHandle handle, size_t at, Memory *memory
     if (!object || !memory)
         return;
     nbgpu_memory_keep(memory);
+    MARK("multicast-bound");
     for (int i = 0; i < BINDINGS; i++) {
         if (bindings[i].object)
             continue;
@@ -27,6 +28,7 @@ static void bound(CUmemGenericAllocationHandle handle, size_t at, Memory *memory
 static void let_go(int i) {
     Memory *memory = bindings[i].memory;
     bindings[i].object = NULL;
+    MARK("multicast-unbound");
     nbgpu_memory_let_go(memory);
 }
 

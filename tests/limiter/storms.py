@@ -35,9 +35,9 @@ class Board:
         """Write one word."""
         struct.pack_into("<Q", self.words, row * ROW_BYTES + 8 * index, value)
 
-    def start(self, seed: int, env: dict[str, str]) -> Storm:
-        """Start a process on a free row."""
-        return Storm(self, self.free.pop(), seed, env)
+    def start(self, seed: int, env: dict[str, str], kind: str = "storm", *more: str) -> Storm:
+        """Start a process of that program on a free row."""
+        return Storm(self, self.free.pop(), seed, env, kind, *more)
 
     def audit(self, limit: int) -> None:
         """From now on, have the sum compared with the limit."""
@@ -57,9 +57,9 @@ class Board:
 class Storm:
     """One process on the board."""
 
-    def __init__(self, board: Board, row: int, seed: int, env: dict[str, str]) -> None:
+    def __init__(self, board: Board, row: int, seed: int, env: dict[str, str], kind: str, *more: str) -> None:
         self.board, self.row = board, row
-        self.process = subprocess.Popen([program("storm"), str(seed), str(board.path), str(row)], env=env)
+        self.process = subprocess.Popen([program(kind), str(seed), str(board.path), str(row), *more], env=env)
 
     @property
     def steps(self) -> int:

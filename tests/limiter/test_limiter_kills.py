@@ -17,8 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from limiter_kit import environment, limiter, null_driver, run
-from limiter_slice import MIB, SliceFiles
+from limiter_kit import environment, limiter, null_driver, run, sim_driver
+from limiter_slice import MIB, SliceFiles, wait_until
+from shared_kit import shared_machine
 from storms import Board, Storm
 
 from nbgpu_agent import layout
@@ -45,6 +46,21 @@ POINTS = {  # marked point -> most passes to wait for
     "idle-half": 2,
     "launch-admitted": 4,
     "launch-submitted": 4,
+}
+CALLS = {  # the same of storm_calls.c, on the simulated driver
+    "handed-out": 4,
+    "opened": 3,
+    "share-listed": 6,
+    "share-ended": 6,
+    "multicast-bound": 3,
+    "multicast-unbound": 3,
+    "external-imported": 3,
+    "external-mapped": 3,
+    "pool-reserved": 4,
+    "copy-admitted": 6,
+    "fence-wait": 3,
+    "context-made": 3,
+    "green-ended": 3,
 }
 LIMIT = 48 * MIB
 STUCK_SECONDS = 10.0
@@ -87,18 +103,26 @@ def moves(files: SliceFiles, pid: int, seconds: float) -> bool:
     return False
 
 
-def storm(files: SliceFiles, board: Board, library: Path, kills: int, seed: int, stuck_seconds: float) -> tuple[Counter[str], int]:
-    """Kill `kills` processes; return where they died, and how many were stuck."""
+def storm(
+    files: SliceFiles,
+    board: Board,
+    base: dict[str, str],
+    points: dict[str, int],
+    kills: int,
+    seed: int,
+    stuck_seconds: float,
+    *program: str,
+) -> tuple[Counter[str], int]:
+    """Kill `kills` processes at these points; return where they died, and how many were stuck."""
     dice, hit, stuck = random.Random(seed), Counter[str](), 0
-    base = environment(files, null_driver(), preload=library)
     running: list[tuple[str, Storm, float]] = []
-    plan = [name for name in POINTS for _ in range(kills // len(POINTS) + 1)]
+    plan = [name for name in points for _ in range(kills // len(points) + 1)]
     dice.shuffle(plan)
     while (plan and stuck < AT_ONCE) or running:
         while plan and len(running) < AT_ONCE and stuck < AT_ONCE:
             name = plan.pop()
-            env = base | {"NBGPU_MARK": f"{name}:{dice.randint(1, POINTS[name])}"}
-            running.append((name, board.start(dice.randrange(1 << 30), env), time.monotonic()))
+            env = base | {"NBGPU_MARK": f"{name}:{dice.randint(1, points[name])}"}
+            running.append((name, board.start(dice.randrange(1 << 30), env, *program), time.monotonic()))
         for entry in list(running):
             name, child, began = entry
             patience = 3 if name.startswith("reap") else stuck_seconds  # others may reap first
@@ -140,8 +164,7 @@ def test_killed_anywhere_nobody_is_stuck_and_nothing_is_lost(
 ) -> None:
     seed = int(os.environ.get("NBGPU_SEED", "20240611"))
     files = make_slice(mem_limit=LIMIT, gate=layout.GATE_OPEN, context_bytes=MIB)
-    library = limiter("NBGPU_MARKS")
-    env = environment(files, null_driver(), preload=library)
+    env = environment(files, null_driver(), preload=limiter("NBGPU_MARKS"))
     board = Board(tmp_path)
     gate = Gate(files)
     gate.start()
@@ -151,7 +174,7 @@ def test_killed_anywhere_nobody_is_stuck_and_nothing_is_lost(
     board.audit(LIMIT)
     try:
         steps = [w.steps for w in witnesses]
-        hit, stuck = storm(files, board, library, kills, seed, STUCK_SECONDS)
+        hit, stuck = storm(files, board, env, POINTS, kills, seed, STUCK_SECONDS)
         board.close()
         pauses.stop.set()
         snapshots, overs, most = board.audited()
@@ -185,13 +208,62 @@ def test_killed_anywhere_nobody_is_stuck_and_nothing_is_lost(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kills", [260, pytest.param(10_000, marks=pytest.mark.soak)])
+@pytest.mark.timeout(1500)
+def test_killed_in_whatever_call_nothing_is_lost(
+    make_slice: Callable[..., SliceFiles], tmp_path: Path, kills: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Memory handed out and opened, multicast, external memory, pools, copies, green contexts, full queues."""
+    seed = int(os.environ.get("NBGPU_SEED", "20240611"))
+    base = Path("/dev/shm") if Path("/dev/shm").is_dir() else tmp_path
+    (tmp_path / "names").write_bytes(bytes(16 * 64))
+    program = ("storm_calls", str(tmp_path / "names"))
+    with shared_machine(make_slice, base / f"nbgpu-test-kills-{os.getpid()}") as machine:
+        files = machine.slice(LIMIT, gate=layout.GATE_OPEN)
+        env = environment(files, sim_driver(), preload=limiter("NBGPU_MARKS"), **machine.more)
+        board, gate = Board(tmp_path), Gate(files)
+        gate.start()
+        witnesses = [board.start(i, env, *program) for i in (1, 2)]
+        pauses = Pauses(witnesses)
+        pauses.start()
+        board.audit(LIMIT)
+        try:
+            steps = [w.steps for w in witnesses]
+            hit, stuck = storm(files, board, env, CALLS, kills, seed, STUCK_SECONDS, *program)
+            pauses.stop.set()
+            board.close()
+            snapshots, overs, most = board.audited()
+            with capsys.disabled():
+                print(f"\nseed {seed}: {sum(hit.values())} kills, {stuck} stuck; longest pause of a witness {pauses.longest_seconds:.2f} s")
+                print(f"  {snapshots} snapshots, {overs} over the limit; at most {most // MIB} of {LIMIT // MIB} MiB")
+                print("  " + ", ".join(f"{name} {hit[name]}" for name in CALLS))
+            assert stuck == 0
+            assert overs == 0
+            assert most > LIMIT // 2, "nobody came near the limit"
+            assert min(hit[name] for name in CALLS) >= kills // len(CALLS)
+            assert all(w.steps > before + 20 for w, before in zip(witnesses, steps, strict=True)), "a witness stood still"
+        finally:
+            pauses.stop.set()
+            board.close()
+            for witness in witnesses:
+                witness.end()
+            gate.stop.set()
+        room = LIMIT // (2 * MIB)
+        script = f"start(); say(sum(alloc(2 * MIB)[0] == 0 for _ in range({room + 3})))"
+        assert run(script, env) == room, "what the dead held has not come back whole"
+        assert wait_until(lambda: machine.physical() == 0), "the device is not empty"
+        assert len(files.slots()) == 1, "only the last one's slot is left, which nobody came to reap"
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_control_with_a_lock_gets_stuck(make_slice: Callable[..., SliceFiles], tmp_path: Path) -> None:
     files = make_slice(mem_limit=LIMIT, gate=layout.GATE_OPEN)
     gate = Gate(files)
     gate.start()
     try:
-        _, stuck = storm(files, Board(tmp_path), limiter("NBGPU_MARKS", "NBGPU_CONTROL_LOCK"), 200, 1, 2.0)
+        env = environment(files, null_driver(), preload=limiter("NBGPU_MARKS", "NBGPU_CONTROL_LOCK"))
+        _, stuck = storm(files, Board(tmp_path), env, POINTS, 200, 1, 2.0)
     finally:
         gate.stop.set()
     assert stuck > 0

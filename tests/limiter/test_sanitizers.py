@@ -37,16 +37,16 @@ def compiler_for(kind: str) -> list[str]:
     if shutil.which("clang") is None:
         pytest.skip("no clang on this machine (Debian: apt-get install clang)")
     command = ["clang", f"-fsanitize={kind}", "-fno-sanitize-recover=all"]
+    main = "" if "fuzzer" in kind else "int main(void){return 0;}"
+    main = main or "int LLVMFuzzerTestOneInput(const unsigned char *d, unsigned long n){return d && n > (1ul << 40);}"
     with tempfile.TemporaryDirectory() as folder:
-        empty = subprocess.run(
-            [*command, "-x", "c", "-o", f"{folder}/empty", "-"], input="int main(void){return 0;}", text=True, capture_output=True
-        )
+        empty = subprocess.run([*command, "-x", "c", "-o", f"{folder}/empty", "-"], input=main, text=True, capture_output=True)
     if empty.returncode != 0:
         pytest.skip("clang has no sanitizer runtimes here (Debian: apt-get install libclang-rt-dev)")
     return command
 
 
-def compile_program(kind: str, name: str, sources: list[Path]) -> Path:
+def compile_program(kind: str, name: str, sources: list[Path], *flags: str) -> Path:
     """One program of a sanitizer."""
     compiler = compiler_for(kind)
     if shutil.which("objcopy") is None:
@@ -57,7 +57,7 @@ def compile_program(kind: str, name: str, sources: list[Path]) -> Path:
     objects: list[str] = []
     for source in sources:
         objects.append(str(folder / f"{name}-{source.stem}.o"))
-        subprocess.run([*compiler, *FLAGS, *include, "-c", "-o", objects[-1], str(source)], check=True, timeout=300)
+        subprocess.run([*compiler, *FLAGS, *flags, *include, "-c", "-o", objects[-1], str(source)], check=True, timeout=300)
         if source.name == "resolve.c":
             renamed = ["--redefine-sym", "dlsym=nbgpu_dlsym", "--redefine-sym", "dlvsym=nbgpu_dlvsym"]
             subprocess.run(["objcopy", *renamed, objects[-1]], check=True, timeout=60)
