@@ -20,7 +20,7 @@ from nbgpu.models import Idle
 from nbgpu.quantities import format_memory
 
 from .books import Conflict, check_fits, check_slice, emptied
-from .idle import IdleWatch, host_refusal, parse_meminfo, signature
+from .idle import MOST_KERNELS, IdleWatch, host_refusal, parse_meminfo, signature
 from .live import LiveSlice
 from .marks import mark
 from .native import UseRow
@@ -129,10 +129,15 @@ class Parking:
             if waits and any(row.want for row in live.tenant.read()):
                 self.want(live)
 
-    def hear(self, live: LiveSlice, kernels: Mapping[str, bool], protected: tuple[str, ...] | None) -> None:
-        """Take what the Jupyter server says of its kernels: by id, whether each is busy; None: the same are protected as before."""
-        if protected is not None and protected != live.record.protected:
-            live.save(protected=protected)
+    def protect(self, live: LiveSlice, kernel_id: str, protected: bool) -> None:
+        """Never park a kernel, or let it be parked again; of too many the oldest are forgotten."""
+        kept = tuple(one for one in live.record.protected if one != kernel_id)[-MOST_KERNELS + 1 :]
+        wanted = (*kept, kernel_id) if protected else kept
+        if wanted != live.record.protected:
+            live.save(protected=wanted)
+
+    def hear(self, live: LiveSlice, kernels: Mapping[str, bool]) -> None:
+        """Take what the Jupyter server says of its kernels: by id, whether each is busy."""
         on_gpu = {row.kernel_id for row in live.tenant.read()}
         if self._watch(live).hear(kernels, on_gpu, time.time()):
             self.want(live)

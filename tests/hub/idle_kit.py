@@ -56,9 +56,9 @@ class Notebook:
         assert answer is not None, f"no answer to {words}"
         return answer
 
-    def tell(self, busy: bool = False, **more: object) -> Any:
+    def tell(self, busy: bool = False) -> Any:
         """Say what the Jupyter server would: whether the kernel is busy."""
-        return self.client.call("PUT", "/v1/idle", {"kernels": {self.kernel_id: busy}, **more})
+        return self.client.call("PUT", "/v1/idle", {"kernels": {self.kernel_id: busy}})
 
     def state(self) -> str:
         """Return where the slice is: held, parking, parked, restoring."""

@@ -1,6 +1,7 @@
 """A notebook kernel for tests: holds GPU memory with known contents, and does on the GPU what stdin says. Answers each line with one.
 
-Commands: ``hold MIB`` (allocates, fills, answers the checksum), ``sum``, ``launch``, ``more MIB`` (allocates, answers the CUresult),
+Commands: ``hold MIB`` (allocates, fills, answers the checksum), ``sum``, ``launch``, ``work`` (launches without end),
+``more MIB`` (allocates, answers the CUresult),
 ``managed``, ``share`` (hands the memory out), ``drop`` (frees what is managed).
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ctypes as c
 import hashlib
 import sys
+import threading
 
 from sim_client import Cuda, CudaError
 
@@ -51,6 +53,17 @@ class Kernel:
         self.cuda.launch(self.function)
         self.cuda.call("cuCtxSynchronize")
         return "launched"
+
+    def work(self) -> str:
+        """Launch again and again from now on, in another thread."""
+
+        def run() -> None:
+            self.cuda.call("cuCtxSetCurrent", self.cuda.context)
+            while True:
+                self.launch()
+
+        threading.Thread(target=run, daemon=True).start()
+        return "works"
 
     def more(self, mib: int) -> str:
         try:
