@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +38,9 @@ BYTES_PER_SECOND = 1e8
 AGAIN_SECONDS = 0.5
 TELL_SECONDS = 2.0
 """How often those who follow the slices are told at once that one has become idle: they hear of it within seconds anyway."""
+USED, RESTARTED = "it is used again", "the agent was started anew"
+PASSING = (USED, RESTARTED)
+"""Reasons that say nothing of the next time."""
 WORDS = {
     "-1": "this driver has no checkpoint calls; 570 and later have",
     "2": "the GPU had no room",
@@ -66,6 +69,8 @@ class Parking:
         self._watches: dict[str, IdleWatch] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._told_at = 0.0
+        self.room: Callable[[str, Collection[int]], Awaitable[tuple[int, int] | None]] = _unknown
+        """Returns (free bytes of a device, bytes that some processes hold there), as the driver tells."""
 
     @property
     def offered(self) -> bool:
@@ -79,7 +84,7 @@ class Parking:
             if parked is None:
                 continue
             if parked.phase == "parking":
-                self._spawn(live, self._undo(live, "the agent was started anew"))
+                self._spawn(live, self._undo(live, RESTARTED))
             elif parked.phase == "restoring":
                 self._spawn(live, self._restore(live))
 
@@ -202,8 +207,9 @@ class Parking:
             why = "it has not been idle for so long"
         if why is not None:
             raise Conflict(f"Slice {live.id} is not parked: {why}.")
+        held = tuple(live.memory_by_device())
         found = tuple(Root(pid=one.pid, start_time=one.start_time) for one in live.tenant.holding().values())
-        parked = Parked(phase="parking", full=live.slice, processes=found, memory_bytes=live.memory_used_bytes(), since=time.time())
+        parked = Parked(phase="parking", full=live.slice, processes=found, device_bytes=held, since=time.time())
         live.save(parked=parked)
         mark("idle.parking-saved")
         self._agent.turns.suspend(live, True)
@@ -231,9 +237,9 @@ class Parking:
         known = {Process(root.pid, root.start_time) for root in parked.processes}
         now = live.record.parked
         if any(live.tenant.states[row.slot].process not in known for row in live.reap()):
-            return "another process of it has begun to use the GPU"
+            return USED
         if now is None or now.wanted_since is not None:
-            return "it is wanted again"
+            return USED
         mark("idle.checkpointed")
         live.save(slice=emptied(parked.full), parked=now.model_copy(update={"phase": "parked"}))
         mark("idle.parked-saved")
@@ -256,7 +262,8 @@ class Parking:
     async def _undo(self, live: LiveSlice, why: str) -> None:
         """Leave a slice as it was: its limits are still its own."""
         log.info("not parked slice=%s owner=%s: %s", live.id, live.owner, why)
-        self._watch(live).refuse(why, time.time())
+        if why not in PASSING:
+            self._watch(live).refuse(why, time.time())
         self._agent.write_limits(live)
         if await self._bring_back(live):
             self._goes_on(live)
@@ -306,6 +313,9 @@ class Parking:
         """Have all processes of a slice run again, however often it takes; False when the slice has ended meanwhile."""
         told = ""
         while self._here(live) and (parked := live.record.parked) is not None:
+            if not await self._has_room(live, parked):
+                await asyncio.sleep(AGAIN_SECONDS)
+                continue
             answer = await self._child("wake", parked, None)
             if not self._here(live):
                 return False
@@ -319,6 +329,19 @@ class Parking:
                 log.warning("slice=%s owner=%s is not restored yet: %s", live.id, live.owner, words)
             await asyncio.sleep(AGAIN_SECONDS)
         return False
+
+    async def _has_room(self, live: LiveSlice, parked: Parked) -> bool:
+        """Return whether the device itself has the room that the books have: a process that has just died may not be gone from it.
+
+        Some drivers never restore a process whose restore once found none.
+        """
+        pids = {root.pid for root in _alive(parked)}
+        for part, needed in zip(parked.full.devices, parked.device_bytes, strict=True):
+            found = await self.room(part.uuid, pids)
+            if found is not None and found[0] + found[1] < needed:
+                log.info("slice=%s owner=%s waits for room on GPU %d: %s free", live.id, live.owner, part.index, format_memory(found[0]))
+                return False
+        return True
 
     def _tell_lost(self, live: LiveSlice, pids: list[str]) -> None:
         for pid in pids:
@@ -346,6 +369,10 @@ class Parking:
             await child.wait()
 
 
+async def _unknown(_uuid: str, _pids: Collection[int]) -> tuple[int, int] | None:
+    return None
+
+
 async def _speak(child: asyncio.subprocess.Process, go: object) -> dict[str, str]:
     assert child.stdin is not None
     assert child.stdout is not None
@@ -365,7 +392,7 @@ def _alive(parked: Parked) -> list[Root]:
 def _words(failed: str) -> str:
     step, _, code = failed.partition(" ")
     if step == "stopped":
-        return "it is used again"
+        return USED
     if step == "died":
         return "who asked the driver for it has ended before its time"
     return WORDS.get(code, f"the driver's {step} failed ({code})")
