@@ -202,6 +202,7 @@ class Parking:
         Conflict
             It cannot be parked, and why.
         """
+        self._watch(live).look(live.tenant.read(), time.time())  # the last look is up to a second old
         why = self.why_not(live)
         if why is None and time.time() - self._watch(live).active_at < idle_seconds:
             why = "it has not been idle for so long"

@@ -129,6 +129,16 @@ def test_refusals_say_why(agent: AgentProcess) -> None:
     notebook.close()
 
 
+def test_a_notebook_that_works_in_the_background_is_not_idle(agent: AgentProcess) -> None:
+    notebook, wanted = open_notebook(agent)
+    notebook.do("work")
+    notebook.tell()
+    for _ in range(30):
+        assert "not been idle" in str(refusal(agent, wanted.slice_id, 0.2))
+        time.sleep(0.05)
+    notebook.close()
+
+
 @pytest.mark.parametrize("kind", ["managed", "share"])
 def test_memory_that_no_checkpoint_takes_is_refused_and_the_program_goes_on(agent: AgentProcess, kind: str) -> None:
     notebook, wanted = open_notebook(agent)
