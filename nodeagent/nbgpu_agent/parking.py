@@ -189,12 +189,27 @@ class Parking:
         why = self._watch(live).why_not(rows, live.record.protected, time.time())
         return why or host_refusal(live.memory_used_bytes(), self._parked_bytes(), self._host_bytes, *_host_memory())
 
+    async def _held(self, live: LiveSlice, pids: Collection[int] | None = None, told: bool = True) -> tuple[int, ...]:
+        """Return what a slice holds on each of its devices: what the driver says of the holders of slots, or of `pids`.
+
+        Parameters
+        ----------
+        told : bool
+            Or what the slice itself tells, where that is more.
+        """
+        pids = live.tenant.holders() if pids is None else pids
+        found: list[int] = []
+        for part, own in zip(live.full.devices, live.memory_by_device(), strict=True):
+            room = await self.room(part.uuid, pids)
+            found.append(max(room[1] if room is not None else 0, own if told else 0))
+        return tuple(found)
+
     def _parked_bytes(self) -> int:
         return sum(live.record.parked.memory_bytes for live in self._agent.slices.values() if live.record.parked is not None)
 
     # ---- there
 
-    def park(self, live: LiveSlice, idle_seconds: float) -> None:
+    async def park(self, live: LiveSlice, idle_seconds: float) -> None:
         """Begin to park a slice that has been idle for so long; `model` tells how far it is.
 
         Raises
@@ -203,12 +218,14 @@ class Parking:
             It cannot be parked, and why.
         """
         self._watch(live).look(live.tenant.read(), time.time())  # the last look is up to a second old
-        why = self.why_not(live)
+        held = await self._held(live)
+        why = self.why_not(live) or host_refusal(sum(held), self._parked_bytes(), self._host_bytes, *_host_memory())
+        if not self._here(live):
+            why = "it has ended"
         if why is None and time.time() - self._watch(live).active_at < idle_seconds:
             why = "it has not been idle for so long"
         if why is not None:
             raise Conflict(f"Slice {live.id} is not parked: {why}.")
-        held = tuple(live.memory_by_device())
         found = tuple(Root(pid=one.pid, start_time=one.start_time) for one in live.tenant.holding().values())
         parked = Parked(phase="parking", full=live.slice, processes=found, device_bytes=held, since=time.time())
         live.save(parked=parked)
@@ -219,6 +236,8 @@ class Parking:
 
     async def _park(self, live: LiveSlice, parked: Parked) -> None:
         why = await self._put_away(live, parked)
+        if why is None and any(await self._held(live, live.members(), told=False)):
+            why = "a process of it holds GPU memory that could not be moved"
         if not self._here(live):
             return
         if why is None:

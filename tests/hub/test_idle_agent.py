@@ -15,6 +15,7 @@ from idle_kit import Notebook, held_bytes, idle_agent, open_notebook, parked, re
 
 from nbgpu.errors import NbgpuError
 from nbgpu.quantities import MIB
+from nbgpu_agent import layout
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.skipif(missing_libraries() is not None, reason=str(missing_libraries()))]
 CYCLES = int(os.environ.get("NBGPU_TEST_CYCLES", "1000"))
@@ -168,6 +169,33 @@ def test_host_memory_is_bounded_over_all_slices(runtime: Path) -> None:
         second.close()
     finally:
         agent.close()
+
+
+def test_host_memory_is_bounded_whatever_the_notebook_tells_of_itself(runtime: Path) -> None:
+    agent = AgentProcess(runtime).start("--idle-host-memory", "512 MiB")
+    notebook, wanted = open_notebook(agent, mib=600)
+    launch = agent.put(wanted)
+    with open(Path(launch.slice_dir) / "use", "r+b", buffering=0) as use:
+        use.seek(layout.Use.slot.offset + layout.UseSlot.used.offset)
+        use.write((MIB).to_bytes(8, "little"))
+    assert usage(launch).devices[0].memory_used_bytes < 512 * MIB, "it says that it holds little"
+    notebook.tell()
+    assert "host memory is left" in str(refusal(agent, wanted.slice_id))
+    notebook.close()
+    agent.close()
+
+
+def test_a_slice_with_a_process_past_the_limiter_is_not_parked(agent: AgentProcess) -> None:
+    notebook, wanted = open_notebook(agent)
+    stranger = Notebook(agent.put(wanted), "kernel-b", 16, agent, limited=False)
+    agent.adopt(wanted.slice_id, stranger.pid)
+    notebook.tell()
+    assert refusal(agent, wanted.slice_id) is None
+    until(lambda: "could not be moved" in str(agent.slices()[wanted.slice_id]["idle"]["reason"]), 20, "why it was not parked")
+    assert held_bytes(agent, wanted.slice_id) == wanted.devices[0].memory_bytes
+    for one in (notebook, stranger):
+        assert one.do("sum") == one.sum
+        one.close()
 
 
 def test_nothing_is_parked_unless_an_administrator_says_so() -> None:

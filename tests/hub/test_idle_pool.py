@@ -152,7 +152,7 @@ def rounds(place: Place, count: int) -> None:
 
 
 def test_two_who_take_turns(place: Place) -> None:
-    rounds(place, 2)
+    rounds(place, 1)
 
 
 @pytest.mark.soak
