@@ -135,7 +135,8 @@ def slices_table(machine: Machine) -> RenderableType:
             use = uses.get(part.uuid)
             head = [known.slice.slice_id[:SHORT_ID], owner_name(known.slice)] if number == 0 else ["", ""]
             held = f", {len(usage.suspended)} suspended" if usage and usage.suspended else ""
-            tail = [known.slice.mode, known.state + held, str(known.process_count)] if number == 0 else ["", "", ""]
+            state = known.state if known.idle is None or known.idle.state == "held" else known.idle.state
+            tail = [known.slice.mode, state + held, str(known.process_count)] if number == 0 else ["", "", ""]
             limit, share = (use.memory_limit_bytes, use.compute_limit_milli) if use else (part.memory_bytes, part.compute_milli)
             table.add_row(
                 *head, str(part.index), memory_text(use.memory_used_bytes if use else 0, limit), percent(share),

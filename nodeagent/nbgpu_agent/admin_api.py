@@ -208,7 +208,7 @@ def _add_slices(app: FastAPI, agent: Agent) -> None:
     async def park(slice_id: SlicePath, body: Park) -> Idle | None:  # pyright: ignore[reportUnusedFunction]
         """Begin to park an idle slice (docs/idle.md); the list of slices tells when it is parked."""
         live = agent.find(slice_id)
-        agent.parking.park(live, body.idle_seconds)
+        await agent.parking.park(live, body.idle_seconds)
         return agent.parking.model(live)
 
     @app.post("/v1/slices/{slice_id}/restore", responses=NOT_FOUND | CONFLICT)

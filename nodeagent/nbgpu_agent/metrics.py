@@ -85,6 +85,7 @@ class Metrics:
         processes = GaugeMetricFamily("nbgpu_slice_processes", "Processes of a slice", labels=SLICE)
         suspended = GaugeMetricFamily("nbgpu_slice_suspended_processes", "Processes that the watchdog has stopped", labels=SLICE)
         driver = GaugeMetricFamily("nbgpu_slice_driver_limited", "1 when the driver too holds a slice's memory", labels=SLICE)
+        parked = GaugeMetricFamily("nbgpu_slice_parked_bytes", "GPU memory of an idle slice that was moved to the host", labels=SLICE)
         for live in list(self._agent.slices.values()):
             owner = live.slice.owner
             names = [live.id, owner.user, owner.server, owner.hub]
@@ -99,7 +100,9 @@ class Metrics:
             processes.add_metric(names, len(live.members()))
             suspended.add_metric(names, sum(not one.excused for one in live.record.suspended))
             driver.add_metric(names, int(live.backend == "driver"))
-        yield from (limit, used, share, compute, busy, refusals, processes, suspended, driver)
+            away = live.record.parked
+            parked.add_metric(names, away.memory_bytes if away is not None and away.phase == "parked" else 0)
+        yield from (limit, used, share, compute, busy, refusals, processes, suspended, driver, parked)
 
 
 class MetricsPage:

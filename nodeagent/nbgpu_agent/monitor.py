@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -83,6 +84,7 @@ class Monitor:
         """Slices that were here before this agent."""
         self.samples: dict[str, DeviceSample] = {}
         agent.last_look = self._look_at_refusals
+        agent.parking.room = self._room
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -140,6 +142,9 @@ class Monitor:
 
     def _sample(self) -> dict[str, DeviceSample]:
         return {uuid: self._nvml.sample(uuid) for uuid in list(self._agent.devices)}
+
+    async def _room(self, uuid: str, pids: Collection[int]) -> tuple[int, int] | None:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._nvml.room, uuid, pids)
 
     def _look_after(self, live: LiveSlice, wall: float) -> list[UseRow]:
         agent = self._agent

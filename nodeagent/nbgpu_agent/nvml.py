@@ -162,6 +162,16 @@ class Nvml:
         except nvml.NVMLError as error:
             return DeviceSample(error=str(error))
 
+    def room(self, uuid: str, pids: Collection[int]) -> tuple[int, int] | None:
+        """Return (free bytes of a device, bytes that some processes hold there); None when the driver does not answer."""
+        nvml, handle = self._nvml, self._handles[uuid]
+        try:
+            processes: list[Any] = nvml.nvmlDeviceGetComputeRunningProcesses_v3(handle)
+            free = int(nvml.nvmlDeviceGetMemoryInfo(handle).free)
+        except nvml.NVMLError:
+            return None
+        return free, sum(int(process.usedGpuMemory or 0) for process in processes if int(process.pid) in pids)
+
     def has_limits(self, uuid: str) -> bool:
         """Return whether a device can limit memory by cgroup: the question about one that cannot have a limit is answered otherwise."""
         nvml = self._nvml

@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from nbgpu.models import Idle
 from nbgpu.quantities import format_memory
 
 from .books import Conflict, check_fits, check_slice, emptied
-from .idle import IdleWatch, host_refusal, parse_meminfo, signature
+from .idle import MOST_KERNELS, IdleWatch, host_refusal, parse_meminfo, signature
 from .live import LiveSlice
 from .marks import mark
 from .native import UseRow
@@ -38,6 +38,9 @@ BYTES_PER_SECOND = 1e8
 AGAIN_SECONDS = 0.5
 TELL_SECONDS = 2.0
 """How often those who follow the slices are told at once that one has become idle: they hear of it within seconds anyway."""
+USED, RESTARTED = "it is used again", "the agent was started anew"
+PASSING = (USED, RESTARTED)
+"""Reasons that say nothing of the next time."""
 WORDS = {
     "-1": "this driver has no checkpoint calls; 570 and later have",
     "2": "the GPU had no room",
@@ -66,6 +69,8 @@ class Parking:
         self._watches: dict[str, IdleWatch] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._told_at = 0.0
+        self.room: Callable[[str, Collection[int]], Awaitable[tuple[int, int] | None]] = _unknown
+        """Returns (free bytes of a device, bytes that some processes hold there), as the driver tells."""
 
     @property
     def offered(self) -> bool:
@@ -79,7 +84,7 @@ class Parking:
             if parked is None:
                 continue
             if parked.phase == "parking":
-                self._spawn(live, self._undo(live, "the agent was started anew"))
+                self._spawn(live, self._undo(live, RESTARTED))
             elif parked.phase == "restoring":
                 self._spawn(live, self._restore(live))
 
@@ -129,10 +134,15 @@ class Parking:
             if waits and any(row.want for row in live.tenant.read()):
                 self.want(live)
 
-    def hear(self, live: LiveSlice, kernels: Mapping[str, bool], protected: tuple[str, ...] | None) -> None:
-        """Take what the Jupyter server says of its kernels: by id, whether each is busy; None: the same are protected as before."""
-        if protected is not None and protected != live.record.protected:
-            live.save(protected=protected)
+    def protect(self, live: LiveSlice, kernel_id: str, protected: bool) -> None:
+        """Never park a kernel, or let it be parked again; of too many the oldest are forgotten."""
+        kept = tuple(one for one in live.record.protected if one != kernel_id)[-MOST_KERNELS + 1 :]
+        wanted = (*kept, kernel_id) if protected else kept
+        if wanted != live.record.protected:
+            live.save(protected=wanted)
+
+    def hear(self, live: LiveSlice, kernels: Mapping[str, bool]) -> None:
+        """Take what the Jupyter server says of its kernels: by id, whether each is busy."""
         on_gpu = {row.kernel_id for row in live.tenant.read()}
         if self._watch(live).hear(kernels, on_gpu, time.time()):
             self.want(live)
@@ -179,12 +189,27 @@ class Parking:
         why = self._watch(live).why_not(rows, live.record.protected, time.time())
         return why or host_refusal(live.memory_used_bytes(), self._parked_bytes(), self._host_bytes, *_host_memory())
 
+    async def _held(self, live: LiveSlice, pids: Collection[int] | None = None, told: bool = True) -> tuple[int, ...]:
+        """Return what a slice holds on each of its devices: what the driver says of the holders of slots, or of `pids`.
+
+        Parameters
+        ----------
+        told : bool
+            Or what the slice itself tells, where that is more.
+        """
+        pids = live.tenant.holders() if pids is None else pids
+        found: list[int] = []
+        for part, own in zip(live.full.devices, live.memory_by_device(), strict=True):
+            room = await self.room(part.uuid, pids)
+            found.append(max(room[1] if room is not None else 0, own if told else 0))
+        return tuple(found)
+
     def _parked_bytes(self) -> int:
         return sum(live.record.parked.memory_bytes for live in self._agent.slices.values() if live.record.parked is not None)
 
     # ---- there
 
-    def park(self, live: LiveSlice, idle_seconds: float) -> None:
+    async def park(self, live: LiveSlice, idle_seconds: float) -> None:
         """Begin to park a slice that has been idle for so long; `model` tells how far it is.
 
         Raises
@@ -192,13 +217,17 @@ class Parking:
         Conflict
             It cannot be parked, and why.
         """
-        why = self.why_not(live)
+        self._watch(live).look(live.tenant.read(), time.time())  # the last look is up to a second old
+        held = await self._held(live)
+        why = self.why_not(live) or host_refusal(sum(held), self._parked_bytes(), self._host_bytes, *_host_memory())
+        if not self._here(live):
+            why = "it has ended"
         if why is None and time.time() - self._watch(live).active_at < idle_seconds:
             why = "it has not been idle for so long"
         if why is not None:
             raise Conflict(f"Slice {live.id} is not parked: {why}.")
         found = tuple(Root(pid=one.pid, start_time=one.start_time) for one in live.tenant.holding().values())
-        parked = Parked(phase="parking", full=live.slice, processes=found, memory_bytes=live.memory_used_bytes(), since=time.time())
+        parked = Parked(phase="parking", full=live.slice, processes=found, device_bytes=held, since=time.time())
         live.save(parked=parked)
         mark("idle.parking-saved")
         self._agent.turns.suspend(live, True)
@@ -207,6 +236,8 @@ class Parking:
 
     async def _park(self, live: LiveSlice, parked: Parked) -> None:
         why = await self._put_away(live, parked)
+        if why is None and any(await self._held(live, live.members(), told=False)):
+            why = "a process of it holds GPU memory that could not be moved"
         if not self._here(live):
             return
         if why is None:
@@ -226,9 +257,9 @@ class Parking:
         known = {Process(root.pid, root.start_time) for root in parked.processes}
         now = live.record.parked
         if any(live.tenant.states[row.slot].process not in known for row in self._agent.reap(live)):
-            return "another process of it has begun to use the GPU"
+            return USED
         if now is None or now.wanted_since is not None:
-            return "it is wanted again"
+            return USED
         mark("idle.checkpointed")
         live.save(slice=emptied(parked.full), parked=now.model_copy(update={"phase": "parked"}))
         mark("idle.parked-saved")
@@ -251,7 +282,8 @@ class Parking:
     async def _undo(self, live: LiveSlice, why: str) -> None:
         """Leave a slice as it was: its limits are still its own."""
         log.info("not parked slice=%s owner=%s: %s", live.id, live.owner, why)
-        self._watch(live).refuse(why, time.time())
+        if why not in PASSING:
+            self._watch(live).refuse(why, time.time())
         self._agent.write_limits(live)
         if await self._bring_back(live):
             self._goes_on(live)
@@ -301,6 +333,9 @@ class Parking:
         """Have all processes of a slice run again, however often it takes; False when the slice has ended meanwhile."""
         told = ""
         while self._here(live) and (parked := live.record.parked) is not None:
+            if not await self._has_room(live, parked):
+                await asyncio.sleep(AGAIN_SECONDS)
+                continue
             answer = await self._child("wake", parked, None)
             if not self._here(live):
                 return False
@@ -314,6 +349,19 @@ class Parking:
                 log.warning("slice=%s owner=%s is not restored yet: %s", live.id, live.owner, words)
             await asyncio.sleep(AGAIN_SECONDS)
         return False
+
+    async def _has_room(self, live: LiveSlice, parked: Parked) -> bool:
+        """Return whether the device itself has the room that the books have: a process that has just died may not be gone from it.
+
+        Some drivers never restore a process whose restore once found none.
+        """
+        pids = {root.pid for root in _alive(parked)}
+        for part, needed in zip(parked.full.devices, parked.device_bytes, strict=True):
+            found = await self.room(part.uuid, pids)
+            if found is not None and found[0] + found[1] < needed:
+                log.info("slice=%s owner=%s waits for room on GPU %d: %s free", live.id, live.owner, part.index, format_memory(found[0]))
+                return False
+        return True
 
     def _tell_lost(self, live: LiveSlice, pids: list[str]) -> None:
         for pid in pids:
@@ -341,6 +389,10 @@ class Parking:
             await child.wait()
 
 
+async def _unknown(_uuid: str, _pids: Collection[int]) -> tuple[int, int] | None:
+    return None
+
+
 async def _speak(child: asyncio.subprocess.Process, go: object) -> dict[str, str]:
     assert child.stdin is not None
     assert child.stdout is not None
@@ -360,7 +412,7 @@ def _alive(parked: Parked) -> list[Root]:
 def _words(failed: str) -> str:
     step, _, code = failed.partition(" ")
     if step == "stopped":
-        return "it is used again"
+        return USED
     if step == "died":
         return "who asked the driver for it has ended before its time"
     return WORDS.get(code, f"the driver's {step} failed ({code})")

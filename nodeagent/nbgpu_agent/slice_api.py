@@ -34,8 +34,13 @@ class Kernels(Model):
 
     kernels: Annotated[dict[KernelId, bool], Field(max_length=MOST_KERNELS)]
     """By id: whether it is busy."""
-    protected: Annotated[tuple[KernelId, ...], Field(max_length=MOST_KERNELS)] | None = None
-    """Those that are never to be parked; null = the same as before."""
+
+
+class Protect(Model):
+    """Body of ``PUT /v1/idle/kernels/{kernel_id}``."""
+
+    protected: bool
+    """It keeps its GPU while it is idle."""
 
 
 def _json(text: str) -> Response:
@@ -146,7 +151,19 @@ class SliceApi:
             told = Kernels.model_validate_json(await request.body())
         except ValidationError as error:
             raise _invalid(error) from None
-        self._agent.parking.hear(live, told.kernels, told.protected)
+        self._agent.parking.hear(live, told.kernels)
+        return self._idle(live)
+
+    async def protect(self, request: Request) -> Response:
+        """``PUT /v1/idle/kernels/{kernel_id}``."""
+        live = self._live(request)
+        self._idle(live)
+        try:
+            kernel_id = _KERNEL_ID.validate_python(request.path_params["kernel_id"])
+            told = Protect.model_validate_json(await request.body())
+        except ValidationError as error:
+            raise _invalid(error) from None
+        self._agent.parking.protect(live, kernel_id, told.protected)
         return self._idle(live)
 
     async def events(self, request: Request) -> Response:
@@ -191,6 +208,7 @@ def make_app(agent: Agent) -> Starlette:
             Route("/v1/resume", api.resume, methods=["POST"]),
             Route("/v1/idle", api.idle),
             Route("/v1/idle", api.put_idle, methods=["PUT"]),
+            Route("/v1/idle/kernels/{kernel_id}", api.protect, methods=["PUT"]),
             Route("/v1/idle/want", api.want, methods=["POST"]),
             Route("/v1/events", api.events),
         ],

@@ -74,12 +74,17 @@ class Parked(Model):
     full: Slice
     """With the limits that it comes back to."""
     processes: tuple[Root, ...]
-    memory_bytes: int
-    """What they held on all devices together; as much host memory is taken."""
+    device_bytes: tuple[int, ...]
+    """What they held on each of the slice's devices; as much host memory is taken."""
     since: float
     """Unix time, seconds."""
     wanted_since: float | None = None
     """Since when it is wanted back, Unix time, seconds."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """What they held on all devices together."""
+        return sum(self.device_bytes)
 
 
 class ClaimOf(Model):

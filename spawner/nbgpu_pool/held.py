@@ -163,11 +163,16 @@ class Held(ABC):
         self._parking.discard(entry.slice_id)
 
     def _bring_back(self, now: float) -> None:
-        """Give parked slices that are wanted their room, in the order in which they have been."""
+        """Give parked slices that are wanted their room; on each device in the order in which they have been."""
+        taken: set[str] = set()
         for entry in self.books.wanted_back():
-            if not entry.busy and entry.full is not None and has_room(self.books, entry):
+            assert entry.full is not None
+            devices = {part.uuid for part in entry.full.devices}
+            if not entry.busy and not taken & devices and has_room(self.books, entry):
                 self._tell(entry, entry.full, now, note=entry.note)
                 entry.busy -= 1
+            else:
+                taken |= devices
 
     def _park_for_others(self, now: float) -> None:
         """Have idle slices parked for those who wait; one who waits at a time."""

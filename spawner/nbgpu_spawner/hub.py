@@ -39,6 +39,7 @@ def setup(
     runtime: str | os.PathLike[str] | None = None,
     pool_url: str = "",
     pool_token: str = "",
+    idle_host_memory: str = "",
 ) -> None:
     """Give the servers of a JupyterHub slices of GPUs. Call it after `c.JupyterHub.spawner_class` is set.
 
@@ -60,7 +61,12 @@ def setup(
         Directory of sockets and slices, where it is not the usual one.
     pool_url, pool_token : str
         A pool that runs elsewhere. A hub of zero-to-jupyterhub needs neither: `custom.nbgpu` has them (deploy/z2jh).
+    idle_host_memory : str
+        How much of this machine's memory the GPU memory of idle notebooks may take, such as ``"64 GiB"``, with
+        ``pool_config={"idle": {"after_seconds": 1800}}`` (docs/idle.md). Only where the agent is embedded.
     """
+    if idle_host_memory and pool_url:
+        raise ValueError("nbgpu: idle_host_memory is the agent's: set it where that is started (--idle-host-memory)")
     if not pool_url and embedded is None and (found := z2jh.settings()):
         pool_url, pool_token = found.pool_url, found.pool_token
         c.GPUSliceMixin.gpu_hub_name = found.hub_name
@@ -80,7 +86,7 @@ def setup(
         c.GPUSliceMixin.pool_socket = str(directory / POOL_SOCKET)
     _extend(c.JupyterHub, "extra_handlers", HANDLERS)
     if embedded:
-        _extend(c.JupyterHub, "services", services(directory, quotas, pool_config))
+        _extend(c.JupyterHub, "services", services(directory, quotas, pool_config, idle_host_memory))
     elif quotas is not None or pool_config is not None:
         raise ValueError(
             "nbgpu: quotas and pool_config are the pool's: set them where it is configured, or start it here with embedded=True"
@@ -125,7 +131,7 @@ def _named_class(name: str) -> type:
 
 
 def services(
-    directory: Path, quotas: Mapping[str, Any] | None = None, pool_config: Mapping[str, Any] | None = None
+    directory: Path, quotas: Mapping[str, Any] | None = None, pool_config: Mapping[str, Any] | None = None, idle_host_memory: str = ""
 ) -> list[dict[str, Any]]:
     """Return the hub's services for one machine: the node agent, and the pool that speaks to it. Writes the pool's configuration."""
     directory.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -133,6 +139,8 @@ def services(
     common = ["--runtime-dir", str(directory), "--takeover"]
     kept = [sys.executable, "-m", "nbgpu.keep", sys.executable, "-m"]
     agent = [*kept, "nbgpu_agent", *common]
+    if idle_host_memory:
+        agent += ["--idle-host-memory", idle_host_memory]
     pool = [*kept, "nbgpu_pool", *common]
     if quotas is not None or pool_config is not None:
         settings = directory / "pool.json"

@@ -21,9 +21,11 @@ PROGRAM = Path(__file__).with_name("idle_program.py")
 class Notebook:
     """A notebook's kernel in a slice (`idle_program.py`), and what its Jupyter server would tell the agent of it."""
 
-    def __init__(self, launch: Launch, kernel_id: str = "kernel-a", mib: int = 64, agent: AgentProcess | None = None):
+    def __init__(self, launch: Launch, kernel_id: str = "kernel-a", mib: int = 64, agent: AgentProcess | None = None, limited: bool = True):
         self.agent, self.slice_id = agent, Path(launch.slice_dir).name
         env = os.environ | launch.env | {"NBGPU_KERNEL_ID": kernel_id, "PYTHONPATH": str(ROOT / "tests/limiter")}
+        if not limited:
+            env = {name: value for name, value in env.items() if name not in ("LD_PRELOAD", "NBGPU_SLICE_DIR")}
         arguments = [sys.executable, "-S", str(PROGRAM)]
         self.process = subprocess.Popen(arguments, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.pid = self.process.pid
@@ -56,9 +58,9 @@ class Notebook:
         assert answer is not None, f"no answer to {words}"
         return answer
 
-    def tell(self, busy: bool = False, **more: object) -> Any:
+    def tell(self, busy: bool = False) -> Any:
         """Say what the Jupyter server would: whether the kernel is busy."""
-        return self.client.call("PUT", "/v1/idle", {"kernels": {self.kernel_id: busy}, **more})
+        return self.client.call("PUT", "/v1/idle", {"kernels": {self.kernel_id: busy}})
 
     def state(self) -> str:
         """Return where the slice is: held, parking, parked, restoring."""

@@ -1,6 +1,7 @@
 """A notebook kernel for tests: holds GPU memory with known contents, and does on the GPU what stdin says. Answers each line with one.
 
-Commands: ``hold MIB`` (allocates, fills, answers the checksum), ``sum``, ``launch``, ``more MIB`` (allocates, answers the CUresult),
+Commands: ``hold MIB`` (allocates, fills, answers the checksum), ``sum``, ``launch``, ``work`` (launches without end),
+``more MIB`` (allocates, answers the CUresult),
 ``managed``, ``share`` (hands the memory out), ``drop`` (frees what is managed).
 """
 
@@ -9,12 +10,18 @@ from __future__ import annotations
 import ctypes as c
 import hashlib
 import sys
-
-from sim_client import Cuda, CudaError
+import threading
 
 MIB = 1024**2
 PIECE = 4096
 MOST_PIECES = 256
+
+
+def lunch_mib() -> int:
+    """Return what ada holds when she goes to lunch: 20 GiB where this machine's memory could take them in, else 4."""
+    with open("/proc/meminfo") as file:
+        available_kib = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    return (20 if available_kib > 24 * MIB else 4) * 1024
 
 
 def pattern(number: int) -> bytes:
@@ -26,6 +33,8 @@ class Kernel:
     """What the program holds."""
 
     def __init__(self) -> None:
+        from sim_client import Cuda  # not where only `lunch_mib` is wanted
+
         self.cuda = Cuda()
         self.function = self.cuda.make("cuModuleGetFunction", self.cuda.module, b"sim_busy_1000us")
         self.memory, self.mib = c.c_uint64(), 0
@@ -52,12 +61,19 @@ class Kernel:
         self.cuda.call("cuCtxSynchronize")
         return "launched"
 
+    def work(self) -> str:
+        """Launch again and again from now on, in another thread."""
+
+        def run() -> None:
+            self.cuda.call("cuCtxSetCurrent", self.cuda.context)
+            while True:
+                self.launch()
+
+        threading.Thread(target=run, daemon=True).start()
+        return "works"
+
     def more(self, mib: int) -> str:
-        try:
-            self.cuda.alloc(mib * MIB)
-        except CudaError as error:
-            return str(error.code)
-        return "0"
+        return str(self.cuda.lib.cuMemAlloc_v2(c.byref(c.c_uint64()), c.c_size_t(mib * MIB)))
 
     def share(self) -> str:
         self.cuda.call("cuIpcGetMemHandle", (c.c_ubyte * 64)(), self.memory)

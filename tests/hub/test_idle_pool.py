@@ -10,6 +10,7 @@ from uuid import uuid4
 import pytest
 from agent_harness import AgentProcess, missing_libraries, until
 from idle_kit import Notebook, held_bytes, idle_agent, smi_used_mib
+from idle_program import lunch_mib
 from pool_process import PoolProcess
 
 from nbgpu.models import GrantState, Owner, Request
@@ -65,7 +66,7 @@ def place(runtime: Path) -> Iterator[Place]:
 
 def test_ada_goes_to_lunch_and_finds_everything_as_it_was(place: Place) -> None:
     ada_key = place.ask("ada", 1000)
-    ada = place.start(ada_key, 20 * GIB_IN_MIB)
+    ada = place.start(ada_key, lunch_mib())
     grace_key = place.ask("grace", 1000)
     ada.tell(busy=True)
     assert place.pool.client.grant(grace_key).state == GrantState.queued
@@ -89,7 +90,7 @@ def test_ada_goes_to_lunch_and_finds_everything_as_it_was(place: Place) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["waiting", "parked", "wanted", "restoring"])
+@pytest.mark.parametrize("when", ["parked", "restoring", *(pytest.param(one, marks=pytest.mark.soak) for one in ("waiting", "wanted"))])
 @pytest.mark.parametrize("who", ["both", *(pytest.param(one, marks=pytest.mark.soak) for one in ("pool", "agent"))])
 def test_who_is_killed_on_the_way_there_or_back_loses_nothing(place: Place, when: str, who: str) -> None:
     def kill(moment: str) -> None:
@@ -151,7 +152,7 @@ def rounds(place: Place, count: int) -> None:
 
 
 def test_two_who_take_turns(place: Place) -> None:
-    rounds(place, 2)
+    rounds(place, 1)
 
 
 @pytest.mark.soak

@@ -26,7 +26,6 @@ pytestmark = [
     pytest.mark.timeout(300),
     pytest.mark.skipif(not (LIBRARIES / "sim" / "libcuda.so.1").exists(), reason="C libraries not built: make setup"),
 ]
-GIB_MIB = 1024
 PATHS = [str(ROOT / "tests/hub"), str(ROOT / "tests/limiter")]
 HOLD = f"import sys; sys.path[:0] = {PATHS!r}; import idle_program; k = idle_program.Kernel()"
 WORK = """
@@ -121,7 +120,7 @@ def test_ada_goes_to_lunch(place: Place) -> None:
     wait_for("ada's server", ada.answers, 60)
     notebook = ada.open("ada.ipynb")
     notebook.run(HOLD)
-    before = notebook.run(f"print(k.hold({20 * GIB_MIB}))")
+    before = notebook.run("print(k.hold(idle_program.lunch_mib()))")
 
     grace, of_grace = place.server("grace")  # who waits for the GPU that ada does not use
     wait_for("grace's server", grace.answers, 90)
@@ -129,7 +128,7 @@ def test_ada_goes_to_lunch(place: Place) -> None:
     assert ada.usage()["devices"][0]["memory_used_bytes"] == 0
     hers = grace.open("grace.ipynb")
     hers.run(HOLD)
-    hers.run(f"print(k.hold({16 * GIB_MIB}))")
+    hers.run("print(k.hold(16 * 1024))")
     hers.run(WORK)  # a notebook that trains in the background is not idle
 
     cell = begin(notebook, "ran = True; print(k.sum())")

@@ -13,6 +13,8 @@ from nbgpu.errors import NbgpuError
 from nbgpu.quantities import GIB
 from nbgpu_pool.auth import Guard
 from nbgpu_pool.config import Config, ConfigError, load
+from nbgpu_pool.idle import IdlePolicy
+from nbgpu_pool.kube_main import check
 from nbgpu_pool.lock import InstanceLock, Taken
 
 WHOLE = """
@@ -133,3 +135,16 @@ def test_nodes_that_have_to_be_started(tmp_path: Path) -> None:
         file.write_text(json.dumps({"coming": wrong}))
         with pytest.raises(ConfigError, match=words):
             load(file)
+
+
+def test_idle_slices_are_parked_only_where_the_file_says_so_and_not_on_kubernetes(tmp_path: Path) -> None:
+    path = tmp_path / "pool.yaml"
+    assert load(None).settings().idle.after_seconds is None
+    path.write_text("idle: {after_seconds: 1800, least_memory: 4 GiB, protect_users: [ada], protect_groups: [staff]}\n")
+    assert load(path).settings().idle == IdlePolicy(1800, 4 * GIB, frozenset({"ada"}), frozenset({"staff"}))
+    token = "tokens: [{role: hub, hub: h, namespaces: [lab], env: TOKEN}]\n"
+    path.write_text(f"idle: {{after_seconds: 1800}}\n{token}")
+    with pytest.raises(ConfigError, match="not offered on Kubernetes"):
+        check(load(path))
+    path.write_text(token)
+    check(load(path))

@@ -216,6 +216,28 @@ def test_another_idle_slice_is_parked_for_one_that_comes_back() -> None:
     assert pool.told_to_restore() == [ada]
 
 
+def test_of_two_that_come_back_the_first_is_not_passed_by_a_smaller_one() -> None:
+    pool = IdlePool()
+    big, small = pool.running(750, "ada"), pool.running(250, "grace")
+    for key in (big, small):
+        pool.idle(key)
+    first, second = (pool.ask(500, user).request.request_id for user in ("linus", "mary"))
+    pool.sync()
+    while pool.core.known(second).state == GrantState.queued:
+        for key in pool.asked_to_park():
+            pool.park(key)
+        pool.sync()
+    assert {pool.grant(key).state for key in (first, second)} == {GrantState.reserved}
+    pool.want(big, 10)
+    pool.want(small, 5)
+    pool.core.cancel(first, "h", pool.now)
+    pool.sync()
+    assert pool.told_to_restore() == [], "500 are free: enough for the small one, which came second"
+    pool.core.cancel(second, "h", pool.now)
+    pool.sync()
+    assert sorted(pool.told_to_restore()) == sorted([big, small])
+
+
 def test_a_pool_that_starts_anew_finds_what_is_parked_and_who_wants_back() -> None:
     pool = IdlePool()
     ada = pool.running(1000, "ada")
