@@ -5,8 +5,8 @@
 #define SPENT_NS (20 * MS) /* waiters ring again after this long anyway */
 #define UNUSED_MOST 5u     /* 20 ms doubled so often */
 #define GAP_MOST (MS)      /* a longer one is no hand-over but a pause */
-#define GAP_MEMORY 256u    /* hand-overs that the mean is of */
-#define GAP_LEAST 32u      /* before so many it is nothing yet */
+#define GAP_MEMORY 256u    /* turns that the mean is of */
+#define GAP_LEAST 8u       /* before so many it is nothing yet */
 #define GAP_STEP 50000u    /* P follows the mean in steps, or it would never be the same twice */
 #define SOON_NS 100000u    /* no look again before that */
 #define SAME_NS 10000u     /* turn ends closer than this are one */
@@ -81,6 +81,24 @@ void sched_suspend(SchedDevice *d, int index, bool suspended, uint64_t now) {
     sched_cap_lag(d, index);
 }
 
+static bool has_gap(const SchedSlice *s) { return is_active(s) && s->gaps >= GAP_LEAST; }
+
+/* The median of what slices say, of two the lower: no word of one makes P longer than another's does. */
+static uint64_t middle_gap(const SchedDevice *d) {
+    uint64_t middle = GAP_MOST;
+    uint32_t known = 0;
+    for (uint32_t i = 0; i < d->high; i++)
+        known += has_gap(&d->slice[i]);
+    for (uint32_t i = 0; i < d->high; i++) {
+        uint32_t below = 0;
+        for (uint32_t j = 0; j < d->high; j++)
+            below += has_gap(&d->slice[j]) && d->slice[j].gap_ns <= d->slice[i].gap_ns;
+        if (has_gap(&d->slice[i]) && 2 * below >= known)
+            middle = min_u64(middle, d->slice[i].gap_ns);
+    }
+    return middle;
+}
+
 /* The GPU went from one slice's work to another's: how long had it nothing to do? */
 static void learn_gap(SchedDevice *d, SchedSlice *s, uint64_t busy_since) {
     if (!s->fresh)
@@ -90,11 +108,14 @@ static void learn_gap(SchedDevice *d, SchedSlice *s, uint64_t busy_since) {
         return;
     uint64_t from = max_u64(d->idle_since, s->open_since);
     uint64_t gap = d->idle_since && busy_since > from ? busy_since - from : 0;
-    d->gaps += d->gaps < GAP_MEMORY;
-    d->gap_ns = (d->gap_ns * (d->gaps - 1) + min_u64(gap, GAP_MOST)) / d->gaps;
-    uint64_t apart = d->gap_ns > d->gap_held_ns ? d->gap_ns - d->gap_held_ns : d->gap_held_ns - d->gap_ns;
-    if (d->gaps == GAP_LEAST || (d->gaps > GAP_LEAST && apart > 3 * GAP_STEP))
-        d->gap_held_ns = (d->gap_ns / GAP_STEP + 1) * GAP_STEP;
+    s->gaps += s->gaps < GAP_MEMORY;
+    s->gap_ns = (s->gap_ns * (s->gaps - 1) + min_u64(gap, GAP_MOST)) / s->gaps;
+    if (s->gaps < GAP_LEAST)
+        return;
+    uint64_t gap_ns = middle_gap(d);
+    uint64_t apart = gap_ns > d->gap_held_ns ? gap_ns - d->gap_held_ns : d->gap_held_ns - gap_ns;
+    if (s->gaps == GAP_LEAST || apart > 3 * GAP_STEP)
+        d->gap_held_ns = (gap_ns / GAP_STEP + 1) * GAP_STEP;
 }
 
 static void note_idle(SchedDevice *d) {

@@ -81,6 +81,8 @@ typedef struct {
     uint64_t strict_end; /* strict: its turn ends then, whoever else waits */
     uint64_t dry_until;  /* strict: dry for so long */
     uint64_t closed_at;  /* its last turn ended */
+    uint64_t gap_ns;     /* mean time that the GPU idled before it submitted in its turn, as its words tell */
+    uint32_t gaps;       /* of so many turns */
     bool fresh;          /* has submitted nothing yet in this turn */
 } SchedSlice;
 
@@ -96,9 +98,7 @@ typedef struct {
     uint64_t patience_ns;    /* how long after a turn's end others wait for what still runs */
     uint32_t active_milli;   /* weights of the slices that are active now */
     uint64_t guest_since;    /* the guest has the device to itself since then */
-    uint64_t gap_ns;         /* mean time that the GPU idles while a turn changes hands, as far as words tell */
-    uint64_t gap_held_ns;    /* ...as P takes it */
-    uint32_t gaps;           /* of so many hand-overs */
+    uint64_t gap_held_ns;    /* time that the GPU idles while a turn changes hands, as P takes it: the median of what slices say */
     uint64_t idle_since;     /* nobody has work outstanding since then; 0 = somebody has */
     SchedSlice slice[SCHED_SLICES];
 } SchedDevice;

@@ -70,7 +70,7 @@ static void put(Sim *m, SimProcess *p) {
     p->queue[(p->head + p->count++) % SIM_QUEUE] = ns;
     p->outstanding += ns;
     if (!p->told_busy)
-        p->busy_since = m->now;
+        p->busy_since = m->now + (load->liar == SIM_LATE ? MS : 0);
     p->told_busy = load->liar != SIM_NEVER_BUSY;
     p->told_near = false;
     p->tell_idle_at = p->tell_near_at = SCHED_NEVER;
@@ -115,7 +115,7 @@ static void try_submit(Sim *m, SimProcess *p) {
 static void notice(Sim *m, SimProcess *p) {
     const SimSlice *s = &m->slice[p->slice];
     uint64_t late = m->now + m->driver.notice_ns;
-    if (s->load.liar)
+    if (s->load.liar == SIM_ALWAYS_BUSY || s->load.liar == SIM_NEVER_BUSY)
         return;
     if (!p->count && p->told_busy && p->tell_idle_at == SCHED_NEVER)
         p->tell_idle_at = late + (p->want ? 0 : IDLE_GRACE_NS);

@@ -15,7 +15,7 @@
 #define SIM_QUEUE 64
 #define SIM_WAITS 4096
 
-enum { SIM_HONEST, SIM_ALWAYS_BUSY, SIM_NEVER_BUSY };
+enum { SIM_HONEST, SIM_ALWAYS_BUSY, SIM_NEVER_BUSY, SIM_LATE };
 
 typedef struct {
     uint64_t slice_ns;  /* of the driver's round robin */
@@ -32,7 +32,8 @@ typedef struct {
     uint64_t kernel_ns; /* each a tenth longer or shorter at random */
     uint64_t work_ns;   /* of one visit; 0: without end */
     uint64_t gap_ns;    /* between the end of a visit and the next, a fifth longer or shorter at random */
-    uint64_t liar;      /* SIM_ALWAYS_BUSY: never says that it is near or idle; SIM_NEVER_BUSY: never says that it has work outstanding */
+    uint64_t liar;      /* SIM_ALWAYS_BUSY: never says that it is near or idle; SIM_NEVER_BUSY: never says that it has work outstanding;
+                         * SIM_LATE: says that its work began 1 ms later than it did */
 } SimLoad;
 
 typedef struct {

@@ -13,7 +13,7 @@ HERE = Path(__file__).resolve().parent
 AGENTLIB = HERE.parents[1] / "nodeagent" / "agentlib"
 MS = 1_000_000
 WAITS = 4096
-HONEST, ALWAYS_BUSY, NEVER_BUSY = range(3)
+HONEST, ALWAYS_BUSY, NEVER_BUSY, LATE = range(4)
 POLICY = ("sched_policy.c", "sched_charge.c")
 SOURCES = ("gpu_sim.c", "gpu_histories.c")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import policy_sweep
 import pytest
-from gpu_sim import Gpu, Sim, Work, build
+from gpu_sim import HONEST, LATE, Gpu, Sim, Work, build
 from policy_sweep import SHARES
 
 QUICK_HISTORIES, SOAK_HISTORIES, CHUNK = 200, 100_000, 500
@@ -91,6 +91,17 @@ def test_turns_are_no_longer_than_handing_over_asks_for(lib: c.CDLL) -> None:
             periods.append(sim.period_ms)
     assert periods[0] == pytest.approx(125)
     assert 125 < periods[1] <= 250, "slow hosts ask for longer turns"
+
+
+def test_nobody_makes_turns_longer_for_others_by_what_it_says(lib: c.CDLL) -> None:
+    """A slice says that its work begins a millisecond later than it does, as if changing hands took so long."""
+    periods = []
+    for liars in (1, 2):
+        with Sim(lib, Gpu(), [Work(500, liar=LATE if i < liars else HONEST) for i in range(2)]) as sim:
+            sim.run(10)
+            periods.append(sim.period_ms)
+    assert periods[0] == pytest.approx(125)
+    assert periods[1] > 125, "the word must count, or the test shows nothing"
 
 
 # ---- random histories ----
