@@ -15,6 +15,12 @@
 #define WORDS_MAX 65536u        /* threads that wait */
 #define BATCH 16u               /* slots read at once: 4 KiB of stack */
 
+#ifdef NBGPU_CONTROL_BELIEVE /* for the test that shows that a fuzzer finds what is not checked */
+#define SHARES_READ UINT32_MAX
+#else
+#define SHARES_READ NBGPU_SHARES
+#endif
+
 uint32_t nbgpu_agent_abi(void) { return NBGPU_AGENT_ABI; }
 
 static int read_at(int fd, void *out, size_t size, off_t at) {
@@ -186,7 +192,7 @@ int nbgpu_use_read(int fd, NbgpuUseRow *out, int max) {
             return rc;
         for (uint32_t i = 0; i < n && count < max; i++)
             if (batch[i].owner && batch[i].ready) {
-                shares[count] = batch[i].shares < NBGPU_SHARES ? batch[i].shares : NBGPU_SHARES;
+                shares[count] = batch[i].shares < SHARES_READ ? batch[i].shares : SHARES_READ;
                 sharing += shares[count] != 0;
                 copy_row(first + i, &batch[i], &out[count++]);
             }

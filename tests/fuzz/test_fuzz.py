@@ -43,12 +43,12 @@ def test_nothing_that_a_tenant_writes_does_harm(name: str, seconds: int, tmp_pat
     runs = re.search(r"Done (\d+) runs", done.stderr)
     assert runs, done.stderr[-2000:]
     print(f"{name}: {runs[1]} runs in {seconds} s")
-    assert int(runs[1]) > 50 * seconds, "so few runs find nothing"
+    assert int(runs[1]) > 10 * seconds, "so few runs find nothing"
 
 
 def test_control_a_reader_that_believes_the_file_is_found_out(tmp_path: Path) -> None:
     """The fuzzer comes to where harm would be done: without the check of an offset it finds an overflow."""
-    done = fuzz("fuzz_limiter", 20, tmp_path, "NBGPU_CONTROL_BELIEVE")
+    done = fuzz("fuzz_use", 20, tmp_path, "NBGPU_CONTROL_BELIEVE")
     assert done.returncode != 0
-    assert "share.c" in done.stderr
+    assert "use_reader.c" in done.stderr
     assert "Sanitizer" in done.stderr

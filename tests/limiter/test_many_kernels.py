@@ -9,6 +9,7 @@ import mmap
 import random
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -59,12 +60,12 @@ def resident_mib(pid: int) -> float:
 class Kernel(threading.Thread):
     """A Jupyter kernel and whoever types into it."""
 
-    def __init__(self, env: dict[str, str], cell: str, number: int) -> None:
+    def __init__(self, env: dict[str, str], cell: str, number: int, sockets: Path) -> None:
         super().__init__(daemon=True)
         self.cell, self.dice, self.cells = cell, random.Random(number), 0
         self.failed: list[Any] = []
         self.stop = threading.Event()
-        self.manager = manager.KernelManager(kernel_name="python3")
+        self.manager = manager.KernelManager(kernel_name="python3", transport="ipc", ip=str(sockets / f"k{number}"))  # ports may be taken
         self.manager.start_kernel(env=env | {"NBGPU_KERNEL_ID": f"kernel-{number}"})
         self.client = self.manager.blocking_client()
         self.client.start_channels()
@@ -100,6 +101,7 @@ class Room:
     """Slices on the machine with kernels in them."""
 
     def __init__(self, machine: Machine, folder: Path, kernels: int, cell: str, mem_limit: int) -> None:
+        self.sockets = tempfile.TemporaryDirectory(prefix="nbgpu-", dir="/tmp")  # names of sockets are short
         self.uses: list[layout.Use] = []
         self.kernels: list[Kernel] = []
         files = [self._slice(folder / str(i), machine, mem_limit) for i in range(min(SLICES, kernels))]
@@ -109,7 +111,7 @@ class Room:
         assert self.scheduler.stdout.readline() == "ready\n"
         for number in range(kernels):
             env = machine.env | {"LD_PRELOAD": str(LIB / "libnbgpu.so"), "NBGPU_SLICE_DIR": str(files[number % len(files)].folder)}
-            self.kernels.append(Kernel(env, cell, number))
+            self.kernels.append(Kernel(env, cell, number, Path(self.sockets.name)))
         for kernel in self.kernels:
             kernel.start()
 
@@ -147,6 +149,7 @@ class Room:
             kernel.stop.set()
         for kernel in self.kernels:
             kernel.end()
+        self.sockets.cleanup()
         self.scheduler.kill()
         self.scheduler.communicate(timeout=20)
 
