@@ -81,7 +81,7 @@ void sched_suspend(SchedDevice *d, int index, bool suspended, uint64_t now) {
     sched_cap_lag(d, index);
 }
 
-static bool has_gap(const SchedSlice *s) { return is_active(s) && s->gaps >= GAP_LEAST; }
+static bool has_gap(const SchedSlice *s) { return s->joined && s->gaps >= GAP_LEAST; }
 
 /* The median of what slices say, of two the lower: no word of one makes P longer than another's does. */
 static uint64_t middle_gap(const SchedDevice *d) {

@@ -115,7 +115,7 @@ def test_random_histories(lib: c.CDLL) -> None:
 
 # Each once showed a fault: a strict slice that a burst one's long GPU kernels held below its share, or whose P had become shorter in its
 # turn; a turn twice as long beside what outlasted another's; one that pays for a GPU it had half of; a P that doubled.
-REMEMBERED = (1193, 2049, 7103, 11224, 17215, 33134, 47956, 50526, 52617, 64078, 93721)
+REMEMBERED = (1193, 2049, 7103, 11224, 17215, 33134, 47956, 50526, 52617, 64078, 80746, 93721)
 
 
 def test_histories_that_showed_faults(lib: c.CDLL) -> None:
