@@ -216,20 +216,14 @@ class Sampler:
         self._thread.join(5)
 
 
-def not_counted(kit: Kit, place: Place, workers: list[Worker], before: int) -> int:
-    """Return the bytes that a slice's processes hold by NVML beyond what the limiter counts.
+def driver_s_own(kit: Kit, workers: list[Worker], before: int) -> int:
+    """Return the bytes that processes hold by NVML, before they allocate anything, beyond their contexts: code and stacks.
 
-    The driver takes memory for code and stacks that no call names. An agent adds it within a look or two, so this waits;
-    without an agent it stays.
+    No call names them. An agent counts them a second later as overhead, and while a process allocates and frees it knows them only roughly;
+    without an agent nobody counts them.
     """
-    until = time.monotonic() + (5 if isinstance(place, Nbgpu) else 0)
-    while True:
-        held = kit.held([worker.pid for worker in workers], before)
-        info = workers[0].ask("info")
-        left = held - (info["total"] - info["free"])
-        if left <= 0 or time.monotonic() > until:
-            return max(0, left)
-        time.sleep(0.2)
+    held = kit.held([worker.pid for worker in workers], before)
+    return max(0, held - len(workers) * int(kit.machine.get("context_bytes") or 0))
 
 
 def races(kit: Kit) -> dict[str, Any]:
@@ -240,7 +234,7 @@ def races(kit: Kit) -> dict[str, Any]:
         before = kit.nvml.memory()[0]
         with place.groups([Spec(250, memory=limit, processes=4)]) as [group]:
             workers = kit.ready([group])
-            uncounted = not_counted(kit, place, workers, before) if place.name == "nbgpu" else 0
+            own = driver_s_own(kit, workers, before)
             with Sampler(kit, [worker.pid for worker in workers], before) as sampler:
                 until = time.monotonic_ns() + int(seconds * 1e9)
                 for number, worker in enumerate(workers):
@@ -252,20 +246,20 @@ def races(kit: Kit) -> dict[str, Any]:
             **total,
             "most_held_bytes": sampler.most,
             "over_limit_mib": round(over / MIB),
-            "not_counted_mib": round(uncounted / MIB),
+            "driver_s_own_mib": round(own / MIB),
             "looks": sampler.looks,
             "slowest_call_ms": round(max(answer["slowest_ms"] for answer in answers), 2),
         }
         keys = ("given", "refused", "other_errors", "over_limit_mib", "slowest_call_ms")
         kit.compare("4 processes race for one slice's memory", place.name, {key: found[place.name][key] for key in keys})
     if "nbgpu" in found:
-        over, uncounted = found["nbgpu"]["over_limit_mib"], found["nbgpu"]["not_counted_mib"]
+        over, own = found["nbgpu"]["over_limit_mib"], found["nbgpu"]["driver_s_own_mib"]
         control = found.get("driver alone", {}).get("over_limit_mib")
         kit.fact(
             "no-overshoot",
-            "holds" if over <= uncounted and found["nbgpu"]["refused"] else "differs",
+            "holds" if over <= own and found["nbgpu"]["refused"] else "differs",
             f"most held: {over:+d} MiB against the limit in {found['nbgpu']['looks']} looks, {found['nbgpu']['refused']} refused; "
-            f"{uncounted} MiB of code and stacks were the driver's own and not counted when it began; "
+            f"{own} MiB of code and stacks are the driver's own; "
             f"without limits {control} MiB",
         )
     return found
