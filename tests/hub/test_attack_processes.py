@@ -144,7 +144,10 @@ def test_control_of_closed_descriptors_the_same_allocation_fits_once_it_is_gone(
     one, other = mallory.enter(), mallory.enter()
     assert one.run("result = cuda() or alloc(5 * GIB)") == 0
     one.close()
-    assert other.run("result = cuda() or alloc(6 * GIB)") == 0
+    deadline = time.monotonic() + 5  # the driver takes its time to free what a process held
+    while (code := other.run("result = cuda() or alloc(6 * GIB)")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert code == 0
 
 
 def test_a_daemon_stays_in_the_slice_and_keeps_it(agent: AgentProcess, tenancy: Make, last: int) -> None:

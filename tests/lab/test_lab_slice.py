@@ -233,7 +233,7 @@ def test_the_command_line_knows_notebooks_by_name_and_limits_them_while_they_run
     quiet = wait_for("a kernel that has used no GPU, by its notebook's name", lambda: listed().get("quiet.ipynb"), 10)
     assert (quiet["kernel_id"], quiet["path"], quiet["devices"]) == (kernel.id, "quiet.ipynb", [])
     assert nbgpu("limit", "quiet", "--memory", "50%", "--compute", "1/2") == "quiet.ipynb: memory 9.7 GiB, time 12.5 %.\n"
-    assert server.kernel(kernel.id)["limit"]["compute_milli"] == 125
+    wait_for("the limit in the usage", lambda: server.kernel(kernel.id)["limit"]["compute_milli"] == 125, 5)
     assert "at most 19.5 GiB" in nbgpu("limit", "quiet.ipynb", "--memory", "900GiB")
 
     # below what it holds: nothing is lost, nothing more is given, and all three places say so
