@@ -36,7 +36,7 @@ SIZE_TICKS = 3
 HOSTILE_SECONDS = 60.0
 OWED_TOLD_NS = 100_000_000
 """GPU time taken beyond the turns in one look: from this on somebody is told, and not only charged."""
-BURST_SECONDS = 1.0
+BURST_SECONDS = 0.7
 REFUSALS_MOST = 1_000_000
 """Of one slot, between two looks: more is nothing that a program did."""
 REMEDY = "Free some or restart with a larger fraction."  # short: JupyterLab cuts a notice after 140 characters
@@ -75,6 +75,8 @@ class Monitor:
         self._responses = Responses(agent, self._find_slice)
         self._offences: list[Offence] = []
         """Of the last look."""
+        self._blames = False
+        """Whether offences were to be looked for in it."""
         self._memory: dict[str, SliceMemory] = {}
         self._slice_of_pid: dict[Process, str | None] = {}
         self._untold: set[str] = set()
@@ -179,7 +181,7 @@ class Monitor:
         agent = self._agent
         findings: list[Finding] = []
         unknown: set[Process] = set()
-        self._offences = []
+        self._offences, self._blames = [], self._responses.needed
         # Who holds a slot is watched already: no look at /proc for them.
         holding = {pid: process for live in agent.slices.values() for pid, process in live.tenant.holding().items()}
         known = {pid: live.id for live in agent.slices.values() for pid in live.tenant.holders()}
@@ -212,7 +214,7 @@ class Monitor:
                 # Processes of a slice on a device that it has no part of: all that they hold there is unlimited.
                 memory = {pid: sample.memory[pid] for pid in pids if pid in sample.memory}
                 findings += judge_slice(slice_id or "", uuid, 0, 0, None, [], memory, {}, {})
-                if slice_id is not None and self._responses.needed:
+                if slice_id is not None and self._blames:
                     held = [Held(holding[pid], size, 0, None) for pid, size in memory.items() if not exiting(pid)]
                     self._offences += judge(slice_id, uuid, held, Books(0, 0), 0, None)
         self._slice_of_pid = {process: owner for process, owner in self._slice_of_pid.items() if process in unknown}
@@ -242,7 +244,7 @@ class Monitor:
 
     def _blame(self, live: LiveSlice, index: int, rows: list[UseRow], processes: list[Process], sample: DeviceSample) -> None:
         """Note who of a slice does on its `index`-th device what no process under the limiter can."""
-        if not self._responses.needed or sample.error is not None:
+        if not self._blames or sample.error is not None:
             return
         part = live.slice.devices[index]
         now, now_ns = time.monotonic(), time.monotonic_ns()
