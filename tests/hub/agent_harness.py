@@ -149,7 +149,26 @@ def usage(launch: Launch) -> Usage:
     return slice_client(launch).ask(Usage, "GET", "/v1/usage")
 
 
-class Tenant:
+class Piped:
+    """A program that is spoken to through its pipes."""
+
+    process: subprocess.Popen[str]
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.process.kill()
+        self.process.wait(10)
+
+    def close(self) -> None:
+        """End it, whatever it does."""
+        self.kill()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+
+
+class Tenant(Piped):
     """A process in a slice that claims a slot and changes its numbers on command, as a process under the limiter does."""
 
     def __init__(self, launch: Launch, kernel_id: str = "", uid: int | None = None):
@@ -172,19 +191,6 @@ class Tenant:
         self.process.stdin.write(" ".join(str(word) for word in words) + "\n")
         self.process.stdin.flush()
         self._expect("done")
-
-    def kill(self) -> None:
-        """SIGKILL."""
-        self.process.kill()
-        self.process.wait(10)
-
-    def close(self) -> None:
-        """End it, whatever it does."""
-        self.kill()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
 
 
 @contextlib.contextmanager

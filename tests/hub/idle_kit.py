@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from agent_harness import ROOT, AgentProcess, slice_client, until
+from agent_harness import ROOT, AgentProcess, Piped, slice_client, until
 
 from nbgpu.client import Client
 from nbgpu.errors import NbgpuError
@@ -18,7 +18,7 @@ from nbgpu.models import Launch, Slice
 PROGRAM = Path(__file__).with_name("idle_program.py")
 
 
-class Notebook:
+class Notebook(Piped):
     """A notebook's kernel in a slice (`idle_program.py`), and what its Jupyter server would tell the agent of it."""
 
     def __init__(self, launch: Launch, kernel_id: str = "kernel-a", mib: int = 64, agent: AgentProcess | None = None, limited: bool = True):
@@ -67,18 +67,6 @@ class Notebook:
         if self.agent is not None:  # the slice's own socket takes 50 requests a second
             return self.agent.slices()[self.slice_id]["idle"]["state"]
         return self.client.call("GET", "/v1/idle")["state"]
-
-    def kill(self) -> None:
-        """SIGKILL."""
-        self.process.kill()
-        self.process.wait(10)
-
-    def close(self) -> None:
-        """End it, whatever it does."""
-        self.kill()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                pipe.close()
 
 
 def idle_agent(agent: AgentProcess, *more: str) -> AgentProcess:

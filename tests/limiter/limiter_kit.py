@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -9,6 +10,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -165,3 +168,21 @@ def run(script: str, env: dict[str, str], *, argv: tuple[str, ...] = (), stdin: 
         raise AssertionError(f"still running after {timeout} s\n{out}{err}") from None
     assert child.returncode == 0, err
     return json.loads(out.splitlines()[-1])
+
+
+@contextlib.contextmanager
+def going_on(work: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Do something again and again in a thread of its own, with pauses."""
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.wait(seconds):
+            work()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

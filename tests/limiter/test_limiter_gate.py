@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from limiter_kit import environment, limiter, null_driver, spawn
+from limiter_kit import environment, going_on, limiter, null_driver, spawn
 from limiter_slice import MIB, SliceFiles
 
 from nbgpu_agent import layout
@@ -36,20 +36,9 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = 10) -> N
 @contextmanager
 def beating(files: SliceFiles) -> Iterator[None]:
     """A living scheduler's heartbeat."""
-    stop = threading.Event()
-
-    def beat() -> None:
-        while not stop.wait(0.02):
-            files.beat()
-
     files.beat()
-    thread = threading.Thread(target=beat)
-    thread.start()
-    try:
+    with going_on(files.beat, 0.02):
         yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 def set_gate(files: SliceFiles, gate: int, turn_end_ns: int = 0) -> None:

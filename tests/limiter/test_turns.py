@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import random
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ sys.path.append(str(ROOT / "bench"))
 import compute  # noqa: E402
 from compute import Machine, Share, SliceFiles, start_client, wait_ready  # noqa: E402
 from limiter_kit import COMPUTE_SCALE as SCALE  # noqa: E402
+from limiter_kit import going_on  # noqa: E402
 
 from nbgpu_agent import layout  # noqa: E402
 from nbgpu_agent.native import Native, Scheduler  # noqa: E402
@@ -140,24 +139,6 @@ def test_half_the_device_is_half_whatever_it_does(room: Room, work: str) -> None
     windows = [room.shares(SCALE) for _ in range(4)]
     print(work, windows)
     assert error_between(windows) <= 2
-
-
-@contextlib.contextmanager
-def going_on(work: Callable[[], None], seconds: float) -> Iterator[None]:
-    """Do something again and again in a thread of its own, with pauses."""
-    stop = threading.Event()
-
-    def run() -> None:
-        while not stop.wait(seconds):
-            work()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 def test_who_says_that_nothing_of_it_runs_pays_later(room: Room) -> None:
