@@ -27,7 +27,7 @@ from lab_pages import (
 )
 from playwright.sync_api import Browser, expect
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 
 
 def books(hub: Hub) -> dict[str, list[dict[str, Any]]]:

@@ -160,7 +160,7 @@ def run_storm(storm: Storm, spawns: int) -> Run:
     return run
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(600)
 def test_a_storm_of_kills_leaks_nothing_and_gives_nothing_twice(make_hub: Callable[..., Hub], place: Path) -> None:
     run_storm(make_storm(make_hub, place), 20)
 
