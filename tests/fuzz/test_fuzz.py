@@ -36,7 +36,7 @@ def fuzz(name: str, seconds: int, folder: Path, *definitions: str) -> subprocess
 
 @pytest.mark.parametrize("seconds", [3, pytest.param(600, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("name", SOURCES)
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_nothing_that_a_tenant_writes_does_harm(name: str, seconds: int, tmp_path: Path) -> None:
     done = fuzz(name, seconds, tmp_path)
     assert done.returncode == 0, f"the input that did it is in {tmp_path}\n{done.stderr[-6000:]}"
