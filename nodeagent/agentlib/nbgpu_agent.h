@@ -9,7 +9,7 @@
 
 #include "../limiter/nbgpu_layout.h"
 
-#define NBGPU_AGENT_ABI 3u
+#define NBGPU_AGENT_ABI 4u
 #define NBGPU_EXPORT __attribute__((visibility("default")))
 
 NBGPU_EXPORT uint32_t nbgpu_agent_abi(void);
@@ -122,8 +122,8 @@ typedef struct {
 NBGPU_EXPORT int nbgpu_use_head(int fd, NbgpuUseHead *out);
 /* Read the slots that are taken and ready, in order, at most `max`. Returns how many. -EBADMSG as above. */
 NBGPU_EXPORT int nbgpu_use_read(int fd, NbgpuUseRow *out, int max);
-/* The word that rises with each refusal, as one cheap read; negative errno on failure. */
-NBGPU_EXPORT int64_t nbgpu_use_events(int fd);
+/* The words that rise with each refusal, of many files at once, each one cheap read; 0 where a file cannot be read. */
+NBGPU_EXPORT void nbgpu_use_events(const int *fds, int count, uint32_t *events);
 /* Who holds the record lock of a slot: 0 nobody, a pid in the caller's pid namespace, or this when the holder has none here. */
 #define NBGPU_LOCKED_ELSEWHERE 0x7fffffff
 /* ... or this when no process holds it but an open file description, wherever its descriptors are. No pid is as high. */

@@ -55,10 +55,10 @@ int nbgpu_use_head(int fd, NbgpuUseHead *out) {
     return 0;
 }
 
-int64_t nbgpu_use_events(int fd) {
-    uint32_t events;
-    int rc = read_at(fd, &events, sizeof events, offsetof(NbgpuUse, events));
-    return rc ? rc : (int64_t)events;
+void nbgpu_use_events(const int *fds, int count, uint32_t *events) {
+    for (int i = 0; i < count; i++)
+        if (read_at(fds[i], &events[i], sizeof events[i], offsetof(NbgpuUse, events)))
+            events[i] = 0;
 }
 
 static bool is_id_char(char c) {

@@ -85,7 +85,7 @@ class Monitor:
         self._inherited: set[str] = set()
         """Slices that were here before this agent."""
         self.samples: dict[str, DeviceSample] = {}
-        agent.last_look = self._look_at_refusals
+        agent.last_look = self._last_look
         agent.parking.room = self._room
 
     async def run(self) -> None:
@@ -340,14 +340,20 @@ class Monitor:
     # ---- refusals
 
     def _look_for_refusals(self) -> None:
-        for live in list(self._agent.slices.values()):
-            self._look_at_refusals(live)
+        slices = list(self._agent.slices.values())
+        for live, word in zip(slices, self._agent.native.use_events([live.tenant.fd for live in slices]), strict=True):
+            if word != live.tenant.events_word or live.id in self._untold:
+                self._look_at_refusals(live, word)
         self._agent.parking.look()
         self._untold &= self._agent.slices.keys()
 
-    def _look_at_refusals(self, live: LiveSlice) -> None:
+    def _last_look(self, live: LiveSlice) -> None:
+        self._look_at_refusals(live, self._agent.native.use_events([live.tenant.fd])[0])
+
+    def _look_at_refusals(self, live: LiveSlice, word: int) -> None:
         """Tell of new refusals: once in `BURST_SECONDS` for each kernel, all of them when the process that the slice was for is gone."""
-        if live.tenant.refused():
+        if word != live.tenant.events_word:
+            live.tenant.events_word = word
             self._collect(live, self._memory.setdefault(live.id, SliceMemory()))
             self._untold.add(live.id)
         if live.id not in self._untold:

@@ -9,13 +9,14 @@ import ctypes as c
 import os
 import struct
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from . import layout
 
-ABI = 3
+ABI = 4
 LOCKED_ELSEWHERE = 0x7FFFFFFF
 JUNK_DEVICE, JUNK_KERNEL_ID, JUNK_MEMORY, JUNK_COMPUTE, JUNK_OWNER = 1, 2, 4, 8, 16
 
@@ -142,7 +143,7 @@ def _load(path: Path) -> c.CDLL:
     lib.nbgpu_agent_abi.argtypes = []
     if lib.nbgpu_agent_abi() != ABI:
         raise OSError(f"{path} has ABI {lib.nbgpu_agent_abi()}, this agent needs {ABI}: build it again")
-    signatures: dict[str, tuple[type, list[type]]] = {
+    signatures: dict[str, tuple[type | None, list[type]]] = {
         "nbgpu_sched_open": (c.c_void_p, [c.c_void_p]),
         "nbgpu_sched_add": (c.c_int, [c.c_void_p, c.c_int, c.c_int, c.c_uint32, c.c_uint32, c.c_uint32, c.c_uint32]),
         "nbgpu_sched_set": (c.c_int, [c.c_void_p, c.c_int, c.c_uint32, c.c_uint32]),
@@ -154,7 +155,7 @@ def _load(path: Path) -> c.CDLL:
         "nbgpu_sched_totals": (c.c_int, [c.c_void_p, c.c_void_p]),
         "nbgpu_use_head": (c.c_int, [c.c_int, c.c_void_p]),
         "nbgpu_use_read": (c.c_int, [c.c_int, c.c_void_p, c.c_int]),
-        "nbgpu_use_events": (c.c_int64, [c.c_int]),
+        "nbgpu_use_events": (None, [c.c_void_p, c.c_int, c.c_void_p]),
         "nbgpu_use_locked": (c.c_int, [c.c_int, c.c_uint32]),
     }
     for name, (restype, argtypes) in signatures.items():
@@ -194,9 +195,11 @@ class Native:
             found = [_ROW.unpack_from(self._rows, i * _ROW.size) for i in range(count)]
         return [UseRow._make((*row[:6], row[6].rstrip(b"\0").decode("ascii"), *row[7:])) for row in found]
 
-    def use_events(self, fd: int) -> int:
-        """Return the word that rises with each refusal."""
-        return _check(self._lib.nbgpu_use_events(fd), "use file")
+    def use_events(self, fds: Sequence[int]) -> list[int]:
+        """Return of each file the word that rises with each refusal; 0 where it cannot be read."""
+        words = (c.c_uint32 * len(fds))()
+        self._lib.nbgpu_use_events((c.c_int * len(fds))(*fds), len(fds), words)
+        return list(words)
 
     def use_locked(self, fd: int, slot: int) -> int:
         """Return the pid that holds the slot's lock, 0 for nobody, LOCKED_ELSEWHERE for one with no pid here."""

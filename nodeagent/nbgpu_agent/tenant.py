@@ -20,7 +20,6 @@ from .procs import Process
 from .watch import Watch
 
 _SLOT = layout.Use.slot.offset
-_EVENTS = layout.Use.events.offset
 _OWNER = layout.UseSlot.owner.offset
 _USED = layout.UseSlot.used.offset
 _SHARES = layout.UseSlot.shares.offset
@@ -81,7 +80,8 @@ class Tenant:
         self._is_member = is_member
         self.states: dict[int, SlotState] = {}
         self.junk: str | None = None
-        self._events_word = b""
+        self.events_word = 0
+        """As last looked at: another one says that there were refusals since, its value means nothing."""
         self._asked_seconds = 0.0
         self._ask_from = 0.0
 
@@ -237,13 +237,6 @@ class Tenant:
         return any(
             state.elsewhere and state.process is None and self._holder(slot) == LOCKED_ELSEWHERE for slot, state in self.states.items()
         )
-
-    def refused(self) -> bool:
-        """Return whether there were refusals since the last call: four bytes are read and compared, their value means nothing."""
-        word = os.pread(self.fd, 4, _EVENTS)
-        changed = word != self._events_word
-        self._events_word = word
-        return changed
 
     def tick(self, rows: list[UseRow], now_ns: int) -> None:
         """Keep this moment's busy times: rates are measured against the tick before the last."""

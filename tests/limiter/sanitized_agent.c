@@ -125,7 +125,7 @@ static void *reader(void *argument) {
             for (int k = 0; k < n; k++)
                 if (strnlen(rows[k].kernel_id, NBGPU_KERNEL_ID_BYTES) == NBGPU_KERNEL_ID_BYTES || rows[k].slot >= NBGPU_SLOTS)
                     fail("a row that was not checked");
-            nbgpu_use_events(slices[i].use_fd);
+            nbgpu_use_events(&slices[i].use_fd, 1, &(uint32_t){0});
             nbgpu_use_locked(slices[i].use_fd, (uint32_t)n % NBGPU_SLOTS);
             nbgpu_sched_stats(scheduler, (int)i, &stats);
         }

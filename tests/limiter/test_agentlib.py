@@ -474,6 +474,10 @@ time.sleep(60)
 
 
 def test_events_word(library: native.Native, make_slice: MakeSlice) -> None:
-    files = make_slice()
-    files.use.events = 41
-    assert library.use_events(files.use_fd) == 41
+    first, second = make_slice(), make_slice()
+    first.use.events, second.use.events = 41, 7
+    closed = os.open("/dev/null", os.O_RDONLY)
+    assert list(library.use_events([first.use_fd, closed, second.use_fd])) == [41, 0, 7]
+    os.close(closed)
+    assert list(library.use_events([closed])) == [0]
+    assert list(library.use_events([])) == []
