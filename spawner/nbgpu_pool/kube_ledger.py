@@ -38,6 +38,10 @@ GATHER_SECONDS = 0.02
 """What changes within so long becomes one snapshot."""
 BUSY_SHARE = 4.0
 """A snapshot that took long to take in is followed by a pause of so many times that."""
+CREATIONS = 12
+"""Claims that are being created at once: more wait in the API server instead, each on a connection of its own, and its answers come
+together, which keeps everybody else waiting.
+"""
 NOTHING = Launch(env={}, slice_dir="", socket="")
 """What a spawner needs to start a pod in a slice: the pod names the claim, all else is the agent's."""
 
@@ -87,6 +91,7 @@ class KubeLedger:
         """Claims of an earlier installation's pool: since when there has been no pod with them."""
         self._strangers_at = 0.0
         self._moving = asyncio.Lock()
+        self._creating = asyncio.Semaphore(CREATIONS)
         self._lost: dict[Key, float] = {}
         self._reset()
 
@@ -134,7 +139,9 @@ class KubeLedger:
         claim = claim_for(wanted, self._key)
         self._where[wanted.slice_id] = wanted.namespace
         try:
-            made = await self.kube.create(path(RESOURCE, "resourceclaims", wanted.namespace), claim)
+            async with self._creating:
+                self._must_lead()  # it may have waited
+                made = await self.kube.create(path(RESOURCE, "resourceclaims", wanted.namespace), claim)
         except Conflict as error:
             made = await self._met(wanted, error)
         except KubeError as error:

@@ -14,6 +14,7 @@ pytest.importorskip("httpx")
 from fake_kube import FakeKube
 
 from nbgpu.claims import claim_for
+from nbgpu.errors import Unavailable
 from nbgpu.kube import Kube, NotAllowed, path
 from nbgpu.kube_check import cluster_problem
 from nbgpu.models import Device, Owner, Slice, SliceDevice
@@ -104,6 +105,34 @@ async def test_a_pod_owns_its_claim_only_when_no_hub_makes_it_once_more(age: flo
         view.age_seconds = lambda key: age  # type: ignore[method-assign]
         await ledger._own()
         assert made == (["claim"] if owned else [])
+        await ledger.close()
+        await ledger.kube.close()
+
+
+@pytest.mark.asyncio
+async def test_who_waited_to_create_a_claim_looks_again_whether_this_pool_leads(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    async with FakeKube() as fake:
+        leads, begun, most = True, asyncio.Event(), kube_ledger_module.CREATIONS
+        ledger = KubeLedger(await kube_of(fake, tmp_path), b"k" * 16, ttl_seconds=60, may_act=lambda: leads)
+        fake.delay_seconds = 0.3
+        create, at_once = ledger.kube.create, 0
+
+        async def counted(*arguments):  # type: ignore[no-untyped-def]
+            nonlocal at_once
+            at_once += 1
+            begun.set()
+            return await create(*arguments)
+
+        ledger.kube.create = counted  # type: ignore[method-assign]
+        wanted = [running(f"request-{number}", "a").slice for number in range(most + 3)]
+        work = [asyncio.create_task(ledger.prepare(one, None)) for one in wanted]
+        await begun.wait()
+        await asyncio.sleep(0)
+        assert at_once == most
+        leads = False
+        found = await asyncio.gather(*work, return_exceptions=True)
+        assert [isinstance(one, Unavailable) for one in found] == [False] * most + [True] * 3
+        assert len(fake.objects["/apis/resource.k8s.io/v1/resourceclaims"]) == most
         await ledger.close()
         await ledger.kube.close()
 
