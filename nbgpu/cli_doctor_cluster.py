@@ -11,6 +11,7 @@ from .quantities import WHOLE_MILLI, format_memory
 from .words import counted
 
 _CDI = re.compile(r"unresolvable CDI devices|CDI device injection failed|CDI.*(not enabled|disabled)", re.IGNORECASE)
+_SHARED_MOUNT = "On that node: mount --make-rshared / before the container runtime starts (docs/kubernetes.md)."
 _PREPARE = "FailedPrepareDynamicResources"
 
 
@@ -67,11 +68,8 @@ def _agents(cluster: Cluster) -> list[Check]:
             found.append(Check("agents", "error", f"DaemonSet {name} runs on no node", remedy))
         elif ready < wanted:
             why = _why(cluster, "agent")
-            found.append(
-                Check(
-                    "agents", "error", f"{ready} of {wanted} agents of {name} are ready{why}", f"kubectl -n {name.split('/')[0]} get pods"
-                )
-            )
+            remedy = _SHARED_MOUNT if "not a shared" in why else f"kubectl -n {name.split('/')[0]} get pods"
+            found.append(Check("agents", "error", f"{ready} of {wanted} agents of {name} are ready{why}", remedy))
         else:
             found.append(Check("agents", "ok", f"{ready} of {wanted} are ready"))
     if stranded := _stranded(cluster):

@@ -139,6 +139,20 @@ def test_a_pod_that_crashes_is_quoted_with_its_last_words() -> None:
     )
 
 
+def test_a_node_whose_mounts_are_private_is_told_apart() -> None:
+    message = 'failed to generate spec: path "/run/nbgpu" is mounted on "/" but it is not a shared mount'
+    state = {"state": {"waiting": {"reason": "CreateContainerError", "message": message}}}
+    pod = {"metadata": {"labels": {"app.kubernetes.io/component": "agent"}}, "status": {"containerStatuses": [state]}}
+    template = {"spec": {"template": {"spec": {}}}}
+    agent = {"metadata": {"namespace": "a", "name": "b"}, "status": {"desiredNumberScheduled": 1, "numberReady": 0}, **template}
+    [one] = [one for one in checks(well(agents=[agent], pods=[pod])) if one.name == "agents"]
+    assert "0 of 1 agents of a/b are ready: CreateContainerError" in one.found
+    assert "mount --make-rshared" in one.remedy
+    state["state"]["waiting"]["message"] = "no such image"
+    [one] = [one for one in checks(well(agents=[agent], pods=[pod])) if one.name == "agents"]
+    assert "mount" not in one.remedy
+
+
 def test_a_device_class_without_an_installation() -> None:
     [one] = [one for one in checks(well(agents=[], pools=[], slices=[], claims=[])) if one.name == "device class"]
     assert one.level == "note"
