@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def setup(
     runtime: str | os.PathLike[str] | None = None,
     pool_url: str = "",
     pool_token: str = "",
-    idle_host_memory: str = "",
+    agent_args: Sequence[str] = (),
 ) -> None:
     """Give the servers of a JupyterHub slices of GPUs. Call it after `c.JupyterHub.spawner_class` is set.
 
@@ -61,12 +61,10 @@ def setup(
         Directory of sockets and slices, where it is not the usual one.
     pool_url, pool_token : str
         A pool that runs elsewhere. A hub of zero-to-jupyterhub needs neither: `custom.nbgpu` has them (deploy/z2jh).
-    idle_host_memory : str
-        How much of this machine's memory the GPU memory of idle notebooks may take, such as ``"64 GiB"``, with
-        ``pool_config={"idle": {"after_seconds": 1800}}`` (docs/idle.md). Only where the agent is embedded.
+    agent_args : sequence of str
+        More options of the node agent, as ``nbgpu agent --help`` tells them: ``["--watchdog", "suspend"]`` (docs/security.md),
+        ``["--idle-host-memory", "64 GiB"]`` (docs/idle.md). Only where the agent is embedded.
     """
-    if idle_host_memory and pool_url:
-        raise ValueError("nbgpu: idle_host_memory is the agent's: set it where that is started (--idle-host-memory)")
     if not pool_url and embedded is None and (found := z2jh.settings()):
         pool_url, pool_token = found.pool_url, found.pool_token
         c.GPUSliceMixin.gpu_hub_name = found.hub_name
@@ -86,7 +84,9 @@ def setup(
         c.GPUSliceMixin.pool_socket = str(directory / POOL_SOCKET)
     _extend(c.JupyterHub, "extra_handlers", HANDLERS)
     if embedded:
-        _extend(c.JupyterHub, "services", services(directory, quotas, pool_config, idle_host_memory))
+        _extend(c.JupyterHub, "services", services(directory, quotas, pool_config, agent_args))
+    elif agent_args:
+        raise ValueError("nbgpu: agent_args are the node agent's: set them where that is started, or start it here with embedded=True")
     elif quotas is not None or pool_config is not None:
         raise ValueError(
             "nbgpu: quotas and pool_config are the pool's: set them where it is configured, or start it here with embedded=True"
@@ -131,16 +131,17 @@ def _named_class(name: str) -> type:
 
 
 def services(
-    directory: Path, quotas: Mapping[str, Any] | None = None, pool_config: Mapping[str, Any] | None = None, idle_host_memory: str = ""
+    directory: Path,
+    quotas: Mapping[str, Any] | None = None,
+    pool_config: Mapping[str, Any] | None = None,
+    agent_args: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Return the hub's services for one machine: the node agent, and the pool that speaks to it. Writes the pool's configuration."""
     directory.mkdir(mode=0o755, parents=True, exist_ok=True)
     # a hub that was killed leaves its services running: the new hub's take their place
     common = ["--runtime-dir", str(directory), "--takeover"]
     kept = [sys.executable, "-m", "nbgpu.keep", sys.executable, "-m"]
-    agent = [*kept, "nbgpu_agent", *common]
-    if idle_host_memory:
-        agent += ["--idle-host-memory", idle_host_memory]
+    agent = [*kept, "nbgpu_agent", *common, *agent_args]
     pool = [*kept, "nbgpu_pool", *common]
     if quotas is not None or pool_config is not None:
         settings = directory / "pool.json"

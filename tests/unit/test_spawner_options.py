@@ -293,6 +293,22 @@ def test_defaults_of_setup_give_way_to_the_admins(own: bool, before: bool, tmp_p
     assert spawner.gpu_login_terminals is own
 
 
+def test_options_of_an_agent_that_the_hub_starts(tmp_path: Path) -> None:
+    from nbgpu_agent.main import parse
+
+    c = Config()
+    c.JupyterHub.services = []
+    setup(c, runtime=tmp_path, agent_args=["--watchdog", "suspend", "--idle-host-memory", "4 GiB"])
+    services = {one["name"]: one["command"] for one in c.JupyterHub.services}
+    command = services["nbgpu-agent"]
+    found = parse(command[command.index("nbgpu_agent") + 1 :])
+    assert (found.watchdog, found.idle_host_memory, found.runtime_dir) == ("suspend", "4 GiB", tmp_path)
+    assert "suspend" not in services["nbgpu-pool"]
+    for pool_url in ("", "http://pool"):
+        with pytest.raises(ValueError, match="agent_args"):
+            setup(Config(), embedded=False, runtime=tmp_path, pool_url=pool_url, agent_args=["--watchdog", "suspend"])
+
+
 def test_a_server_that_nobody_waited_for_has_ended() -> None:
     """Control: the operating system still takes a signal for it."""
     from nbgpu.procs import is_alive
