@@ -90,6 +90,8 @@ class Monitor:
 
     async def run(self) -> None:
         """Work until cancelled."""
+        for live in self._agent.slices.values():
+            self._pass_over_refusals(live)
         try:
             await asyncio.gather(self._every(TICK_SECONDS, self._tick), self._every(REFUSALS_SECONDS, self._look_for_refusals))
         finally:
@@ -349,6 +351,12 @@ class Monitor:
 
     def _last_look(self, live: LiveSlice) -> None:
         self._look_at_refusals(live, self._agent.native.use_events([live.tenant.fd])[0])
+
+    def _pass_over_refusals(self, live: LiveSlice) -> None:
+        """An earlier agent has told of these: when they were, and under which limits, nobody knows any more."""
+        live.tenant.events_word = self._agent.native.use_events([live.tenant.fd])[0]
+        for row in live.tenant.read():
+            live.tenant.states[row.slot].refusals = row.refusals
 
     def _look_at_refusals(self, live: LiveSlice, word: int) -> None:
         """Tell of new refusals: once in `BURST_SECONDS` for each kernel, all of them when the process that the slice was for is gone."""

@@ -368,6 +368,24 @@ def test_limits_and_slices_stay_over_restarts(agent: AgentProcess, tenant: Calla
     until(lambda: set(agent.slices()) == {other.slice_id}, 2, "the end of the slice whose process is gone")
 
 
+def test_an_agent_tells_only_refusals_since_it_started(agent: AgentProcess, tenant: Callable[..., Tenant]) -> None:
+    """An earlier agent told the others, or nobody did: when they were and what the limits were then nobody knows any more."""
+    wanted = agent.slice(250)
+    launch = agent.put(wanted)
+    one = tenant(launch, "kernel-a")
+    agent.adopt(wanted.slice_id, one.pid)
+    own = slice_client(launch)
+    for _ in range(3):
+        one.do("refuse", 20 * GIB, layout.REFUSED_SLICE)
+    until(lambda: own.call("GET", "/v1/events?after=-1"), 3, "told once")
+    agent.kill()
+    agent.start()
+    until(lambda: usage(launch).kernels, 5, "the kernel is known again")
+    one.do("refuse", 20 * GIB, layout.REFUSED_SLICE)
+    told = until(lambda: [event for event in own.call("GET", "/v1/events?after=-1") if event["kind"] == "refused"], 3, "the new one")
+    assert [event["data"]["count"] for event in told] == [1]
+
+
 def test_a_second_agent_says_who_is_there_and_takes_over_when_told(agent: AgentProcess) -> None:
     wanted = agent.slice(250)
     agent.put(wanted)
