@@ -17,6 +17,7 @@ MOUNTS_BYTES = 64 * 1024
 """So much of a process's list of mounts is read: a tenant may make it as long as it likes."""
 ENVIRONMENT_BYTES = 64 * 1024
 _PF_EXITING = 4
+_ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
 _INITIAL_PID_NAMESPACE = 0xEFFFFFFC
 
 
@@ -48,6 +49,14 @@ def exiting(pid: int) -> bool:
 def stopped(pid: int) -> bool:
     """Return whether a process is stopped by a signal."""
     return stat_fields(pid)[:1] in ([b"T"], [b"t"])
+
+
+def told_to_end(pid: int) -> bool:
+    """Return whether a signal to end waits for a process that is stopped."""
+    with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/status", "rb") as file:
+        waiting = (int(line.split()[1], 16) for line in file if line.startswith((b"SigPnd:", b"ShdPnd:")))
+        return any(word >> (number - 1) & 1 for word in waiting for number in _ENDS)
+    return False
 
 
 def send(process: Process, number: int) -> bool:

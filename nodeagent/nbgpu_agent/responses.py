@@ -255,6 +255,11 @@ class Responses:
                     self._forget(live, process)
                     continue
                 watched.add(process)
+                if entry.how == "stop" and not entry.excused and procs.told_to_end(process.pid):
+                    # as when its kernel is restarted: it would end, and cannot while it stands still
+                    log.info("slice=%s owner=%s: process %d, stopped by the watchdog, was told to end", live.id, live.owner, process.pid)
+                    procs.send(process, signal.SIGKILL)
+                    continue
                 if not entry.excused and process not in self._busy:
                     self._look_after(live, entry, process, offending.get(process), now)
         self._gone_since = {process: since for process, since in self._gone_since.items() if process in watched}

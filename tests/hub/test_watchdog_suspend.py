@@ -86,6 +86,21 @@ def test_restarting_the_kernel_ends_a_stopped_process(agent: AgentProcess, tenan
     until(lambda: mallory.id not in agent.slices(), 1, "the end of the slice")
 
 
+def test_a_stopped_process_that_is_told_to_end_does(agent: AgentProcess, tenancy: Make, programs: Path) -> None:
+    """A kernel that is restarted sends its programs SIGTERM: one that stands still cannot answer it."""
+    mallory = tenancy()
+    kernel = mallory.enter()
+    pid, since = offend("static", mallory, programs)
+    try:
+        stopped(pid, since)
+        kernel.run(f"os.kill({pid}, signal.SIGUSR1)")
+        assert stays(lambda: state(pid) == "T", 1.5), "control: another signal waits with it"
+        kernel.run(f"os.kill({pid}, signal.SIGTERM)")
+        until(lambda: not alive(pid), 3, "its end")
+    finally:
+        end([pid])
+
+
 def test_what_stays_suspended_is_killed_after_the_grace_time(tenants: tuple[str, str], programs: Path) -> None:
     with agent_with("--watchdog", "unlimited=suspend", "--watchdog-grace", "2", NBGPU_SIM_DRIVER_VERSION=R550) as agent:
         mallory = Tenancy(agent, tenants[0])
