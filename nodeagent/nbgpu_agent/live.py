@@ -21,8 +21,9 @@ from .procs import Process
 from .reconcile import Account
 from .slicedir import CtlFile, Record, Root
 from .tenant import Tenant
-from .usage import SlotUse, compute_by_device, memory_by_device, slice_usage
+from .usage import Doubts, SlotUse, compute_by_device, memory_by_device, slice_usage
 from .watch import Watch
+from .watchdog import OVER_LIMIT_TOLERANCE_BYTES
 
 log = logging.getLogger("nbgpu.agent")
 State = Literal["prepared", "running", "releasing"]
@@ -38,7 +39,7 @@ CONTAINER_DIR = "/run/nbgpu/slice"
 NAMESPACE_LOOKS = 100
 """So many processes of a pod are asked what they have mounted; a tenant may have thousands, each in a mount namespace of its own."""
 NVML_DOUBT_MILLI = 100
-"""How much more than a slice tells NVML must see of it, for three samples, to be believed instead."""
+"""How much more than a slice tells NVML must see of it to be believed instead."""
 
 
 class LiveSlice:
@@ -76,9 +77,8 @@ class LiveSlice:
         """Of the GPU-time scheduler, one a device."""
         self.accounts: dict[int, Account] = {}
         """What the slice was let compute and what NVML saw of it, by its device's place."""
-        self.seen_milli: dict[int, int] = {}
-        """Compute that NVML saw and the slice did not tell, by its device's place."""
-        self.doubts: dict[int, int] = {}
+        self.memory_doubts = Doubts(OVER_LIMIT_TOLERANCE_BYTES)
+        self.compute_doubts = Doubts(NVML_DOUBT_MILLI)
         self.busy_seconds: dict[str, float] = {}
         self.refusals = 0
         self._closed = False
@@ -345,12 +345,15 @@ class LiveSlice:
         now_ns = time.monotonic_ns()
         slots = self.slots(self.tenant.read(), now_ns)
         limits, suspended = self.record.kernel_limits, [one.as_model() for one in self.record.suspended if not one.excused]
-        return slice_usage(self.full, slots, limits, self.seen_milli, self.backend, time.time(), now_ns, suspended, self.owner_resumes)
+        seen = self.memory_doubts.seen, self.compute_doubts.seen
+        return slice_usage(self.full, slots, limits, *seen, self.backend, time.time(), now_ns, suspended, self.owner_resumes)
 
     def memory_by_device(self, kernel_id: str | None = None) -> list[int]:
         """Return the memory that the slice, or one kernel of it, uses on each of its devices."""
         slots = self.slots(self.tenant.read(), time.monotonic_ns())
-        return memory_by_device(self.slice, [slot for slot in slots if kernel_id in (None, slot.kernel_id)])
+        if kernel_id is not None:
+            return memory_by_device(self.slice, [slot for slot in slots if kernel_id == slot.kernel_id])
+        return memory_by_device(self.slice, slots, self.memory_doubts.seen)
 
     def memory_used_bytes(self) -> int:
         """Return the memory that the slice uses on all its devices together."""
@@ -360,19 +363,11 @@ class LiveSlice:
         """Once a second: add a point to the history of what was just read."""
         now_ns = time.monotonic_ns()
         slots = self.slots(rows, now_ns)
-        compute = compute_by_device(self.slice, slots, self.seen_milli)
-        self.history.add(wall, memory_by_device(self.slice, slots), compute)
+        compute = compute_by_device(self.slice, slots, self.compute_doubts.seen)
+        self.history.add(wall, memory_by_device(self.slice, slots, self.memory_doubts.seen), compute)
         for part, milli in zip(self.slice.devices, compute, strict=True):
             self.busy_seconds[part.uuid] = self.busy_seconds.get(part.uuid, 0.0) + milli / 1000
         self.tenant.tick(rows, now_ns)
-
-    def doubt(self, index: int, nvml_milli: int, told_milli: int) -> None:
-        """Believe NVML's view of a device instead of the slice's, after it was much higher three times in a row."""
-        self.doubts[index] = self.doubts.get(index, 0) + 1 if nvml_milli > told_milli + NVML_DOUBT_MILLI else 0
-        if self.doubts[index] >= 3:
-            self.seen_milli[index] = nvml_milli
-        else:
-            self.seen_milli.pop(index, None)
 
     def as_model(self) -> AgentSlice:
         """Return the slice as the API shows it."""

@@ -239,8 +239,10 @@ class Monitor:
         owed_ns = self._agent.turns.reconcile(live, index, sum(sample.computed_ns.get(pid, 0) for pid in pids))
         if owed_ns >= OWED_TOLD_NS:
             self._hostile(live, f"it says that nothing of it runs while GPU {part.index} computes for it")
-        live.doubt(index, sum(compute.values()), told)
-        live.ctl.words.device[index].compute_used_milli = min(1000, max(told, live.seen_milli.get(index, 0)))
+        held = sum(row.used + row.context for row in rows) + sum(grant for grant, _ in found.values())
+        live.memory_doubts.look(index, sum(memory.values()), held)
+        live.compute_doubts.look(index, sum(compute.values()), told)
+        live.ctl.words.device[index].compute_used_milli = min(1000, max(told, live.compute_doubts.seen.get(index, 0)))
         strict = part.compute_milli if live.slice.mode == "strict" else None
         return judge_slice(live.id, part.uuid, part.memory_bytes, cap, strict, slots, memory, compute, found)
 

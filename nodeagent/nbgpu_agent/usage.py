@@ -6,11 +6,15 @@ Memory = tracked allocations + contexts + measured overhead; compute = busy GPU 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 from nbgpu.models import Backend, DeviceUsage, KernelDeviceUsage, KernelLimit, KernelUsage, Slice, Suspension, Usage
 
 NO_LIMIT = KernelLimit()
+TIMES = 3
+"""So many samples in a row NVML must see much more than a slice tells, to be believed instead."""
 
 
 class SlotUse(NamedTuple):
@@ -27,12 +31,32 @@ class SlotUse(NamedTuple):
     last_launch_ns: int = 0
 
 
-def memory_by_device(part_of: Slice, slots: Iterable[SlotUse]) -> list[int]:
-    """Return the memory that a slice uses on each of its devices, bytes."""
+@dataclass
+class Doubts:
+    """Of one quantity, by the device's place in the slice: what NVML saw, where that was much more than was told for `TIMES` looks.
+
+    Fewer prove nothing: NVML's samples are of a little earlier.
+    """
+
+    tolerance: int
+    seen: dict[int, int] = field(default_factory=dict[int, int])
+    times: dict[int, int] = field(default_factory=dict[int, int])
+
+    def look(self, index: int, seen: int, told: int) -> None:
+        """Compare what NVML sees with what the slice tells."""
+        self.times[index] = self.times.get(index, 0) + 1 if seen > told + self.tolerance else 0
+        if self.times[index] >= TIMES:
+            self.seen[index] = seen
+        else:
+            self.seen.pop(index, None)
+
+
+def memory_by_device(part_of: Slice, slots: Iterable[SlotUse], seen_bytes: Mapping[int, int] = MappingProxyType({})) -> list[int]:
+    """Return the memory that a slice uses on each of its devices, bytes: `seen_bytes` where NVML saw much more than was told."""
     sums = [0] * len(part_of.devices)
     for slot in slots:
         sums[slot.device] += slot.memory_bytes
-    return sums
+    return [max(value, seen_bytes.get(index, 0)) for index, value in enumerate(sums)]
 
 
 def compute_by_device(part_of: Slice, slots: Iterable[SlotUse], seen_milli: Mapping[int, int]) -> list[int]:
@@ -103,6 +127,7 @@ def slice_usage(
     part_of: Slice,
     slots: Sequence[SlotUse],
     limits: Mapping[str, KernelLimit],
+    seen_bytes: Mapping[int, int],
     seen_milli: Mapping[int, int],
     backend: Backend,
     time: float,
@@ -111,7 +136,7 @@ def slice_usage(
     may_resume: bool = False,
 ) -> Usage:
     """Return the use of one slice at Unix `time` (s) and CLOCK_MONOTONIC `now_ns`."""
-    memory = memory_by_device(part_of, slots)
+    memory = memory_by_device(part_of, slots, seen_bytes)
     compute = compute_by_device(part_of, slots, seen_milli)
     return Usage(
         slice_id=part_of.slice_id,

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 from agent_harness import AgentProcess, until
 from attack_fixtures import Tenancy, agent_with, last, metrics, missing, tenancy, tenants  # noqa: F401
-from watchdog_kit import action, alive, end, ended, offend, programs, state, stopped  # noqa: F401
+from watchdog_kit import HELD, action, alive, end, ended, offend, programs, state, stopped  # noqa: F401
 
 from nbgpu.errors import NbgpuError
+from nbgpu.quantities import GIB
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 Make = Callable[..., Tenancy]
@@ -53,6 +54,7 @@ def test_it_is_stopped_and_stays_so_until_an_administrator_lets_it_go_on(
         assert (event["slice_id"], event["data"]["pid"], event["data"]["for_kind"]) == (mallory.id, pid, "unlimited")
         assert f"Process {pid} was stopped" in event["message"]
         assert [one["pid"] for one in agent.client.call("GET", f"/v1/slices/{mallory.id}/suspended")] == [pid]
+        until(lambda: agent.slices()[mallory.id]["memory_used_bytes"] >= HELD + GIB, 4, "what it holds is shown, though nobody tells it")
         assert f'nbgpu_slice_suspended_processes{{hub="hub-1",server="",slice_id="{mallory.id}",user="{mallory.user}"}} 1.0' in metrics(
             agent
         )

@@ -17,7 +17,7 @@ from nbgpu_agent.books import Conflict, check_fits, check_kernel_limit, check_sl
 from nbgpu_agent.history import LENGTH, History
 from nbgpu_agent.nvml import default_reserve_bytes, select
 from nbgpu_agent.runtime import StartError
-from nbgpu_agent.usage import SlotUse, compute_by_device, slice_usage
+from nbgpu_agent.usage import Doubts, SlotUse, compute_by_device, memory_by_device, slice_usage
 from nbgpu_agent.watchdog import Confirmed, Finding, SlotSeen, describe, judge_slice, overheads
 
 DEVICES = {
@@ -132,7 +132,7 @@ def test_usage_sums_slots_by_kernel_and_device() -> None:
         SlotUse(device=0, kernel_id="", pid=None, memory_bytes=MIB, peak_bytes=MIB, compute_milli=50, refusals=2),
     ]
     limits = {"a": KernelLimit(memory_bytes=3 * GIB), "b": KernelLimit(memory_bytes=GIB)}
-    usage = slice_usage(part_of, slots, limits, {}, "limiter", 0.0, 3 * 10**9)
+    usage = slice_usage(part_of, slots, limits, {}, {}, "limiter", 0.0, 3 * 10**9)
     assert [(d.memory_used_bytes, d.compute_used_milli, d.utilization_percent) for d in usage.devices] == [
         (GIB + MIB, 150, 60),
         (GIB, 300, 100),
@@ -150,6 +150,19 @@ def test_what_nvml_sees_beyond_the_slices_words_counts() -> None:
     assert compute_by_device(part_of, [slot], {}) == [10]
     assert compute_by_device(part_of, [slot], {0: 700}) == [700]
     assert compute_by_device(part_of, [slot] * 200, {}) == [1000]
+    assert memory_by_device(part_of, [slot]) == [0]
+    assert memory_by_device(part_of, [slot], {0: GIB}) == [GIB]
+
+
+def test_nvml_is_believed_after_three_looks_and_no_longer_than_it_sees_more() -> None:
+    doubts = Doubts(100)
+    for number, (seen, told, believed) in enumerate(
+        [(500, 0, None), (500, 0, None), (500, 0, 500), (600, 10, 600), (110, 10, None), (500, 0, None), (500, 0, None), (700, 0, 700)]
+    ):
+        doubts.look(0, seen, told)
+        assert doubts.seen.get(0) == believed, number
+    doubts.look(1, 500, 0)
+    assert doubts.seen == {0: 700}
 
 
 # ---- watchdog
