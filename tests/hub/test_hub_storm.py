@@ -162,7 +162,7 @@ def run_storm(storm: Storm, spawns: int) -> Run:
 
 @pytest.mark.timeout(600)
 def test_a_storm_of_kills_leaks_nothing_and_gives_nothing_twice(make_hub: Callable[..., Hub], place: Path) -> None:
-    run_storm(make_storm(make_hub, place), 20)
+    run_storm(make_storm(make_hub, place), 10)
 
 
 @pytest.mark.soak
