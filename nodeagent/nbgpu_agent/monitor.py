@@ -198,7 +198,7 @@ class Monitor:
                 owner = known.get(pid)
                 if owner is None:
                     process = find(pid)
-                    if process is None:  # of a process that just ended the driver shows the rest
+                    if process is None or exiting(pid):  # of a process that just ended the driver shows the rest
                         continue
                     unknown.add(process)
                     holding[pid] = process

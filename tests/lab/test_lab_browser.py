@@ -188,7 +188,7 @@ def test_the_slice_in_jupyterlab(lab: Lab, page: Any, theme: str, shot: str) -> 
     told = time.monotonic()
     lab.tell(kernel_id=lab.kernels[1])
     page.get_by_role("alert").filter(has_text="refused an allocation").wait_for()
-    assert time.monotonic() - told < 1
+    assert time.monotonic() - told < 3, "not with the next poll of what is used, which comes later"
     panel.get_by_text(REFUSAL).first.wait_for()
     page.wait_for_timeout(1200)  # toasts slide in; let the picture be still
     page.screenshot(path=SHOTS / f"lab-{shot}.png")

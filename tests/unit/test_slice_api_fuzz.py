@@ -34,14 +34,15 @@ class Agent:
 
     def __init__(self) -> None:
         self.limits: dict[str, KernelLimit] = {}
-        said = SimpleNamespace(model_dump_json=lambda: "{}")
+        said = SimpleNamespace(model_dump_json=lambda **_: "{}")
         history = SimpleNamespace(as_json=lambda seconds: [seconds])
         self.live = SimpleNamespace(
-            id="slice-00", slice=said, usage=lambda backend: said, history=history, record=SimpleNamespace(kernel_limits=self.limits)
-        )
+            id="slice-00", slice=said, usage=lambda: said, history=history, record=SimpleNamespace(kernel_limits=self.limits),
+            owner_resumes=True,
+        )  # fmt: skip
         self.slices = {"slice-00": self.live}
         self.settings = SimpleNamespace(backend="limiter")
-        self.events = self
+        self.events = self.parking = self
 
     async def wait(self, after: int, wait_seconds: float, slice_id: str) -> list[Any]:
         """Play the event log."""
@@ -49,6 +50,26 @@ class Agent:
         assert 0 <= wait_seconds <= 30
         assert slice_id == "slice-00"
         return []
+
+    async def resume(self, slice_id: str, pid: int | None, by: str) -> None:
+        """Play a slice with no suspended process."""
+        assert pid is None or 0 < pid < 2**31
+
+    def model(self, live: Any) -> Any:
+        """Say how idle it is."""
+        return live.slice
+
+    def want(self, live: Any) -> None:
+        """Play one that is wanted back."""
+
+    def hear(self, live: Any, kernels: dict[str, bool]) -> None:
+        """Take what is said of kernels."""
+        assert all(isinstance(busy, bool) for busy in kernels.values())
+
+    def protect(self, live: Any, kernel_id: str, protected: bool) -> None:
+        """Take a word on a kernel."""
+        assert 0 < len(kernel_id) < 40
+        assert isinstance(protected, bool)
 
     def set_kernel_limit(self, live: Any, kernel_id: str, limit: KernelLimit) -> KernelLimit:
         """Keep it, as the agent does."""
@@ -69,11 +90,16 @@ VALUES = st.recursive(
 BODIES = st.one_of(
     st.binary(max_size=300),
     VALUES.map(lambda value: json.dumps(value).encode()),
+    st.dictionaries(st.sampled_from(["kernels", "protected", "pid"]), VALUES, max_size=1).map(lambda value: json.dumps(value).encode()),
+    st.sampled_from([b'{"kernels": {"a": true}}', b'{"protected": true}', b'{"pid": 4711}', b'{"memory_bytes": 1048576}']),
     st.sampled_from([b"", b"{", b"[" * 20000, b'{"compute_milli": ' + b"1" * 5000 + b"}"]),
 )
+ROUTES = ["/v1/slice", "/v1/usage", "/v1/history", "/v1/kernels", "/v1/events", "/v1/resume", "/v1/idle", "/v1/idle/want"]
+METHODS = ["GET", "PUT", "POST", "DELETE", "OPTIONS"]
 PATHS = st.one_of(
-    st.sampled_from(["/v1/slice", "/v1/usage", "/v1/history", "/v1/kernels", "/v1/events"]),
+    st.sampled_from(ROUTES),
     st.text(min_size=1, max_size=60).map(lambda name: f"/v1/kernels/{name}"),
+    st.text(min_size=1, max_size=60).map(lambda name: f"/v1/idle/kernels/{name}"),
     st.text(max_size=40).map(lambda name: f"/{name}"),
 )
 QUERIES = st.dictionaries(st.one_of(st.sampled_from(["seconds", "after", "wait_seconds"]), st.text(max_size=5)), NUMBERS, max_size=3)
@@ -104,7 +130,7 @@ def test_no_request_breaks_a_route(examples: int) -> None:
             )
 
     @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(st.sampled_from(["GET", "PUT", "POST", "DELETE", "OPTIONS"]), PATHS, QUERIES, BODIES)
+    @given(st.sampled_from(METHODS), PATHS, QUERIES, BODIES)
     def play(method: str, path: str, query: dict[str, Any], body: bytes) -> None:
         answer = asyncio.run(ask(method, path, query, body))
         answers.add(answer.status_code)
@@ -112,6 +138,9 @@ def test_no_request_breaks_a_route(examples: int) -> None:
         if answer.status_code >= 400 and method != "HEAD":
             assert set(answer.json()["error"]) >= {"code", "message"}
 
+    for path in [*ROUTES, "/v1/kernels/a", "/v1/idle/kernels/a"]:  # each for certain
+        for method in METHODS:
+            assert asyncio.run(ask(method, path, {}, b"{}")).status_code < 500, f"{method} {path}"
     play()
     assert answers >= {200, 400, 404}, "the requests came nowhere near"
 
