@@ -19,8 +19,8 @@ SETTLE_SECONDS = 5.0
 """So long after a limit was lowered what was asked for before may still arrive."""
 GROWN_BYTES = OVER_LIMIT_TOLERANCE_BYTES
 LIED_LOOKS = 5
-"""After so many looks in a row with too much in the slice all who never told of theirs are to blame, not only one alone: who takes and gives
-back as fast as it can has told of what it holds at some of them."""
+"""After so many looks in a row with too much in the slice all who never told of theirs are to blame, not only one alone.
+Who takes and gives back as fast as it can has told of what it holds at some of them."""
 UNTOLD_MILLI = 200
 """So much more GPU time than a process tells of, NVML must see of it."""
 
