@@ -84,7 +84,13 @@ class Books:
         return known
 
     def look(self, limit_bytes: int, total_bytes: int, now: float) -> None:
-        """Take note of the limit and of all that is held, at CLOCK_MONOTONIC `now`."""
+        """Take note of the limit and of all that is held, at CLOCK_MONOTONIC `now`.
+
+        A limit of 0 is that of a parked slice: it was set when nothing was held any more, so that nothing of before is excused.
+        """
+        if limit_bytes == 0:
+            self.limit_bytes = self.allowed_bytes = 0
+            return
         if limit_bytes < self.limit_bytes:
             self.settled_at = now + SETTLE_SECONDS
         self.limit_bytes = limit_bytes

@@ -157,6 +157,16 @@ def test_a_lowered_limit_makes_no_offence_of_what_was_held_before() -> None:
     assert [one.kind for one in at(9.0, 9 * GIB)] == ["overhead", "over-limit"], "control: freed, and taken again past the limit"
 
 
+def test_a_parked_slice_may_take_nothing_back_by_itself() -> None:
+    books = Books(LIMIT, LIMIT)
+    for limit in (LIMIT, 0):  # at once after it was parked
+        books.look(limit, 5 * GIB, 1.0)
+        found = judge("slice-00", "GPU-0", [honest(ADA, 5 * GIB)], books, CAP, None)
+        assert [one.kind for one in found] == ([] if limit else ["overhead", "over-limit"])
+    books.look(LIMIT, 5 * GIB, 2.0)
+    assert judge("slice-00", "GPU-0", [honest(ADA, 5 * GIB)], books, CAP, None) == [], "restored"
+
+
 def test_a_lowered_limit_excuses_nobody_who_was_above_it() -> None:
     books = Books(LIMIT, LIMIT)
     for now, limit in ((0.0, LIMIT), (1.0, 4 * GIB), (7.0, 4 * GIB)):
