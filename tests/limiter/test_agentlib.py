@@ -319,6 +319,22 @@ def test_bell_that_never_stops_costs_little_and_disturbs_nobody(scheduler: nativ
     assert scheduler.stats(entry).junk > 0
 
 
+def test_a_bell_costs_little_also_where_all_slots_are_full(scheduler: native.Scheduler, make_slice: MakeSlice) -> None:
+    """Each ring would have all slots read, and asked who holds them, for each of the slice's devices."""
+    hostile, devices = make_slice(), 8
+    for device in range(devices):
+        scheduler.add(hostile.ctl_fd, hostile.use_fd, device, device, 500, layout.MODE_BURST)
+    for number in range(layout.SLOTS):
+        hostile.take_slot(number, number % devices)
+        hostile.use.slot[number].want = hostile.use.slot[number].busy_since = 1
+    before, started = scheduler.totals(), time.monotonic()
+    while time.monotonic() < started + 1:
+        hostile.ring()
+    after = scheduler.totals()
+    print(f"{(after.cpu_ns - before.cpu_ns) / 1e7:.0f} % of a core, {after.looks - before.looks} looks")
+    assert (after.cpu_ns - before.cpu_ns) / 1e9 < 0.3
+
+
 def test_suspend_resume_remove(scheduler: native.Scheduler, make_slice: MakeSlice) -> None:
     files = make_slice()
     entry = add(scheduler, files)
