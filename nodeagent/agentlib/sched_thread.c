@@ -15,9 +15,9 @@
 #endif
 #define SETTLE_ROUNDS 4 /* a decision may uncover news; at most this often in a row */
 #define RINGS_MOST 600u /* in one heartbeat; who rings more often is looked at regularly instead of waking us */
-#define SPENT_PART 16u     /* ...as is whose file takes more than this part of our time to look at: all its slots may be full, */
+#define SPENT_PART 16u  /* ...as is whose file takes more than this part of our time to look at: all its slots may be full, */
 #define MUTED_CHECK_NS 2000000ull
-#define MUTED_AGAIN 100u /* and who is muted takes a hundredth of it at most for each of its devices */
+#define MUTED_AGAIN 100u          /* and who is muted takes a hundredth of it at most for each of its devices */
 #define DRAIN_CHECK_NS 5000000ull /* the dead do not ring: look this often while somebody is waited for, */
 #define TURN_CHECK_NS 50000000ull /* and this often while somebody has a turn that others wait for */
 #define POLL_BUSY_NS 1500000ull
