@@ -57,6 +57,8 @@ class Suspended(Model):
     """What it did, for people: "it used the GPU (3 GiB) without nbgpu's limiter"."""
     memory_bytes: int = 0
     """What it held then, or its slice did."""
+    went_on: int = 0
+    """So often it was found running though it had been stopped."""
     excused: bool = False
     """Somebody who may has let it go on: it is left alone until it ends."""
 
