@@ -27,7 +27,8 @@ RECORD = "slice.json"
 RECORD_VERSION = 1
 PRIVATE = ".use"
 """Where a `use` file's own tmpfs is mounted while it is made."""
-USE_TMPFS_BYTES = 128 * 1024
+USE_TMPFS_BYTES = 256 * 1024
+"""Room for all of it: who writes where there is none is ended by a signal (SIGBUS)."""
 _MNT_DETACH = 2
 _MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
 _MS_BIND = 4096
