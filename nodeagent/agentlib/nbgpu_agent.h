@@ -9,7 +9,7 @@
 
 #include "../limiter/nbgpu_layout.h"
 
-#define NBGPU_AGENT_ABI 4u
+#define NBGPU_AGENT_ABI 5u
 #define NBGPU_EXPORT __attribute__((visibility("default")))
 
 NBGPU_EXPORT uint32_t nbgpu_agent_abi(void);
@@ -38,6 +38,7 @@ typedef struct {
     uint32_t gate;       /* GATE_* as the scheduler last wrote it */
     uint32_t active;     /* 1: it waits or has work outstanding */
     uint64_t held_ns;    /* time that it could compute in: its gate was open, or it said that work of it still ran */
+    uint64_t ahead_ns;   /* device time that it took beyond its share and has not yet waited for */
 } NbgpuSchedStats;
 
 typedef struct {
@@ -68,6 +69,8 @@ NBGPU_EXPORT int nbgpu_sched_kernels(NbgpuSched *sched, int id);
 NBGPU_EXPORT int nbgpu_sched_suspend(NbgpuSched *sched, int id, int suspended);
 /* It computed so many ns longer than it said (NVML saw it): it pays for them from its next turns. At most `whole_ns` at once. */
 NBGPU_EXPORT int nbgpu_sched_owe(NbgpuSched *sched, int id, uint64_t ns);
+/* Its user had taken so much beyond a share before (`ahead_ns` of a slice that has ended): it waits for that first. */
+NBGPU_EXPORT int nbgpu_sched_bring(NbgpuSched *sched, int id, uint64_t ns);
 /* Forget it; its gate becomes GATE_NONE. */
 NBGPU_EXPORT int nbgpu_sched_remove(NbgpuSched *sched, int id);
 NBGPU_EXPORT int nbgpu_sched_stats(NbgpuSched *sched, int id, NbgpuSchedStats *out);

@@ -245,6 +245,16 @@ int nbgpu_sched_owe(NbgpuSched *s, int id, uint64_t ns) {
     return 0;
 }
 
+int nbgpu_sched_bring(NbgpuSched *s, int id, uint64_t ns) {
+    Entry *e = hold(s, id);
+    if (!e)
+        return -ENOENT;
+    sched_bring(&e->gpu->policy, e->index, ns, now_ns());
+    e->gpu->due = true;
+    let_go(s);
+    return 0;
+}
+
 int nbgpu_sched_remove(NbgpuSched *s, int id) {
     Entry *e = hold(s, id);
     if (!e)
@@ -274,6 +284,7 @@ int nbgpu_sched_stats(NbgpuSched *s, int id, NbgpuSchedStats *out) {
         .gate = e->gate,
         .active = slice->seen.want || slice->seen.busy,
         .held_ns = slice->held_ns,
+        .ahead_ns = sched_ahead(&e->gpu->policy, e->index),
     };
     pthread_mutex_unlock(&s->lock);
     return 0;

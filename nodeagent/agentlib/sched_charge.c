@@ -1,7 +1,8 @@
 #include "sched_charge.h"
 
 #define VT_REBASE (INT64_C(1) << 55)
-#define LOSS 112u         /* one part in so many of a turn may be lost when it changes hands */
+#define LOSS 112u /* one part in so many of a turn may be lost when it changes hands */
+#define BROUGHT_MOST (600000 * MS)
 #define STRICT_CHANGES 8u /* a strict slice alone has turns as long as if so many shared the device */
 
 static uint64_t or_default(uint64_t value, uint64_t otherwise) { return value ? value : otherwise; }
@@ -155,6 +156,18 @@ static int64_t fair_vt(const SchedDevice *d, int except) {
         milli += s->weight_milli;
     }
     return milli > 0 ? d->vt_floor + (int64_t)(sum / milli) : d->vt_floor;
+}
+
+uint64_t sched_ahead(const SchedDevice *d, int index) {
+    const SchedSlice *s = &d->slice[index];
+    const int64_t ahead = s->strict ? -s->bucket_ns : (s->vt - fair_vt(d, index)) / WHOLE * s->weight_milli;
+    return ahead > 0 ? (uint64_t)ahead : 0;
+}
+
+void sched_bring(SchedDevice *d, int index, uint64_t ns, uint64_t now) {
+    sched_charge(d, now);
+    ns = min_u64(ns, BROUGHT_MOST);
+    pay(&d->slice[index], ns, ns);
 }
 
 /* Nobody saves up more than the lag. */

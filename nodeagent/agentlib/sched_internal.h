@@ -54,6 +54,8 @@ typedef struct {
     uint64_t turn_end;
     uint64_t junk;
     uint32_t rings;    /* seen since the last heartbeat */
+    uint64_t spent;    /* when `first`: on looks at the file since then */
+    uint64_t look_at;  /* not before this, while it is muted */
     uint64_t ask_from; /* before this, who is busy counts as alive */
     Kernels *kernels;  /* NULL: no kernel of the slice has a limit of compute */
 } Entry;

@@ -464,10 +464,25 @@ void sched_step(SchedDevice *d, uint64_t now) {
     d->wake_at = next_wake(d);
 }
 
+/* A strict slice has its turn, or waits for it longer than this burst one: pulls that went before it could take all of its time, for its vt
+ * says nothing beside a burst slice's, whoever's that is. */
+static bool strict_comes_first(const SchedDevice *d, int index) {
+    const SchedSlice *s = &d->slice[index];
+    for (uint32_t i = 0; i < d->high && !s->strict; i++) {
+        const SchedSlice *other = &d->slice[i];
+        if ((int)i == index || !other->joined || !other->strict)
+            continue;
+        if (other->phase == PHASE_OPEN || other->phase == PHASE_PAUSE ||
+            (other->phase == PHASE_OUT && may_run(d, other) && other->closed_at < s->closed_at))
+            return true;
+    }
+    return false;
+}
+
 bool sched_pull(SchedDevice *d, int index, uint64_t now) {
     SchedSlice *s = &d->slice[index];
     sched_charge(d, now);
-    if (s->phase == PHASE_OPEN || s->phase == PHASE_PAUSE || !may_run(d, s))
+    if (s->phase == PHASE_OPEN || s->phase == PHASE_PAUSE || !may_run(d, s) || strict_comes_first(d, index))
         return false;
     int64_t least = sched_least_vt(d, index);
     if (least < s->vt - stride(d)) /* its part here is smaller than there: others have their share first */

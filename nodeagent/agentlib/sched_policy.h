@@ -117,6 +117,10 @@ void sched_observe(SchedDevice *device, int index, SchedSeen seen, uint64_t now)
 void sched_charge(SchedDevice *device, uint64_t now);
 /* It computed so much longer than it was charged for, as somebody saw who need not believe it: it pays for that now. */
 void sched_owe(SchedDevice *device, int index, uint64_t ns, uint64_t now);
+/* Device time that it took beyond its share and has not yet waited for; a slice that comes after it for the same user brings it along, or
+ * whoever ends in time would never wait. */
+uint64_t sched_ahead(const SchedDevice *device, int index);
+void sched_bring(SchedDevice *device, int index, uint64_t ns, uint64_t now);
 /* Charge up to now, then decide; sets phases, turn ends and wake_at. */
 void sched_step(SchedDevice *device, uint64_t now);
 /* A burst slice that took more than its turn and comes after strict ones until the time for it has passed. */

@@ -15,7 +15,9 @@
 #endif
 #define SETTLE_ROUNDS 4 /* a decision may uncover news; at most this often in a row */
 #define RINGS_MOST 600u /* in one heartbeat; who rings more often is looked at regularly instead of waking us */
+#define SPENT_PART 16u  /* ...as is whose file takes more than this part of our time to look at: all its slots may be full, */
 #define MUTED_CHECK_NS 2000000ull
+#define MUTED_AGAIN 100u          /* and who is muted takes a hundredth of it at most for each of its devices */
 #define DRAIN_CHECK_NS 5000000ull /* the dead do not ring: look this often while somebody is waited for, */
 #define TURN_CHECK_NS 50000000ull /* and this often while somebody has a turn that others wait for */
 #define POLL_BUSY_NS 1500000ull
@@ -122,7 +124,21 @@ static void look_at_kernels(Entry *e, const KernelSeen *kernels, uint64_t now, S
         seen->want |= kernels_wants(turns, i);
 }
 
+/* Of this thread: it is nobody's fault when others have the processor. */
+static uint64_t cpu_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
+}
+
+static void note_spent(NbgpuSched *s, Entry *e, uint64_t begun, uint64_t now) {
+    const uint64_t took = cpu_ns() - begun, pause = MUTED_AGAIN * took;
+    s->entry[e->first].spent += took;
+    e->look_at = now + (pause > MUTED_CHECK_NS ? pause : MUTED_CHECK_NS);
+}
+
 void sched_look(NbgpuSched *s, Entry *e, uint64_t now) {
+    const uint64_t begun = cpu_ns();
     s->looks++;
     Beginning begin;
     SchedSeen seen = {0};
@@ -146,6 +162,7 @@ void sched_look(NbgpuSched *s, Entry *e, uint64_t now) {
     const SchedSeen was = slice_of(e)->seen;
     sched_observe(&e->gpu->policy, e->index, seen, now);
     e->gpu->due |= e->kernels || was.want != seen.want || was.busy != seen.busy || was.edges != seen.edges;
+    note_spent(s, e, begun, now);
 }
 
 /* Behind a closed gate a process rings whenever it begins to want or stops to be busy: there is nothing to see of who does not ring. */
@@ -164,14 +181,16 @@ static void observe_device(NbgpuSched *s, Device *gpu, uint64_t now) {
             sched_look(s, &s->entry[i], now);
 }
 
-static bool is_muted(const Entry *e) { return e->rings > RINGS_MOST; }
+static bool is_muted(const NbgpuSched *s, const Entry *e) {
+    return e->rings > RINGS_MOST || s->entry[e->first].spent > s->config.heartbeat_ns / SPENT_PART;
+}
 
 /* Look at every entry whose bell is not what it was; `only`: those of this entry's file. */
 static void observe_rung(NbgpuSched *s, const Entry *only, uint64_t now) {
     for (uint32_t i = 0; i < s->high; i++) {
         Entry *e = &s->entry[i];
         uint32_t bell;
-        if (!e->used || (only && e->first != only->first) || is_muted(e) || (is_unheard(e) && !e->broken))
+        if (!e->used || (only && e->first != only->first) || is_muted(s, e) || (is_unheard(e) && !e->broken))
             continue;
         bool rang = !read_all(e->use_fd, &bell, sizeof bell, offsetof(NbgpuUse, bell)) || bell != e->bell;
         if (rang || e->broken)
@@ -184,9 +203,10 @@ static void observe_rung(NbgpuSched *s, const Entry *only, uint64_t now) {
 static bool observe_muted(NbgpuSched *s, uint64_t now) {
     bool any = false;
     for (uint32_t i = 0; i < s->high; i++) {
-        if (!s->entry[i].used || !is_muted(&s->entry[i]))
+        if (!s->entry[i].used || !is_muted(s, &s->entry[i]))
             continue;
-        sched_look(s, &s->entry[i], now);
+        if (now >= s->entry[i].look_at)
+            sched_look(s, &s->entry[i], now);
         any = true;
     }
     return any;
@@ -331,10 +351,12 @@ static void heartbeat(NbgpuSched *s, uint64_t now) {
         __atomic_store_n(&e->ctl->heartbeat_ns, now, __ATOMIC_RELEASE);
         if (e->broken || slice_of(e)->seen.want || slice_of(e)->seen.busy)
             sched_look(s, e, now); /* a ring that was lost is made up for */
-        if (is_muted(e))
+        if (is_muted(s, e))
             e->junk++;
         e->rings = 0;
     }
+    for (uint32_t i = 0; i < s->high; i++)
+        s->entry[i].spent = 0;
     s->next_heartbeat = now + s->config.heartbeat_ns;
 }
 
@@ -383,7 +405,7 @@ static uint32_t prepare_waits(NbgpuSched *s) {
     s->waits[0] = (FutexWait){.val = s->poke, .uaddr = (uintptr_t)&s->poke, .flags = FUTEX_32_SHARED};
     for (uint32_t i = 0; i < s->high && n < WAITERS; i++) {
         const Entry *e = &s->entry[i];
-        if (!e->used || e->broken || is_muted(e) || is_unheard(e))
+        if (!e->used || e->broken || is_muted(s, e) || is_unheard(e))
             continue;
         Entry *first = &s->entry[e->first];
         if (first->waited == s->wakeups) {

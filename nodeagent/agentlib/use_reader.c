@@ -137,42 +137,68 @@ static void copy_row(uint32_t index, const NbgpuUseSlot *slot, NbgpuUseRow *row)
     copy_compute(slot, row);
 }
 
-/* Entries of `share` of the rows that have some. */
+/* One entry of `share` that says something. */
 typedef struct {
-    uint32_t row, count;
-    NbgpuUseShare share[NBGPU_SHARES];
-} Shares;
+    uint32_t device, row, order; /* order: rows, and their entries, from the first to the last */
+    NbgpuUseShare share;
+} Share;
 
-static bool pays(const NbgpuUseRow *rows, const Shares *all, int n, int i, uint32_t r) {
-    const uint64_t key = all[i].share[r].key;
-    for (int j = 0; j < n && key; j++)
-        for (uint32_t s = 0; s < all[j].count && rows[all[j].row].device == rows[all[i].row].device; s++)
-            if (all[j].share[s].key == key && (all[j].share[s].covered || ((j < i || (j == i && s < r)) && all[j].share[s].held)))
-                return false;
-    return true;
+static int by_key(const void *a, const void *b) {
+    const Share *x = a, *y = b;
+    if (x->device != y->device)
+        return x->device < y->device ? -1 : 1;
+    if (x->share.key != y->share.key)
+        return x->share.key < y->share.key ? -1 : 1;
+    return x->order < y->order ? -1 : 1;
 }
 
-/* What a process holds of others and nobody of the slice pays for counts as its own: the rule is in layout.py. */
-static int add_held(int fd, NbgpuUseRow *rows, const uint32_t *counts, int n_rows, int n) {
-    Shares *all = calloc((size_t)n, sizeof *all);
-    int found = 0, rc = all ? 0 : -ENOMEM;
-    for (int row = 0; row < n_rows && found < n && !rc; row++) {
+static void add_to_row(NbgpuUseRow *rows, const Share *one) {
+    if (one->share.held > MEMORY_MAX)
+        rows[one->row].junk |= NBGPU_JUNK_MEMORY;
+    else
+        rows[one->row].used += one->share.held;
+}
+
+/* Entries `from` to `to` - 1 are of the same memory: who holds it first pays, unless somebody covers it. */
+static void add_group(NbgpuUseRow *rows, const Share *all, int from, int to) {
+    int pays = -1;
+    bool covered = false;
+    for (int i = from; i < to; i++) {
+        covered |= all[i].share.covered != 0;
+        if (all[i].share.held > MEMORY_MAX)
+            rows[all[i].row].junk |= NBGPU_JUNK_MEMORY;
+        if (all[i].share.held && pays < 0)
+            pays = i;
+    }
+    if (pays >= 0 && !covered)
+        add_to_row(rows, &all[pays]);
+}
+
+/* What a process holds of others and nobody of the slice pays for counts as its own: the rule is in layout.py. Sorted, so that a file
+ * that is full of it takes little longer than one with a few. */
+static int add_held(int fd, NbgpuUseRow *rows, const uint32_t *counts, int n_rows, int sharing) {
+    NbgpuUseShare read[NBGPU_SHARES];
+    Share *all = calloc((size_t)sharing * NBGPU_SHARES, sizeof *all);
+    int n = 0, rc = all ? 0 : -ENOMEM;
+    for (int row = 0; row < n_rows && !rc; row++) {
         if (!counts[row])
             continue;
-        Shares *one = &all[found++];
-        one->row = (uint32_t)row;
-        one->count = counts[row];
-        rc = read_at(fd, one->share, one->count * sizeof *one->share,
-                     (off_t)(offsetof(NbgpuUse, share) + (size_t)rows[row].slot * sizeof one->share));
-    }
-    for (int i = 0; i < found && !rc; i++)
-        for (uint32_t r = 0; r < all[i].count; r++) {
-            const uint64_t held = all[i].share[r].held;
-            if (held > MEMORY_MAX)
-                rows[all[i].row].junk |= NBGPU_JUNK_MEMORY;
-            else if (held && pays(rows, all, found, i, r))
-                rows[all[i].row].used += held;
+        rc = read_at(fd, read, counts[row] * sizeof *read, (off_t)(offsetof(NbgpuUse, share) + (size_t)rows[row].slot * sizeof read));
+        for (uint32_t r = 0; r < counts[row] && !rc; r++) {
+            const Share one = {.device = rows[row].device, .row = (uint32_t)row, .order = (uint32_t)n, .share = read[r]};
+            if (!read[r].key && read[r].held) /* nobody knows what it is */
+                add_to_row(rows, &one);
+            else if (read[r].held || read[r].covered)
+                all[n++] = one;
         }
+    }
+    if (!rc && n)
+        qsort(all, (size_t)n, sizeof *all, by_key);
+    for (int from = 0, to = 0; from < n && !rc; from = to) {
+        while (to < n && all[to].device == all[from].device && all[to].share.key == all[from].share.key)
+            to++;
+        add_group(rows, all, from, to);
+    }
     free(all);
     return rc;
 }

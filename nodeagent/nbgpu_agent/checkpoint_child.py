@@ -45,6 +45,8 @@ def park(driver: Driver, pids: list[int]) -> dict[int, str]:
             return {pid: f"lock {result}"}
     print("locked", flush=True)
     if sys.stdin.readline().strip() != "go":
+        for pid in pids:  # whoever they are: one that ended before it was locked has left its pid to another
+            driver.call("Unlock", pid)
         return {pids[0]: "stopped 0"}
     for pid in pids:
         result = driver.call("Checkpoint", pid)

@@ -22,6 +22,7 @@ from .nvml import DeviceSample, Nvml
 from .offenders import Books, Held, Offence, judge
 from .procs import Process, exiting, find, inner_pid, parent
 from .responses import Responses
+from .usage import SlotUse
 from .watchdog import OVER_LIMIT_TOLERANCE_BYTES, Confirmed, Finding, SlotSeen, describe, judge_slice, overheads
 
 log = logging.getLogger("nbgpu.agent")
@@ -371,9 +372,11 @@ class Monitor:
         now = time.monotonic()
         last = live.record.claim is None and live.state != "prepared" and not live.has_root()
         untold = [burst for burst in self._memory[live.id].bursts.values() if burst.count]
-        for burst in untold:
-            if burst.row is not None and (last or now - burst.last_event >= BURST_SECONDS):
-                self._tell_refusal(live, burst.row, burst.count)
+        due = [burst for burst in untold if last or now - burst.last_event >= BURST_SECONDS]
+        slots = live.slots(live.tenant.read(), time.monotonic_ns()) if due else []  # once for all: a tenant may have many
+        for burst in due:
+            if burst.row is not None:
+                self._tell_refusal(live, burst.row, burst.count, slots)
                 burst.count, burst.last_event = 0, now
         if not untold:
             self._untold.discard(live.id)
@@ -394,9 +397,9 @@ class Monitor:
                 burst.count += fresh
                 burst.row = row
 
-    def _tell_refusal(self, live: LiveSlice, row: UseRow, count: int) -> None:
+    def _tell_refusal(self, live: LiveSlice, row: UseRow, count: int, slots: list[SlotUse]) -> None:
         part = live.slice.devices[row.device]
-        slots = [slot for slot in live.slots(live.tenant.read(), time.monotonic_ns()) if slot.device == row.device]
+        slots = [slot for slot in slots if slot.device == row.device]
         limit = live.record.kernel_limits.get(row.kernel_id)
         slice_used = used = sum(slot.memory_bytes for slot in slots)
         allowed, which = part.memory_bytes, "slice"

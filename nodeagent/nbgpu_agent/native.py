@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from . import layout
 
-ABI = 4
+ABI = 5
 LOCKED_ELSEWHERE = 0x7FFFFFFF
 JUNK_DEVICE, JUNK_KERNEL_ID, JUNK_MEMORY, JUNK_COMPUTE, JUNK_OWNER = 1, 2, 4, 8, 16
 
@@ -47,6 +47,7 @@ class _SchedStats(c.Structure):
         ("gate", c.c_uint32),
         ("active", c.c_uint32),
         ("held_ns", c.c_uint64),
+        ("ahead_ns", c.c_uint64),
     ]
 
 
@@ -81,6 +82,8 @@ class SchedStats:
     active: bool
     held_ns: int
     """Time that it could compute in."""
+    ahead_ns: int
+    """Device time that it took beyond its share and has not yet waited for."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,7 @@ def _load(path: Path) -> c.CDLL:
         "nbgpu_sched_kernels": (c.c_int, [c.c_void_p, c.c_int]),
         "nbgpu_sched_suspend": (c.c_int, [c.c_void_p, c.c_int, c.c_int]),
         "nbgpu_sched_owe": (c.c_int, [c.c_void_p, c.c_int, c.c_uint64]),
+        "nbgpu_sched_bring": (c.c_int, [c.c_void_p, c.c_int, c.c_uint64]),
         "nbgpu_sched_remove": (c.c_int, [c.c_void_p, c.c_int]),
         "nbgpu_sched_stats": (c.c_int, [c.c_void_p, c.c_int, c.c_void_p]),
         "nbgpu_sched_totals": (c.c_int, [c.c_void_p, c.c_void_p]),
@@ -252,6 +256,10 @@ class Scheduler:
         """Let an entry pay for time that it computed beyond what it said."""
         _check(self._lib.nbgpu_sched_owe(self._handle, entry, ns), "scheduler owe")
 
+    def bring(self, entry: int, ns: int) -> None:
+        """Let an entry wait for what its user took beyond a share before."""
+        _check(self._lib.nbgpu_sched_bring(self._handle, entry, ns), "scheduler bring")
+
     def remove(self, entry: int) -> None:
         """Forget an entry."""
         _check(self._lib.nbgpu_sched_remove(self._handle, entry), "scheduler remove")
@@ -260,7 +268,7 @@ class Scheduler:
         """Return what was done for an entry."""
         out = _SchedStats()
         _check(self._lib.nbgpu_sched_stats(self._handle, entry, c.byref(out)), "scheduler stats")
-        return SchedStats(out.charged_ns, out.turns, out.overruns, out.junk, out.gate, bool(out.active), out.held_ns)
+        return SchedStats(out.charged_ns, out.turns, out.overruns, out.junk, out.gate, bool(out.active), out.held_ns, out.ahead_ns)
 
     def totals(self) -> SchedTotals:
         """Return what the thread costs."""

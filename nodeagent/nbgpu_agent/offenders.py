@@ -7,7 +7,7 @@ than they did when they were counted, and the dying hold memory a while longer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,6 +18,9 @@ from .watchdog import COMPUTE_TOLERANCE_MILLI, OVER_LIMIT_TOLERANCE_BYTES
 SETTLE_SECONDS = 5.0
 """So long after a limit was lowered what was asked for before may still arrive."""
 GROWN_BYTES = OVER_LIMIT_TOLERANCE_BYTES
+LIED_LOOKS = 5
+"""After so many looks in a row with too much in the slice all who never told of theirs are to blame, not only one alone.
+Who takes and gives back as fast as it can has told of what it holds at some of them."""
 UNTOLD_MILLI = 200
 """So much more GPU time than a process tells of, NVML must see of it."""
 
@@ -66,6 +69,9 @@ class Books:
     told: dict[Process, int] = field(default_factory=dict[Process, int])
     """The most that each has told. Who shares a slice may wipe another's slot: what was once there is not forgotten for that."""
 
+    lied: dict[Process, int] = field(default_factory=dict[Process, int])
+    """In how many looks in a row each did not tell of what it had, while the slice had too much."""
+
     def remember(self, held: Sequence[Held]) -> list[Held]:
         """Return what each process has told by now, those whose slot is gone or empty among them."""
         known = [
@@ -78,7 +84,13 @@ class Books:
         return known
 
     def look(self, limit_bytes: int, total_bytes: int, now: float) -> None:
-        """Take note of the limit and of all that is held, at CLOCK_MONOTONIC `now`."""
+        """Take note of the limit and of all that is held, at CLOCK_MONOTONIC `now`.
+
+        A limit of 0 is that of a parked slice: it was set when nothing was held any more, so that nothing of before is excused.
+        """
+        if limit_bytes == 0:
+            self.limit_bytes = self.allowed_bytes = 0
+            return
         if limit_bytes < self.limit_bytes:
             self.settled_at = now + SETTLE_SECONDS
         self.limit_bytes = limit_bytes
@@ -117,8 +129,9 @@ def judge(
     most = allowed + OVER_LIMIT_TOLERANCE_BYTES + cap_bytes * sum(one.told_bytes is not None for one in held)
     if total <= most:
         books.good = {one.process: one.memory_bytes for one in held}
+        books.lied = {}
     else:
-        blamed = _who_took_too_much(held, books.good, allowed, cap_bytes)
+        blamed = _who_took_too_much(held, books, allowed, cap_bytes)
         found += [Offence(slice_id, "over-limit", device, process, total, books.limit_bytes) for process in blamed]
     busy = sum(one.compute_milli for one in held)
     if strict_milli is not None and busy > strict_milli + COMPUTE_TOLERANCE_MILLI:
@@ -128,20 +141,22 @@ def judge(
     return found
 
 
-def _who_took_too_much(held: Sequence[Held], good: Mapping[Process, int], allowed_bytes: int, cap_bytes: int) -> list[Process]:
+def _who_took_too_much(held: Sequence[Held], books: Books, allowed_bytes: int, cap_bytes: int) -> list[Process]:
     """Return who took a slice above its limit; nobody, where it could have been one or the other.
 
     An ordinary process grows only while what all tell fits. So it is one that has more than the slice alone, else one that does not
-    tell what it has, else (all tell the truth, and one ignores the answer) the only one that has grown since all was well.
+    tell what it has, else (all tell the truth, and one ignores the answer) the only one that has grown since all was well. Several that do
+    not tell hide behind each other only for `LIED_LOOKS`.
     """
     alone = [one.process for one in held if one.memory_bytes > allowed_bytes + OVER_LIMIT_TOLERANCE_BYTES + cap_bytes]
     untold = [one.process for one in held if one.told_bytes is None and one.memory_bytes]
+    lying = [one.process for one in held if one.memory_bytes - (one.told_bytes or 0) > cap_bytes]
+    books.lied = {process: books.lied.get(process, 0) + 1 for process in lying}
     if alone or untold:
         return list(dict.fromkeys(alone + untold))
-    lying = [one.process for one in held if one.memory_bytes - (one.told_bytes or 0) > cap_bytes]
-    grown = [one.process for one in held if one.memory_bytes > good.get(one.process, 0) + GROWN_BYTES]
+    grown = [one.process for one in held if one.memory_bytes > books.good.get(one.process, 0) + GROWN_BYTES]
     suspects = lying or grown
-    return suspects if len(suspects) == 1 else []
+    return suspects if len(suspects) == 1 else [process for process in lying if books.lied[process] > LIED_LOOKS]
 
 
 class Pending(NamedTuple):

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .agent import Agent
 
 log = logging.getLogger("nbgpu.agent")
+Go = Callable[[], Awaitable[bool]]
 CHILD = Path(__file__).with_name("checkpoint_child.py")
 CHILD_SECONDS = 60.0
 BYTES_PER_SECOND = 1e8
@@ -195,13 +196,14 @@ class Parking:
         Parameters
         ----------
         told : bool
-            Or what the slice itself tells, where that is more.
+            Or what the slice itself tells, as far as its limits go, where the driver says nothing.
         """
         pids = live.tenant.holders() if pids is None else pids
         found: list[int] = []
         for part, own in zip(live.full.devices, live.memory_by_device(), strict=True):
             room = await self.room(part.uuid, pids)
-            found.append(max(room[1] if room is not None else 0, own if told else 0))
+            seen = room[1] if room is not None else 0
+            found.append(seen or (min(own, part.memory_bytes) if told else 0))
         return tuple(found)
 
     def _parked_bytes(self) -> int:
@@ -270,7 +272,10 @@ class Parking:
         """Lock and checkpoint a slice's processes; return why that could not be."""
         before = signature(live.tenant.read())
 
-        def go() -> bool:  # with all of them locked
+        async def go() -> bool:  # with all of them locked
+            held = await self._held(live, [root.pid for root in parked.processes], told=False)
+            if any(more > booked for more, booked in zip(held, parked.device_bytes, strict=True)):
+                return False  # it took more behind the limiter's back: the host's memory was asked for less
             now = live.record.parked
             rows = live.tenant.read()
             return self._here(live) and now is not None and now.wanted_since is None and signature(rows) == before
@@ -370,17 +375,23 @@ class Parking:
 
     # ---- the driver
 
-    async def _child(self, what: str, parked: Parked, go: object) -> dict[str, str]:
+    async def _child(self, what: str, parked: Parked, go: Go | None) -> dict[str, str]:
         """Have a child make the calls; return what it says of each process by its pid, nothing when it died or hung."""
-        pids = [str(root.pid) for root in _alive(parked)]
-        if not pids:
+        roots = _alive(parked)
+        if not roots:
             return {}
+        pids = [str(root.pid) for root in roots]
+
+        async def sure() -> bool:
+            # Pids of processes that have ended meanwhile may be others' by now: those were locked instead.
+            return all(Process(root.pid, root.start_time).alive() for root in roots) and go is not None and await go()
+
         arguments = [sys.executable, "-I", "-S", str(CHILD), self._cuda, what, str(os.getpid()), *pids]
         environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
         pipe = asyncio.subprocess.PIPE
         child = await asyncio.create_subprocess_exec(*arguments, stdin=pipe, stdout=pipe, env=environment)
         try:
-            return await asyncio.wait_for(_speak(child, go), CHILD_SECONDS + parked.memory_bytes / BYTES_PER_SECOND)
+            return await asyncio.wait_for(_speak(child, sure), CHILD_SECONDS + parked.memory_bytes / BYTES_PER_SECOND)
         except (asyncio.TimeoutError, OSError, ValueError):
             return {}
         finally:
@@ -393,13 +404,13 @@ async def _unknown(_uuid: str, _pids: Collection[int]) -> tuple[int, int] | None
     return None
 
 
-async def _speak(child: asyncio.subprocess.Process, go: object) -> dict[str, str]:
+async def _speak(child: asyncio.subprocess.Process, go: Go) -> dict[str, str]:
     assert child.stdin is not None
     assert child.stdout is not None
     line = await child.stdout.readline()
     if line.strip() == b"locked":
         mark("idle.locked")
-        child.stdin.write(b"go\n" if callable(go) and go() else b"stop\n")
+        child.stdin.write(b"go\n" if await go() else b"stop\n")
         line = await child.stdout.readline()
     found = json.loads(line or b"{}")
     return {str(pid): str(words) for pid, words in found.items()} if isinstance(found, dict) else {}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]

@@ -43,12 +43,30 @@ def start_time(pid: int) -> int | None:
 def exiting(pid: int) -> bool:
     """Return whether a process is on its way out or gone: what it holds goes with it, and it writes no word any more."""
     fields = stat_fields(pid)
-    return not lives(fields) or bool(int(fields[6]) & _PF_EXITING)
+    if not lives(fields):
+        return True
+    # That is the first thread's word: it may have ended long ago, and the others go on.
+    return _leaves(fields) and all(_leaves(others) for others in _other_threads(pid))
+
+
+def _leaves(fields: list[bytes]) -> bool:
+    return bool(int(fields[6]) & _PF_EXITING)
+
+
+def _other_threads(pid: int) -> Iterator[list[bytes]]:
+    """Yield the fields of `stat_fields` for each thread but the first."""
+    with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/task") as there:
+        for thread in there:
+            if thread.name != str(pid) and (fields := stat_fields(f"{pid}/task/{thread.name}")):
+                yield fields
 
 
 def stopped(pid: int) -> bool:
     """Return whether a process is stopped by a signal."""
-    return stat_fields(pid)[:1] in ([b"T"], [b"t"])
+    fields = stat_fields(pid)
+    if fields[:1] == [b"Z"]:  # its first thread has ended
+        fields = next(_other_threads(pid), fields)
+    return fields[:1] in ([b"T"], [b"t"])
 
 
 def told_to_end(pid: int) -> bool:

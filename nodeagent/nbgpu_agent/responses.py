@@ -34,6 +34,8 @@ ACTIONS_MOST = 16
 """On one slice at one look; the others' turn comes at the next."""
 SHARE_SEEN_SECONDS = 8.0
 """So long after a process was locked NVML may still tell of what it had done before."""
+WENT_ON_MOST = 5
+"""Who was stopped so often and goes on is ended: a debugger of its user's, that keeps the signal from it, can do so without end."""
 GONE_SECONDS = 10.0
 """So long must be over what a process was suspended for, before it goes on."""
 REPEATS = 3
@@ -168,7 +170,12 @@ class Responses:
             self._suspended(live, entry.model_copy(update={"how": how}), process)
 
     def _stop(self, live: LiveSlice, entry: Suspended, process: Process) -> bool:
-        """Stop all of a process that is suspended and goes on."""
+        """Stop all of a process that is suspended and goes on; end it when that does not help."""
+        if entry.how == "stop":
+            entry = entry.model_copy(update={"went_on": entry.went_on + 1})
+            if entry.went_on >= WENT_ON_MOST:
+                why = f"it went on each of the {WENT_ON_MOST} times that it was stopped"
+                return self._kill(live, process, entry.kind, why, entry.memory_bytes)
         if not self._agent.suspender.stop(process):
             self._forget(live, process)
             return self._failed(live, process, entry.kind)

@@ -27,7 +27,8 @@ RECORD = "slice.json"
 RECORD_VERSION = 1
 PRIVATE = ".use"
 """Where a `use` file's own tmpfs is mounted while it is made."""
-USE_TMPFS_BYTES = 128 * 1024
+USE_TMPFS_BYTES = 256 * 1024
+"""Room for all of it: who writes where there is none is ended by a signal (SIGBUS)."""
 _MNT_DETACH = 2
 _MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
 _MS_BIND = 4096
@@ -57,6 +58,8 @@ class Suspended(Model):
     """What it did, for people: "it used the GPU (3 GiB) without nbgpu's limiter"."""
     memory_bytes: int = 0
     """What it held then, or its slice did."""
+    went_on: int = 0
+    """So often it was found running though it had been stopped."""
     excused: bool = False
     """Somebody who may has let it go on: it is left alone until it ends."""
 

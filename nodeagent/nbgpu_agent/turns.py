@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from nbgpu.models import Device
 
@@ -20,6 +21,20 @@ DEAD_NS = 2_000_000_000
 CLOSE_SECONDS = 1.0
 
 
+@dataclass(frozen=True)
+class Debt:
+    """GPU time that a slice took beyond its share and had not yet waited for when it ended."""
+
+    ns: int
+    at_ns: int
+    """When it ended, CLOCK_MONOTONIC."""
+    milli: int
+
+    def left_ns(self, now_ns: int) -> int:
+        """Return what is left of it: a slice that had stayed would have waited meanwhile."""
+        return max(0, self.ns - (now_ns - self.at_ns) * self.milli // 1000)
+
+
 class Turns:
     """Gives the slices of all devices their turns."""
 
@@ -28,6 +43,8 @@ class Turns:
         self._physical = {device.uuid: device.index for device in devices}
         self._scheduler: Scheduler = native.scheduler()
         self._started_ns = time.monotonic_ns()
+        self._debts: dict[tuple[str, str, str], Debt] = {}
+        """By hub, user and device: who ends a slice and starts another does not begin anew."""
 
     @staticmethod
     def _mode(live: LiveSlice) -> int:
@@ -42,15 +59,21 @@ class Turns:
             for index, part in enumerate(live.full.devices):
                 if part.uuid in self._physical:
                     physical = self._physical[part.uuid]
-                    live.entries.append(
-                        self._scheduler.add(live.ctl.fd, live.tenant.fd, index, physical, part.compute_milli, self._mode(live))
-                    )
+                    entry = self._scheduler.add(live.ctl.fd, live.tenant.fd, index, physical, part.compute_milli, self._mode(live))
+                    live.entries.append(entry)
+                    debt = self._debts.get(self._debtor(live, part.uuid))
+                    if debt is not None and (left_ns := debt.left_ns(time.monotonic_ns())):
+                        self._scheduler.bring(entry, left_ns)
             if live.record.parked is not None:
                 self.suspend(live, True)
         except OSError as error:  # one slice's file stops no other's turns
             log.error("slice=%s owner=%s gets no turns on the GPU: %s", live.id, live.owner, error.strerror)
             for device in live.ctl.words.device:
                 device.gate = layout.GATE_CLOSED
+
+    @staticmethod
+    def _debtor(live: LiveSlice, uuid: str) -> tuple[str, str, str]:
+        return live.slice.owner.hub, live.slice.owner.user, uuid
 
     def change(self, live: LiveSlice) -> None:
         """Tell the scheduler of a slice's new shares or mode."""
@@ -68,8 +91,14 @@ class Turns:
             self._scheduler.kernels(entry)
 
     def remove(self, live: LiveSlice) -> None:
-        """Forget a slice."""
-        for entry in live.entries:
+        """Forget a slice, but not what it took beyond its share."""
+        now_ns = time.monotonic_ns()
+        self._debts = {debtor: debt for debtor, debt in self._debts.items() if debt.left_ns(now_ns)}
+        for entry, part in zip(live.entries, live.full.devices, strict=False):
+            debtor, debt = self._debtor(live, part.uuid), Debt(self._scheduler.stats(entry).ahead_ns, now_ns, part.compute_milli)
+            known = self._debts.get(debtor)
+            if debt.ns and (known is None or debt.ns > known.left_ns(now_ns)):
+                self._debts[debtor] = debt
             self._scheduler.remove(entry)
         live.entries = []
 

@@ -319,6 +319,22 @@ def test_bell_that_never_stops_costs_little_and_disturbs_nobody(scheduler: nativ
     assert scheduler.stats(entry).junk > 0
 
 
+def test_a_bell_costs_little_also_where_all_slots_are_full(scheduler: native.Scheduler, make_slice: MakeSlice) -> None:
+    """Each ring would have all slots read, and asked who holds them, for each of the slice's devices."""
+    hostile, devices = make_slice(), 8
+    for device in range(devices):
+        scheduler.add(hostile.ctl_fd, hostile.use_fd, device, device, 500, layout.MODE_BURST)
+    for number in range(layout.SLOTS):
+        hostile.take_slot(number, number % devices)
+        hostile.use.slot[number].want = hostile.use.slot[number].busy_since = 1
+    before, started = scheduler.totals(), time.monotonic()
+    while time.monotonic() < started + 1:
+        hostile.ring()
+    after = scheduler.totals()
+    print(f"{(after.cpu_ns - before.cpu_ns) / 1e7:.0f} % of a core, {after.looks - before.looks} looks")
+    assert (after.cpu_ns - before.cpu_ns) / 1e9 < 0.3
+
+
 def test_suspend_resume_remove(scheduler: native.Scheduler, make_slice: MakeSlice) -> None:
     files = make_slice()
     entry = add(scheduler, files)
@@ -410,6 +426,31 @@ def test_reader_counts_shared_memory_once(library: native.Native, make_slice: Ma
     two.shares = 1 << 31
     shares[2].held = 1 << 60
     assert library.use_read(files.use_fd)[2].junk
+
+
+def test_a_file_full_of_shared_memory_is_read_nearly_as_fast_as_one_without(library: native.Native, make_slice: MakeSlice) -> None:
+    """The agent's one thread reads it, many times a second if its tenant likes."""
+    files = make_slice()
+    for slot in range(layout.SLOTS):
+        files.take_slot(slot)
+
+    def seconds() -> float:
+        took: list[float] = []
+        for _ in range(10):
+            began = time.process_time()
+            rows = library.use_read(files.use_fd)
+            took.append(time.process_time() - began)
+            assert len(rows) == layout.SLOTS
+        return min(took)
+
+    without = seconds()
+    for number, share in enumerate(files.use.share):
+        files.use.slot[number // layout.SHARES].shares = layout.SHARES
+        share.key, share.held = number + 1, 1
+    full = seconds()
+    print(f"{without * 1e6:.0f} us, full {full * 1e6:.0f} us")
+    assert sum(row.used for row in library.use_read(files.use_fd)) == layout.SLOTS * layout.SHARES
+    assert full < 6 * without
 
 
 def test_reader_flags_junk_and_returns_zeros_for_it(library: native.Native, make_slice: MakeSlice) -> None:

@@ -38,6 +38,9 @@ def build_policy(folder: Path) -> c.CDLL:
     lib.harness_suspend.argtypes = [c.c_void_p, c.c_int, c.c_int, c.c_uint64]
     lib.harness_observe.argtypes = [c.c_void_p, c.c_int, c.c_int, c.c_int, c.c_int, c.c_uint32, c.c_uint64]
     lib.harness_pull.argtypes = lib.harness_close.argtypes = [c.c_void_p, c.c_int, c.c_uint64]
+    lib.harness_ahead.restype = c.c_uint64
+    lib.harness_ahead.argtypes = [c.c_void_p, c.c_int]
+    lib.harness_bring.argtypes = [c.c_void_p, c.c_int, c.c_uint64, c.c_uint64]
     lib.harness_step.restype = c.c_uint64
     lib.harness_step.argtypes = [c.c_void_p, c.c_uint64]
     for name in ("turn_end", "charged", "overruns"):

@@ -29,5 +29,7 @@ uint32_t harness_gate(const SchedDevice *device, int index) { return sched_gate(
 uint64_t harness_turn_end(const SchedDevice *device, int index) { return device->slice[index].turn_end; }
 uint64_t harness_charged(const SchedDevice *device, int index) { return device->slice[index].charged_ns; }
 uint64_t harness_overruns(const SchedDevice *device, int index) { return device->slice[index].overruns; }
+uint64_t harness_ahead(const SchedDevice *device, int index) { return sched_ahead(device, index); }
+void harness_bring(SchedDevice *device, int index, uint64_t ns, uint64_t now) { sched_bring(device, index, ns, now); }
 int harness_pull(SchedDevice *device, int index, uint64_t now) { return sched_pull(device, index, now); }
 int harness_close(SchedDevice *device, int index, uint64_t now) { return sched_close(device, index, now); }

@@ -114,3 +114,28 @@ def test_a_larger_part_elsewhere_takes_nothing_of_the_neighbours_here(policy: c.
     print(shares)
     assert shares[0][1] > 44
     assert shares[1][1] > 76
+
+
+def strict_share(lib: c.CDLL, loads: list[Load], pulled: bool) -> float:
+    """Return what the second slice gets of a device in percent, while the first begins a turn elsewhere every half millisecond."""
+    model = Model(lib, loads)
+    try:
+        for tick in range(20_000):
+            model.decide()
+            if pulled and tick % 5 == 0 and lib.harness_pull(model.device, model.ids[0], model.now):
+                model.wake_at = model.now
+            model.submit()
+            model.run_gpu()
+            model.now += TICK_NS
+        return sum(process.busy_ns for process in model.slices[1]) / (20_000 * TICK_NS) * 100
+    finally:
+        model.close()
+
+
+@pytest.mark.parametrize("third", [[], [Load(1)], [Load(100)]], ids=["alone", "beside one far ahead", "beside another"])
+def test_turns_that_begin_elsewhere_take_nothing_of_a_strict_neighbour(policy: c.CDLL, third: list[Load]) -> None:
+    """A burst slice of the puller's own user that is far ahead must not speak for the strict one."""
+    loads = [Load(400), Load(500, strict=True), *third]
+    shares = [strict_share(policy, loads, pulled) for pulled in (False, True)]
+    print(shares)
+    assert shares[1] > 45

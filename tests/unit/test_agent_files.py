@@ -96,6 +96,19 @@ def test_a_slices_files_are_sized_and_closed_to_others(directory: Path) -> None:
     assert not directory.exists()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+def test_a_slices_file_has_room_for_all_that_is_written_in_it(tmp_path: Path) -> None:
+    """On its own tmpfs, with all slots taken and all that they share: a process that writes where there is no room is ended by SIGBUS."""
+    fd = slicedir.create_use(tmp_path, 65534)
+    try:
+        if not os.path.ismount(tmp_path / "use"):
+            pytest.skip("no file system can be mounted here")
+        assert os.pwrite(fd, bytes([255]) * layout.USE_SIZE, 0) == layout.USE_SIZE
+    finally:
+        os.close(fd)
+        slicedir.remove(tmp_path)
+
+
 def test_libraries_are_copied_once_and_never_rewritten(tmp_path: Path) -> None:
     source = tmp_path / "built"
     (source / "sim").mkdir(parents=True)

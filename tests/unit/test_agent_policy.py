@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -15,7 +19,7 @@ from nbgpu.errors import InvalidValue
 from nbgpu.quantities import GIB, MIB
 from nbgpu_agent import main, procs
 from nbgpu_agent.main import parse
-from nbgpu_agent.offenders import Books, Held, Offence, Sure, judge
+from nbgpu_agent.offenders import LIED_LOOKS, Books, Held, Offence, Sure, judge
 from nbgpu_agent.policy import KINDS, Kind, Policy, parse_actions
 from nbgpu_agent.procs import Process
 from nbgpu_agent.responses import action_message, reason
@@ -120,6 +124,17 @@ def test_over_the_limit_with_all_told_the_only_one_that_grew_is_to_blame() -> No
     assert offences([honest(ADA, 8 * GIB), honest(EVE, 15 * GIB)], books) == [("overhead", 8), ("over-limit", 8)], "more than the slice"
 
 
+def test_several_who_never_tell_do_not_hide_behind_each_other_for_good() -> None:
+    books = Books(LIMIT, LIMIT)
+    liars = [Held(one, 7 * GIB, 0, 0, LIMIT) for one in (EVE, BOB)]
+    found = [offences([*liars, honest(ADA, 2 * GIB)], books) for _ in range(8)]
+    assert found == [[]] * LIED_LOOKS + [[("over-limit", 8), ("over-limit", 9)]] * (8 - LIED_LOOKS)
+    assert offences([liars[0], honest(ADA, 2 * GIB)], books) == [], "one alone is inside the limit: nobody has too much"
+    for look in range(20):  # one that takes and gives back while the driver is asked
+        churns = honest(ADA, 0 if look % 5 else 2 * GIB, at_nvml=2 * GIB, peak=2 * GIB)
+        assert ("over-limit", 7) not in offences([*liars, churns], books)
+
+
 def test_whose_slot_another_has_wiped_is_not_to_blame() -> None:
     books = Books(LIMIT, LIMIT)
     assert offences([honest(ADA, 5 * GIB)], books) == []
@@ -140,6 +155,16 @@ def test_a_lowered_limit_makes_no_offence_of_what_was_held_before() -> None:
     assert at(7.0, 9 * GIB) == []
     assert at(8.0, 3 * GIB) == []
     assert [one.kind for one in at(9.0, 9 * GIB)] == ["overhead", "over-limit"], "control: freed, and taken again past the limit"
+
+
+def test_a_parked_slice_may_take_nothing_back_by_itself() -> None:
+    books = Books(LIMIT, LIMIT)
+    for limit in (LIMIT, 0):  # at once after it was parked
+        books.look(limit, 5 * GIB, 1.0)
+        found = judge("slice-00", "GPU-0", [honest(ADA, 5 * GIB)], books, CAP, None)
+        assert [one.kind for one in found] == ([] if limit else ["overhead", "over-limit"])
+    books.look(LIMIT, 5 * GIB, 2.0)
+    assert judge("slice-00", "GPU-0", [honest(ADA, 5 * GIB)], books, CAP, None) == [], "restored"
 
 
 def test_a_lowered_limit_excuses_nobody_who_was_above_it() -> None:
@@ -210,6 +235,38 @@ def test_a_message_says_what_happened_to_whom_and_what_to_do(kind: Kind, done: s
 
 
 # ---- processes
+
+
+LEADER_GONE = """
+import ctypes, threading, time
+threading.Thread(target=time.sleep, args=(60,)).start()
+print(flush=True)
+ctypes.CDLL(None).syscall(60, 0)
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the number of a system call is of x86_64")
+def test_a_process_whose_first_thread_has_ended_is_not_on_its_way_out() -> None:
+    with subprocess.Popen([sys.executable, "-c", LEADER_GONE], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        state = Path(f"/proc/{child.pid}/stat")
+        wait_until(lambda: ") Z " in state.read_text())
+        process = procs.find(child.pid)
+        assert process is not None
+        assert not procs.exiting(child.pid)
+        assert not procs.stopped(child.pid)
+        assert procs.send(process, signal.SIGSTOP)
+        wait_until(lambda: procs.stopped(child.pid))
+        assert procs.send(process, signal.SIGKILL)
+        wait_until(lambda: procs.exiting(child.pid))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_signal_reaches_the_process_and_no_later_one_with_its_pid() -> None:
