@@ -55,7 +55,8 @@ typedef struct {
     uint64_t junk;
     uint32_t rings;    /* seen since the last heartbeat */
     uint64_t ask_from; /* before this, who is busy counts as alive */
-    Kernels *kernels;  /* NULL: no kernel of the slice has a limit of compute */
+    uint64_t looked_at;
+    Kernels *kernels; /* NULL: no kernel of the slice has a limit of compute */
 } Entry;
 
 struct NbgpuSched {
@@ -64,7 +65,7 @@ struct NbgpuSched {
     pthread_t thread;
     _Atomic uint32_t poke; /* futex: an API call changed something */
     bool stop, no_waitv;
-    uint64_t wakeups, bells, looks, next_heartbeat;
+    uint64_t wakeups, bells, looks, next_heartbeat, woken_at;
     uint32_t high;
     Entry entry[ENTRIES];
     uint32_t devices;

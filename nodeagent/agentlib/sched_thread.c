@@ -124,6 +124,7 @@ static void look_at_kernels(Entry *e, const KernelSeen *kernels, uint64_t now, S
 
 void sched_look(NbgpuSched *s, Entry *e, uint64_t now) {
     s->looks++;
+    e->looked_at = now;
     Beginning begin;
     SchedSeen seen = {0};
     KernelSeen kernels[KERNELS_MEMBERS];
@@ -157,11 +158,13 @@ static bool is_unheard(const Entry *e) {
     return rings_for_all(e) && slice->seen.want && !slice->seen.busy && !slice->spent_until && e->gate == NBGPU_GATE_CLOSED;
 }
 
-/* What may have changed without a ring. */
+/* What may have changed without a ring, or without our having seen it since we woke. */
 static void observe_device(NbgpuSched *s, Device *gpu, uint64_t now) {
-    for (uint32_t i = 0; i < s->high; i++)
-        if (s->entry[i].used && s->entry[i].gpu == gpu && !rings_for_all(&s->entry[i]))
-            sched_look(s, &s->entry[i], now);
+    for (uint32_t i = 0; i < s->high; i++) {
+        Entry *e = &s->entry[i];
+        if (e->used && e->gpu == gpu && e->looked_at < s->woken_at && !rings_for_all(e))
+            sched_look(s, e, now);
+    }
 }
 
 static bool is_muted(const Entry *e) { return e->rings > RINGS_MOST; }
@@ -338,8 +341,14 @@ static void heartbeat(NbgpuSched *s, uint64_t now) {
     s->next_heartbeat = now + s->config.heartbeat_ns;
 }
 
-/* The same moments for all devices, so that one look is for all of them. */
-static uint64_t next_check(uint64_t now, uint64_t every) { return (now / every + 1) * every; }
+/* When to look again at who has a turn, or is waited for. Drains: at the same moments for all devices, so that one look is for all of them.
+ * Turns: not shortly before their end, which is a look too. */
+static uint64_t next_check(const Device *gpu, uint64_t now) {
+    if (gpu->watched)
+        return (now / DRAIN_CHECK_NS + 2) * DRAIN_CHECK_NS;
+    const uint64_t at = now + TURN_CHECK_NS;
+    return is_busy(&gpu->policy) && at + TURN_CHECK_NS / 2 < gpu->policy.wake_at ? at : SCHED_NEVER;
+}
 
 /* What is due on one device; returns when to come back to it at the latest. */
 static uint64_t work_on(NbgpuSched *s, Device *gpu, uint64_t now) {
@@ -353,7 +362,7 @@ static uint64_t work_on(NbgpuSched *s, Device *gpu, uint64_t now) {
             if (kernels < policy->wake_at)
                 policy->wake_at = kernels;
         }
-        gpu->check_at = gpu->watched ? next_check(now, DRAIN_CHECK_NS) : is_busy(policy) ? next_check(now, TURN_CHECK_NS) : SCHED_NEVER;
+        gpu->check_at = next_check(gpu, now);
     }
     return policy->wake_at < gpu->check_at ? policy->wake_at : gpu->check_at;
 }
@@ -418,7 +427,8 @@ static void poll_bells(NbgpuSched *s, uint64_t until) {
     pthread_mutex_unlock(&s->lock);
     syscall(SYS_futex, &s->poke, FUTEX_WAIT_BITSET, poke, &t, NULL, FUTEX_BITSET_MATCH_ANY);
     pthread_mutex_lock(&s->lock);
-    observe_rung(s, NULL, now_ns());
+    s->woken_at = now_ns();
+    observe_rung(s, NULL, s->woken_at);
 }
 
 static void wait_bells(NbgpuSched *s, uint64_t until) {
@@ -428,7 +438,8 @@ static void wait_bells(NbgpuSched *s, uint64_t until) {
     }
     uint32_t n = prepare_waits(s);
     if (!n) {
-        observe_rung(s, NULL, now_ns());
+        s->woken_at = now_ns();
+        observe_rung(s, NULL, s->woken_at);
         return;
     }
     struct timespec t = as_timespec(until);
@@ -436,12 +447,13 @@ static void wait_bells(NbgpuSched *s, uint64_t until) {
     long rc = syscall(SYS_futex_waitv, s->waits, n, 0, &t, CLOCK_MONOTONIC);
     int error = rc < 0 ? errno : 0;
     pthread_mutex_lock(&s->lock);
+    s->woken_at = now_ns();
     if (rc < 0 && (error == ENOSYS || error == EPERM))
         s->no_waitv = true;
     else if (rc > 0 && (uint32_t)rc < n)
-        s->bells++, observe_rung(s, &s->entry[s->heard[rc]], now_ns());
+        s->bells++, observe_rung(s, &s->entry[s->heard[rc]], s->woken_at);
     else if (error == EAGAIN || error == EFAULT) /* rang before we slept, or a file shrank: it does not say which */
-        s->bells++, observe_rung(s, NULL, now_ns());
+        s->bells++, observe_rung(s, NULL, s->woken_at);
 }
 
 void *sched_run(void *self) {
