@@ -149,7 +149,7 @@ void sched_observe(SchedDevice *d, int index, SchedSeen seen, uint64_t now) {
     } else {
         s->overran = false;
     }
-    if (seen.busy)
+    if (seen.busy || seen.peer)
         s->quiet_since = 0;
     else if (!s->quiet_since)
         s->quiet_since = now;
@@ -275,7 +275,7 @@ static uint64_t comes_within(const SchedDevice *d, const SchedSlice *s) {
 
 /* When an open slice counts as done with its turn, if it stays as quiet as it is; SCHED_NEVER = it is busy. */
 static uint64_t quiet_until(const SchedDevice *d, const SchedSlice *s) {
-    if (s->seen.busy || !s->quiet_since)
+    if (s->seen.busy || s->seen.peer || !s->quiet_since)
         return SCHED_NEVER;
     return s->quiet_since + (s->seen.want ? comes_within(d, s) : d->config.idle_grace_ns);
 }

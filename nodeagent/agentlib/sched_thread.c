@@ -145,6 +145,7 @@ void sched_look(NbgpuSched *s, Entry *e, uint64_t now) {
     }
     e->broken = !good;
     const SchedSeen was = slice_of(e)->seen;
+    seen.peer = was.peer;
     sched_observe(&e->gpu->policy, e->index, seen, now);
     e->gpu->due |= e->kernels || was.want != seen.want || was.busy != seen.busy || was.edges != seen.edges;
 }
@@ -269,6 +270,26 @@ static void turn_together(NbgpuSched *s, const Entry *e, uint32_t was) {
     }
 }
 
+/* While a part of the slice is in its turn on another device and computes, this part is not done with its own: its program may wait for that,
+ * as the ranks of a training do at the end of each step. It counts only where others wait for the device: else nothing rings when it is done. */
+static void heed_peers(NbgpuSched *s, Entry *e, uint64_t now) {
+    SchedSeen seen = slice_of(e)->seen;
+    bool peer = false;
+    for (uint32_t i = e->first; i < s->high; i++) {
+        Entry *part = &s->entry[i];
+        if (!part->used || part->first != e->first || part->gpu == e->gpu || slice_of(part)->phase != PHASE_OPEN)
+            continue;
+        if (part->looked_at < s->woken_at)
+            sched_look(s, part, now);
+        peer |= slice_of(part)->seen.busy && slice_of(part)->turn_end;
+    }
+    if (peer == seen.peer)
+        return;
+    seen.peer = peer;
+    sched_observe(&e->gpu->policy, e->index, seen, now);
+    e->gpu->due = true;
+}
+
 /* Step a device until nothing changes. After a gate was closed or got an end the slice is read again: it need not have rung for what it
  * did just before. */
 static void settle(NbgpuSched *s, Device *gpu) {
@@ -372,6 +393,9 @@ static uint64_t work(NbgpuSched *s) {
     uint64_t now = now_ns();
     if (now >= s->next_heartbeat)
         heartbeat(s, now);
+    for (uint32_t i = 0; i < s->high; i++)
+        if (s->entry[i].used && s->entry[i].parts > 1)
+            heed_peers(s, &s->entry[i], now);
     uint64_t at = s->next_heartbeat;
     if (observe_muted(s, now) && now + MUTED_CHECK_NS < at)
         at = now + MUTED_CHECK_NS;
