@@ -52,13 +52,13 @@ class Training:
         self.neighbours = [self._neighbour(gpu, share) for gpu, shares in enumerate(NEIGHBOURS) for share in shares]
 
     def _ranks(self, places: list[tuple[Path, int]]) -> list[subprocess.Popen[str]]:
-        made = []
+        made: list[subprocess.Popen[str]] = []
         for (path, device), peer in zip(places, socket.socketpair(), strict=True):
             command = [sys.executable, "-S", str(Path(__file__).parent / "rank.py"), str(device), str(KERNEL_NS), str(peer.fileno())]
             env = self.machine.env | {"LD_PRELOAD": str(LIB / "libnbgpu.so"), "NBGPU_SLICE_DIR": str(path)}
             env["PYTHONPATH"] = str(ROOT / "bench")
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            made.append(subprocess.Popen(command, env=env, pass_fds=[peer.fileno()], text=True, **pipes))
+            fds = [peer.fileno()]
+            made.append(subprocess.Popen(command, env=env, pass_fds=fds, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
             peer.close()
         self.processes += made
         return made
