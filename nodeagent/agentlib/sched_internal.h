@@ -24,7 +24,7 @@ typedef struct {
     uint32_t physical;
     uint32_t users;
     bool due;          /* something of it was seen anew */
-    bool watched;      /* somebody's work is waited for */
+    uint32_t watched;  /* somebody's work is waited for: look again at so many common moments from now */
     uint64_t check_at; /* when to look whether who has a turn, or is waited for, still lives */
     SchedDevice policy;
 } Device;

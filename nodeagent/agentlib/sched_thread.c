@@ -18,6 +18,7 @@
 #define MUTED_CHECK_NS 2000000ull
 #define DRAIN_CHECK_NS 5000000ull /* the dead do not ring: look this often while somebody is waited for, */
 #define TURN_CHECK_NS 50000000ull /* and this often while somebody has a turn that others wait for */
+#define TURN_LATE_NS 5000000ull   /* after a turn's end its slice's ring is waited for so long, less than the limiter's 10 ms (gate.h) */
 #define POLL_BUSY_NS 1500000ull
 #define POLL_IDLE_NS 20000000ull
 #define ASK_NS 500000ull   /* asking who holds a lock takes as long as the tenant took locks: at most about this long at once, */
@@ -353,7 +354,7 @@ static void heartbeat(NbgpuSched *s, uint64_t now) {
         if (!e->used)
             continue;
         __atomic_store_n(&e->ctl->heartbeat_ns, now, __ATOMIC_RELEASE);
-        if (e->broken || slice_of(e)->seen.want || slice_of(e)->seen.busy)
+        if (e->broken || ((slice_of(e)->seen.want || slice_of(e)->seen.busy) && !is_unheard(e)))
             sched_look(s, e, now); /* a ring that was lost is made up for */
         if (is_muted(e))
             e->junk++;
@@ -366,9 +367,15 @@ static void heartbeat(NbgpuSched *s, uint64_t now) {
  * Turns: not shortly before their end, which is a look too. */
 static uint64_t next_check(const Device *gpu, uint64_t now) {
     if (gpu->watched)
-        return (now / DRAIN_CHECK_NS + 2) * DRAIN_CHECK_NS;
+        return (now / DRAIN_CHECK_NS + gpu->watched) * DRAIN_CHECK_NS;
     const uint64_t at = now + TURN_CHECK_NS;
     return is_busy(&gpu->policy) && at + TURN_CHECK_NS / 2 < gpu->policy.wake_at ? at : SCHED_NEVER;
+}
+
+/* A slice knows when its turn ends, stops by itself and rings when its work is done: that one wake is for both, unless it does not come. */
+static uint64_t wake_at(const SchedDevice *d) {
+    const bool ends = d->owner != SCHED_NOBODY && d->guest == SCHED_NOBODY && d->wake_at == d->slice[d->owner].turn_end;
+    return d->wake_at + (ends ? TURN_LATE_NS : 0);
 }
 
 /* What is due on one device; returns when to come back to it at the latest. */
@@ -378,20 +385,22 @@ static uint64_t work_on(NbgpuSched *s, Device *gpu, uint64_t now) {
         observe_device(s, gpu, now);
         if (gpu->due || now >= policy->wake_at) {
             settle(s, gpu);
-            gpu->watched = is_draining(policy);
-            const uint64_t kernels = kernels_wake(s, gpu, &gpu->watched);
+            bool kernels_watched = false;
+            const uint64_t kernels = kernels_wake(s, gpu, &kernels_watched);
+            gpu->watched = kernels_watched ? 1 : is_draining(policy) ? 2 : 0; /* a drain rings as a rule */
             if (kernels < policy->wake_at)
                 policy->wake_at = kernels;
         }
         gpu->check_at = next_check(gpu, now);
     }
-    return policy->wake_at < gpu->check_at ? policy->wake_at : gpu->check_at;
+    const uint64_t at = wake_at(policy);
+    return at < gpu->check_at ? at : gpu->check_at;
 }
 
 /* Everything that is due; returns when to come back at the latest. */
 static uint64_t work(NbgpuSched *s) {
     uint64_t now = now_ns();
-    if (now >= s->next_heartbeat)
+    if (now + s->config.heartbeat_ns / 4 >= s->next_heartbeat) /* awake anyway: rather a little too early */
         heartbeat(s, now);
     for (uint32_t i = 0; i < s->high; i++)
         if (s->entry[i].used && s->entry[i].parts > 1)
