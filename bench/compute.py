@@ -112,31 +112,31 @@ class Machine:
 
 
 class SliceFiles:
-    """One slice's `ctl` and `use`, as the agent makes them."""
+    """One slice's `ctl` and `use`, as the agent makes them; it has the same share of each of its devices."""
 
-    def __init__(self, folder: Path, share: Share, uuid: bytes) -> None:
+    def __init__(self, folder: Path, share: Share, *uuids: bytes) -> None:
         folder.mkdir()
         self.folder = folder
         ctl = layout.Ctl()
         ctl.magic, ctl.version, ctl.size, ctl.generation = layout.CTL_MAGIC, layout.VERSION, layout.CTL_SIZE, 1
         for device in ctl.device:
             device.gate = layout.GATE_NONE
-        device = ctl.device[0]
-        device.uuid, device.mem_limit, device.compute_milli = uuid, 8 * GIB, share.milli
-        device.mode = layout.MODE_STRICT if share.strict else layout.MODE_BURST
-        device.context_bytes = device.overhead_cap = GIB
+        for device, uuid in zip(ctl.device, uuids, strict=False):
+            device.uuid, device.mem_limit, device.compute_milli = uuid, 8 * GIB, share.milli
+            device.mode = layout.MODE_STRICT if share.strict else layout.MODE_BURST
+            device.context_bytes = device.overhead_cap = GIB
         use = layout.Use()
         use.magic, use.version, use.size = layout.USE_MAGIC, layout.VERSION, layout.USE_SIZE
         (folder / "ctl").write_bytes(bytes(ctl))
         (folder / "use").write_bytes(bytes(use))
 
-    def add_to(self, scheduler: Scheduler, share: Share, physical: int = 0) -> int:
-        """Let the scheduler give it turns on that device."""
+    def add_to(self, scheduler: Scheduler, share: Share, physical: int = 0, device: int = 0) -> int:
+        """Let the scheduler give it turns on its `device`, which is that one of the machine."""
         ctl_fd = os.open(self.folder / "ctl", os.O_RDWR)
         use_fd = os.open(self.folder / "use", os.O_RDWR)
         try:
             mode = layout.MODE_STRICT if share.strict else layout.MODE_BURST
-            return scheduler.add(ctl_fd, use_fd, 0, physical, share.milli, mode)
+            return scheduler.add(ctl_fd, use_fd, device, physical, share.milli, mode)
         finally:
             os.close(ctl_fd)
             os.close(use_fd)

@@ -65,7 +65,11 @@ static void find_firsts(NbgpuSched *s) {
         for (uint32_t j = 0; j < i && e->used && e->first == i; j++)
             if (s->entry[j].used && s->entry[j].inode == e->inode && s->entry[j].inode_dev == e->inode_dev)
                 e->first = j;
+        e->parts = 0;
+        s->entry[e->first].parts++;
     }
+    for (uint32_t i = 0; i < s->high; i++)
+        s->entry[i].parts = s->entry[s->entry[i].first].parts;
 }
 
 static void release(NbgpuSched *s, Entry *e) {

@@ -24,7 +24,7 @@ typedef struct {
     uint32_t physical;
     uint32_t users;
     bool due;          /* something of it was seen anew */
-    bool watched;      /* somebody's work is waited for */
+    uint32_t watched;  /* somebody's work is waited for: look again at so many common moments from now */
     uint64_t check_at; /* when to look whether who has a turn, or is waited for, still lives */
     SchedDevice policy;
 } Device;
@@ -39,6 +39,7 @@ typedef struct {
     bool used;
     bool broken;     /* its `use` file cannot be read: no bell, no turns */
     uint32_t first;  /* the first entry of the same `use` file */
+    uint32_t parts;  /* entries of the same `use` file */
     uint64_t waited; /* when `first`: the wake-up before which the file's bell was last listened to, */
     uint32_t wait;   /* as which */
     int use_fd;
@@ -57,7 +58,8 @@ typedef struct {
     uint64_t spent;    /* when `first`: on looks at the file since then */
     uint64_t look_at;  /* not before this, while it is muted */
     uint64_t ask_from; /* before this, who is busy counts as alive */
-    Kernels *kernels;  /* NULL: no kernel of the slice has a limit of compute */
+    uint64_t looked_at;
+    Kernels *kernels; /* NULL: no kernel of the slice has a limit of compute */
 } Entry;
 
 struct NbgpuSched {
@@ -66,7 +68,7 @@ struct NbgpuSched {
     pthread_t thread;
     _Atomic uint32_t poke; /* futex: an API call changed something */
     bool stop, no_waitv;
-    uint64_t wakeups, bells, looks, next_heartbeat;
+    uint64_t wakeups, bells, looks, next_heartbeat, woken_at;
     uint32_t high;
     Entry entry[ENTRIES];
     uint32_t devices;

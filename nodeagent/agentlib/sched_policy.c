@@ -4,6 +4,7 @@
 
 #define SPENT_NS (20 * MS) /* waiters ring again after this long anyway */
 #define UNUSED_MOST 5u     /* 20 ms doubled so often */
+#define COMES_TURNS 32u    /* shortest turns: most turns are not longer */
 #define GAP_MOST (MS)      /* a longer one is no hand-over but a pause */
 #define GAP_MEMORY 256u    /* turns that the mean is of */
 #define GAP_LEAST 8u       /* before so many it is nothing yet */
@@ -108,6 +109,8 @@ static void learn_gap(SchedDevice *d, SchedSlice *s, uint64_t busy_since) {
         return;
     uint64_t from = max_u64(d->idle_since, s->open_since);
     uint64_t gap = d->idle_since && busy_since > from ? busy_since - from : 0;
+    if (gap > 2 * d->config.min_turn_ns) /* what it submitted first may be done already */
+        return;
     s->gaps += s->gaps < GAP_MEMORY;
     s->gap_ns = (s->gap_ns * (s->gaps - 1) + min_u64(gap, GAP_MOST)) / s->gaps;
     if (s->gaps < GAP_LEAST)
@@ -146,7 +149,7 @@ void sched_observe(SchedDevice *d, int index, SchedSeen seen, uint64_t now) {
     } else {
         s->overran = false;
     }
-    if (seen.busy)
+    if (seen.busy || seen.peer)
         s->quiet_since = 0;
     else if (!s->quiet_since)
         s->quiet_since = now;
@@ -263,11 +266,18 @@ static void close_gate(SchedDevice *d, int index) {
     s->drain_until = d->now + d->patience_ns;
 }
 
+/* How long it may take to come for its turn. Who came for its last one is believed for as long as most turns last, so that nobody need wake
+ * to see it come; time that it lets pass is its own. */
+static uint64_t comes_within(const SchedDevice *d, const SchedSlice *s) {
+    const bool believed = !s->unused && d->owner != SCHED_NOBODY && s == &d->slice[d->owner];
+    return (believed ? COMES_TURNS : 2) * d->config.min_turn_ns;
+}
+
 /* When an open slice counts as done with its turn, if it stays as quiet as it is; SCHED_NEVER = it is busy. */
 static uint64_t quiet_until(const SchedDevice *d, const SchedSlice *s) {
-    if (s->seen.busy || !s->quiet_since)
+    if (s->seen.busy || s->seen.peer || !s->quiet_since)
         return SCHED_NEVER;
-    return s->quiet_since + (s->seen.want ? 2 * d->config.min_turn_ns : d->config.idle_grace_ns);
+    return s->quiet_since + (s->seen.want ? comes_within(d, s) : d->config.idle_grace_ns);
 }
 
 static void settle_owner(SchedDevice *d) {

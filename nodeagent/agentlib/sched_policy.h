@@ -20,7 +20,8 @@
  *
  * Parts on several devices. A slice's turn on one device begins on all its devices where it is active (`sched_pull`), and a turn that others
  * wait for ends on all of them (`sched_close`): GPU kernels of a collective wait for each other on their devices, and one whose peers have no
- * turn spins through its own. Each device charges for itself, so that a turn taken early there is a turn less later.
+ * turn spins through its own. Each device charges for itself, so that a turn taken early there is a turn less later. Idle in its turn, a part
+ * is not done with it while another one computes in its own (`SchedSeen.peer`): ranks wait for each other at the end of each step.
  *
  * Guests. A slice that begins to want out of idleness, and is behind where it would be if all shared the device at every moment, is let
  * in at once; the owner's gate is closed until it is done. After `overlap_ns` it takes the turn, or leaves when it is no longer behind.
@@ -53,6 +54,7 @@ typedef struct {
     bool near;           /* ...but nearly done; no decision goes by it */
     uint32_t edges;      /* the slice's bell: it changed = something happened in between */
     uint64_t busy_since; /* since when work is outstanding, 0 = not said */
+    bool peer;           /* its part on another device is in its turn and computes: it may wait for that */
 } SchedSeen;
 
 typedef struct {

@@ -20,6 +20,7 @@
 #define MUTED_AGAIN 100u          /* and who is muted takes a hundredth of it at most for each of its devices */
 #define DRAIN_CHECK_NS 5000000ull /* the dead do not ring: look this often while somebody is waited for, */
 #define TURN_CHECK_NS 50000000ull /* and this often while somebody has a turn that others wait for */
+#define TURN_LATE_NS 5000000ull   /* after a turn's end its slice's ring is waited for so long, less than the limiter's 10 ms (gate.h) */
 #define POLL_BUSY_NS 1500000ull
 #define POLL_IDLE_NS 20000000ull
 #define ASK_NS 500000ull   /* asking who holds a lock takes as long as the tenant took locks: at most about this long at once, */
@@ -140,6 +141,7 @@ static void note_spent(NbgpuSched *s, Entry *e, uint64_t begun, uint64_t now) {
 void sched_look(NbgpuSched *s, Entry *e, uint64_t now) {
     const uint64_t begun = cpu_ns();
     s->looks++;
+    e->looked_at = now;
     Beginning begin;
     SchedSeen seen = {0};
     KernelSeen kernels[KERNELS_MEMBERS];
@@ -160,6 +162,7 @@ void sched_look(NbgpuSched *s, Entry *e, uint64_t now) {
     }
     e->broken = !good;
     const SchedSeen was = slice_of(e)->seen;
+    seen.peer = was.peer;
     sched_observe(&e->gpu->policy, e->index, seen, now);
     e->gpu->due |= e->kernels || was.want != seen.want || was.busy != seen.busy || was.edges != seen.edges;
     note_spent(s, e, begun, now);
@@ -174,11 +177,13 @@ static bool is_unheard(const Entry *e) {
     return rings_for_all(e) && slice->seen.want && !slice->seen.busy && !slice->spent_until && e->gate == NBGPU_GATE_CLOSED;
 }
 
-/* What may have changed without a ring. */
+/* What may have changed without a ring, or without our having seen it since we woke. */
 static void observe_device(NbgpuSched *s, Device *gpu, uint64_t now) {
-    for (uint32_t i = 0; i < s->high; i++)
-        if (s->entry[i].used && s->entry[i].gpu == gpu && !rings_for_all(&s->entry[i]))
-            sched_look(s, &s->entry[i], now);
+    for (uint32_t i = 0; i < s->high; i++) {
+        Entry *e = &s->entry[i];
+        if (e->used && e->gpu == gpu && e->looked_at < s->woken_at && !rings_for_all(e))
+            sched_look(s, e, now);
+    }
 }
 
 static bool is_muted(const NbgpuSched *s, const Entry *e) {
@@ -286,6 +291,26 @@ static void turn_together(NbgpuSched *s, const Entry *e, uint32_t was) {
     }
 }
 
+/* While a part of the slice is in its turn on another device and computes, this part is not done with its own: its program may wait for that,
+ * as the ranks of a training do at the end of each step. It counts only where others wait for the device: else nothing rings when it is done. */
+static void heed_peers(NbgpuSched *s, Entry *e, uint64_t now) {
+    SchedSeen seen = slice_of(e)->seen;
+    bool peer = false;
+    for (uint32_t i = e->first; i < s->high; i++) {
+        Entry *part = &s->entry[i];
+        if (!part->used || part->first != e->first || part->gpu == e->gpu || slice_of(part)->phase != PHASE_OPEN)
+            continue;
+        if (part->looked_at < s->woken_at)
+            sched_look(s, part, now);
+        peer |= slice_of(part)->seen.busy && slice_of(part)->turn_end;
+    }
+    if (peer == seen.peer)
+        return;
+    seen.peer = peer;
+    sched_observe(&e->gpu->policy, e->index, seen, now);
+    e->gpu->due = true;
+}
+
 /* Step a device until nothing changes. After a gate was closed or got an end the slice is read again: it need not have rung for what it
  * did just before. */
 static void settle(NbgpuSched *s, Device *gpu) {
@@ -349,7 +374,7 @@ static void heartbeat(NbgpuSched *s, uint64_t now) {
         if (!e->used)
             continue;
         __atomic_store_n(&e->ctl->heartbeat_ns, now, __ATOMIC_RELEASE);
-        if (e->broken || slice_of(e)->seen.want || slice_of(e)->seen.busy)
+        if (e->broken || ((slice_of(e)->seen.want || slice_of(e)->seen.busy) && !is_unheard(e)))
             sched_look(s, e, now); /* a ring that was lost is made up for */
         if (is_muted(s, e))
             e->junk++;
@@ -360,8 +385,20 @@ static void heartbeat(NbgpuSched *s, uint64_t now) {
     s->next_heartbeat = now + s->config.heartbeat_ns;
 }
 
-/* The same moments for all devices, so that one look is for all of them. */
-static uint64_t next_check(uint64_t now, uint64_t every) { return (now / every + 1) * every; }
+/* When to look again at who has a turn, or is waited for. Drains: at the same moments for all devices, so that one look is for all of them.
+ * Turns: not shortly before their end, which is a look too. */
+static uint64_t next_check(const Device *gpu, uint64_t now) {
+    if (gpu->watched)
+        return (now / DRAIN_CHECK_NS + gpu->watched) * DRAIN_CHECK_NS;
+    const uint64_t at = now + TURN_CHECK_NS;
+    return is_busy(&gpu->policy) && at + TURN_CHECK_NS / 2 < gpu->policy.wake_at ? at : SCHED_NEVER;
+}
+
+/* A slice knows when its turn ends, stops by itself and rings when its work is done: that one wake is for both, unless it does not come. */
+static uint64_t wake_at(const SchedDevice *d) {
+    const bool ends = d->owner != SCHED_NOBODY && d->guest == SCHED_NOBODY && d->wake_at == d->slice[d->owner].turn_end;
+    return d->wake_at + (ends ? TURN_LATE_NS : 0);
+}
 
 /* What is due on one device; returns when to come back to it at the latest. */
 static uint64_t work_on(NbgpuSched *s, Device *gpu, uint64_t now) {
@@ -370,21 +407,26 @@ static uint64_t work_on(NbgpuSched *s, Device *gpu, uint64_t now) {
         observe_device(s, gpu, now);
         if (gpu->due || now >= policy->wake_at) {
             settle(s, gpu);
-            gpu->watched = is_draining(policy);
-            const uint64_t kernels = kernels_wake(s, gpu, &gpu->watched);
+            bool kernels_watched = false;
+            const uint64_t kernels = kernels_wake(s, gpu, &kernels_watched);
+            gpu->watched = kernels_watched ? 1 : is_draining(policy) ? 2 : 0; /* a drain rings as a rule */
             if (kernels < policy->wake_at)
                 policy->wake_at = kernels;
         }
-        gpu->check_at = gpu->watched ? next_check(now, DRAIN_CHECK_NS) : is_busy(policy) ? next_check(now, TURN_CHECK_NS) : SCHED_NEVER;
+        gpu->check_at = next_check(gpu, now);
     }
-    return policy->wake_at < gpu->check_at ? policy->wake_at : gpu->check_at;
+    const uint64_t at = wake_at(policy);
+    return at < gpu->check_at ? at : gpu->check_at;
 }
 
 /* Everything that is due; returns when to come back at the latest. */
 static uint64_t work(NbgpuSched *s) {
     uint64_t now = now_ns();
-    if (now >= s->next_heartbeat)
+    if (now + s->config.heartbeat_ns / 4 >= s->next_heartbeat) /* awake anyway: rather a little too early */
         heartbeat(s, now);
+    for (uint32_t i = 0; i < s->high; i++)
+        if (s->entry[i].used && s->entry[i].parts > 1)
+            heed_peers(s, &s->entry[i], now);
     uint64_t at = s->next_heartbeat;
     if (observe_muted(s, now) && now + MUTED_CHECK_NS < at)
         at = now + MUTED_CHECK_NS;
@@ -440,7 +482,8 @@ static void poll_bells(NbgpuSched *s, uint64_t until) {
     pthread_mutex_unlock(&s->lock);
     syscall(SYS_futex, &s->poke, FUTEX_WAIT_BITSET, poke, &t, NULL, FUTEX_BITSET_MATCH_ANY);
     pthread_mutex_lock(&s->lock);
-    observe_rung(s, NULL, now_ns());
+    s->woken_at = now_ns();
+    observe_rung(s, NULL, s->woken_at);
 }
 
 static void wait_bells(NbgpuSched *s, uint64_t until) {
@@ -450,7 +493,8 @@ static void wait_bells(NbgpuSched *s, uint64_t until) {
     }
     uint32_t n = prepare_waits(s);
     if (!n) {
-        observe_rung(s, NULL, now_ns());
+        s->woken_at = now_ns();
+        observe_rung(s, NULL, s->woken_at);
         return;
     }
     struct timespec t = as_timespec(until);
@@ -458,12 +502,13 @@ static void wait_bells(NbgpuSched *s, uint64_t until) {
     long rc = syscall(SYS_futex_waitv, s->waits, n, 0, &t, CLOCK_MONOTONIC);
     int error = rc < 0 ? errno : 0;
     pthread_mutex_lock(&s->lock);
+    s->woken_at = now_ns();
     if (rc < 0 && (error == ENOSYS || error == EPERM))
         s->no_waitv = true;
     else if (rc > 0 && (uint32_t)rc < n)
-        s->bells++, observe_rung(s, &s->entry[s->heard[rc]], now_ns());
+        s->bells++, observe_rung(s, &s->entry[s->heard[rc]], s->woken_at);
     else if (error == EAGAIN || error == EFAULT) /* rang before we slept, or a file shrank: it does not say which */
-        s->bells++, observe_rung(s, NULL, now_ns());
+        s->bells++, observe_rung(s, NULL, s->woken_at);
 }
 
 void *sched_run(void *self) {

@@ -16,7 +16,6 @@
 #include "busy.h"
 
 #define UNKNOWN_NS (0.1 * (double)MS) /* a launch of which nothing is known yet */
-#define TURN_LATE_NS (10 * MS)        /* a turn that ended longer ago has no scheduler behind it */
 #define RELAXED_CAPTURE 2
 
 Busy nbgpu_busy[NBGPU_DEVICES] = {[0 ... NBGPU_DEVICES - 1] = {.lock = PTHREAD_MUTEX_INITIALIZER}};
@@ -460,15 +459,15 @@ bool nbgpu_overdue(const Busy *b, uint64_t now) {
 }
 
 /* By how long too much is outstanding for one launch more; 0: submit. One that would start after the turn's end only makes the turn longer,
- * and behind a closed gate the thread says that it wants at once: the scheduler must not take the slice for one that is content. */
+ * and after it, as behind a closed gate, the thread says that it wants at once: the scheduler must not take the slice for one that is content. */
 static double too_much_ns(int device, const Busy *b, uint64_t now) {
     const NbgpuCtlDevice *ctl = &nbgpu_ctl->device[device];
     uint32_t launches;
     const double work = nbgpu_outstanding_ns(b, now, &launches);
-    if (!b->fences || !launches || nbgpu_gate_closed(device))
+    if (!b->fences || !launches || nbgpu_gate_closed(device) || nbgpu_turn_just_over(device))
         return 0;
     const uint64_t end = __atomic_load_n(&ctl->turn_end_ns, __ATOMIC_ACQUIRE);
-    if (end && now < end + TURN_LATE_NS && (double)now + work >= (double)end)
+    if (end && now < end && (double)now + work >= (double)end)
         return work;
     if (launches < 2)
         return 0;

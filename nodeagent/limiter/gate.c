@@ -209,10 +209,17 @@ static uint32_t gate_generation(int device) { return __atomic_load_n(&nbgpu_ctl-
 
 bool nbgpu_kernel_gated(int device) { return kernel_gate(device) != NULL; }
 
+/* The turn is over and the gate not closed yet: the scheduler need not wake for that, it hears when the slice is done. */
+bool nbgpu_turn_just_over(int device) {
+    const uint64_t end = __atomic_load_n(&nbgpu_ctl->device[device].turn_end_ns, __ATOMIC_ACQUIRE);
+    const uint64_t now = end ? nbgpu_now() : 0;
+    return end && now >= end && now < end + TURN_LATE_NS;
+}
+
 /* The closed gate that stands in the way, NULL: none. */
 static const uint32_t *in_the_way(int device, uint32_t *value) {
     *value = gate_word(device);
-    if (*value == NBGPU_GATE_CLOSED || *value == NBGPU_GATE_SUSPENDED)
+    if (*value == NBGPU_GATE_CLOSED || *value == NBGPU_GATE_SUSPENDED || (*value == NBGPU_GATE_OPEN && nbgpu_turn_just_over(device)))
         return &nbgpu_ctl->device[device].gate;
     const uint32_t *kernel = kernel_gate(device);
     if (!kernel)
@@ -275,7 +282,7 @@ static void local_bucket(const Launch *launch) {
 static void wait_turn(Launch *launch, NbgpuUseSlot *slot) {
     const int d = launch->device;
     const uint64_t start = nbgpu_now();
-    const struct timespec limit = {0, GATE_WAIT_NS};
+    const struct timespec limit = {0, GATE_WAIT_NS}, over = {0, TURN_OVER_NS};
     uint32_t value;
     const uint32_t *word;
     const bool was_dead = nbgpu_hold_slots();
@@ -291,6 +298,9 @@ static void wait_turn(Launch *launch, NbgpuUseSlot *slot) {
             dead = nbgpu_scheduler_dead(nbgpu_now());
             if (dead) {
                 local_bucket(launch);
+            } else if (value == NBGPU_GATE_OPEN) {
+                futex(word, FUTEX_WAIT, value, &over);
+                asked = gate_generation(d);
             } else if (futex(word, FUTEX_WAIT, value, &limit) != 0 && in_the_way(d, &value)) {
                 /* 20 ms: is there a scheduler? It need not hear again what it knows: unless it had to take us for dead, or gave us a turn
                  * for which we came too late. */

@@ -10,7 +10,9 @@
 #define NEAR_NS (MS / 2)
 #define IDLE_GRACE_NS (MS / 10) /* a queue empty for so long is idle */
 #define GATE_WAIT_NS (20 * (long)MS)
-#ifdef NBGPU_CONTROL_NO_FALLBACK /* for the test that shows what it is for */
+#define TURN_LATE_NS (10 * MS)      /* a turn that ended longer ago has no scheduler behind it */
+#define TURN_OVER_NS ((long)MS / 2) /* how often to look whether a turn that is over has been made longer */
+#ifdef NBGPU_CONTROL_NO_FALLBACK    /* for the test that shows what it is for */
 #define HEARTBEAT_NS (3600000 * MS)
 #else
 #define HEARTBEAT_NS (500 * MS)
@@ -54,6 +56,7 @@ bool nbgpu_contended(int device);    /* the gate is not open, or its turn has an
 bool nbgpu_kernel_gated(int device); /* its kernels have turns of their own */
 bool nbgpu_gate_closed(int device);  /* the slice's or the kernel's */
 bool nbgpu_turn_over(int device, uint64_t now);
+bool nbgpu_turn_just_over(int device);
 bool nbgpu_scheduler_dead(uint64_t now);
 bool nbgpu_capturing(CUstream stream, bool ptsz);
 bool nbgpu_any_capture(void);

@@ -26,7 +26,7 @@ def compute_machine(tmp_path_factory: pytest.TempPathFactory) -> Any:
     compute.build()
     before = dict(os.environ)
     try:
-        return compute.Machine(tmp_path_factory.mktemp("machine"), COMPUTE_SCALE)
+        return compute.Machine(tmp_path_factory.mktemp("machine"), COMPUTE_SCALE, devices=2)
     finally:
         os.environ.clear()
         os.environ.update(before)

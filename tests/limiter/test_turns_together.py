@@ -64,6 +64,23 @@ def test_parts_of_one_slice_have_their_turns_together(make: Make) -> None:
     assert apart(both.gate, lambda: both.gate(1)) < 0.1
 
 
+def closed_within(gate: Callable[[], int], seconds: float) -> bool:
+    """Whether the gate closes in that time."""
+    return wait_until(lambda: gate() != layout.GATE_OPEN, seconds)
+
+
+@pytest.mark.parametrize("peer_computes", [True, False], ids=["peer computes", "control"])
+def test_a_part_that_may_wait_for_its_peer_keeps_its_turn(make: Make, peer_computes: bool) -> None:
+    """Idle in its turn a slice is done with it; not while its part on the other device computes."""
+    both = make(([0, 1], 500), ([0], 500), ([1], 500))[0]
+    assert wait_until(lambda: both.gate() != layout.GATE_OPEN and both.gate(1) != layout.GATE_OPEN)
+    assert wait_until(lambda: both.gate() == both.gate(1) == layout.GATE_OPEN)
+    if not peer_computes:
+        both.say(1, want=0, busy=False)
+    both.say(0, want=0, busy=False)
+    assert closed_within(both.gate, 0.02) != peer_computes
+
+
 def test_parts_of_two_slices_do_not(make: Make) -> None:
     """The control."""
     here, there = make(([0], 500), ([1], 500), *NEIGHBOURS)[:2]
