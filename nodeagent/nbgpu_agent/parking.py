@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nbgpu.models import Idle
+from nbgpu.models import Idle, Lent, Usage
 from nbgpu.quantities import format_memory
 
 from .books import Conflict, check_fits, check_slice, emptied
@@ -156,7 +156,7 @@ class Parking:
         mark("idle.wanted-saved")
         self._agent.touch()
         if parked.phase == "parked":
-            message = "This server's part of the GPU was given away while idle. It comes back before all others that wait."
+            message = "This server waits for its GPU, which was lent to others while idle. It comes back before all new requests."
             self._agent.events.add("wanting", "warning", message, live.id, owner=live.owner)
 
     def model(self, live: LiveSlice) -> Idle | None:
@@ -165,11 +165,28 @@ class Parking:
         if parked is not None:
             full = parked.full if parked.phase == "parked" else None
             wanted = None if parked.wanted_since is None else max(0.0, time.time() - parked.wanted_since)
-            return Idle(state=parked.phase, full=full, wanted_seconds=wanted)
+            return Idle(state=parked.phase, full=full, wanted_seconds=wanted, ahead=self._ahead(parked))
         if not self.offered:
             return None
         why = self.why_not(live)
         return Idle(idle_seconds=None if why else max(0.0, time.time() - self._watch(live).active_at), reason=why)
+
+    def usage(self, live: LiveSlice) -> Usage:
+        """Return what a slice uses now, and whether others may use its GPU."""
+        found, parked = live.usage(), live.record.parked
+        if parked is None:
+            return found
+        wanted = None if parked.wanted_since is None else max(0.0, time.time() - parked.wanted_since)
+        lent = Lent(phase=parked.phase, memory_bytes=parked.memory_bytes, wanted_seconds=wanted, ahead=self._ahead(parked))
+        return found.model_copy(update={"lent": lent})
+
+    def _ahead(self, parked: Parked) -> int:
+        """Return how many other slices have waited for longer to come back to one of its GPUs."""
+        since, devices = parked.wanted_since, _uuids(parked)
+        if since is None:
+            return 0
+        others = [one for live in self._agent.slices.values() if (one := live.record.parked) is not None and one.phase == "parked"]
+        return sum(one.wanted_since is not None and one.wanted_since < since and bool(devices & _uuids(one)) for one in others)
 
     def why_not(self, live: LiveSlice) -> str | None:
         """Return why a slice cannot be parked now; None when it can."""
@@ -246,7 +263,7 @@ class Parking:
             await self._undo(live, why)
             return
         held = format_memory(parked.memory_bytes)
-        message = f"This server was idle: its {held} of GPU memory were moved to the host. Run a cell to get them back."
+        message = f"This server was idle: others may use its GPU, and its {held} of GPU memory are kept safe. Run a cell to get both back."
         self._agent.events.add("parked", "info", message, live.id, owner=live.owner, memory_bytes=parked.memory_bytes)
         self._agent.touch()
 
@@ -320,7 +337,7 @@ class Parking:
         parked = live.record.parked
         self._goes_on(live)
         waited = time.time() - (parked.wanted_since or time.time()) if parked is not None else 0.0
-        message = f"This server's GPU memory was restored in {max(1, round(time.monotonic() - began))} s, as it was."
+        message = f"This server has its GPU back: its memory was restored in {max(1, round(time.monotonic() - began))} s, as it was."
         self._agent.events.add("restored", "info", message, live.id, owner=live.owner, waited_seconds=round(waited, 1))
 
     def _goes_on(self, live: LiveSlice) -> None:
@@ -387,6 +404,10 @@ class Parking:
             with contextlib.suppress(ProcessLookupError):
                 child.kill()
             await child.wait()
+
+
+def _uuids(parked: Parked) -> set[str]:
+    return {part.uuid for part in parked.full.devices}
 
 
 async def _unknown(_uuid: str, _pids: Collection[int]) -> tuple[int, int] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from uuid import uuid4
 
@@ -22,12 +23,12 @@ CYCLES = int(os.environ.get("NBGPU_TEST_CYCLES", "1000"))
 
 
 class Place:
-    """A pool and an agent with one GPU, and users with a notebook each."""
+    """A pool and an agent with a GPU or several, and users with a notebook each."""
 
-    def __init__(self, runtime: Path):
-        self.agent = idle_agent(AgentProcess(runtime, devices=1))
+    def __init__(self, runtime: Path, devices: int = 1, idle_seconds: float = IDLE_SECONDS):
+        self.agent = idle_agent(AgentProcess(runtime, devices=devices))
         config = runtime / "pool.yaml"
-        config.write_text(f"idle: {{after_seconds: {IDLE_SECONDS}}}\nreservation_ttl_seconds: 30\n")
+        config.write_text(f"idle: {{after_seconds: {idle_seconds}}}\nreservation_ttl_seconds: 30\n")
         self.pool = PoolProcess(runtime, "--config", str(config))
         self.pool.start()
 
@@ -136,26 +137,60 @@ def swap(back: Notebook, away: Notebook) -> None:
     assert back.end(20) == back.sum
 
 
-def rounds(place: Place, count: int) -> None:
-    """Two users who take turns on one GPU: each holds all of it while the other is idle."""
-    keys, notebooks = [], []
-    for user in ("ada", "grace"):
-        for other in notebooks:
-            other.tell()
-        keys.append(place.ask(user, 1000))
-        place.granted(keys[-1])
-        notebooks.append(place.start(keys[-1], 256))
+def enter(place: Place, user: str) -> Notebook:
+    """Start a notebook with a whole GPU that is busy, once there is one."""
+    key = place.ask(user, 1000)
+    place.granted(key)
+    notebook = place.start(key, 256)
+    notebook.tell(busy=True)
+    return notebook
+
+
+def pairs_of(place: Place, count: int) -> list[list[Notebook]]:
+    """Start pairs of users on as many GPUs: each holds all of one while the other is idle."""
+    first = [enter(place, f"ada-{number}") for number in range(count)]
+    found: list[list[Notebook]] = []
+    for number, ada in enumerate(first):
+        ada.tell()
+        found.append([ada, enter(place, f"grace-{number}")])
+    return found
+
+
+def turns(place: Place, notebooks: list[Notebook], count: int) -> int:
+    """Let two take so many turns; return how many they took."""
     for number in range(count):
-        swap(notebooks[number % 2], notebooks[1 - number % 2])
-    for notebook in notebooks:
+        back, away = notebooks[number % 2], notebooks[1 - number % 2]
+        assert (back.state(), away.state()) == ("parked", "held")
+        swap(back, away)
+        assert not place.agent.events(kind="lost")
+    return count
+
+
+def rounds(place: Place, count: int, pairs: int = 1) -> None:
+    """So many turns in all, of pairs of users, each pair with one GPU: nothing is lost."""
+    all_pairs = pairs_of(place, pairs)
+    with ThreadPoolExecutor(pairs) as threads:
+        taken = sum(threads.map(lambda two: turns(place, two, count // pairs), all_pairs))
+    print(f"{taken} turns, {pairs} pairs of notebooks, nothing lost")
+    for notebook in (one for two in all_pairs for one in two):
         notebook.close()
 
 
-def test_two_who_take_turns(place: Place) -> None:
-    rounds(place, 1)
+@pytest.fixture
+def hasty(runtime: Path, request: pytest.FixtureRequest) -> Iterator[Place]:
+    """A pool for which whoever does nothing is idle: as many turns as there can be."""
+    found = Place(runtime, request.param, idle_seconds=0.001)
+    yield found
+    found.close()
+
+
+@pytest.mark.parametrize("hasty", [1], indirect=True)
+def test_two_who_take_turns(hasty: Place) -> None:
+    rounds(hasty, 1)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
-def test_two_who_take_turns_a_thousand_times(place: Place) -> None:
-    rounds(place, CYCLES)
+@pytest.mark.parametrize("hasty", [4], indirect=True)
+def test_pairs_who_take_turns_a_thousand_times(hasty: Place) -> None:
+    rounds(hasty, CYCLES, pairs=4)

@@ -51,7 +51,7 @@ class Place:
         config = self.base / "pool.yaml"
         config.write_text("idle: {after_seconds: 1}\n")
         path = os.pathsep.join(str(ROOT / part) for part in ("", "spawner", "nodeagent", "labextension"))
-        env = {**os.environ, **self.env, "PYTHONPATH": path}
+        self.whole_env = env = {**os.environ, **self.env, "PYTHONPATH": path}
         self.start(env, "nbgpu_agent", "--simulate", "--sim-devices", "1", "--idle-host-memory", "64 GiB")
         wait_for("the agent", (self.runtime / "agent.sock").exists, 30)
         self.start(env, "nbgpu_pool", "--config", str(config))
@@ -62,17 +62,17 @@ class Place:
         self.parts.append(subprocess.Popen([sys.executable, "-m", *arguments], env=env, stdout=self.log, stderr=self.log))
         return self.parts[-1]
 
-    def server(self, user: str) -> tuple[Server, subprocess.Popen[bytes]]:
+    def server(self, user: str, module: str = "jupyter_server", *more: str) -> tuple[Server, subprocess.Popen[bytes]]:
         """Start somebody's Jupyter server with the whole GPU; it waits until it gets it."""
         base = self.base / user
-        base.mkdir()
-        (base / "notebooks").mkdir()
+        (base / "notebooks").mkdir(parents=True, exist_ok=True)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             found = Server(base, probe.getsockname()[1])
         options = [f"--port={found.port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=secret", "--allow-root", "--no-browser"]
-        jupyter = [sys.executable, "-m", "jupyter_server", *options, f"--ServerApp.root_dir={base / 'notebooks'}"]
-        return found, self.start({**environment(base), **self.env}, "nbgpu", "run", "--gpu", "1", "--", *jupyter)
+        jupyter = [sys.executable, "-m", module, *options, f"--ServerApp.root_dir={base / 'notebooks'}", *more]
+        env = {**environment(base), **self.env, "JUPYTER_PATH": str(base), "HOME": str(base)}
+        return found, self.start(env, "nbgpu", "run", "--gpu", "1", "--", *jupyter)
 
     def states(self) -> list[str]:
         """Return where each slice is."""
