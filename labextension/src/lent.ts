@@ -45,5 +45,5 @@ export function lentLong(lent: ILent, trans: TranslationBundle): string {
           lent.ahead
         )
       : trans.__('It is the next to get it.');
-  return `${trans.__('This server waits for its GPU, which others use now.')} ${place} ${trans.__('The %1 of GPU memory in use here are kept safe. To wait no longer, interrupt the kernel: the cell does not run then.', memory)}`;
+  return `${trans.__('This server waits for its GPU, which others use now.')} ${place} ${trans.__('The %1 of GPU memory in use here are kept safe. A cell that waits can be interrupted; it does not run then.', memory)}`;
 }

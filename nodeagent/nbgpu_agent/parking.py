@@ -37,7 +37,7 @@ BYTES_PER_SECOND = 1e8
 """Slower than this nothing is copied: who takes longer hangs."""
 AGAIN_SECONDS = 0.5
 TELL_SECONDS = 2.0
-"""How often those who follow the slices are told at once that one has become idle: they hear of it within seconds anyway."""
+"""Those who follow the slices are told no oftener that one has become idle."""
 USED, RESTARTED = "it is used again", "the agent was started anew"
 PASSING = (USED, RESTARTED)
 """Reasons that say nothing of the next time."""
@@ -68,7 +68,7 @@ class Parking:
         self._host_bytes = host_bytes
         self._watches: dict[str, IdleWatch] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._told_at = 0.0
+        self._told_at, self._to_tell = 0.0, False
         self.room: Callable[[str, Collection[int]], Awaitable[tuple[int, int] | None]] = _unknown
         """Returns (free bytes of a device, bytes that some processes hold there), as the driver tells."""
 
@@ -120,8 +120,9 @@ class Parking:
             now, watch = time.time(), self._watch(live)
             watch.look(rows, now)
             could, watch.could = watch.could, watch.why_not(rows, live.record.protected, now) is None
-            if watch.could and not could and now - self._told_at >= TELL_SECONDS:
-                self._told_at = now
+            self._to_tell = self._to_tell or (watch.could and not could)
+            if self._to_tell and now - self._told_at >= TELL_SECONDS:
+                self._to_tell, self._told_at = False, now
                 self._agent.touch()
             for gone in self._watches.keys() - self._agent.slices.keys():
                 del self._watches[gone]

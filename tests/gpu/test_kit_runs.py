@@ -70,7 +70,7 @@ def test_every_section_runs_on_the_simulated_driver(tmp_path: Path) -> None:
     assert [section["name"] for section in report["sections"]] == [section.name for section in SECTIONS]
     sections = by_name(report)
     assert {name: s["reason"] for name, s in sections.items() if s["status"] not in ENDED} == {}
-    for name in ("machine", "start", "resolution", "contexts", "driver-time", "view", "races"):
+    for name in ("machine", "start", "resolution", "contexts", "driver-time", "view", "races", "parking"):
         assert sections[name]["status"] == "done", sections[name]
     facts = verdicts(report)
     for name in (
@@ -82,6 +82,10 @@ def test_every_section_runs_on_the_simulated_driver(tmp_path: Path) -> None:
         "filled-slice",
         "usage-agrees",
         "no-overshoot",
+        "checkpoint-nvml",
+        "checkpoint-same",
+        "checkpoint-speed",
+        "checkpoint-killed",
     ):
         assert facts[name] == "holds", [fact for fact in report["facts"] if fact["name"] == name]
     race = next(row for row in report["comparison"] if "race" in row["workload"])

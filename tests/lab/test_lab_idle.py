@@ -19,7 +19,7 @@ from test_lab_slice import LIBRARIES, ROOT, Kernel, Server, environment, wait_fo
 
 from nbgpu.client import AgentClient
 from nbgpu_agent import layout
-from nbgpu_lab.kernel_wait import GIVEN_UP, LIMIT_AT, WAITS
+from nbgpu_lab.kernel_wait import GIVEN_UP, LIMIT_AT, WAITS, waiting_words
 
 pytestmark = [
     pytest.mark.slow,
@@ -106,9 +106,22 @@ def told(kernel: Kernel, message_id: str, word: str, seconds: float = 60) -> str
     while word not in printed:
         assert time.monotonic() < deadline, printed
         message: dict[str, Any] = kernel.client.get_iopub_msg(timeout=seconds)
-        if message["parent_header"].get("msg_id") == message_id and message["msg_type"] == "stream":
-            printed += message["content"]["text"]
+        if message["parent_header"].get("msg_id") == message_id:
+            content = message["content"]
+            printed += content.get("text", "") + content.get("data", {}).get("text/plain", "")
     return printed
+
+
+def kinds_of(server: Server) -> list[str]:
+    """Return what a server was told of its idle slice."""
+    kinds = [notice["kind"] for notice in server.call("nbgpu/api/events?after=0")]
+    return [kind for kind in kinds if kind in ("parked", "wanting", "restored", "lost")]
+
+
+def test_who_waited_before_is_told() -> None:
+    assert waiting_words(0) == WAITS
+    assert waiting_words(1).endswith("1 other server waited for the same GPU before.")
+    assert waiting_words(2).endswith("2 other servers waited for the same GPU before.")
 
 
 def test_where_the_limit_is() -> None:
@@ -140,6 +153,6 @@ def test_ada_goes_to_lunch(place: Place) -> None:
     told(notebook, cell, WAITS)
     of_grace.send_signal(signal.SIGTERM)
     assert before.strip() in told(notebook, cell, before.strip(), 90)
-    kinds = [notice["kind"] for notice in ada.call("nbgpu/api/events?after=0")]
-    assert [kind for kind in kinds if kind in ("parked", "wanting", "restored", "lost")] == ["parked", "wanting", "restored"]
+    wait_for("the notice that it is back", lambda: kinds_of(ada)[-1] == "restored", 10)
+    assert kinds_of(ada) == ["parked", "wanting", "restored"]
     assert notebook.run("print('ran' in globals())").strip() == "False", "the cell that was interrupted did not run"

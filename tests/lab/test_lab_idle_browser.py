@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,11 +24,11 @@ pytestmark = [
 SECOND = 1000
 OUR_WORDS = ("parked", "slot", "context", "checkpoint", "wanting")
 """Words of this repository that mean nothing to a reader of notebooks."""
-CELLS = [f"{HOLD}; print('sum', k.hold(256)[:8])", "print('sum', k.sum()[:8])", "%gpu keep"]
+CELLS = [f"{HOLD}; print('sum', k.hold(256)[:8])", "print('sum', k.sum()[:8])", "%load_ext nbgpu_lab\n%gpu keep"]
 
 
 @pytest.fixture
-def lab(place: Place) -> Iterator[Server]:
+def lab(place: Place) -> Server:
     """ada's JupyterLab with all of the only GPU."""
     options = ["--LabApp.news_url=", "--LabApp.expose_app_in_browser=True"]
     (place.base / "ada" / "labextensions").mkdir(parents=True)
@@ -42,7 +41,7 @@ def lab(place: Place) -> Iterator[Server]:
     (place.base / "ada" / "notebooks" / "ada.ipynb").write_text(json.dumps(notebook))
     found, _ = place.server("ada", "jupyterlab", *options)
     wait_for("ada's JupyterLab", found.answers, 60)
-    yield found
+    return found
 
 
 def theme(page: Any, name: str) -> None:
@@ -54,7 +53,7 @@ def pictures(page: Any, name: str) -> None:
     """Leave one in each theme, and see that what is said is in the user's words and not cut off."""
     for number, each in enumerate(("Dark", "Light")):
         theme(page, each)
-        page.wait_for_timeout(300 if number else 1200)  # notifications slide in
+        page.wait_for_timeout(100 if number else 900)  # notifications slide in
         page.screenshot(path=SHOTS / f"idle-{name}-{each.lower()}.png")
     said = " ".join(page.locator("#nbgpu-panel, .nbgpu-Status, .Toastify__toast").all_inner_texts()).lower()
     assert not [word for word in OUR_WORDS if word in said], said
@@ -76,6 +75,7 @@ def test_what_ada_sees_of_her_idle_notebook(lab: Server, place: Place, page: Any
     page.goto(f"http://127.0.0.1:{lab.port}/lab/tree/ada.ipynb?token=secret&reset")
     page.get_by_role("button", name="Show the GPU panel").click()
     page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for()
+    page.get_by_role("button", name="No", exact=True).click()  # Jupyter's news
     held = run(page, 0).get_by_text("sum")
     held.wait_for()
     before = held.inner_text().strip()
@@ -98,13 +98,14 @@ def test_what_ada_sees_of_her_idle_notebook(lab: Server, place: Place, page: Any
 
     page.evaluate("window.jupyterapp.commands.execute('notebook:interrupt-kernel')")
     output.get_by_text(GIVEN_UP).wait_for()
+    assert "Traceback" not in output.inner_text()
     pictures(page, "given-up")
 
     output = run(page, 1)
     output.get_by_text(WAITS).wait_for()
     grace.send_signal(signal.SIGTERM)
     output.get_by_text(before).wait_for()
-    output.get_by_text("The GPU is back after").wait_for()
+    output.get_by_text("It is back after").wait_for()
     panel.get_by_text("This server has its GPU back").wait_for()
     wait_for("nothing more is said", lambda: told.inner_text() == "", 10)
     assert "lent" not in status.inner_text()
