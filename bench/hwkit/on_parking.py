@@ -17,13 +17,18 @@ LEAST_BYTES_PER_SECOND = 1e8
 """What is slower than this the agent takes for a call that hangs (`nbgpu_agent.parking.BYTES_PER_SECOND`)."""
 STEPS = ("lock", "checkpoint", "restore", "unlock")
 GONE_SECONDS = 5.0
+NOT_PERMITTED = 800
 
 
 def parking(kit: Kit) -> dict[str, Any]:
     """Whether a process gives all its memory back and gets it again as it was, how fast, and whoever is killed in between."""
     found: dict[str, Any] = kit.results.setdefault("parking", {})
     size = kit.memory(4 * GIB, 256 * MIB)
-    for place in reversed(kit.places()):
+    for name in reversed(kit.compared):
+        try:
+            place = kit.place(name)
+        except Skip:
+            continue
         before = kit.nvml.memory()[0]
         with place.groups([Spec(500)]) as groups:
             [worker] = kit.ready(groups)
@@ -47,8 +52,10 @@ def _go(kit: Kit, pid: int, *steps: str) -> dict[str, Any]:
         done[step] = checkpoint_step(kit, step, pid)
         if "missing" in done[step]:
             raise Skip(f"this driver has no {done[step]['missing']}: it came with 570")
+        if done[step]["code"] == NOT_PERMITTED:
+            raise Skip(f"the driver does not permit it to this user ({step})")
         if done[step]["code"]:
-            raise Skip(f"the driver's {step} failed with {done[step]['code']}")
+            raise RuntimeError(f"the driver's {step} failed with {done[step]['code']}")
     return done
 
 

@@ -70,7 +70,7 @@ def test_every_section_runs_on_the_simulated_driver(tmp_path: Path) -> None:
     assert [section["name"] for section in report["sections"]] == [section.name for section in SECTIONS]
     sections = by_name(report)
     assert {name: s["reason"] for name, s in sections.items() if s["status"] not in ENDED} == {}
-    for name in ("machine", "start", "resolution", "contexts", "driver-time", "view", "races", "parking"):
+    for name in ("machine", "start", "resolution", "contexts", "driver-time", "view", "races"):
         assert sections[name]["status"] == "done", sections[name]
     facts = verdicts(report)
     for name in (
@@ -82,10 +82,6 @@ def test_every_section_runs_on_the_simulated_driver(tmp_path: Path) -> None:
         "filled-slice",
         "usage-agrees",
         "no-overshoot",
-        "checkpoint-nvml",
-        "checkpoint-same",
-        "checkpoint-speed",
-        "checkpoint-killed",
     ):
         assert facts[name] == "holds", [fact for fact in report["facts"] if fact["name"] == name]
     race = next(row for row in report["comparison"] if "race" in row["workload"])
@@ -94,6 +90,24 @@ def test_every_section_runs_on_the_simulated_driver(tmp_path: Path) -> None:
     assert "nbgpu run" in report["nbgpu_by"]
     assert "(*simulated*)" in text
     assert "| nbgpu | driver alone | HAMi-core |" in text
+
+
+@pytest.mark.slow
+def test_memory_that_is_moved_to_the_host_and_back(tmp_path: Path) -> None:
+    report, _, _ = run(tmp_path, "--simulated", "--only", "parking")
+    check_schema(report)
+    found = by_name(report)["parking"]
+    assert found["status"] == "done", found
+    facts = verdicts(report)
+    names = ("checkpoint-nvml", "checkpoint-same", "checkpoint-speed", "checkpoint-killed")
+    assert [name for name in names if facts[name] != "holds"] == []
+    assert facts["checkpoint-caller-killed"] in ("holds", "unknown"), "unknown: no kill came in time"
+    for row in found["results"].values():
+        assert row["held"] > row["held_away"] == 0
+    # the control: a driver that cannot restore
+    report, _, _ = run(tmp_path, "--simulated", "--only", "parking", NBGPU_SIM_CHECKPOINT_FAULT="restore")
+    found = by_name(report)["parking"]
+    assert (found["status"], "restore failed" in found["reason"]) == ("failed", True), found
 
 
 @pytest.mark.slow
