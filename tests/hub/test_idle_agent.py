@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -111,6 +112,20 @@ def test_a_parked_program_that_wants_its_gpu_waits_and_asks_for_it(agent: AgentP
     restore(agent, wanted.slice_id)
     assert notebook.end() in ("launched", "0")
     assert notebook.do("sum") == notebook.sum
+    notebook.close()
+
+
+def test_an_interrupt_reaches_who_waits_in_a_call_once_its_gpu_is_back(agent: AgentProcess) -> None:
+    """What docs/idle.md says of kernels in other languages."""
+    notebook, wanted = open_notebook(agent)
+    parked(agent, notebook, wanted.slice_id)
+    notebook.begin("launch")
+    until(lambda: agent.slices()[wanted.slice_id]["idle"]["wanted_seconds"] is not None, 10, "it asks for its slice")
+    notebook.process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert notebook.process.poll() is None, "it still waits"
+    restore(agent, wanted.slice_id)
+    assert notebook.process.wait(10) == -signal.SIGINT
     notebook.close()
 
 
