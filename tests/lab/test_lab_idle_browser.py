@@ -107,6 +107,8 @@ def test_what_ada_sees_of_her_idle_notebook(lab: Server, place: Place, page: Any
     output.get_by_text(before).wait_for()
     output.get_by_text("It is back after").wait_for()
     panel.get_by_text("This server has its GPU back").wait_for()
+    page.get_by_role("alert").filter(has_text="This server has its GPU back").wait_for()
+    page.get_by_role("alert").filter(has_text="This server waits for its GPU").wait_for(state="detached")
     wait_for("nothing more is said", lambda: told.inner_text() == "", 10)
     assert "lent" not in status.inner_text()
     run(page, 2).get_by_text("This notebook keeps its GPU while it is idle.").wait_for()
