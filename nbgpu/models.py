@@ -288,8 +288,8 @@ class Lent(Model):
     """Of the slice's GPU memory: kept in the host's memory, or on its way there or back."""
     wanted_seconds: float | None = None
     """How long it has been wanted back; None: it is not."""
-    ahead: int = 0
-    """So many other slices have wanted to come back to its GPUs for longer."""
+    position: int | None = None
+    """Among those who want to come back to its GPUs, by how long they have: 1 = the next. None: it is not wanted back."""
 
 
 class Usage(Model):
@@ -356,8 +356,8 @@ class Idle(Model):
     """With the limits that a parked slice comes back to."""
     wanted_seconds: float | None = None
     """How long a parked slice has wanted to come back; None: it does not."""
-    ahead: int = 0
-    """So many other slices have wanted to come back to its GPUs for longer."""
+    position: int | None = None
+    """Among those who want to come back to its GPUs, by how long they have: 1 = the next. None: it is not wanted back."""
     reason: str | None = None
     """Why it cannot be parked now, in words."""
 

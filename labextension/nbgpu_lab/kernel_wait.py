@@ -44,8 +44,9 @@ def ask(path: str, method: str, address: str) -> dict[str, Any]:
     return {}
 
 
-def waiting_words(ahead: int) -> str:
-    """Return what a cell says that waits behind so many others."""
+def waiting_words(position: int | None) -> str:
+    """Return what a cell says that waits in this place, from 1."""
+    ahead = (position or 1) - 1
     if ahead < 1:
         return WAITS
     return f"{WAITS} {ahead} other server{'' if ahead == 1 else 's'} waited for the same GPU before."
@@ -106,7 +107,7 @@ class Wait:
         said = WAITS
         while self.parked() or asked.get("state") == "restoring":
             asked = ask("/v1/idle/want", "POST", self._address)
-            words = waiting_words(asked.get("ahead", 0))
+            words = waiting_words(asked.get("position"))
             if words != said:
                 said = words
                 update(bundle(words))

@@ -68,8 +68,8 @@ export interface ILent {
   memory_bytes: number;
   /** How long the slice has been wanted back; null: it is not. */
   wanted_seconds: number | null;
-  /** So many others have waited for longer to come back to the same GPU. */
-  ahead: number;
+  /** Among those who wait to come back to the same GPU: 1 is the next; null: it does not wait. */
+  position: number | null;
 }
 
 export interface IUsage {

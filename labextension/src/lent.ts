@@ -37,12 +37,13 @@ export function lentLong(lent: ILent, trans: TranslationBundle): string {
       memory
     );
   }
+  const ahead = (lent.position ?? 1) - 1;
   const place =
-    lent.ahead > 0
+    ahead > 0
       ? trans._n(
           '%1 other server waits for it since before.',
           '%1 other servers wait for it since before.',
-          lent.ahead
+          ahead
         )
       : trans.__('It is the next to get it.');
   return `${trans.__('This server waits for its GPU, which others use now.')} ${place} ${trans.__('The %1 of GPU memory in use here are kept safe. A cell that waits can be interrupted; it does not run then.', memory)}`;

@@ -41,11 +41,8 @@ export class Notifier {
       return;
     }
     this._shown.delete(key);
-    const options = { autoClose: AUTO_CLOSE_MS };
-    const { id, message } = { id: waited.id, message: notice.message };
-    if (!Notification.update({ id, message, type: 'success', ...options })) {
-      Notification.emit(message, 'success', options);
-    }
+    Notification.dismiss(waited.id);
+    Notification.success(notice.message, { autoClose: AUTO_CLOSE_MS });
   }
 
   show(notice: INotice): void {

@@ -166,7 +166,7 @@ class Parking:
         if parked is not None:
             full = parked.full if parked.phase == "parked" else None
             wanted = None if parked.wanted_since is None else max(0.0, time.time() - parked.wanted_since)
-            return Idle(state=parked.phase, full=full, wanted_seconds=wanted, ahead=self._ahead(parked))
+            return Idle(state=parked.phase, full=full, wanted_seconds=wanted, position=self._position(parked))
         if not self.offered:
             return None
         why = self.why_not(live)
@@ -178,16 +178,16 @@ class Parking:
         if parked is None:
             return found
         wanted = None if parked.wanted_since is None else max(0.0, time.time() - parked.wanted_since)
-        lent = Lent(phase=parked.phase, memory_bytes=parked.memory_bytes, wanted_seconds=wanted, ahead=self._ahead(parked))
+        lent = Lent(phase=parked.phase, memory_bytes=parked.memory_bytes, wanted_seconds=wanted, position=self._position(parked))
         return found.model_copy(update={"lent": lent})
 
-    def _ahead(self, parked: Parked) -> int:
-        """Return how many other slices have waited for longer to come back to one of its GPUs."""
+    def _position(self, parked: Parked) -> int | None:
+        """Return whose turn it is among those who wait to come back to its GPUs."""
         since, devices = parked.wanted_since, _uuids(parked)
         if since is None:
-            return 0
+            return None
         others = [one for live in self._agent.slices.values() if (one := live.record.parked) is not None and one.phase == "parked"]
-        return sum(one.wanted_since is not None and one.wanted_since < since and bool(devices & _uuids(one)) for one in others)
+        return 1 + sum(one.wanted_since is not None and one.wanted_since < since and bool(devices & _uuids(one)) for one in others)
 
     def why_not(self, live: LiveSlice) -> str | None:
         """Return why a slice cannot be parked now; None when it can."""

@@ -61,24 +61,24 @@ def test_memory_goes_to_the_host_and_comes_back_as_it_was(agent: AgentProcess) -
     notebook.close()
 
 
-def test_who_has_waited_longer_is_ahead(agent: AgentProcess) -> None:
+def test_who_has_waited_longer_comes_first(agent: AgentProcess) -> None:
     ada, of_ada = open_notebook(agent)
     grace, of_grace = open_notebook(agent, user="grace")
     assert usage(agent.put(of_ada)).lent is None, "the control: it holds its GPU"
-    found: list[tuple[str, int]] = []
+    found: list[tuple[str, int | None]] = []
     for notebook, wanted in ((ada, of_ada), (grace, of_grace)):
         parked(agent, notebook, wanted.slice_id)
         lent = usage(agent.put(wanted)).lent
         assert lent is not None
-        assert lent.wanted_seconds is None
+        assert (lent.wanted_seconds, lent.position) == (None, None)
         assert lent.memory_bytes > 64 * MIB
     for notebook, wanted in ((grace, of_grace), (ada, of_ada)):
         notebook.client.call("POST", "/v1/idle/want")
         lent = usage(agent.put(wanted)).lent
         assert lent is not None
-        found.append((lent.phase, lent.ahead))
+        found.append((lent.phase, lent.position))
         assert lent.wanted_seconds is not None
-    assert found == [("parked", 0), ("parked", 1)]
+    assert found == [("parked", 1), ("parked", 2)]
     for notebook, wanted in ((grace, of_grace), (ada, of_ada)):
         restore(agent, wanted.slice_id)
         assert notebook.do("sum") == notebook.sum

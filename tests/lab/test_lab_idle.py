@@ -119,9 +119,9 @@ def kinds_of(server: Server) -> list[str]:
 
 
 def test_who_waited_before_is_told() -> None:
-    assert waiting_words(0) == WAITS
-    assert waiting_words(1).endswith("1 other server waited for the same GPU before.")
-    assert waiting_words(2).endswith("2 other servers waited for the same GPU before.")
+    assert waiting_words(None) == waiting_words(1) == WAITS
+    assert waiting_words(2).endswith("1 other server waited for the same GPU before.")
+    assert waiting_words(3).endswith("2 other servers waited for the same GPU before.")
 
 
 def test_where_the_limit_is() -> None:

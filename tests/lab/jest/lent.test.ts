@@ -14,7 +14,7 @@ const trans = {
 } as unknown as TranslationBundle;
 
 function lent(part: Partial<ILent>): ILent {
-  const rest = { wanted_seconds: null, ahead: 0 } as const;
+  const rest = { wanted_seconds: null, position: null } as const;
   return { phase: 'parked', memory_bytes: 20 * GIB, ...rest, ...part };
 }
 
@@ -24,13 +24,17 @@ test('while others use it: what happened and what to do', () => {
 });
 
 test('while it is waited for: for how long, and who is before', () => {
-  const waits = lent({ wanted_seconds: 12.7 });
+  const waits = lent({ wanted_seconds: 12.7, position: 1 });
   expect(lentShort(waits, trans)).toBe('waiting to get it back (12 s)');
   const long = lent({ wanted_seconds: 185 });
   expect(lentShort(long, trans)).toBe('waiting to get it back (3 min)');
   expect(lentLong(waits, trans)).toContain('It is the next to get it.');
-  expect(lentLong({ ...waits, ahead: 1 }, trans)).toContain('1 other server ');
-  expect(lentLong({ ...waits, ahead: 2 }, trans)).toContain('2 other servers ');
+  expect(lentLong({ ...waits, position: 2 }, trans)).toContain(
+    '1 other server '
+  );
+  expect(lentLong({ ...waits, position: 3 }, trans)).toContain(
+    '2 other servers '
+  );
 });
 
 test('a screen reader is told nothing new each second', () => {
