@@ -280,6 +280,18 @@ class Resume(Model):
     """None = all of the slice."""
 
 
+class Lent(Model):
+    """A slice whose GPU others may use while it is idle (docs/idle.md)."""
+
+    phase: Literal["parking", "parked", "restoring"]
+    memory_bytes: int
+    """Of the slice's GPU memory: kept in the host's memory, or on its way there or back."""
+    wanted_seconds: float | None = None
+    """How long it has been wanted back; None: it is not."""
+    position: int | None = None
+    """Among those who want to come back to its GPUs, by how long they have: 1 = the next. None: it is not wanted back."""
+
+
 class Usage(Model):
     """Use of one slice, now."""
 
@@ -295,6 +307,8 @@ class Usage(Model):
     suspended: list[Suspension] = []
     may_resume: bool = False
     """The slice's owner may let them go on."""
+    lent: Lent | None = None
+    """None: it holds its GPU."""
 
 
 class Event(Model):
@@ -342,6 +356,8 @@ class Idle(Model):
     """With the limits that a parked slice comes back to."""
     wanted_seconds: float | None = None
     """How long a parked slice has wanted to come back; None: it does not."""
+    position: int | None = None
+    """Among those who want to come back to its GPUs, by how long they have: 1 = the next. None: it is not wanted back."""
     reason: str | None = None
     """Why it cannot be parked now, in words."""
 

@@ -1,6 +1,6 @@
 """Stops another process with the driver's checkpoint calls and lets it go on: ``checkpoint_probe.py STEP PID``; prints JSON.
 
-STEP: ``lock``, ``checkpoint``, ``restore``, ``unlock``, ``state``.
+STEP: ``lock``, ``checkpoint``, ``restore``, ``unlock``, ``state``. A line ``begin`` comes first, right before the call.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ def main(step: str, pid: int) -> None:
         print(json.dumps({"missing": name}))
         return
     lib.cuInit(0)
-    begun = time.monotonic()
     state = c.c_int(-1)
+    print("begin", flush=True)
+    begun = time.monotonic()
     if step == "state":
         code = function(pid, c.byref(state))
     else:

@@ -131,7 +131,8 @@ def death(kit: Kit) -> dict[str, Any]:
 # ---- checkpoints
 
 
-def _step(kit: Kit, step: str, pid: int) -> dict[str, Any]:
+def checkpoint_step(kit: Kit, step: str, pid: int) -> dict[str, Any]:
+    """Have one of the driver's checkpoint calls made for a process; return its code and how long it took."""
     command = [PYTHON, "-S", str(BENCH / "hwkit" / "checkpoint_probe.py"), step, str(pid)]
     done = kit.place("driver alone").run(Spec(1000), command, 15)
     lines = done.stdout.strip().splitlines()
@@ -163,7 +164,7 @@ def checkpoint(kit: Kit) -> dict[str, Any]:
             seconds = max(2.0, kit.left() - 2)
             worker.send("storm", sign=str(signs.path), seed=1, seconds=seconds, most=64 * MIB, rounds=1000)
             time.sleep(0.5)
-            row: dict[str, Any] = {"lock": _step(kit, "lock", worker.pid)}
+            row: dict[str, Any] = {"lock": checkpoint_step(kit, "lock", worker.pid)}
             found[place.name] = row
             if "missing" in row["lock"]:
                 raise Skip(f"this driver has no {row['lock']['missing']}: it came with 570")
@@ -173,11 +174,11 @@ def checkpoint(kit: Kit) -> dict[str, Any]:
             time.sleep(0.7)
             row["done_while_locked"] = signs.read()[0] - before
             held = kit.nvml.processes().get(worker.pid, 0)
-            row["checkpoint"] = _step(kit, "checkpoint", worker.pid)
+            row["checkpoint"] = checkpoint_step(kit, "checkpoint", worker.pid)
             row["held_before_and_after"] = [held, kit.nvml.processes().get(worker.pid, 0)]
             if row["checkpoint"]["code"] == 0:
-                row["restore"] = _step(kit, "restore", worker.pid)
-            row["unlock"] = _step(kit, "unlock", worker.pid)
+                row["restore"] = checkpoint_step(kit, "restore", worker.pid)
+            row["unlock"] = checkpoint_step(kit, "unlock", worker.pid)
             time.sleep(0.5)
             row["done_after"] = signs.read()[0] - before - row["done_while_locked"]
     first = found.get("driver alone", {})

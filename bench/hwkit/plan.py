@@ -10,6 +10,7 @@ from .on_driver import contexts, driver_time, machine, resolution, start
 from .on_frameworks import frameworks, training
 from .on_life import checkpoint, death, evasion, nvml_delays, storm
 from .on_limits import gpu_shares, races, small_work, view
+from .on_parking import parking
 
 
 def hami_core(kit: Kit) -> dict[str, Any]:
@@ -40,6 +41,7 @@ SECTIONS = (
     Section("shares", "shares of GPU time", 150, gpu_shares),
     Section("death", "what a SIGKILL leaves, and for how long", 35, death),
     Section("checkpoint", "stopping a process with the driver's checkpoint calls", 25, checkpoint),
+    Section("parking", "an idle program's GPU memory moved to the host and back", 45, parking),
     Section("frameworks", "PyTorch, CuPy, JAX, Numba", 110, frameworks),
     Section("training", "two PyTorch trainings at once", 85, training),
     Section("storm", "kill storm", 40, storm),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes as c
 import fcntl
+import hashlib
 import mmap
 import os
 import random
@@ -16,6 +17,7 @@ from typing import Any
 from .gpu import OUT_OF_MEMORY, CudaError, Gpu
 
 MIB = 1024**2
+PIECE, MOST_PIECES = 4096, 256
 SIGN = struct.Struct("<QQQQ")
 """A worker's sign of life: operations done, what it is at, CLOCK_MONOTONIC of the last one, the longest one in ns."""
 STATES = ("nothing", "allocating", "freeing", "launching", "waiting for the GPU", "asking for free memory")
@@ -89,6 +91,25 @@ class Tasks:
             self._held.append((pointer, size))
             done += 1
         return {"code": code, "done": done, "seconds": (time.monotonic_ns() - begun) / 1e9, "at": time.monotonic_ns()}
+
+    def fill(self) -> dict[str, str]:
+        """Write all that is held, and another text at each of many places; return the checksum of those."""
+        for pointer, size in self._held:
+            self._gpu.call("cuMemsetD8_v2", c.c_uint64(pointer), 165, c.c_size_t(size))
+        for number, pointer in enumerate(self._pieces()):
+            text = hashlib.sha256(str(number).encode()).digest() * (PIECE // 32)
+            self._gpu.call("cuMemcpyHtoD_v2", c.c_uint64(pointer), text, c.c_size_t(PIECE))
+        return self.checksum()
+
+    def checksum(self) -> dict[str, str]:
+        """Return the checksum of what `fill` has written."""
+        found = hashlib.sha256()
+        for pointer in self._pieces():
+            found.update(self._gpu.read(pointer, PIECE))
+        return {"sum": found.hexdigest()}
+
+    def _pieces(self) -> list[int]:
+        return [pointer + at for pointer, size in self._held for at in range(0, size, max(MIB, size // MOST_PIECES // MIB * MIB))]
 
     def free(self) -> None:
         """Give back all that is held."""

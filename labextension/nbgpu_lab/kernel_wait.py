@@ -6,23 +6,28 @@ An IPython extension that the kernel provisioner names. It imports nothing of nb
 from __future__ import annotations
 
 import contextlib
+import html
 import json
 import os
 import signal
 import socket
-import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 LIMIT_AT = 112
 """Where `ctl` has the memory limit of the slice's first device: 0 while it is parked (`nbgpu_agent.layout`)."""
 LOOK_SECONDS = 0.25
 ANSWER_SECONDS = 5.0
-WAITS = (
-    "This notebook's GPU was given to others while it was idle. The cell waits for it, before all new requests; interrupt it to give up."
-)
+LENT = "This notebook's GPU was lent to others while it was idle."
+WAITS = f"{LENT} The cell waits for it, before all new requests; interrupt it to give up."
 GIVEN_UP = "Interrupted while waiting for the GPU: the cell did not run."
+
+
+Bundle = dict[str, str]
+"""What is shown, by kind of text."""
+Update = Callable[[Bundle], object]
 
 
 def ask(path: str, method: str, address: str) -> dict[str, Any]:
@@ -39,18 +44,34 @@ def ask(path: str, method: str, address: str) -> dict[str, Any]:
     return {}
 
 
+def waiting_words(position: int | None) -> str:
+    """Return what a cell says that waits in this place, from 1."""
+    ahead = (position or 1) - 1
+    if ahead < 1:
+        return WAITS
+    return f"{WAITS} {ahead} other server{'' if ahead == 1 else 's'} waited for the same GPU before."
+
+
+def bundle(words: str) -> Bundle:
+    """Return words as an output: a notice, no error and no text of the program's."""
+    return {"text/plain": words, "text/html": f'<p role="status" style="margin: 0; padding: 0 8px">{html.escape(words)}</p>'}
+
+
 class Wait:
     """Looks before each cell: an AST transformer of IPython, which may refuse to run a cell.
 
     Parameters
     ----------
+    show : callable
+        Shows a bundle as an output of the cell; returns what updates it.
     rejected : type
-        What to raise for that (`IPython.core.error.InputRejected`).
+        What to raise where the cell shall not run (an `IPython.core.error.InputRejected`).
     """
 
-    def __init__(self, directory: str, address: str, rejected: type[Exception]):
+    def __init__(self, directory: str, address: str, show: Callable[[Bundle], Update], rejected: type[Exception]):
         self._ctl = os.open(os.path.join(directory, "ctl"), os.O_RDONLY | os.O_CLOEXEC)
         self._address = address
+        self._show = show
         self._rejected = rejected
 
     def parked(self) -> bool:
@@ -60,19 +81,20 @@ class Wait:
     def visit(self, node: Any) -> Any:
         """Return the cell as it is, once the GPU is there."""
         if self.parked():
-            print(WAITS, file=sys.stderr, flush=True)
+            update = self._show(bundle(WAITS))
             began = time.monotonic()
-            if not self._interruptible():
+            if not self._interruptible(update):
+                update(bundle(LENT))
                 raise self._rejected(GIVEN_UP)
-            print(f"The GPU is back after {max(1, round(time.monotonic() - began))} s.", file=sys.stderr, flush=True)
+            update(bundle(f"{LENT} It is back after {max(1, round(time.monotonic() - began))}\u00a0s."))
         return node
 
-    def _interruptible(self) -> bool:
+    def _interruptible(self, update: Update) -> bool:
         """Wait; return False when interrupted. IPython has another handler for SIGINT while it runs what awaits."""
         main = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGINT, signal.default_int_handler) if main else None
         try:
-            self._wait()
+            self._wait(update)
             return True
         except KeyboardInterrupt:
             return False
@@ -80,18 +102,34 @@ class Wait:
             if before is not None:
                 signal.signal(signal.SIGINT, before)
 
-    def _wait(self) -> None:
+    def _wait(self, update: Update) -> None:
         asked: dict[str, Any] = {}
+        said = WAITS
         while self.parked() or asked.get("state") == "restoring":
             asked = ask("/v1/idle/want", "POST", self._address)
+            words = waiting_words(asked.get("position"))
+            if words != said:
+                said = words
+                update(bundle(words))
             time.sleep(LOOK_SECONDS)
 
 
 def load_ipython_extension(ipython: Any) -> None:
     """Have cells wait; nothing where the kernel is in no slice."""
     from IPython.core.error import InputRejected
+    from IPython.display import display
+
+    class Interrupted(InputRejected):
+        """The cell did not run. What IPython shows of it is one line, not where in this file it was raised."""
+
+        def _render_traceback_(self) -> list[str]:
+            return [str(self)]
+
+    def show(first: Bundle) -> Update:
+        handle: Any = display(first, raw=True, display_id=True)
+        return lambda more: handle.update(more, raw=True)
 
     directory, address = os.environ.get("NBGPU_SLICE_DIR"), os.environ.get("NBGPU_SOCKET")
     if directory and address:
         with contextlib.suppress(OSError):
-            ipython.ast_transformers.append(Wait(directory, address, InputRejected))
+            ipython.ast_transformers.append(Wait(directory, address, show, Interrupted))

@@ -62,6 +62,16 @@ export interface ISuspension {
   reason: string;
 }
 
+/** Others may use the slice's GPU while it is idle; its memory is kept elsewhere. */
+export interface ILent {
+  phase: 'parking' | 'parked' | 'restoring';
+  memory_bytes: number;
+  /** How long the slice has been wanted back; null: it is not. */
+  wanted_seconds: number | null;
+  /** Among those who wait to come back to the same GPU: 1 is the next; null: it does not wait. */
+  position: number | null;
+}
+
 export interface IUsage {
   slice_id: string;
   mode: 'strict' | 'burst';
@@ -74,6 +84,7 @@ export interface IUsage {
   suspended?: ISuspension[];
   /** The server's user may let them go on. */
   may_resume?: boolean;
+  lent?: ILent | null;
 }
 
 /** The node agent: whether it answers, and since when that is so (Unix time, seconds). */

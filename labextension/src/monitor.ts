@@ -183,6 +183,11 @@ function draw(root: HTMLElement, model: ISliceModel, ownId: string): void {
     const since = new Date(model.agent.since * 1000).toLocaleTimeString();
     note(`No news from the node agent since ${since}.`);
   }
+  if (model.usage?.lent) {
+    note(
+      'Others may use this GPU while the server is idle. Run a cell to get it back.'
+    );
+  }
   if (model.usage) {
     parts.push(...sliceParts(model.usage, model, ownId));
   }

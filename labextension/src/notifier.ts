@@ -25,10 +25,24 @@ export class Notifier {
     private _openPanel: () => void
   ) {
     model.noticed.connect((_, notice) => {
-      if (model.notify && notice.level !== 'info') {
+      if (model.notify && notice.kind === 'restored') {
+        this._back(notice);
+      } else if (model.notify && notice.level !== 'info') {
         this.show(notice);
       }
     });
+  }
+
+  /** The GPU that was waited for is back: in the place of the notification that said so, which is no longer true. */
+  private _back(notice: INotice): void {
+    const key = `wanting ${notice.kernel_id}`;
+    const waited = this._shown.get(key);
+    if (!waited) {
+      return;
+    }
+    this._shown.delete(key);
+    Notification.dismiss(waited.id);
+    Notification.success(notice.message, { autoClose: AUTO_CLOSE_MS });
   }
 
   show(notice: INotice): void {

@@ -6,6 +6,7 @@ import type { INotice, IUsage } from './api';
 import { Device } from './device';
 import { sliceIcon } from './icons';
 import { Kernels } from './kernels';
+import { lentLong } from './lent';
 import type { ISliceModel } from './tokens';
 import { clock, modeWords, sliceName } from './words';
 
@@ -50,6 +51,9 @@ export class SlicePanel extends ReactWidget {
         {usage && (
           <>
             <Header usage={usage} trans={trans} />
+            <div className="nbgpu-Panel-lent" role="status">
+              {usage.lent && <p>{lentLong(usage.lent, trans)}</p>}
+            </div>
             {usage.devices.map(device => (
               <Device
                 key={device.uuid}

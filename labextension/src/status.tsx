@@ -4,6 +4,7 @@ import * as React from 'react';
 
 import { formatMemoryOf } from './format';
 import { sliceIcon, warningIcon } from './icons';
+import { lentLong, lentShort } from './lent';
 import type { ISliceModel } from './tokens';
 import { clock, modeWords, nearest, sliceName, warningWords } from './words';
 
@@ -32,6 +33,15 @@ export class StatusItem extends ReactWidget {
     if (!usage) {
       const words = trans.__('GPU: the node agent does not answer yet');
       return this._button('warning', words, words);
+    }
+    if (usage.lent && model.agent.ok) {
+      const words = `${sliceName(usage, trans)}: ${lentShort(usage.lent, trans)}`;
+      const waits = usage.lent.wanted_seconds !== null;
+      return this._button(
+        waits ? 'warning' : 'ok',
+        words,
+        lentLong(usage.lent, trans)
+      );
     }
     const { device, level } = nearest(usage, model.warnPercent);
     const memory = formatMemoryOf(

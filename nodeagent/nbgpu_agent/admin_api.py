@@ -192,7 +192,7 @@ def _add_slices(app: FastAPI, agent: Agent) -> None:
     @app.get("/v1/slices/{slice_id}/usage", responses=NOT_FOUND)
     async def usage(slice_id: SlicePath) -> Usage:  # pyright: ignore[reportUnusedFunction]
         """What one slice uses, now."""
-        return agent.find(slice_id).usage()
+        return agent.parking.usage(agent.find(slice_id))
 
     @app.get("/v1/slices/{slice_id}/suspended", responses=NOT_FOUND)
     async def suspended(slice_id: SlicePath) -> list[Suspended]:  # pyright: ignore[reportUnusedFunction]
@@ -233,7 +233,7 @@ def _add_rest(app: FastAPI, agent: Agent, metrics: Metrics) -> None:
     @app.get("/v1/usage")
     async def usages() -> list[Usage]:  # pyright: ignore[reportUnusedFunction]
         """What each slice uses, now."""
-        return [live.usage() for live in list(agent.slices.values())]
+        return [agent.parking.usage(live) for live in list(agent.slices.values())]
 
     @app.get("/v1/events")
     async def events(after: After = -1, wait_seconds: Seconds = 0, slice_id: SliceId | None = None) -> list[Event]:  # pyright: ignore[reportUnusedFunction]

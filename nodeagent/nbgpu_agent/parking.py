@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nbgpu.models import Idle
+from nbgpu.models import Idle, Lent, Usage
 from nbgpu.quantities import format_memory
 
 from .books import Conflict, check_fits, check_slice, emptied
@@ -38,7 +38,7 @@ BYTES_PER_SECOND = 1e8
 """Slower than this nothing is copied: who takes longer hangs."""
 AGAIN_SECONDS = 0.5
 TELL_SECONDS = 2.0
-"""How often those who follow the slices are told at once that one has become idle: they hear of it within seconds anyway."""
+"""Those who follow the slices are told no oftener that one has become idle."""
 USED, RESTARTED = "it is used again", "the agent was started anew"
 PASSING = (USED, RESTARTED)
 """Reasons that say nothing of the next time."""
@@ -69,7 +69,7 @@ class Parking:
         self._host_bytes = host_bytes
         self._watches: dict[str, IdleWatch] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._told_at = 0.0
+        self._told_at, self._to_tell = 0.0, False
         self.room: Callable[[str, Collection[int]], Awaitable[tuple[int, int] | None]] = _unknown
         """Returns (free bytes of a device, bytes that some processes hold there), as the driver tells."""
 
@@ -121,8 +121,9 @@ class Parking:
             now, watch = time.time(), self._watch(live)
             watch.look(rows, now)
             could, watch.could = watch.could, watch.why_not(rows, live.record.protected, now) is None
-            if watch.could and not could and now - self._told_at >= TELL_SECONDS:
-                self._told_at = now
+            self._to_tell = self._to_tell or (watch.could and not could)
+            if self._to_tell and now - self._told_at >= TELL_SECONDS:
+                self._to_tell, self._told_at = False, now
                 self._agent.touch()
             for gone in self._watches.keys() - self._agent.slices.keys():
                 del self._watches[gone]
@@ -157,7 +158,7 @@ class Parking:
         mark("idle.wanted-saved")
         self._agent.touch()
         if parked.phase == "parked":
-            message = "This server's part of the GPU was given away while idle. It comes back before all others that wait."
+            message = "This server waits for its GPU, which was lent to others while idle. It comes back before all new requests."
             self._agent.events.add("wanting", "warning", message, live.id, owner=live.owner)
 
     def model(self, live: LiveSlice) -> Idle | None:
@@ -166,11 +167,28 @@ class Parking:
         if parked is not None:
             full = parked.full if parked.phase == "parked" else None
             wanted = None if parked.wanted_since is None else max(0.0, time.time() - parked.wanted_since)
-            return Idle(state=parked.phase, full=full, wanted_seconds=wanted)
+            return Idle(state=parked.phase, full=full, wanted_seconds=wanted, position=self._position(parked))
         if not self.offered:
             return None
         why = self.why_not(live)
         return Idle(idle_seconds=None if why else max(0.0, time.time() - self._watch(live).active_at), reason=why)
+
+    def usage(self, live: LiveSlice) -> Usage:
+        """Return what a slice uses now, and whether others may use its GPU."""
+        found, parked = live.usage(), live.record.parked
+        if parked is None:
+            return found
+        wanted = None if parked.wanted_since is None else max(0.0, time.time() - parked.wanted_since)
+        lent = Lent(phase=parked.phase, memory_bytes=parked.memory_bytes, wanted_seconds=wanted, position=self._position(parked))
+        return found.model_copy(update={"lent": lent})
+
+    def _position(self, parked: Parked) -> int | None:
+        """Return whose turn it is among those who wait to come back to its GPUs."""
+        since, devices = parked.wanted_since, _uuids(parked)
+        if since is None:
+            return None
+        others = [one for live in self._agent.slices.values() if (one := live.record.parked) is not None and one.phase == "parked"]
+        return 1 + sum(one.wanted_since is not None and one.wanted_since < since and bool(devices & _uuids(one)) for one in others)
 
     def why_not(self, live: LiveSlice) -> str | None:
         """Return why a slice cannot be parked now; None when it can."""
@@ -248,7 +266,7 @@ class Parking:
             await self._undo(live, why)
             return
         held = format_memory(parked.memory_bytes)
-        message = f"This server was idle: its {held} of GPU memory were moved to the host. Run a cell to get them back."
+        message = f"This server was idle: others may use its GPU, and its {held} of GPU memory are kept safe. Run a cell to get both back."
         self._agent.events.add("parked", "info", message, live.id, owner=live.owner, memory_bytes=parked.memory_bytes)
         self._agent.touch()
 
@@ -325,7 +343,7 @@ class Parking:
         parked = live.record.parked
         self._goes_on(live)
         waited = time.time() - (parked.wanted_since or time.time()) if parked is not None else 0.0
-        message = f"This server's GPU memory was restored in {max(1, round(time.monotonic() - began))} s, as it was."
+        message = f"This server has its GPU back: its memory was restored in {max(1, round(time.monotonic() - began))} s, as it was."
         self._agent.events.add("restored", "info", message, live.id, owner=live.owner, waited_seconds=round(waited, 1))
 
     def _goes_on(self, live: LiveSlice) -> None:
@@ -398,6 +416,10 @@ class Parking:
             with contextlib.suppress(ProcessLookupError):
                 child.kill()
             await child.wait()
+
+
+def _uuids(parked: Parked) -> set[str]:
+    return {part.uuid for part in parked.full.devices}
 
 
 async def _unknown(_uuid: str, _pids: Collection[int]) -> tuple[int, int] | None:

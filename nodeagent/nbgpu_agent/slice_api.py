@@ -84,7 +84,7 @@ class SliceApi:
         now = time.monotonic()
         kept = self._usage.get(live.id)
         if kept is None or now >= kept[0]:
-            text = live.usage().model_dump_json()
+            text = self._agent.parking.usage(live).model_dump_json()
             took = time.monotonic() - now
             # A file made to be expensive is read less often; an ordinary one at each request.
             kept = (now + (COST_SHARE * took if took > CHEAP_SECONDS else 0), text)

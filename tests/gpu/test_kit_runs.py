@@ -93,6 +93,24 @@ def test_every_section_runs_on_the_simulated_driver(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_memory_that_is_moved_to_the_host_and_back(tmp_path: Path) -> None:
+    report, _, _ = run(tmp_path, "--simulated", "--only", "parking")
+    check_schema(report)
+    found = by_name(report)["parking"]
+    assert found["status"] == "done", found
+    facts = verdicts(report)
+    names = ("checkpoint-nvml", "checkpoint-same", "checkpoint-speed", "checkpoint-killed")
+    assert [name for name in names if facts[name] != "holds"] == []
+    assert facts["checkpoint-caller-killed"] in ("holds", "unknown"), "unknown: no kill came in time"
+    for row in found["results"].values():
+        assert row["held"] > row["held_away"] == 0
+    # the control: a driver that cannot restore
+    report, _, _ = run(tmp_path, "--simulated", "--only", "parking", NBGPU_SIM_CHECKPOINT_FAULT="restore")
+    found = by_name(report)["parking"]
+    assert (found["status"], "restore failed" in found["reason"]) == ("failed", True), found
+
+
+@pytest.mark.slow
 def test_plain_python_without_the_agents_packages_is_enough(tmp_path: Path) -> None:
     """``-S`` takes the packages away; a library that does nothing stands in for HAMi-core."""
     words = ["--simulated", "--only", "view,races,hami-core", "--hami-core", str(LIMITER), "--out", str(tmp_path)]

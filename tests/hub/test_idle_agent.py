@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -60,6 +61,30 @@ def test_memory_goes_to_the_host_and_comes_back_as_it_was(agent: AgentProcess) -
     notebook.close()
 
 
+def test_who_has_waited_longer_comes_first(agent: AgentProcess) -> None:
+    ada, of_ada = open_notebook(agent)
+    grace, of_grace = open_notebook(agent, user="grace")
+    assert usage(agent.put(of_ada)).lent is None, "the control: it holds its GPU"
+    found: list[tuple[str, int | None]] = []
+    for notebook, wanted in ((ada, of_ada), (grace, of_grace)):
+        parked(agent, notebook, wanted.slice_id)
+        lent = usage(agent.put(wanted)).lent
+        assert lent is not None
+        assert (lent.wanted_seconds, lent.position) == (None, None)
+        assert lent.memory_bytes > 64 * MIB
+    for notebook, wanted in ((grace, of_grace), (ada, of_ada)):
+        notebook.client.call("POST", "/v1/idle/want")
+        lent = usage(agent.put(wanted)).lent
+        assert lent is not None
+        found.append((lent.phase, lent.position))
+        assert lent.wanted_seconds is not None
+    assert found == [("parked", 1), ("parked", 2)]
+    for notebook, wanted in ((grace, of_grace), (ada, of_ada)):
+        restore(agent, wanted.slice_id)
+        assert notebook.do("sum") == notebook.sum
+        notebook.close()
+
+
 def test_somebody_else_runs_in_the_room_and_the_way_back_waits_for_it(agent: AgentProcess) -> None:
     ada, of_ada = open_notebook(agent, 1000)
     with pytest.raises(NbgpuError, match="left"):  # the control: while it is held there is no room
@@ -90,6 +115,20 @@ def test_a_parked_program_that_wants_its_gpu_waits_and_asks_for_it(agent: AgentP
     notebook.close()
 
 
+def test_an_interrupt_reaches_who_waits_in_a_call_once_its_gpu_is_back(agent: AgentProcess) -> None:
+    """What docs/idle.md says of kernels in other languages."""
+    notebook, wanted = open_notebook(agent)
+    parked(agent, notebook, wanted.slice_id)
+    notebook.begin("launch")
+    until(lambda: agent.slices()[wanted.slice_id]["idle"]["wanted_seconds"] is not None, 10, "it asks for its slice")
+    notebook.process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert notebook.process.poll() is None, "it still waits"
+    restore(agent, wanted.slice_id)
+    assert notebook.process.wait(10) == -signal.SIGINT
+    notebook.close()
+
+
 def test_a_new_kernel_of_a_parked_slice_waits_instead_of_taking_what_is_not_there(agent: AgentProcess) -> None:
     notebook, wanted = open_notebook(agent)
     launch = agent.put(wanted)
@@ -106,6 +145,25 @@ def test_a_new_kernel_of_a_parked_slice_waits_instead_of_taking_what_is_not_ther
     assert notebook.do("sum") == notebook.sum
     for one in (*made, notebook):
         one.close()
+
+
+def test_who_follows_the_slices_hears_of_each_that_has_become_idle(agent: AgentProcess) -> None:
+    """Within seconds, also of one that becomes idle right after another: the pool looks by itself every ten seconds only."""
+    both = [open_notebook(agent, user=user) for user in ("ada", "grace")]
+    for notebook, _ in both:
+        notebook.tell(busy=True)
+    generation = agent.client.call("GET", "/v1/slices")["generation"]
+    heard: list[str] = []
+    began = time.monotonic()
+    for notebook, wanted in both:
+        notebook.tell()
+        while wanted.slice_id not in heard:
+            told = agent.client.call("GET", f"/v1/slices?after={generation}&wait_seconds=9", wait_seconds=9)
+            generation = told["generation"]
+            heard = [one["slice"]["slice_id"] for one in told["slices"] if one["idle"]["idle_seconds"] is not None]
+    assert time.monotonic() - began < 8
+    for notebook, _ in both:
+        notebook.close()
 
 
 def test_refusals_say_why(agent: AgentProcess) -> None:
@@ -231,7 +289,7 @@ def test_a_kernel_that_dies_on_the_way_takes_nothing_with_it(runtime: Path, when
     agent = AgentProcess(runtime)
     agent.env["NBGPU_SIM_TIME_SCALE"] = "100"  # 1 GiB takes 4 s
     idle_agent(agent)
-    notebook, wanted = open_notebook(agent, mib=1024)
+    notebook, wanted = open_notebook(agent, mib=256)
     other = Notebook(agent.put(wanted), "kernel-b", 16, agent)
     agent.adopt(wanted.slice_id, other.pid)
     notebook.client.call("PUT", "/v1/idle", {"kernels": {"kernel-a": False, "kernel-b": False}})
@@ -360,7 +418,7 @@ def cycles(agent: AgentProcess, count: int) -> None:
 
 
 def test_there_and_back_many_times(agent: AgentProcess) -> None:
-    cycles(agent, 20)
+    cycles(agent, 10)
 
 
 @pytest.mark.soak

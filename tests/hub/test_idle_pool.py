@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from uuid import uuid4
 
@@ -17,28 +19,33 @@ from nbgpu.models import GrantState, Owner, Request
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.skipif(missing_libraries() is not None, reason=str(missing_libraries()))]
 GIB_IN_MIB = 1024
-IDLE_SECONDS = 1
+IDLE_SECONDS = 0.01
+"""Who does nothing is idle: as many turns as there can be. How long it must be is judged in test_pool_idle.py and test_idle_agent.py."""
 CYCLES = int(os.environ.get("NBGPU_TEST_CYCLES", "1000"))
 
 
 class Place:
-    """A pool and an agent with one GPU, and users with a notebook each."""
+    """A pool and an agent with a GPU or several, and users with a notebook each."""
 
-    def __init__(self, runtime: Path):
-        self.agent = idle_agent(AgentProcess(runtime, devices=1))
+    def __init__(self, runtime: Path, devices: int = 1):
+        self.agent = idle_agent(AgentProcess(runtime, devices=devices))
         config = runtime / "pool.yaml"
         config.write_text(f"idle: {{after_seconds: {IDLE_SECONDS}}}\nreservation_ttl_seconds: 30\n")
+        self.asked: list[str] = []
+        self.notebooks: list[Notebook] = []
         self.pool = PoolProcess(runtime, "--config", str(config))
         self.pool.start()
 
     def ask(self, user: str, milli: int) -> str:
         """Ask for a slice; return the request's id."""
         asked = Request(request_id=uuid4().hex, owner=Owner(hub="h", user=user), compute_milli=milli)
-        return self.pool.client.acquire(asked).request.request_id
+        self.asked.append(self.pool.client.acquire(asked).request.request_id)
+        return self.asked[-1]
 
     def start(self, key: str, mib: int) -> Notebook:
         """Start a notebook in a granted slice."""
         notebook = Notebook(self.pool.client.prepare(key, None), mib=mib, agent=self.agent)
+        self.notebooks.append(notebook)
         self.pool.client.bind(key, notebook.pid)
         return notebook
 
@@ -57,11 +64,26 @@ class Place:
         self.agent.close()
 
 
-@pytest.fixture
-def place(runtime: Path) -> Iterator[Place]:
-    found = Place(runtime)
-    yield found
-    found.close()
+@pytest.fixture(scope="module")
+def place() -> Iterator[Place]:
+    """One place for all: who is killed in it is started again."""
+    with tempfile.TemporaryDirectory(prefix="nbgpu-test-", dir="/tmp") as name:
+        found = Place(Path(name))
+        yield found
+        found.close()
+
+
+@pytest.fixture(autouse=True)
+def empty(place: Place) -> Iterator[None]:
+    """Each test leaves the place without slices and requests."""
+    yield
+    for notebook in place.notebooks:
+        notebook.close()
+    place.notebooks.clear()
+    for key in place.asked:
+        place.pool.client.cancel(key)
+    place.asked.clear()
+    until(lambda: not place.agent.slices(), 10, "all slices have ended")
 
 
 def test_ada_goes_to_lunch_and_finds_everything_as_it_was(place: Place) -> None:
@@ -86,11 +108,10 @@ def test_ada_goes_to_lunch_and_finds_everything_as_it_was(place: Place) -> None:
     assert place.pool.client.grant(late_key).state == GrantState.queued, "who comes back is before new requests"
     kinds = [event["kind"] for event in place.agent.events() if event["slice_id"] == ada_key]
     assert [kind for kind in kinds if kind in ("parked", "wanting", "restored", "lost")] == ["parked", "wanting", "restored"]
-    ada.close()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["parked", "restoring", *(pytest.param(one, marks=pytest.mark.soak) for one in ("waiting", "wanted"))])
+@pytest.mark.parametrize("when", ["parked", *(pytest.param(one, marks=pytest.mark.soak) for one in ("waiting", "wanted", "restoring"))])
 @pytest.mark.parametrize("who", ["both", *(pytest.param(one, marks=pytest.mark.soak) for one in ("pool", "agent"))])
 def test_who_is_killed_on_the_way_there_or_back_loses_nothing(place: Place, when: str, who: str) -> None:
     def kill(moment: str) -> None:
@@ -124,7 +145,6 @@ def test_who_is_killed_on_the_way_there_or_back_loses_nothing(place: Place, when
     assert ada.end(40) == ada.sum
     until(lambda: ada.state() == "held", 20, "it is back", every=0.05)
     assert place.pool.client.grant(ada_key).state == GrantState.bound
-    ada.close()
 
 
 def swap(back: Notebook, away: Notebook) -> None:
@@ -136,19 +156,41 @@ def swap(back: Notebook, away: Notebook) -> None:
     assert back.end(20) == back.sum
 
 
-def rounds(place: Place, count: int) -> None:
-    """Two users who take turns on one GPU: each holds all of it while the other is idle."""
-    keys, notebooks = [], []
-    for user in ("ada", "grace"):
-        for other in notebooks:
-            other.tell()
-        keys.append(place.ask(user, 1000))
-        place.granted(keys[-1])
-        notebooks.append(place.start(keys[-1], 256))
+def enter(place: Place, user: str) -> Notebook:
+    """Start a notebook with a whole GPU that is busy, once there is one."""
+    key = place.ask(user, 1000)
+    place.granted(key)
+    notebook = place.start(key, 256)
+    notebook.tell(busy=True)
+    return notebook
+
+
+def pairs_of(place: Place, count: int) -> list[list[Notebook]]:
+    """Start pairs of users on as many GPUs: each holds all of one while the other is idle."""
+    first = [enter(place, f"ada-{number}") for number in range(count)]
+    found: list[list[Notebook]] = []
+    for number, ada in enumerate(first):
+        ada.tell()
+        found.append([ada, enter(place, f"grace-{number}")])
+    return found
+
+
+def turns(place: Place, notebooks: list[Notebook], count: int) -> int:
+    """Let two take so many turns; return how many they took."""
     for number in range(count):
-        swap(notebooks[number % 2], notebooks[1 - number % 2])
-    for notebook in notebooks:
-        notebook.close()
+        back, away = notebooks[number % 2], notebooks[1 - number % 2]
+        assert (back.state(), away.state()) == ("parked", "held")
+        swap(back, away)
+        assert not place.agent.events(kind="lost")
+    return count
+
+
+def rounds(place: Place, count: int, pairs: int = 1) -> None:
+    """So many turns in all, of pairs of users, each pair with one GPU: nothing is lost."""
+    all_pairs = pairs_of(place, pairs)
+    with ThreadPoolExecutor(pairs) as threads:
+        taken = sum(threads.map(lambda two: turns(place, two, count // pairs), all_pairs))
+    print(f"{taken} turns, {pairs} pairs of notebooks, nothing lost")
 
 
 def test_two_who_take_turns(place: Place) -> None:
@@ -157,5 +199,11 @@ def test_two_who_take_turns(place: Place) -> None:
 
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
-def test_two_who_take_turns_a_thousand_times(place: Place) -> None:
-    rounds(place, CYCLES)
+def test_pairs_who_take_turns_a_thousand_times(runtime: Path) -> None:
+    found = Place(runtime, devices=4)
+    try:
+        rounds(found, CYCLES, pairs=4)
+    finally:
+        for notebook in found.notebooks:
+            notebook.close()
+        found.close()

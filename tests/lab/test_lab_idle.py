@@ -19,7 +19,7 @@ from test_lab_slice import LIBRARIES, ROOT, Kernel, Server, environment, wait_fo
 
 from nbgpu.client import AgentClient
 from nbgpu_agent import layout
-from nbgpu_lab.kernel_wait import GIVEN_UP, LIMIT_AT, WAITS
+from nbgpu_lab.kernel_wait import GIVEN_UP, LIMIT_AT, WAITS, waiting_words
 
 pytestmark = [
     pytest.mark.slow,
@@ -51,7 +51,7 @@ class Place:
         config = self.base / "pool.yaml"
         config.write_text("idle: {after_seconds: 1}\n")
         path = os.pathsep.join(str(ROOT / part) for part in ("", "spawner", "nodeagent", "labextension"))
-        env = {**os.environ, **self.env, "PYTHONPATH": path}
+        self.whole_env = env = {**os.environ, **self.env, "PYTHONPATH": path}
         self.start(env, "nbgpu_agent", "--simulate", "--sim-devices", "1", "--idle-host-memory", "64 GiB")
         wait_for("the agent", (self.runtime / "agent.sock").exists, 30)
         self.start(env, "nbgpu_pool", "--config", str(config))
@@ -62,17 +62,17 @@ class Place:
         self.parts.append(subprocess.Popen([sys.executable, "-m", *arguments], env=env, stdout=self.log, stderr=self.log))
         return self.parts[-1]
 
-    def server(self, user: str) -> tuple[Server, subprocess.Popen[bytes]]:
+    def server(self, user: str, module: str = "jupyter_server", *more: str) -> tuple[Server, subprocess.Popen[bytes]]:
         """Start somebody's Jupyter server with the whole GPU; it waits until it gets it."""
         base = self.base / user
-        base.mkdir()
-        (base / "notebooks").mkdir()
+        (base / "notebooks").mkdir(parents=True, exist_ok=True)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             found = Server(base, probe.getsockname()[1])
         options = [f"--port={found.port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=secret", "--allow-root", "--no-browser"]
-        jupyter = [sys.executable, "-m", "jupyter_server", *options, f"--ServerApp.root_dir={base / 'notebooks'}"]
-        return found, self.start({**environment(base), **self.env}, "nbgpu", "run", "--gpu", "1", "--", *jupyter)
+        jupyter = [sys.executable, "-m", module, *options, f"--ServerApp.root_dir={base / 'notebooks'}", *more]
+        env = {**environment(base), **self.env, "JUPYTER_PATH": str(base), "HOME": str(base)}
+        return found, self.start(env, "nbgpu", "run", "--gpu", "1", "--", *jupyter)
 
     def states(self) -> list[str]:
         """Return where each slice is."""
@@ -106,9 +106,22 @@ def told(kernel: Kernel, message_id: str, word: str, seconds: float = 60) -> str
     while word not in printed:
         assert time.monotonic() < deadline, printed
         message: dict[str, Any] = kernel.client.get_iopub_msg(timeout=seconds)
-        if message["parent_header"].get("msg_id") == message_id and message["msg_type"] == "stream":
-            printed += message["content"]["text"]
+        if message["parent_header"].get("msg_id") == message_id:
+            content = message["content"]
+            printed += content.get("text", "") + content.get("data", {}).get("text/plain", "")
     return printed
+
+
+def kinds_of(server: Server) -> list[str]:
+    """Return what a server was told of its idle slice."""
+    kinds = [notice["kind"] for notice in server.call("nbgpu/api/events?after=0")]
+    return [kind for kind in kinds if kind in ("parked", "wanting", "restored", "lost")]
+
+
+def test_who_waited_before_is_told() -> None:
+    assert waiting_words(None) == waiting_words(1) == WAITS
+    assert waiting_words(2).endswith("1 other server waited for the same GPU before.")
+    assert waiting_words(3).endswith("2 other servers waited for the same GPU before.")
 
 
 def test_where_the_limit_is() -> None:
@@ -140,6 +153,6 @@ def test_ada_goes_to_lunch(place: Place) -> None:
     told(notebook, cell, WAITS)
     of_grace.send_signal(signal.SIGTERM)
     assert before.strip() in told(notebook, cell, before.strip(), 90)
-    kinds = [notice["kind"] for notice in ada.call("nbgpu/api/events?after=0")]
-    assert [kind for kind in kinds if kind in ("parked", "wanting", "restored", "lost")] == ["parked", "wanting", "restored"]
+    wait_for("the notice that it is back", lambda: kinds_of(ada)[-1] == "restored", 10)
+    assert kinds_of(ada) == ["parked", "wanting", "restored"]
     assert notebook.run("print('ran' in globals())").strip() == "False", "the cell that was interrupted did not run"
