@@ -276,7 +276,7 @@ def test_limit_caps_one_kernel_and_clears_it(place: Place) -> None:
     assert ask(program, f"alloc {2 * GIB}") == "0"
     assert ask(program, "free") == "1"
     listed = json.loads(place.call("limit", "--json").stdout)
-    assert [kernel["kernel_id"] for kernel in listed["kernels"]] == ["kernel-one"]
+    assert [kernel["kernel_id"] for kernel in listed["slices"][0]["kernels"]] == ["kernel-one"]
 
     done = place.call("limit", "kernel", "--memory", "1GiB")
     assert (done.returncode, done.stdout) == (0, "Kernel kernel-o: memory 1 GiB, time the slice's.\n")
