@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .cli_common import SHORT_ID, console, print_json
-from .cli_limit import called, kernel_name, look, target
+from .cli_limit import Target, called, kernel_name, look, target
 from .errors import NbgpuError
 from .kernel_names import KernelName, read_names
 from .models import Suspension, Usage
@@ -44,20 +44,21 @@ def suspended_json(usage: Usage) -> dict[str, Any]:
 
 def resume(which: str, slice_start: str | None, *, as_json: bool) -> None:
     """Let a process go on, or all of a kernel, wherever it is when no slice is named."""
-    usage, found = meant(look(slice_start).usages, which, read_names)
-    _go_on(usage.slice_id, found, as_json=as_json)
+    seen = look(slice_start)
+    usage, found = meant(seen.usages, which, read_names)
+    _go_on(target(usage.slice_id if seen.several else slice_start), found, as_json=as_json)
 
 
 def resume_all(slice_start: str | None, *, as_json: bool) -> None:
     """Let all of one slice go on."""
-    usage = target(slice_start).usage()
+    chosen = target(slice_start)
+    usage = chosen.usage()
     if not usage.suspended:
         raise NbgpuError(f"Nothing is suspended in slice {usage.slice_id[:SHORT_ID]}.", code="suspended")
-    _go_on(usage.slice_id, usage.suspended, as_json=as_json)
+    _go_on(chosen, usage.suspended, as_json=as_json)
 
 
-def _go_on(slice_id: str, found: list[Suspension], *, as_json: bool) -> None:
-    chosen = target(slice_id)
+def _go_on(chosen: Target, found: list[Suspension], *, as_json: bool) -> None:
     for one in found:
         chosen.resume(one.pid)
         if not as_json:

@@ -11,9 +11,10 @@ from test_cli_options import known
 
 from nbgpu import cli_limit, cli_resume
 from nbgpu.cli_resume import meant
+from nbgpu.client import SliceClient
 from nbgpu.errors import NbgpuError
 from nbgpu.kernel_names import KernelName
-from nbgpu.models import Suspension, Usage
+from nbgpu.models import Slice, Suspension, Usage
 
 DIGITS = "12345678-0000-4000-8000-000000000003"
 
@@ -124,3 +125,24 @@ def test_only_what_is_named_goes_on(agent: StandIn) -> None:
     assert len(agent.resumed) == 1, "--all is of one slice"
     cli_resume.resume_all("aaaa", as_json=False)
     assert agent.resumed[1:] == [(FIRST.slice_id, pid) for pid in (11, 12, 13)]
+
+
+def test_in_a_server_the_servers_own_api_is_asked(agent: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its user may not speak to the agent's."""
+
+    class Own(SliceClient):
+        def usage(self) -> Usage:
+            return FIRST
+
+        def slice(self) -> Slice:
+            return known(FIRST.slice_id, "a").slice
+
+        def resume(self, pid: int | None = None) -> None:
+            asked.append(pid)
+
+    asked: list[int | None] = []
+    monkeypatch.setattr(cli_limit, "own_slice", lambda: Own("/nowhere"))
+    cli_resume.resume("train", None, as_json=False)
+    cli_resume.resume_all(None, as_json=False)
+    assert asked == [11, 12, 11, 12, 13]
+    assert agent.resumed == []
