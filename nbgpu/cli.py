@@ -94,7 +94,7 @@ def limit(
     slice_id: Annotated[str | None, typer.Option("--slice", "-s", help="As admin: the slice, or the start of its id.")] = None,
     as_json: Annotated[bool, AS_JSON] = False,
 ) -> None:
-    """List the kernels of a slice with their limits, or limit one of them."""
+    """List the kernels of a slice (as admin: of all) with their limits, or limit one of them."""
     from .cli_limit import list_kernels, set_limit
 
     if kernel is None:
@@ -108,20 +108,27 @@ def limit(
 @app.command()
 def resume(
     what: Annotated[
-        str | None, typer.Argument(help="The process by its number, or a kernel as in `nbgpu limit`. Without it, they are listed.")
+        str | None,
+        typer.Argument(
+            help="The process by its number, or its kernel: by its notebook, or the start of its id. Without it, they are listed."
+        ),
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="All of the slice.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="All of one slice.")] = False,
     slice_id: Annotated[str | None, typer.Option("--slice", "-s", help="As admin: the slice, or the start of its id.")] = None,
     as_json: Annotated[bool, AS_JSON] = False,
 ) -> None:
-    """List what the watchdog has suspended in a slice, or let it go on: it is left alone until it ends."""
-    from .cli_resume import list_suspended
-    from .cli_resume import resume as go_on
+    """List what the watchdog has suspended in a slice (as admin: in all), or let it go on: it is left alone until it ends."""
+    from . import cli_resume
+    from .errors import NbgpuError
 
-    if what is None and not everything:
-        list_suspended(slice_id, as_json=as_json)
+    if everything and what is not None:
+        raise NbgpuError("--all or one process, not both: nothing was resumed.", code="invalid", status=400, field="--all")
+    if everything:
+        cli_resume.resume_all(slice_id, as_json=as_json)
+    elif what is None:
+        cli_resume.list_suspended(slice_id, as_json=as_json)
     else:
-        go_on(None if everything else what, slice_id, as_json=as_json)
+        cli_resume.resume(what, slice_id, as_json=as_json)
 
 
 @app.command()

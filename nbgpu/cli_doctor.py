@@ -114,4 +114,6 @@ def show(checks: list[Check]) -> None:
 
 def not_running(checks: list[Check]) -> list[str]:
     """Return which of agent and pool do not run, and need not: nothing here has asked for them yet."""
+    if any(check.name == "agent" and check.level == "error" for check in checks):
+        return []
     return [check.name for check in checks if check.name in ("agent", "pool") and check.level == "note"]

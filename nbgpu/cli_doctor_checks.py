@@ -119,7 +119,13 @@ def agent_and_pool(facts: Facts) -> list[Check]:
                 remedy = "Look at `nvidia-smi -q` and the kernel log (Xid); nothing new is placed on it."
                 found.append(Check("device", "error", f"GPU {device.index} ({device.model}) is not healthy", remedy))
     except NbgpuError as error:
-        found.append(_silent("agent", (folder / AGENT_SOCKET).exists(), error))
+        held = held_slices() if error.code == "away" else []
+        if held:
+            are = "is" if len(held) == 1 else "are"
+            what = f"{counted(len(held), 'slice')} {are} held in {folder} and no agent serves them: limits hold, nobody watches"
+            found.append(Check("agent", "error", what, f"{START} It takes them over, or removes what has ended."))
+        else:
+            found.append(_silent("agent", (folder / AGENT_SOCKET).exists(), error))
     try:
         facts.grants = pool().grants()
         facts.pool_answers = True
@@ -240,17 +246,22 @@ def lab_parts(facts: Facts) -> list[Check]:
     return [Check("notebook side", "ok", "server extension, JupyterLab extension and kernel provisioner are installed")]
 
 
+def held_slices() -> list[str]:
+    """Return the slices that an agent has left in the runtime directory, or serves there."""
+    try:
+        return sorted(path.parent.name for path in (runtime_dir() / "slices").glob("[!.]*/slice.json"))
+    except OSError:
+        return []
+
+
 def leftovers(facts: Facts) -> list[Check]:
-    """Slices' directories that nobody serves."""
+    """Slices' directories that the agent does not know; those that no agent serves are told of above."""
     folder = runtime_dir() / "slices"
+    if facts.node is None:
+        return []
     try:
         present = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
     except OSError:
-        return []
-    if facts.node is None:
-        if present:
-            what = f"{counted(len(present), 'slice')} in {folder}, and no agent that serves them: their kernels keep their limits"
-            return [Check("leftovers", "warning", what, "Start the agent: it takes them over, or removes what has ended.")]
         return []
     strange = {name for name in present - {known.slice.slice_id for known in facts.slices} if (folder / name).is_dir()}
     if strange:

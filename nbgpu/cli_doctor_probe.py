@@ -6,25 +6,30 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .cli_common import own_slice, pool
+from .cli_common import own_slice
 from .cli_doctor import Check, Facts
-from .cli_doctor_checks import libraries_dir
-from .cli_serve import command_of, is_served
-from .client import SliceClient
-from .errors import NbgpuError
-from .paths import runtime_dir
+from .cli_doctor_checks import held_slices, libraries_dir
+from .cli_serve import LOCK, START_SECONDS, STOP_SECONDS, command_of, is_served, refuse_beside_system
+from .client import AgentClient, PoolClient, SliceClient
+from .errors import NbgpuError, Unavailable
+from .models import Usage
+from .paths import AGENT_SOCKET, POOL_SOCKET, runtime_dir
 from .quantities import GIB, MIB, format_memory
 from .words import counted
 
 PROBE_BYTES = GIB
 PROBE_SECONDS = 90
-OURS_IDLE_SECONDS = "1"
-"""Agent and pool that were started for the probe alone end by themselves when idle so long: another may have a slice there by then."""
-END_SECONDS = 10.0
+OURS_IDLE_SECONDS = "60"
+"""Agent and pool that were started for the probe alone end by themselves then, should this program be killed."""
+END_SECONDS = 5.0
+"""How long the agent is given to see that the tiny program has ended."""
 FIRST_LINE = "nbgpu-probe "
 PROGRAM = """
 import ctypes, json, os
@@ -67,42 +72,97 @@ def inside(facts: Facts) -> list[Check]:
 
 
 def probe(facts: Facts) -> list[Check]:
-    """Start a tiny program in a slice, as `nbgpu run` does, and judge what it saw."""
+    """Start a tiny program in a slice, as `nbgpu run` does, and judge what it saw.
+
+    Where nothing serves the runtime directory, that is done in one of its own: what is there is neither used nor taken over.
+    """
     folder = libraries_dir()
     if folder is None or not (folder / "libnbgpu.so").is_file():
         return []
+    runtime = runtime_dir()
+    if facts.node is not None and facts.pool_answers:
+        return in_slice(runtime)
+    if facts.node is not None or facts.pool_answers or _starts(runtime):
+        return [Check("probe", "note", "nothing was tried: agent and pool do not both answer")]
+    if held_slices():
+        return [Check("probe", "note", "nothing was tried beside slices that no agent serves")]
     try:
+        refuse_beside_system(runtime)
         command_of("nbgpu_agent", "agent")
         command_of("nbgpu_pool", "pool")
     except NbgpuError as error:
         return [Check("probe", "note", f"no slice to try here: {error.message}")]
-    command = [sys.executable, "-m", "nbgpu", "run", "--memory", probe_memory(facts), "--no-wait", "--", sys.executable, "-c", PROGRAM]
-    runtime = runtime_dir()
-    ours = not facts.pool_answers and not (runtime.is_dir() and is_served(runtime))
-    env = {**os.environ, "NBGPU_RUNTIME_DIR": str(runtime)} | ({"NBGPU_IDLE_SECONDS": OURS_IDLE_SECONDS} if ours else {})
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS, env=env)
-        if done.returncode and "Nothing is free now" in done.stderr:
-            return [Check("probe", "note", "every GPU is taken: nothing was tried; run this again later")]
-        return judge(done, None)
+        with served_aside(runtime) as aside:
+            return in_slice(aside)
+    except NbgpuError as error:
+        return [Check("probe", "error", f"agent and pool could not be tried: {error.message}", "")]
+
+
+def _starts(runtime: Path) -> bool:
+    """Return whether an `nbgpu serve` lives there; without leaving a lock behind."""
+    return (runtime / LOCK).exists() and is_served(runtime)
+
+
+@contextmanager
+def served_aside(runtime: Path) -> Generator[Path]:
+    """Run an agent and a pool in a directory of their own beside `runtime`, on the same file system; both are gone afterwards."""
+    above = next((one for one in (runtime.absolute().parent, Path("/tmp")) if os.access(one, os.W_OK | os.X_OK)), None)
+    with tempfile.TemporaryDirectory(prefix="nbgpu-try-", dir=above, ignore_cleanup_errors=True) as name:
+        aside, log = Path(name), Path(name) / "try.log"
+        command = [sys.executable, "-m", "nbgpu", "serve", "--idle-exit", OURS_IDLE_SECONDS]
+        with log.open("wb") as out:
+            # Ctrl-C in the terminal reaches only us, and we end it.
+            server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=_env(aside), start_new_session=True)
+        try:
+            deadline = time.monotonic() + START_SECONDS
+            while not PoolClient(aside / POOL_SOCKET, 2).healthy():
+                if server.poll() is not None or time.monotonic() > deadline:
+                    said = log.read_text(errors="replace").strip().splitlines()
+                    raise Unavailable(said[-1] if said else "they did not answer.", code="start")
+                time.sleep(0.05)
+            yield aside
+        finally:
+            _wait_for_end(aside)
+            server.terminate()
+            try:
+                server.wait(3 * STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+
+
+def _wait_for_end(aside: Path) -> None:
+    """Wait until the agent has put away the slice of the tiny program."""
+    deadline = time.monotonic() + END_SECONDS
+    try:
+        while AgentClient(aside / AGENT_SOCKET, 2).slices().slices and time.monotonic() < deadline:
+            time.sleep(0.02)
+    except NbgpuError:
+        pass  # it ended before
+
+
+def _env(runtime: Path) -> dict[str, str]:
+    return {**os.environ, "NBGPU_RUNTIME_DIR": str(runtime)}
+
+
+def in_slice(runtime: Path) -> list[Check]:
+    """Start the tiny program in a slice of the pool there."""
+    pool = PoolClient(runtime / POOL_SOCKET)
+    size = f"{probe_bytes(pool) // MIB} MiB"
+    command = [sys.executable, "-m", "nbgpu", "run", "--memory", size, "--no-wait", "--", sys.executable, "-c", PROGRAM]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS, env=_env(runtime))
     except subprocess.TimeoutExpired:
         return [Check("probe", "error", f"a program in a slice did not end within {PROBE_SECONDS} s", "Look at the agent's log.")]
-    finally:
-        if ours:
-            wait_for_end(runtime)
+    if done.returncode and "Nothing is free now" in done.stderr:
+        return [Check("probe", "note", "every GPU is taken: nothing was tried; run this again later")]
+    return judge(done, None)
 
 
-def wait_for_end(runtime: Path) -> None:
-    """Wait until the agent and the pool that the probe started have ended; where somebody took a slice meanwhile they stay."""
-    deadline = time.monotonic() + END_SECONDS
-    while runtime.is_dir() and is_served(runtime) and time.monotonic() < deadline:
-        time.sleep(0.1)
-
-
-def probe_memory(facts: Facts) -> str:
+def probe_bytes(pool: PoolClient) -> int:
     """Return how much memory the tiny program is given: not less than a slice must have."""
-    least = max((books.least_bytes for books in pool().devices()), default=0) if facts.pool_answers else 0
-    return f"{max(PROBE_BYTES, least) // MIB} MiB"
+    return max(PROBE_BYTES, max((books.least_bytes for books in pool.devices()), default=0))
 
 
 def judge(done: subprocess.CompletedProcess[str], api: SliceClient | None) -> list[Check]:
@@ -146,9 +206,18 @@ def _driver_seen(seen: dict[str, Any], api: SliceClient | None) -> Check:
             f"cuInit answers {seen['init']}, {counted(seen['count'], 'device')}",
             "Is /dev/nvidia* open to the user?",
         )
+    whose = ""
     if api is not None:
-        limit = api.usage().devices[0].memory_limit_bytes
+        limit, own = limit_of(api.usage(), os.environ.get("NBGPU_KERNEL_ID"))
+        whose = ", this kernel's limit" if own else ""
         if limit != seen["total"]:
-            what = f"the driver says {format_memory(seen['total'])}, the slice has {format_memory(limit)}"
+            what = f"the driver says {format_memory(seen['total'])}, the {'kernel' if own else 'slice'} has {format_memory(limit)}"
             return Check("GPU in a slice", "error", what, "Was LD_PRELOAD replaced in this program?")
-    return Check("GPU in a slice", "ok", f"a program sees {counted(seen['count'], 'GPU')} of {format_memory(seen['total'])}")
+    return Check("GPU in a slice", "ok", f"a program sees {counted(seen['count'], 'GPU')} of {format_memory(seen['total'])}{whose}")
+
+
+def limit_of(usage: Usage, kernel_id: str | None) -> tuple[int, bool]:
+    """Return the bytes that a program of a kernel sees of the slice's first device, and whether the kernel's own limit says so."""
+    whole = usage.devices[0].memory_limit_bytes
+    own = next((one.limit.memory_bytes for one in usage.kernels if kernel_id and one.kernel_id == kernel_id), None)
+    return (own, True) if own is not None and own < whole else (whole, False)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .cli_common import SHORT_ID, agent, console, find_slice, own_slice, percent, print_json
+from .cli_common import SHORT_ID, agent, console, find_slice, own_slice, percent, print_json, slice_name
 from .client import AgentClient, SliceClient
 from .errors import NbgpuError
 from .kernel_limits import kernel_limit
@@ -55,18 +56,55 @@ def target(slice_start: str | None) -> Target:
     return Target(agent(), known.slice.slice_id)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """The slices that a command without a kernel looks at."""
+
+    usages: list[Usage]
+    names: list[str]
+    """What each is called: its id, and as admin its owner."""
+    several: bool
+    """All of the machine are meant: none was named, and this is no server's terminal."""
+
+    def as_json(self, of_one: Callable[[Usage], dict[str, Any]]) -> dict[str, Any]:
+        """Return them for programs: the one slice that was meant, else a list of all."""
+        found = [of_one(usage) for usage in self.usages]
+        return {"slices": found} if self.several else found[0]
+
+
+def look(slice_start: str | None) -> Seen:
+    """Return the slice that is meant; as admin, outside of a server and with none named, all."""
+    if slice_start is not None or own_slice() is not None:
+        usage = target(slice_start).usage()
+        return Seen([usage], [usage.slice_id[:SHORT_ID]], several=False)
+    usages = {usage.slice_id: usage for usage in agent().all_usage()}
+    known = [one for one in sorted(agent().slices().slices, key=lambda one: one.created) if one.slice.slice_id in usages]
+    return Seen([usages[one.slice.slice_id] for one in known], [slice_name(one) for one in known], several=True)
+
+
 def list_kernels(slice_start: str | None, *, as_json: bool) -> None:
-    """Print the kernels of a slice."""
-    usage = target(slice_start).usage()
-    names = read_names(usage.slice_id)
-    kernels = all_kernels(usage, names)
+    """Print the kernels of a slice, or of all."""
+    seen = look(slice_start)
     if as_json:
-        found = [kernel.model_dump(mode="json") | name_json(names, kernel.kernel_id) for kernel in kernels]
-        print_json({"slice_id": usage.slice_id, "kernels": found})
-    elif kernels:
+        print_json(seen.as_json(kernels_json))
+        return
+    for usage, name in zip(seen.usages, seen.names, strict=True):
+        names = read_names(usage.slice_id)
+        if not all_kernels(usage, names):
+            console().print(f"No process of slice {name} uses the GPU yet, and no kernel of it is known.")
+            continue
+        if seen.several:
+            console().print(f"Slice {name}")
         console().print(kernels_table(usage, names))
-    else:
-        console().print(f"No process of slice {usage.slice_id[:SHORT_ID]} uses the GPU yet, and no kernel of it is known.")
+    if not seen.usages:
+        console().print("No slices.")
+
+
+def kernels_json(usage: Usage) -> dict[str, Any]:
+    """Return the kernels of a slice for programs."""
+    names = read_names(usage.slice_id)
+    kernels = [kernel.model_dump(mode="json") | name_json(names, kernel.kernel_id) for kernel in all_kernels(usage, names)]
+    return {"slice_id": usage.slice_id, "kernels": kernels}
 
 
 def set_limit(start: str, slice_start: str | None, *, memory: str | None, compute: str | None, clear: bool, as_json: bool) -> None:
@@ -115,7 +153,7 @@ def all_kernels(usage: Usage, names: dict[str, KernelName]) -> list[KernelUsage]
 def find_kernel(kernels: list[KernelUsage], start: str, names: dict[str, KernelName]) -> KernelUsage:
     """Return the kernel of a notebook (its name, with or without ``.ipynb``, or its path), or whose id begins with `start`."""
     known = [kernel for kernel in kernels if kernel.kernel_id is not None]
-    named = [kernel for kernel in known if kernel.kernel_id in names and start in _words(names[kernel.kernel_id])]
+    named = [kernel for kernel in known if kernel.kernel_id in names and start in called(names[kernel.kernel_id])]
     found = named or [kernel for kernel in known if kernel.kernel_id is not None and kernel.kernel_id.startswith(start)]
     if len(found) == 1:
         return found[0]
@@ -131,7 +169,8 @@ def find_kernel(kernels: list[KernelUsage], start: str, names: dict[str, KernelN
     raise NbgpuError(f"More than one kernel is called {start!r} or has an id that begins so: {which}.", code="kernel")
 
 
-def _words(name: KernelName) -> set[str]:
+def called(name: KernelName) -> set[str]:
+    """Return all that a person may call a kernel: its notebook's name or path, with or without ``.ipynb``."""
     return {word for full in (name.name, name.path) if full for word in (full, full.removesuffix(".ipynb"))}
 
 

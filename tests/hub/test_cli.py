@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -277,7 +276,7 @@ def test_limit_caps_one_kernel_and_clears_it(place: Place) -> None:
     assert ask(program, f"alloc {2 * GIB}") == "0"
     assert ask(program, "free") == "1"
     listed = json.loads(place.call("limit", "--json").stdout)
-    assert [kernel["kernel_id"] for kernel in listed["kernels"]] == ["kernel-one"]
+    assert [kernel["kernel_id"] for kernel in listed["slices"][0]["kernels"]] == ["kernel-one"]
 
     done = place.call("limit", "kernel", "--memory", "1GiB")
     assert (done.returncode, done.stdout) == (0, "Kernel kernel-o: memory 1 GiB, time the slice's.\n")
@@ -328,25 +327,65 @@ def test_serve_starts_again_what_was_killed(place: Place) -> None:
     assert ask(program, f"alloc {memory_share_bytes(usable(place), 250)}") == str(OUT_OF_MEMORY)
 
 
-def test_doctor_ends_what_it_started() -> None:
+@pytest.fixture
+def alone() -> Iterator[Place]:
+    """A place of one test, where nothing runs yet and where only what a test ends ends."""
     with tempfile.TemporaryDirectory(prefix="nbgpu-cli-", dir="/tmp") as name:
         state = Path("/dev/shm") / Path(name).name
-        place = Place(Path(name), state)
+        place = Place(Path(name) / "nbgpu", state)
         place.env["NBGPU_IDLE_SECONDS"] = "60"
-        try:
-            checks = {check["name"]: check for check in json.loads(place.call("doctor", "--json").stdout)["checks"]}
-            assert (checks["limits"]["level"], checks["limiter version"]["level"]) == ("ok", "ok"), "a slice was tried"
-            assert (place.agent.healthy(), place.pool.healthy()) == (False, False)
-            assert not is_served(Path(name))
-            assert place.call("run", "--gpu", "1/4", "--", "true").returncode == 0
-            assert place.call("doctor", "--json").returncode == 0
-            assert (place.agent.healthy(), place.pool.healthy()) == (True, True), "control: what another has started goes on"
-        finally:
-            with contextlib.suppress(FileNotFoundError, ValueError):
-                os.kill(server_of(Path(name)), signal.SIGTERM)
-            until(lambda: not is_served(Path(name)), "it has ended")
-            place.end()
-            state.unlink(missing_ok=True)
+        yield place
+        if place.runtime.is_dir() and is_served(place.runtime):
+            os.kill(server_of(place.runtime), signal.SIGTERM)
+            until(lambda: not is_served(place.runtime), "it has ended")
+        place.end()
+        state.unlink(missing_ok=True)
+
+
+def checks_of(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, str]]:
+    return {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+
+
+def test_doctor_changes_nothing(alone: Place) -> None:
+    found = checks_of(alone.call("doctor", "--json"))
+    assert (found["limits"]["level"], found["limiter version"]["level"]) == ("ok", "ok"), "a slice was tried"
+    assert list(alone.runtime.parent.iterdir()) == [], "neither the runtime directory nor the one that was tried in is left"
+    assert alone.call("run", "--gpu", "1/4", "--", "true").returncode == 0
+    assert alone.call("doctor", "--json").returncode == 0
+    assert (alone.agent.healthy(), alone.pool.healthy()) == (True, True), "control: what another has started goes on"
+    assert list(alone.runtime.parent.iterdir()) == [alone.runtime]
+
+
+def test_doctor_takes_no_slice_over_and_says_that_nobody_watches_it(alone: Place) -> None:
+    program = alone.program("--gpu", "1/4")
+    os.kill(server_of(alone.runtime), signal.SIGTERM)
+    until(lambda: not is_served(alone.runtime), "agent and pool have ended")
+    there = sorted(str(path) for path in alone.runtime.rglob("*"))
+    done = alone.call("doctor", "--json")
+    assert done.returncode == 1
+    found = checks_of(done)
+    assert found["agent"]["level"] == "error"
+    assert "1 slice is held" in found["agent"]["found"]
+    assert "nobody watches" in found["agent"]["found"]
+    assert "as expected" not in found["agent"]["found"]
+    assert json.loads(done.stdout)["not_running"] == []
+    assert not alone.agent.healthy()
+    assert not is_served(alone.runtime)
+    assert sorted(str(path) for path in alone.runtime.rglob("*")) == there
+    assert alone.call("run", "--gpu", "1/4", "--", "true").returncode == 0
+    assert len(alone.agent.slices().slices) == 1, "control: who starts an agent takes it over"
+    assert ask(program, f"alloc {usable(alone)}") == str(OUT_OF_MEMORY)
+
+
+def test_doctor_in_a_kernel_compares_with_the_kernels_limit(place: Place) -> None:
+    program = place.program("--gpu", "1/4", NBGPU_KERNEL_ID="kernel-one")
+    inside = {name: ask(program, f"env {name}") for name in ("NBGPU_SOCKET", "LD_PRELOAD", "NBGPU_SLICE_DIR", "LD_LIBRARY_PATH")}
+    assert place.call("limit", "kernel-one", "--memory", "2GiB", NBGPU_SOCKET=inside["NBGPU_SOCKET"]).returncode == 0
+    kernel = checks_of(place.call("doctor", "--json", NBGPU_KERNEL_ID="kernel-one", **inside))["GPU in a slice"]
+    assert (kernel["level"], kernel["found"]) == ("ok", "a program sees 1 GPU of 2 GiB, this kernel's limit")
+    other = checks_of(place.call("doctor", "--json", NBGPU_KERNEL_ID="kernel-two", **inside))["GPU in a slice"]
+    assert other["level"] == "ok"
+    assert "2 GiB" not in other["found"], "control: another kernel has the slice"
 
 
 def server_of(runtime: Path) -> int:

@@ -67,6 +67,9 @@ def test_a_bad_fraction_names_the_option(option: str, value: str) -> None:
         (["status"], "The agent is not running"),
         (["limit"], "The agent is not running"),
         (["limit", "abc"], "Say what it may have"),
+        (["resume"], "The agent is not running"),
+        (["resume", "--all", "99999"], "--all or one process, not both"),
+        (["resume", "--all", "kernel-one"], "--all or one process, not both"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -1,0 +1,148 @@
+"""`nbgpu resume`: what is suspended, found by process, by kernel and by notebook, in one slice or in all."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from test_cli_limit import NAMES, A, B, usage
+from test_cli_options import known
+
+from nbgpu import cli_limit, cli_resume
+from nbgpu.cli_resume import meant
+from nbgpu.client import SliceClient
+from nbgpu.errors import NbgpuError
+from nbgpu.kernel_names import KernelName
+from nbgpu.models import Slice, Suspension, Usage
+
+DIGITS = "12345678-0000-4000-8000-000000000003"
+
+
+def names_of(slice_id: str) -> dict[str, KernelName]:
+    return NAMES
+
+
+def held(pid: int, kernel_id: str | None) -> Suspension:
+    return Suspension(pid=pid, kernel_id=kernel_id, kind="unlimited", how="stop", since=1.0, reason="it used the GPU")
+
+
+def piece(slice_id: str, *suspended: Suspension) -> Usage:
+    return usage().model_copy(update={"slice_id": slice_id, "suspended": list(suspended)})
+
+
+FIRST = piece("aaaaaaaa1111", held(11, A), held(12, A), held(13, None))
+SECOND = piece("bbbbbbbb2222", held(21, B), held(22, DIGITS))
+
+
+@pytest.mark.parametrize(
+    ("which", "slice_id", "pids"),
+    [
+        ("11", FIRST.slice_id, [11]),
+        ("13", FIRST.slice_id, [13]),
+        ("21", SECOND.slice_id, [21]),
+        (A, FIRST.slice_id, [11, 12]),
+        (A[:8], FIRST.slice_id, [11, 12]),
+        ("train", FIRST.slice_id, [11, 12]),
+        ("work/train.ipynb", FIRST.slice_id, [11, 12]),
+        ("other.ipynb", SECOND.slice_id, [21]),
+        (DIGITS[:8], SECOND.slice_id, [22]),
+    ],
+)
+def test_what_is_suspended_is_found_in_all_slices(which: str, slice_id: str, pids: list[int]) -> None:
+    found, those = meant([FIRST, SECOND], which, names_of)
+    assert (found.slice_id, [one.pid for one in those]) == (slice_id, pids)
+
+
+@pytest.mark.parametrize(
+    ("which", "said"),
+    [
+        ("99", "No process 99 is suspended"),
+        ("1234567", "No process 1234567 is suspended"),
+        ("zzz", "Nothing of kernel zzz is suspended"),
+        ("", "Nothing of kernel"),
+        (A[:4], r"More than one suspended kernel.*work/train\.ipynb.*other\.ipynb"),
+    ],
+)
+def test_what_is_not_suspended_or_not_unique_is_said(which: str, said: str) -> None:
+    with pytest.raises(NbgpuError, match=said):
+        meant([FIRST, SECOND], which, names_of)
+
+
+def test_a_pid_of_two_slices_needs_one_named() -> None:
+    twin = piece("cccccccc3333", held(11, B))
+    with pytest.raises(NbgpuError, match=r"aaaaaaaa.*cccccccc.*--slice"):
+        meant([FIRST, twin], "11", names_of)
+    assert meant([twin], "11", names_of)[0] is twin
+
+
+class StandIn:
+    """The admin's API of an agent with two slices."""
+
+    def __init__(self, *usages: Usage) -> None:
+        self.usages = list(usages)
+        self.resumed: list[tuple[str, int]] = []
+
+    def all_usage(self) -> list[Usage]:
+        return self.usages
+
+    def usage(self, slice_id: str) -> Usage:
+        return next(one for one in self.usages if one.slice_id == slice_id)
+
+    def slices(self) -> SimpleNamespace:
+        return SimpleNamespace(slices=[known(one.slice_id, one.slice_id[0]) for one in self.usages])
+
+    def resume(self, slice_id: str, pid: int) -> None:
+        self.resumed.append((slice_id, pid))
+
+
+@pytest.fixture
+def agent(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    stand_in = StandIn(FIRST, SECOND)
+    monkeypatch.setattr(cli_limit, "agent", lambda: stand_in)
+    monkeypatch.setattr(cli_resume, "read_names", names_of)
+    monkeypatch.delenv("NBGPU_SOCKET", raising=False)
+    return stand_in
+
+
+def test_an_admin_sees_all_slices_and_names_none(agent: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    cli_resume.list_suspended(None, as_json=False)
+    said = capsys.readouterr().out
+    assert "Slice aaaaaaaa (a)" in said
+    assert "Slice bbbbbbbb (b)" in said
+    assert [f"process {pid}" in said for pid in (11, 12, 13, 21, 22, 99)] == [True] * 5 + [False]
+    cli_resume.list_suspended(None, as_json=True)
+    assert [one["slice_id"] for one in json.loads(capsys.readouterr().out)["slices"]] == [FIRST.slice_id, SECOND.slice_id]
+    cli_resume.list_suspended("bbbb", as_json=True)
+    assert [one["pid"] for one in json.loads(capsys.readouterr().out)["suspended"]] == [21, 22]
+
+
+def test_only_what_is_named_goes_on(agent: StandIn) -> None:
+    cli_resume.resume("other", None, as_json=False)
+    assert agent.resumed == [(SECOND.slice_id, 21)]
+    with pytest.raises(NbgpuError, match="are 2 slices"):
+        cli_resume.resume_all(None, as_json=False)
+    assert len(agent.resumed) == 1, "--all is of one slice"
+    cli_resume.resume_all("aaaa", as_json=False)
+    assert agent.resumed[1:] == [(FIRST.slice_id, pid) for pid in (11, 12, 13)]
+
+
+def test_in_a_server_the_servers_own_api_is_asked(agent: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its user may not speak to the agent's."""
+
+    class Own(SliceClient):
+        def usage(self) -> Usage:
+            return FIRST
+
+        def slice(self) -> Slice:
+            return known(FIRST.slice_id, "a").slice
+
+        def resume(self, pid: int | None = None) -> None:
+            asked.append(pid)
+
+    asked: list[int | None] = []
+    monkeypatch.setattr(cli_limit, "own_slice", lambda: Own("/nowhere"))
+    cli_resume.resume("train", None, as_json=False)
+    cli_resume.resume_all(None, as_json=False)
+    assert asked == [11, 12, 11, 12, 13]
+    assert agent.resumed == []
