@@ -332,7 +332,7 @@ def test_a_bell_costs_little_also_where_all_slots_are_full(scheduler: native.Sch
         hostile.ring()
     after = scheduler.totals()
     print(f"{(after.cpu_ns - before.cpu_ns) / 1e7:.0f} % of a core, {after.looks - before.looks} looks")
-    assert (after.cpu_ns - before.cpu_ns) / 1e9 < 0.3
+    assert (after.cpu_ns - before.cpu_ns) / 1e9 < 0.5
 
 
 def test_suspend_resume_remove(scheduler: native.Scheduler, make_slice: MakeSlice) -> None:
