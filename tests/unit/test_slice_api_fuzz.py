@@ -36,9 +36,8 @@ class Agent:
         self.limits: dict[str, KernelLimit] = {}
         said = SimpleNamespace(model_dump_json=lambda: "{}")
         history = SimpleNamespace(as_json=lambda seconds: [seconds])
-        self.live = SimpleNamespace(
-            id="slice-00", slice=said, usage=lambda backend: said, history=history, record=SimpleNamespace(kernel_limits=self.limits)
-        )
+        self.live = SimpleNamespace(id="slice-00", slice=said, history=history, record=SimpleNamespace(kernel_limits=self.limits))
+        self.parking = SimpleNamespace(usage=lambda live: said)
         self.slices = {"slice-00": self.live}
         self.settings = SimpleNamespace(backend="limiter")
         self.events = self
