@@ -59,6 +59,10 @@ class Agent:
         """Say how idle it is."""
         return live.slice
 
+    def usage(self, live: Any) -> Any:
+        """Say what is used."""
+        return live.usage()
+
     def want(self, live: Any) -> None:
         """Play one that is wanted back."""
 
