@@ -394,10 +394,11 @@ static uint64_t next_check(const Device *gpu, uint64_t now) {
     return is_busy(&gpu->policy) && at + TURN_CHECK_NS / 2 < gpu->policy.wake_at ? at : SCHED_NEVER;
 }
 
-/* A slice knows when its turn ends, stops by itself and rings when its work is done: that one wake is for both, unless it does not come. */
+/* A slice knows when its turn ends, stops by itself and rings when its work is done: that one wake is for both, unless it does not come. A
+ * strict slice's turn ends on time, for by its bucket then is decided in which period it has the next. */
 static uint64_t wake_at(const SchedDevice *d) {
-    const bool ends = d->owner != SCHED_NOBODY && d->guest == SCHED_NOBODY && d->wake_at == d->slice[d->owner].turn_end;
-    return d->wake_at + (ends ? TURN_LATE_NS : 0);
+    const SchedSlice *owner = d->owner != SCHED_NOBODY && d->guest == SCHED_NOBODY ? &d->slice[d->owner] : NULL;
+    return d->wake_at + (owner && !owner->strict && d->wake_at == owner->turn_end ? TURN_LATE_NS : 0);
 }
 
 /* What is due on one device; returns when to come back to it at the latest. */
