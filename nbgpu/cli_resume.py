@@ -120,9 +120,9 @@ def _kernels(usages: list[Usage], which: str, names_of: Names) -> list[tuple[Usa
 
 def suspended_table(suspended: list[Suspension], names: dict[str, KernelName]) -> RenderableType:
     """Return one row a suspended process."""
-    from .cli_status import make_table
+    from .cli_table import FittingTable
 
-    table = make_table("suspended", "kernel", "how", "for", "because")
+    table = FittingTable("suspended", "kernel", "how", "for", "because")
     for one in suspended:
         kernel = kernel_name(one.kernel_id, names) if one.kernel_id else ""
         table.add_row(f"process {one.pid}", kernel, HOW[one.how], f"{max(0.0, time.time() - one.since):.0f} s", one.reason)
