@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import socket
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -143,8 +145,22 @@ def _ask(url: str, route: str, kind: Any) -> Any:
     except urllib.error.HTTPError as error:
         hint = f" Put a token of role `read` into {TOKEN_VARIABLE}." if error.code in (401, 403) else ""
         raise NbgpuError(f"The pool at {url} says: {_words(error)}{hint}", code="pool") from None
-    except (OSError, ValidationError, ValueError) as error:
-        raise Unavailable(f"The pool at {url} does not answer as a pool does: {error}") from None
+    except (ValidationError, ValueError):
+        raise Unavailable(f"What is at {url} does not answer as a pool does. --pool takes the pool's own address.", code="pool") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise Unavailable(
+            f"The pool at {url} does not answer: {_reason(error)}. Is the address right, and does it run?", code="away"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    """Return why nobody answered: ``Connection refused``."""
+    cause = error.reason if isinstance(error, urllib.error.URLError) else error
+    if isinstance(cause, socket.gaierror):
+        return "no such host"
+    if isinstance(cause, TimeoutError):
+        return f"nothing within {ASK_SECONDS:g} s"
+    return (cause.strerror if isinstance(cause, OSError) else None) or str(cause) or type(cause).__name__
 
 
 def _words(error: urllib.error.HTTPError) -> str:

@@ -45,7 +45,7 @@ def find_slice(slices: list[AgentSlice], start: str | None) -> AgentSlice:
             return slices[0]
         what = "is no slice" if not slices else f"are {len(slices)} slices; name one with --slice: {', '.join(map(slice_name, slices))}"
         raise NbgpuError(f"There {what}.", code="slice")
-    found = [known for known in slices if known.slice.slice_id.startswith(start)]
+    found = [known for known in slices if start and known.slice.slice_id.startswith(start)]
     if len(found) != 1:
         raise NbgpuError(
             f"{'No' if not found else 'More than one'} slice's id begins with {start!r}; `nbgpu status` lists them.", code="slice"

@@ -113,7 +113,7 @@ def _kernels(usages: list[Usage], which: str, names_of: Names) -> list[tuple[Usa
             held = [one for one in usage.suspended if one.kernel_id == kernel_id]
             if kernel_id in names and which in called(names[kernel_id]):
                 named.append((usage, held))
-            elif which and kernel_id.startswith(which):
+            elif which.strip() and kernel_id.startswith(which):
                 begun.append((usage, held))
     return named or begun
 

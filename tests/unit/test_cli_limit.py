@@ -62,6 +62,12 @@ def test_without_names_a_whole_id_is_taken_and_half_of_one_is_not() -> None:
         find_kernel([], A[:20], {})
 
 
+@pytest.mark.parametrize("start", ["", " "])
+def test_nothing_is_no_kernels_name(start: str) -> None:
+    with pytest.raises(NbgpuError, match="Which kernel"):
+        find_kernel([kernel(A)], start, NAMES)
+
+
 def test_kernels_without_gpu_use_are_listed_by_name() -> None:
     text = shown(kernels_table(usage(kernel(A, GIB), kernel(None, GIB)), NAMES))
     rows = [line for line in text.splitlines() if "ipynb" in line or "(other)" in line]
