@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import socket
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 TOKEN_VARIABLE = "NBGPU_POOL_TOKEN"
 ASK_SECONDS = 10.0
+CLAIMS_DROP = ("mode", "share", "GPU", "pod")
+"""What a narrow terminal shows without, the least useful first."""
 
 
 def show_cluster(*, as_json: bool) -> None:
@@ -57,13 +61,13 @@ def cluster_json(found: Cluster) -> dict[str, Any]:
 
 def cluster_tables(found: Cluster) -> list[RenderableType]:
     """Return what to print."""
-    from .cli_status import make_table
+    from .cli_table import FittingTable
     from .cluster_look import granted
 
     nodes = {one.node for one in found.devices}
     head = f"Kubernetes {found.version}: {counted(len(found.devices), 'GPU')} on {counted(len(nodes), 'node')}"
     parts: list[RenderableType] = [found.problem or head]
-    devices = make_table("node", "GPU", "model", "memory", "granted", "time granted", "slices")
+    devices = FittingTable("node", "GPU", "model", "memory", "granted", "time granted", "slices", drop=("slices",))
     sums = granted(found)
     for device in found.devices:
         memory, milli, count = sums[device.uuid]
@@ -75,7 +79,9 @@ def cluster_tables(found: Cluster) -> list[RenderableType]:
     parts.append(devices if found.devices else "No agent publishes a GPU.")
     if not found.holdings:
         return [*parts, "No slices."]
-    claims = make_table("claim", "owner", "namespace", "pod", "node", "GPU", "memory", "share", "mode", "state")
+    claims = FittingTable(
+        "claim", "owner", "namespace", "pod", "node", "GPU", "memory", "share", "mode", "state", drop=("mode", "share", "GPU", "pod")
+    )
     for one in found.holdings:
         held = one.slice.devices if one.slice is not None else []
         name = one.name.removeprefix("nbgpu-")[:SHORT_ID] if one.name.startswith("nbgpu-") else one.name
@@ -97,9 +103,10 @@ def show_pool(url: str, *, as_json: bool) -> None:
             "devices": [one.model_dump(mode="json") for one in devices], "requests": [one.model_dump(mode="json") for one in grants]
         })  # fmt: skip
         return
-    from .cli_status import make_table, queue_table
+    from .cli_status import queue_table
+    from .cli_table import FittingTable
 
-    rows = make_table("node", "GPU", "model", "memory", "granted", "time granted", "slices")
+    rows = FittingTable("node", "GPU", "model", "memory", "granted", "time granted", "slices", drop=("slices",))
     for one in devices:
         model = one.device.model if one.device.healthy else f"{one.device.model} (not healthy)"
         rows.add_row(
@@ -107,7 +114,7 @@ def show_pool(url: str, *, as_json: bool) -> None:
             percent(one.compute_granted_milli), str(len(one.slices)),
         )  # fmt: skip
     console().print(rows)
-    held = make_table("slice", "owner", "hub", "node", "GPU", "memory", "share", "state", "note")
+    held = FittingTable("slice", "owner", "hub", "node", "GPU", "memory", "share", "state", "note", drop=("share", "GPU", "hub"))
     for grant in grants:
         if grant.slice is not None and grant.state is not GrantState.queued:
             parts = grant.slice.devices
@@ -138,8 +145,22 @@ def _ask(url: str, route: str, kind: Any) -> Any:
     except urllib.error.HTTPError as error:
         hint = f" Put a token of role `read` into {TOKEN_VARIABLE}." if error.code in (401, 403) else ""
         raise NbgpuError(f"The pool at {url} says: {_words(error)}{hint}", code="pool") from None
-    except (OSError, ValidationError, ValueError) as error:
-        raise Unavailable(f"The pool at {url} does not answer as a pool does: {error}") from None
+    except (ValidationError, ValueError):
+        raise Unavailable(f"What is at {url} does not answer as a pool does. --pool takes the pool's own address.", code="pool") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise Unavailable(
+            f"The pool at {url} does not answer: {_reason(error)}. Is the address right, and does it run?", code="away"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    """Return why nobody answered: ``Connection refused``."""
+    cause = error.reason if isinstance(error, urllib.error.URLError) else error
+    if isinstance(cause, socket.gaierror):
+        return "no such host"
+    if isinstance(cause, TimeoutError):
+        return f"nothing within {ASK_SECONDS:g} s"
+    return (cause.strerror if isinstance(cause, OSError) else None) or str(cause) or type(cause).__name__
 
 
 def _words(error: urllib.error.HTTPError) -> str:

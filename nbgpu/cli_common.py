@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from .client import AgentClient, PoolClient, SliceClient
@@ -44,7 +45,7 @@ def find_slice(slices: list[AgentSlice], start: str | None) -> AgentSlice:
             return slices[0]
         what = "is no slice" if not slices else f"are {len(slices)} slices; name one with --slice: {', '.join(map(slice_name, slices))}"
         raise NbgpuError(f"There {what}.", code="slice")
-    found = [known for known in slices if known.slice.slice_id.startswith(start)]
+    found = [known for known in slices if start and known.slice.slice_id.startswith(start)]
     if len(found) != 1:
         raise NbgpuError(
             f"{'No' if not found else 'More than one'} slice's id begins with {start!r}; `nbgpu status` lists them.", code="slice"
@@ -55,6 +56,20 @@ def find_slice(slices: list[AgentSlice], start: str | None) -> AgentSlice:
 def slice_name(known: AgentSlice) -> str:
     """Return a slice for people: ``3f2a9c01 (ada)``."""
     return f"{known.slice.slice_id[:SHORT_ID]} ({owner_name(known.slice)})"
+
+
+def short_ids(ids: Iterable[str]) -> dict[str, str]:
+    """Return for each id its first characters, as many as tell it from the others."""
+    known = sorted(set(ids))
+    found: dict[str, str] = {}
+    for number, one in enumerate(known):
+        shared = max((_shared(one, other) for other in (*known[max(0, number - 1) : number], *known[number + 1 : number + 2])), default=0)
+        found[one] = one[: max(SHORT_ID, shared + 1)]
+    return found
+
+
+def _shared(one: str, other: str) -> int:
+    return next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def owner_name(piece: Slice) -> str:

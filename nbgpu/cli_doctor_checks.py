@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -27,6 +28,7 @@ SERVER_CONFIG = "etc/jupyter/jupyter_server_config.d/nbgpu_lab.json"
 SHM_WANTED_BYTES = 64 * MIB
 GET_LIBRARIES = "take the platform wheel (py3-none-any has no C libraries); from a checkout: make setup."
 START = "Start it: `nbgpu serve`, or the hub whose service it is."
+PROXY = "configurable-http-proxy"
 OLDEST_HUB = (5, 4)
 UNITS = Path("/etc/systemd/system")
 _HOLDING = {GrantState.bound, GrantState.releasing}
@@ -215,11 +217,25 @@ def hub_parts(facts: Facts) -> list[Check]:
         return [Check("hub", "error", f"JupyterHub {version} is too old", "pip install 'jupyterhub>=5.4'")]
     if importlib.util.find_spec("nbgpu_spawner") is None:
         return [Check("hub", "error", f"JupyterHub {version}, but nbgpu's spawner cannot be imported", "pip install 'nbgpu[hub]'")]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "node_modules/.bin"])
-    if shutil.which("configurable-http-proxy", path=path) is None:
+    folders = [Path(sys.executable).parent, Path(sys.prefix).parent / "node_modules" / ".bin", "node_modules/.bin"]
+    path = os.pathsep.join([*map(str, folders), os.environ.get("PATH", "")])
+    if shutil.which(PROXY, path=path) is None and not runs(PROXY):
         what = f"JupyterHub {version} with nbgpu's spawner; configurable-http-proxy is not on PATH"
         return [Check("hub", "warning", what, "npm install -g configurable-http-proxy (or configure another proxy)")]
     return [Check("hub", "ok", f"JupyterHub {version} with nbgpu's spawner")]
+
+
+def runs(program: str) -> bool:
+    """Return whether a process of this machine runs that program, itself or as its interpreter's script."""
+    for name in os.listdir("/proc"):
+        with contextlib.suppress(OSError):
+            if name.isdigit() and any(Path(os.fsdecode(word)).name == program for word in _words_of(name)[:3]):
+                return True
+    return False
+
+
+def _words_of(pid: str) -> list[bytes]:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
 
 
 def jupyter_prefixes() -> Iterator[Path]:

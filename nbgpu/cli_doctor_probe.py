@@ -16,7 +16,7 @@ from typing import Any
 from .cli_common import own_slice
 from .cli_doctor import Check, Facts
 from .cli_doctor_checks import held_slices, libraries_dir
-from .cli_serve import LOCK, START_SECONDS, STOP_SECONDS, command_of, is_served, refuse_beside_system
+from .cli_serve import LOCK, START_SECONDS, STOP_SECONDS, command_of, is_served, refuse_beside_system, without_prefix
 from .client import AgentClient, PoolClient, SliceClient
 from .errors import NbgpuError, Unavailable
 from .models import Usage
@@ -119,7 +119,7 @@ def served_aside(runtime: Path) -> Generator[Path]:
             while not PoolClient(aside / POOL_SOCKET, 2).healthy():
                 if server.poll() is not None or time.monotonic() > deadline:
                     said = log.read_text(errors="replace").strip().splitlines()
-                    raise Unavailable(said[-1] if said else "they did not answer.", code="start")
+                    raise Unavailable(without_prefix(said[-1:]) or "they did not answer.", code="start")
                 time.sleep(0.05)
             yield aside
         finally:
@@ -169,7 +169,7 @@ def judge(done: subprocess.CompletedProcess[str], api: SliceClient | None) -> li
     """Judge what the probe program printed."""
     lines = [line for line in done.stdout.splitlines() if line.startswith(FIRST_LINE)]
     if not lines:
-        said = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        said = without_prefix((done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1:])
         return [Check("probe", "error", f"a program could not be run in a slice: {said}", "")]
     seen: dict[str, Any] = json.loads(lines[0].removeprefix(FIRST_LINE))
     if not seen["mapped"]:

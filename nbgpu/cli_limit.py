@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from .cli_common import SHORT_ID, agent, console, find_slice, own_slice, percent, print_json, slice_name
+from .cli_common import SHORT_ID, agent, console, find_slice, own_slice, percent, print_json, short_ids, slice_name
 from .client import AgentClient, SliceClient
 from .errors import NbgpuError
 from .kernel_limits import kernel_limit
 from .kernel_names import KernelName, read_names
 from .models import KernelLimit, KernelUsage, Usage
-from .quantities import format_memory, format_memory_of
+from .quantities import WHOLE_MILLI, format_memory, format_memory_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 LABELS = {"memory": "--memory", "compute": "--compute"}
 OVER = "bold red"
+DROP = ("peak", "processes", "refused", "GPU", "time used")
+"""What a narrow terminal shows without, the least useful first."""
+TIME_LEGEND = "A time limit is a part of the slice's time; in brackets, of the GPU's."
+LARGEST_DENOMINATOR = 16
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ def set_limit(start: str, slice_start: str | None, *, memory: str | None, comput
         found = {"kernel_id": kernel.kernel_id, "limit": limit.model_dump(mode="json")} | name_json(names, kernel.kernel_id)
         print_json({"slice_id": chosen.slice_id} | found)
         return
-    what = f"{kernel_name(kernel.kernel_id, names)}: memory {memory_words(limit)}, time {compute_words(limit)}."
+    what = f"{kernel_name(kernel.kernel_id, names)}: memory {memory_words(limit)}, {compute_words(limit, usage)}."
     console().print(what, soft_wrap=True)
     held = max((use.memory_used_bytes for use in kernel.devices), default=0)
     if limit.memory_bytes is not None and held > limit.memory_bytes:
@@ -152,6 +158,8 @@ def all_kernels(usage: Usage, names: dict[str, KernelName]) -> list[KernelUsage]
 
 def find_kernel(kernels: list[KernelUsage], start: str, names: dict[str, KernelName]) -> KernelUsage:
     """Return the kernel of a notebook (its name, with or without ``.ipynb``, or its path), or whose id begins with `start`."""
+    if not start.strip():
+        raise NbgpuError("Which kernel? Name it by its notebook or its id; `nbgpu limit` lists them.", code="kernel")
     known = [kernel for kernel in kernels if kernel.kernel_id is not None]
     named = [kernel for kernel in known if kernel.kernel_id in names and start in called(names[kernel.kernel_id])]
     found = named or [kernel for kernel in known if kernel.kernel_id is not None and kernel.kernel_id.startswith(start)]
@@ -190,21 +198,22 @@ def name_json(names: dict[str, KernelName], kernel_id: str | None) -> dict[str, 
 
 def kernels_table(usage: Usage, names: dict[str, KernelName]) -> RenderableType:
     """Return one row a kernel: what it holds, and its limits."""
-    from rich import box
-    from rich.table import Table
+    from rich.console import Group
     from rich.text import Text
 
-    from .logs import one_line
+    from .cli_table import FittingTable
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("kernel", "notebook", "processes", "GPU", "memory", "peak", "time used", "memory limit", "time limit", "refused"):
-        table.add_column(name, no_wrap=name in ("kernel", "memory", "peak"), overflow="fold")
+    table = FittingTable(
+        "kernel", "notebook", "processes", "GPU", "memory", "peak", "time used", "memory limit", "time limit", "refused", drop=DROP
+    )
     index = {use.uuid: (use.index, use.memory_limit_bytes) for use in usage.devices}
-    for kernel in all_kernels(usage, names):
+    kernels = all_kernels(usage, names)
+    short = short_ids(kernel.kernel_id for kernel in kernels if kernel.kernel_id)
+    for kernel in kernels:
         named = names.get(kernel.kernel_id or "")
         notebook = (named.path or named.name) if named else ""
-        head = [kernel.kernel_id or "(other)", notebook, " ".join(map(str, kernel.pids[:5]))]
-        tail = [memory_words(kernel.limit), compute_words(kernel.limit), str(kernel.refusals)]
+        head = [short.get(kernel.kernel_id or "", "(other)"), notebook, " ".join(map(str, kernel.pids[:5]))]
+        tail = [memory_words(kernel.limit), time_cell(kernel.limit, usage), str(kernel.refusals)]
         if not kernel.devices:
             table.add_row(*head, "", "-", "", "", *tail)
         for number, use in enumerate(kernel.devices):
@@ -216,11 +225,12 @@ def kernels_table(usage: Usage, names: dict[str, KernelName]) -> RenderableType:
             table.add_row(
                 *(head if first else ["", "", ""]),
                 str(device),
-                Text(one_line(held), style=OVER if use.memory_used_bytes > limit else ""),
+                Text(held, style=OVER if use.memory_used_bytes > limit else ""),
                 *cells,
                 *(tail if first else ["", "", ""]),
             )
-    return table
+    limited = any(kernel.limit.compute_milli is not None for kernel in kernels)
+    return Group(table, Text(TIME_LEGEND, style="dim")) if limited else table
 
 
 def memory_of(used_bytes: int, limit_bytes: int) -> str:
@@ -233,6 +243,37 @@ def memory_words(limit: KernelLimit) -> str:
     return "the slice's" if limit.memory_bytes is None else format_memory(limit.memory_bytes)
 
 
-def compute_words(limit: KernelLimit) -> str:
-    """Return a kernel's limit of GPU time for people."""
-    return "the slice's" if limit.compute_milli is None else percent(limit.compute_milli)
+def compute_words(limit: KernelLimit, usage: Usage) -> str:
+    """Return a kernel's limit of GPU time for people: ``1/2 of the slice's time (12.5 % of the GPU)``."""
+    if limit.compute_milli is None:
+        return "time the slice's"
+    part, of_gpu = time_parts(limit.compute_milli, usage)
+    return f"{part} of the slice's time ({of_gpu} of the GPU)"
+
+
+def time_cell(limit: KernelLimit, usage: Usage) -> str:
+    """Return it for a table: ``1/2 (12.5 %)``."""
+    if limit.compute_milli is None:
+        return "the slice's"
+    part, of_gpu = time_parts(limit.compute_milli, usage)
+    return f"{part} ({of_gpu})"
+
+
+def time_parts(milli: int, usage: Usage) -> tuple[str, str]:
+    """Return a limit in thousandths of the GPU's time as a part of the slice's time and as one of the GPU's.
+
+    A fraction that a person may have written is shown as such, and what it is of the GPU as written too: the limit in force is that,
+    rounded down to a thousandth.
+    """
+    whole = min((use.compute_limit_milli for use in usage.devices), default=WHOLE_MILLI)
+    if milli >= whole:
+        return "all", percent(milli)
+    for below in range(2, LARGEST_DENOMINATOR + 1):
+        for above in range(1, below):
+            if max(1, whole * (WHOLE_MILLI * above // below) // WHOLE_MILLI) == milli:
+                return f"{above}/{below}", f"{_hundredths(Fraction(whole * above, below * 10))} %"
+    return f"{_hundredths(Fraction(100 * milli, whole))} %", percent(milli)
+
+
+def _hundredths(value: Fraction) -> str:
+    return f"{math.floor(value * 100) / 100:g}"

@@ -113,16 +113,16 @@ def _kernels(usages: list[Usage], which: str, names_of: Names) -> list[tuple[Usa
             held = [one for one in usage.suspended if one.kernel_id == kernel_id]
             if kernel_id in names and which in called(names[kernel_id]):
                 named.append((usage, held))
-            elif which and kernel_id.startswith(which):
+            elif which.strip() and kernel_id.startswith(which):
                 begun.append((usage, held))
     return named or begun
 
 
 def suspended_table(suspended: list[Suspension], names: dict[str, KernelName]) -> RenderableType:
     """Return one row a suspended process."""
-    from .cli_status import make_table
+    from .cli_table import FittingTable
 
-    table = make_table("suspended", "kernel", "how", "for", "because")
+    table = FittingTable("suspended", "kernel", "how", "for", "because")
     for one in suspended:
         kernel = kernel_name(one.kernel_id, names) if one.kernel_id else ""
         table.add_row(f"process {one.pid}", kernel, HOW[one.how], f"{max(0.0, time.time() - one.since):.0f} s", one.reason)

@@ -22,7 +22,7 @@ from .launch import environment
 from .logs import one_line
 from .models import Event, Grant, GrantState, Owner, Request
 from .paths import AGENT_SOCKET, runtime_dir
-from .quantities import format_memory, format_share, parse_fraction, parse_memory
+from .quantities import WHOLE_MILLI, format_memory, format_share, parse_fraction, parse_memory
 from .words import counted
 
 HUB = "command-line"
@@ -226,15 +226,21 @@ def request_in_words(request: Request) -> str:
     if request.memory_bytes is not None:
         part = f"{format_memory(request.memory_bytes)} of a GPU"
     else:
-        part = f"{format_share(request.memory_milli or request.compute_milli or 0)} of a GPU"
+        share = request.memory_milli or request.compute_milli or 0
+        part = "a whole GPU" if share == WHOLE_MILLI else f"{format_share(share)} of a GPU"
     return f"{part}, on each of {request.device_count} GPUs" if request.device_count > 1 else part
+
+
+def time_in_words(milli: int) -> str:
+    """Return a share of time: ``a quarter of the time``, ``all the time``."""
+    return "all the time" if milli == WHOLE_MILLI else f"{format_share(milli)} of the time"
 
 
 def slice_in_words(grant: Grant) -> str:
     """Return what was granted: ``19.8 GiB and a quarter of the time of GPU 0 (Simulated H100 80GB), burst``."""
     assert grant.slice is not None
     parts = [
-        f"{format_memory(device.memory_bytes)} and {format_share(device.compute_milli)} of the time of GPU {device.index} ({device.model})"
+        f"{format_memory(device.memory_bytes)} and {time_in_words(device.compute_milli)} of GPU {device.index} ({device.model})"
         for device in grant.slice.devices
     ]
     return f"{'; '.join(parts)}, {grant.slice.mode}"

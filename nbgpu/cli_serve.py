@@ -156,9 +156,16 @@ def pool_on_demand() -> PoolClient:
         # It may have ended because another one came first: that one holds the lock.
         if time.monotonic() - started > 2 * START_SECONDS or (not is_alive(served) and not is_served(runtime)):
             said = log.read_bytes()[begin:].decode(errors="replace").strip().splitlines() if log.exists() else []
-            raise Unavailable(f"The pool could not be started. {' '.join(said[-3:]) or 'It did not answer.'} (Log: {log})", code="start")
+            raise Unavailable(
+                f"The pool could not be started. {without_prefix(said[-3:]) or 'It did not answer.'} (Log: {log})", code="start"
+            )
         time.sleep(0.05)
     return pool
+
+
+def without_prefix(lines: list[str]) -> str:
+    """Return what another `nbgpu` has said, for a sentence of this one."""
+    return " ".join(line.removeprefix("nbgpu: ") for line in lines)
 
 
 def start_in_background(runtime: Path, log: Path) -> int:

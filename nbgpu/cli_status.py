@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .cli_common import SHORT_ID, agent, backend_words, console, limiter_only, own_slice, owner_name, percent, pool, print_json
+from .cli_common import SHORT_ID, agent, backend_words, console, limiter_only, own_slice, owner_name, percent, pool, print_json, short_ids
 from .client import SliceClient
 from .errors import NbgpuError, Unavailable
 from .kernel_names import read_names
@@ -16,10 +16,11 @@ from .quantities import format_memory
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.table import Table
     from rich.text import Text
 
 EVERY_SECONDS = 1.0
+SLICES_DROP = ("processes", "mode", "time used", "GPU")
+"""What a narrow terminal shows without, the least useful first."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,9 @@ def devices_table(machine: Machine) -> RenderableType:
     """Return one row a device: what it has, what is granted, what is used."""
     from rich.text import Text
 
-    table = make_table("GPU", "model", "memory", "granted", "used", "time granted", "time used", "slices")
+    from .cli_table import FittingTable
+
+    table = FittingTable("GPU", "model", "memory", "granted", "used", "time granted", "time used", "slices", drop=("slices", "time used"))
     books = {book.device.uuid: book for book in machine.books}
     for device in machine.node.devices:
         uses = [use for usage in machine.usage.values() for use in usage.devices if use.uuid == device.uuid]
@@ -127,13 +130,16 @@ def devices_table(machine: Machine) -> RenderableType:
 
 def slices_table(machine: Machine) -> RenderableType:
     """Return one row a slice and device."""
-    table = make_table("slice", "owner", "GPU", "memory", "share", "time used", "mode", "state", "processes")
+    from .cli_table import FittingTable
+
+    table = FittingTable("slice", "owner", "GPU", "memory", "share", "time used", "mode", "state", "processes", drop=SLICES_DROP)
+    short = short_ids(known.slice.slice_id for known in machine.slices)
     for known in sorted(machine.slices, key=lambda one: one.created):
         usage = machine.usage.get(known.slice.slice_id)
         uses = {use.uuid: use for use in usage.devices} if usage else {}
         for number, part in enumerate(known.slice.devices):
             use = uses.get(part.uuid)
-            head = [known.slice.slice_id[:SHORT_ID], owner_name(known.slice)] if number == 0 else ["", ""]
+            head = [short[known.slice.slice_id], owner_name(known.slice)] if number == 0 else ["", ""]
             held = f", {len(usage.suspended)} suspended" if usage and usage.suspended else ""
             state = known.state if known.idle is None or known.idle.state == "held" else known.idle.state
             tail = [known.slice.mode, state + held, str(known.process_count)] if number == 0 else ["", "", ""]
@@ -148,8 +154,9 @@ def slices_table(machine: Machine) -> RenderableType:
 def queue_table(queue: list[Grant]) -> RenderableType:
     """Return who waits, for what, and how long still."""
     from .cli_run import in_words, request_in_words
+    from .cli_table import FittingTable
 
-    table = make_table("queue", "user", "waits for", "about", "why")
+    table = FittingTable("queue", "user", "waits for", "about", "why")
     for grant in queue:
         wait = in_words(grant.wait_seconds) + ("?" if grant.wait_guessed else "") if grant.wait_seconds is not None else "unknown"
         table.add_row(str(grant.position or ""), grant.request.owner.user, request_in_words(grant.request), wait, grant.reason or "")
@@ -160,7 +167,9 @@ def slice_picture(usage: Usage) -> RenderableType:
     """Return the tables of one slice, seen from inside."""
     from rich.console import Group
 
-    devices = make_table("GPU", "model", "memory", "share", "time used", "of the share")
+    from .cli_table import FittingTable
+
+    devices = FittingTable("GPU", "model", "memory", "share", "time used", "of the share")
     for use in usage.devices:
         devices.add_row(
             str(use.index), use.model, memory_text(use.memory_used_bytes, use.memory_limit_bytes), percent(use.compute_limit_milli),
@@ -187,15 +196,3 @@ def memory_text(used_bytes: int, limit_bytes: int) -> Text:
     from .cli_limit import OVER, memory_of
 
     return Text(memory_of(used_bytes, limit_bytes), style=OVER if used_bytes > limit_bytes else "")
-
-
-def make_table(*columns: str) -> Table:
-    """Return an empty table; columns of numbers stand to the right."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        number = column in ("memory", "granted", "used", "share", "of the share") or "time" in column
-        table.add_column(column, justify="right" if number else "left", no_wrap=column in ("slice", "memory", "granted", "used", "share"))
-    return table

@@ -43,6 +43,8 @@ from .suspension import GpuLock, Suspender
 
 log = logging.getLogger("nbgpu.agent")
 ADMIN_BOUNDS = Bounds(connections=256, body_bytes=1024 * 1024, requests_per_second=None)
+SIM_DEVICES_MOST = 16
+"""As the simulated driver has it (simgpu/sim_state.h)."""
 END_SECONDS = 1.0
 """How long requests that came before the agent's end may take to be answered."""
 SLICE_BOUNDS = Bounds(connections=32, body_bytes=64 * 1024, requests_per_second=50)
@@ -86,7 +88,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument(
         "--simulate", action=argparse.BooleanOptionalAction, help="simulated GPUs (default: when there is no NVIDIA driver)"
     )
-    parser.add_argument("--sim-devices", type=int, help="number of simulated GPUs (default: 2)")
+    parser.add_argument("--sim-devices", type=int, help=f"number of simulated GPUs, 1 to {SIM_DEVICES_MOST} (default: 2)")
     parser.add_argument("--reserve", help="memory of each GPU kept back for driver and contexts (default: 2 GiB, at most 5 %%); 0 for none")
     parser.add_argument("--node", help="name of this node (default: the host's name)")
     parser.add_argument("--devices", default="all", help="GPUs that may be sliced: indexes or UUIDs with commas between (default: all)")
@@ -165,7 +167,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _reserve_bytes(text: str | None) -> int | None:
     if text is None:
         return None
-    return 0 if text.strip() == "0" else parse_memory(text, "--reserve")
+    if text.strip() == "0":
+        return 0
+    try:
+        return parse_memory(text, "--reserve")
+    except InvalidValue as error:
+        raise InvalidValue("--reserve", text, f"{error.allowed}; or 0 for none") from None
 
 
 def _idle_bytes(options: Options, simulate: bool) -> int:
@@ -243,6 +250,8 @@ async def _make(options: Options, runtime: Path) -> tuple[Agent, Nvml]:
     host_bytes = _idle_bytes(options, simulate)
     libraries = install_libraries(built_libraries(), runtime)
     if options.sim_devices is not None:
+        if not 1 <= options.sim_devices <= SIM_DEVICES_MOST:
+            raise InvalidValue("--sim-devices", options.sim_devices, f"a whole number from 1 to {SIM_DEVICES_MOST}")
         os.environ["NBGPU_SIM_DEVICES"] = str(options.sim_devices)
     machine = find_machine(runtime, libraries, options.node if options.kubernetes else None) if simulate else None
     if machine is not None:

@@ -200,7 +200,7 @@ def _tcp_socket(host: str, port: int) -> socket.socket:
 
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line and `run`."""
-    parser = argparse.ArgumentParser(prog="python -m nbgpu_pool", description="The pool allocator: who gets which part of which GPU.")
+    parser = argparse.ArgumentParser(prog="nbgpu pool", description="The pool allocator: who gets which part of which GPU.")
     parser.add_argument("--config", type=Path, help="YAML or JSON file: quotas, queue, tokens")
     parser.add_argument("--runtime-dir", type=Path, help="where the agent's and the pool's sockets are")
     parser.add_argument("--listen", metavar="ADDRESS:PORT", help="serve by TCP too (needs tokens)")

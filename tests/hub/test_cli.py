@@ -285,7 +285,10 @@ def test_limit_caps_one_kernel_and_clears_it(place: Place) -> None:
     assert too_much.returncode == 1
     assert len(too_much.stderr.strip().splitlines()) == 1
 
-    assert place.call("limit", "kernel", "--compute", "1/2").stdout == "Kernel kernel-o: memory 1 GiB, time 25 %.\n"
+    assert (
+        place.call("limit", "kernel", "--compute", "1/2").stdout
+        == "Kernel kernel-o: memory 1 GiB, 1/2 of the slice's time (25 % of the GPU).\n"
+    )
 
     socket = ask(program, "env NBGPU_SOCKET")
     assert place.call("limit", "kernel", "--clear", NBGPU_SOCKET=socket).returncode == 0

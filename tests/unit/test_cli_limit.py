@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from nbgpu.cli_common import console
-from nbgpu.cli_limit import all_kernels, find_kernel, kernel_name, kernels_table, wanted
+from nbgpu.cli_limit import all_kernels, compute_words, find_kernel, kernel_name, kernels_table, wanted
 from nbgpu.cli_status import slice_picture
 from nbgpu.errors import InvalidValue, NbgpuError
 from nbgpu.kernel_names import KernelName, file_of, read_names, write_names
@@ -62,10 +62,16 @@ def test_without_names_a_whole_id_is_taken_and_half_of_one_is_not() -> None:
         find_kernel([], A[:20], {})
 
 
+@pytest.mark.parametrize("start", ["", " "])
+def test_nothing_is_no_kernels_name(start: str) -> None:
+    with pytest.raises(NbgpuError, match="Which kernel"):
+        find_kernel([kernel(A)], start, NAMES)
+
+
 def test_kernels_without_gpu_use_are_listed_by_name() -> None:
     text = shown(kernels_table(usage(kernel(A, GIB), kernel(None, GIB)), NAMES))
     rows = [line for line in text.splitlines() if "ipynb" in line or "(other)" in line]
-    assert [A in rows[0], B in rows[1], "(other)" in rows[2]] == [True, True, True]
+    assert [A[:8] in rows[0], B[:8] in rows[1], "(other)" in rows[2]] == [True, True, True]
     assert "work/train.ipynb" in rows[0]
     assert "other.ipynb" in rows[1]
     assert kernel_name("abcdefghij", {}) == "Kernel abcdefgh"
@@ -83,6 +89,31 @@ def test_kernels_without_gpu_use_are_listed_by_name() -> None:
 )
 def test_parts_are_of_the_slice_and_what_is_not_named_stays(memory: str | None, compute: str | None, limit: KernelLimit) -> None:
     assert wanted(KernelLimit(memory_bytes=GIB, compute_milli=100), memory, compute, usage()) == limit
+
+
+@pytest.mark.parametrize(
+    ("milli", "whole", "words"),
+    [
+        (125, 250, "1/2 of the slice's time (12.5 % of the GPU)"),
+        (62, 250, "1/4 of the slice's time (6.25 % of the GPU)"),
+        (83, 250, "1/3 of the slice's time (8.33 % of the GPU)"),
+        (250, 250, "all of the slice's time (25 % of the GPU)"),
+        (500, 1000, "1/2 of the slice's time (50 % of the GPU)"),
+        (377, 1000, "37.7 % of the slice's time (37.7 % of the GPU)"),
+        (7, 250, "2.8 % of the slice's time (0.7 % of the GPU)"),
+        (None, 250, "time the slice's"),
+    ],
+)
+def test_a_limit_of_time_is_said_of_the_slice_and_of_the_gpu(milli: int | None, whole: int, words: str) -> None:
+    seen = usage()
+    devices = [seen.devices[0].model_copy(update={"compute_limit_milli": whole})]
+    assert compute_words(KernelLimit(compute_milli=milli), seen.model_copy(update={"devices": devices})) == words
+
+
+def test_what_was_written_is_what_is_said() -> None:
+    for above, below in ((1, 2), (1, 3), (2, 3), (1, 4), (3, 4), (1, 5), (1, 8), (5, 8)):
+        limit = wanted(KernelLimit(), None, f"{above}/{below}", usage())
+        assert compute_words(limit, usage()).startswith(f"{above}/{below} of the slice's time")
 
 
 @pytest.mark.parametrize(("memory", "compute", "option"), [("21GiB", None, "--memory"), ("x", None, "--memory"), (None, "2", "--compute")])

@@ -13,10 +13,11 @@ import pytest
 from nbgpu import cli_doctor_checks
 from nbgpu.cli_common import find_slice, percent
 from nbgpu.cli_doctor import Facts
-from nbgpu.cli_run import in_options, in_words, request_in_words, wanted
+from nbgpu.cli_run import in_options, in_words, request_in_words, slice_in_words, wanted
+from nbgpu.cli_serve import without_prefix
 from nbgpu.errors import InvalidValue, NbgpuError, Refused
 from nbgpu.launch import environment
-from nbgpu.models import AgentSlice, Launch, Owner, Slice, SliceDevice
+from nbgpu.models import AgentSlice, Grant, GrantState, Launch, Owner, Slice, SliceDevice
 from nbgpu.quantities import GIB
 
 
@@ -67,6 +68,10 @@ def test_a_bad_fraction_names_the_option(option: str, value: str) -> None:
         (["status"], "The agent is not running"),
         (["limit"], "The agent is not running"),
         (["limit", "abc"], "Say what it may have"),
+        (["status", "--pool", "http://127.0.0.1:1"], "The pool at http://127.0.0.1:1 does not answer: Connection refused. Is"),
+        (["agent", "--reserve", "-1"], "; or 0 for none."),
+        (["agent", "--sim-devices", "0", "--simulate"], "--sim-devices is 0; it must be a whole number from 1 to 16."),
+        (["agent", "--sim-devices", "17", "--simulate"], "--sim-devices is 17"),
         (["resume"], "The agent is not running"),
         (["resume", "--all", "99999"], "--all or one process, not both"),
         (["resume", "--all", "kernel-one"], "--all or one process, not both"),
@@ -154,7 +159,7 @@ def test_a_slice_is_known_by_the_start_of_its_id() -> None:
     first, second = known("aaaaaaaa1111", "ada"), known("aaaabbbb2222", "grace")
     assert find_slice([first, second], "aaaaa") is first
     assert find_slice([first], None) is first
-    for start, said in (("aaaa", "More than one"), ("x", "No slice"), (None, "are 2 slices")):
+    for start, said in (("aaaa", "More than one"), ("x", "No slice"), ("", "No slice"), (None, "are 2 slices")):
         with pytest.raises(NbgpuError, match=said):
             find_slice([first, second], start)
     with pytest.raises(NbgpuError, match="is no slice"):
@@ -166,6 +171,51 @@ def test_what_the_pool_refuses_is_said_of_the_option() -> None:
     assert (said.message, said.field, said.status) == ("--gpu: it must be at least 0.7 % of a GPU here.", "--gpu", 400)
     other = Refused("Your quota is half a GPU.")
     assert in_options(other) is other
+
+
+def test_what_a_log_has_said_has_no_prefix_inside_a_sentence() -> None:
+    assert without_prefix(["nbgpu: An agent already serves /r: `nbgpu status` shows it.", "nbgpu agent: 1"]) == (
+        "An agent already serves /r: `nbgpu status` shows it. nbgpu agent: 1"
+    )
+
+
+def test_the_pool_is_called_as_it_was_called(runtime: Path) -> None:
+    assert nbgpu("pool", "-h", runtime=runtime).stdout.startswith("usage: nbgpu pool ")
+
+
+def test_doctor_finds_the_proxy_of_a_hub_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(cli_doctor_checks, "PROXY", "proxy-of-this-test")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+    (tmp_path / "proxy-of-this-test").write_text("#!/bin/sh\nread line\n")
+
+    def level() -> str:
+        return cli_doctor_checks.hub_parts(Facts())[0].level
+
+    assert level() == "warning", "control: it is nowhere"
+    proxy = subprocess.Popen(["/bin/sh", str(tmp_path / "proxy-of-this-test")], stdin=subprocess.PIPE)
+    try:
+        assert level() == "ok", "it runs"
+    finally:
+        proxy.communicate()
+    assert level() == "warning"
+    programs = tmp_path / "node_modules" / ".bin"
+    programs.mkdir(parents=True)
+    (programs / "proxy-of-this-test").symlink_to("/bin/sh")
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path / "home")
+    assert level() == "ok", "beside the virtual environment, wherever one stands"
+
+
+def test_the_whole_of_a_gpu() -> None:
+    assert request_in_words(wanted(gpu="1", memory=None, compute=None)) == "a whole GPU"
+    assert request_in_words(wanted(gpu="1", memory=None, compute=None, count=2)) == "a whole GPU, on each of 2 GPUs"
+    for milli, words in ((1000, "78 GiB and all the time of GPU 1 (m), strict"), (500, "78 GiB and half of the time of GPU 1 (m), strict")):
+        device = SliceDevice(uuid="GPU-1", index=1, model="m", memory_bytes=78 * GIB, compute_milli=milli)
+        piece = Slice(slice_id="aaaaaaaa1111", owner=Owner(hub="h", user="u"), node="n", mode="strict", devices=[device])
+        request = wanted(gpu="1", memory=None, compute=None)
+        assert slice_in_words(Grant(request=request, state=GrantState.bound, slice=piece)) == words
 
 
 def test_words_for_people() -> None:

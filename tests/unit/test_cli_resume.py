@@ -6,7 +6,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from test_cli_limit import NAMES, A, B, usage
+from test_cli_limit import NAMES, A, B, kernel, usage
 from test_cli_options import known
 
 from nbgpu import cli_limit, cli_resume
@@ -15,6 +15,7 @@ from nbgpu.client import SliceClient
 from nbgpu.errors import NbgpuError
 from nbgpu.kernel_names import KernelName
 from nbgpu.models import Slice, Suspension, Usage
+from nbgpu.quantities import GIB
 
 DIGITS = "12345678-0000-4000-8000-000000000003"
 
@@ -115,6 +116,22 @@ def test_an_admin_sees_all_slices_and_names_none(agent: StandIn, capsys: pytest.
     assert [one["slice_id"] for one in json.loads(capsys.readouterr().out)["slices"]] == [FIRST.slice_id, SECOND.slice_id]
     cli_resume.list_suspended("bbbb", as_json=True)
     assert [one["pid"] for one in json.loads(capsys.readouterr().out)["suspended"]] == [21, 22]
+
+
+def test_an_admin_sees_the_kernels_of_all_slices(agent: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    agent.usages = [usage(kernel(A, GIB)).model_copy(update={"slice_id": FIRST.slice_id}), SECOND]
+    cli_limit.list_kernels(None, as_json=False)
+    said = capsys.readouterr().out
+    assert said.index("Slice aaaaaaaa (a)") < said.index(A[:8]) < said.index("No process of slice bbbbbbbb (b)")
+    cli_limit.list_kernels(None, as_json=True)
+    listed = {one["slice_id"]: one["kernels"] for one in json.loads(capsys.readouterr().out)["slices"]}
+    assert [one["kernel_id"] for one in listed[FIRST.slice_id]] == [A]
+    assert listed[SECOND.slice_id] == []
+    cli_limit.list_kernels("aaaa", as_json=False)
+    assert "Slice" not in capsys.readouterr().out
+    agent.usages = []
+    cli_limit.list_kernels(None, as_json=False)
+    assert capsys.readouterr().out == "No slices.\n"
 
 
 def test_only_what_is_named_goes_on(agent: StandIn) -> None:
