@@ -208,7 +208,7 @@ def _driver_seen(seen: dict[str, Any], api: SliceClient | None) -> Check:
         )
     whose = ""
     if api is not None:
-        limit, own = limit_of(api.usage(), os.environ.get("NBGPU_KERNEL_ID"))
+        limit, own = limit_of(api.usage(), os.environ.get("NBGPU_KERNEL_ID") or None, seen["total"])
         whose = ", this kernel's limit" if own else ""
         if limit != seen["total"]:
             what = f"the driver says {format_memory(seen['total'])}, the {'kernel' if own else 'slice'} has {format_memory(limit)}"
@@ -216,8 +216,12 @@ def _driver_seen(seen: dict[str, Any], api: SliceClient | None) -> Check:
     return Check("GPU in a slice", "ok", f"a program sees {counted(seen['count'], 'GPU')} of {format_memory(seen['total'])}{whose}")
 
 
-def limit_of(usage: Usage, kernel_id: str | None) -> tuple[int, bool]:
-    """Return the bytes that a program of a kernel sees of the slice's first device, and whether the kernel's own limit says so."""
+def limit_of(usage: Usage, kernel_id: str | None, seen_bytes: int) -> tuple[int, bool]:
+    """Return the bytes that a program of a kernel sees of the slice's first device, and whether the kernel's own limit says so.
+
+    Where no provisioner has told the kernel's id, the limiter finds it by itself: then any kernel's limit that was seen is taken for its.
+    """
     whole = usage.devices[0].memory_limit_bytes
-    own = next((one.limit.memory_bytes for one in usage.kernels if kernel_id and one.kernel_id == kernel_id), None)
-    return (own, True) if own is not None and own < whole else (whole, False)
+    own = [one.limit.memory_bytes for one in usage.kernels if one.limit.memory_bytes is not None and kernel_id in (None, one.kernel_id)]
+    found = seen_bytes if kernel_id is None and seen_bytes in own else own[0] if kernel_id is not None and own else whole
+    return (found, True) if found < whole else (whole, False)

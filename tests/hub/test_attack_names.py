@@ -117,10 +117,14 @@ def test_errors_are_one_line(place: Place) -> None:
     assert done.returncode == 1
     assert done.stderr.count(b"\n") == 1
     assert b"\x1b" not in done.stderr
-    several = place.nbgpu("limit")  # names all slices with their owners
+    several = place.nbgpu("resume", "--all")  # names all slices with their owners
     assert several.returncode == 1
     assert several.stderr.count(b"\n") == 1
     assert b"\x1b" not in several.stderr
+    listed = place.nbgpu("limit")  # so does this
+    assert listed.returncode == 0
+    assert listed.stdout
+    assert all(char.isprintable() or char == "\n" for char in listed.stdout.decode())
 
 
 def test_metrics_have_no_series_of_theirs(place: Place) -> None:

@@ -232,7 +232,10 @@ def test_the_command_line_knows_notebooks_by_name_and_limits_them_while_they_run
 
     quiet = wait_for("a kernel that has used no GPU, by its notebook's name", lambda: listed().get("quiet.ipynb"), 10)
     assert (quiet["kernel_id"], quiet["path"], quiet["devices"]) == (kernel.id, "quiet.ipynb", [])
-    assert nbgpu("limit", "quiet", "--memory", "50%", "--compute", "1/2") == "quiet.ipynb: memory 9.7 GiB, time 12.5 %.\n"
+    assert (
+        nbgpu("limit", "quiet", "--memory", "50%", "--compute", "1/2")
+        == "quiet.ipynb: memory 9.7 GiB, 1/2 of the slice's time (12.5 % of the GPU).\n"
+    )
     wait_for("the limit in the usage", lambda: server.kernel(kernel.id)["limit"]["compute_milli"] == 125, 5)
     assert "at most 19.5 GiB" in nbgpu("limit", "quiet.ipynb", "--memory", "900GiB")
 
@@ -247,7 +250,7 @@ def test_the_command_line_knows_notebooks_by_name_and_limits_them_while_they_run
     assert notice["message"].startswith("quiet.ipynb holds 4")
     attempt = "try:\n    check(driver.cuMemAlloc(1024**3))\nexcept RuntimeError as error:\n    print(error)"
     assert kernel.run(attempt) == "CUDA_ERROR_OUT_OF_MEMORY\n"
-    assert nbgpu("limit", "quiet", "--memory", "6GiB").endswith("memory 6 GiB, time 12.5 %.\n")
+    assert nbgpu("limit", "quiet", "--memory", "6GiB").endswith("memory 6 GiB, 1/2 of the slice's time (12.5 % of the GPU).\n")
     assert kernel.run(attempt) == "", "the control: above what it holds there is room again"
 
 

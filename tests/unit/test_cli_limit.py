@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from nbgpu.cli_common import console
+from nbgpu.cli_doctor_probe import limit_of
 from nbgpu.cli_limit import all_kernels, compute_words, find_kernel, kernel_name, kernels_table, wanted
 from nbgpu.cli_status import slice_picture
 from nbgpu.errors import InvalidValue, NbgpuError
@@ -60,6 +61,27 @@ def test_without_names_a_whole_id_is_taken_and_half_of_one_is_not() -> None:
     assert find_kernel([], A, {}).kernel_id == A
     with pytest.raises(NbgpuError, match="nbgpu limit"):
         find_kernel([], A[:20], {})
+
+
+@pytest.mark.parametrize(
+    ("kernel_id", "seen", "found"),
+    [
+        (A, 2 * GIB, (2 * GIB, True)),
+        (A, 20 * GIB, (2 * GIB, True)),
+        (B, 2 * GIB, (20 * GIB, False)),
+        ("kernel-three", 2 * GIB, (20 * GIB, False)),
+        (None, 2 * GIB, (2 * GIB, True)),
+        (None, 20 * GIB, (20 * GIB, False)),
+        (None, 3 * GIB, (20 * GIB, False)),
+    ],
+)
+def test_what_doctor_expects_a_program_of_a_kernel_to_see(kernel_id: str | None, seen: int, found: tuple[int, bool]) -> None:
+    seen_in = usage(kernel(A, GIB, memory=2 * GIB), kernel(B, GIB))
+    assert limit_of(seen_in, kernel_id, seen) == found
+
+
+def test_doctor_expects_no_more_than_a_slice_that_became_smaller() -> None:
+    assert limit_of(usage(kernel(A, GIB, memory=2 * GIB), limit=GIB), A, GIB) == (GIB, False)
 
 
 @pytest.mark.parametrize("start", ["", " "])
