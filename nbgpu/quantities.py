@@ -130,6 +130,11 @@ def format_share(milli: int) -> str:
     return _WORDS.get(milli, f"{_trim(Fraction(milli, 10))} %")
 
 
+def format_time(milli: int) -> str:
+    """Return a share of a GPU's time: ``a quarter of the GPU's time``, ``all of the GPU's time``."""
+    return f"{'all' if milli == WHOLE_MILLI else format_share(milli)} of the GPU's time"
+
+
 def _trim(value: Fraction) -> str:
     tenths = math.floor(value * 10)
     return str(tenths // 10) if tenths % 10 == 0 else f"{tenths // 10}.{tenths % 10}"

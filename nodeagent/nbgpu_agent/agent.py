@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nbgpu.errors import InvalidValue, NbgpuError
 from nbgpu.models import AgentSlice, AgentSlices, Backend, Device, KernelLimit, Launch, Node, Slice
-from nbgpu.quantities import format_memory, format_share
+from nbgpu.quantities import format_memory, format_time
 
 from . import procs, slicedir
 from .backend import DriverLimits
@@ -308,7 +308,7 @@ class Agent:
         self.turns.change(live)
         self.touch()
         first = wanted.devices[0]
-        what = f"{format_memory(first.memory_bytes)}, {format_share(first.compute_milli)} of the GPU's time, {wanted.mode}"
+        what = f"{format_memory(first.memory_bytes)}, {format_time(first.compute_milli)}, {wanted.mode}"
         self.events.add("limit-changed", "info", f"This server's slice is now {what}.", live.id, owner=live.owner)
         for part, used_bytes in zip(live.slice.devices, live.memory_by_device(), strict=True):
             if used_bytes > part.memory_bytes:
@@ -440,7 +440,7 @@ def limit_words(limit: KernelLimit) -> str:
     if limit.memory_bytes is not None:
         amounts.append(format_memory(limit.memory_bytes))
     if limit.compute_milli is not None:
-        amounts.append(f"{format_share(limit.compute_milli)} of the GPU's time")
+        amounts.append(format_time(limit.compute_milli))
     return f"is limited to {' and '.join(amounts)}" if amounts else "has no limit of its own any more"
 
 

@@ -19,6 +19,7 @@ from nbgpu.quantities import (
     format_memory,
     format_memory_of,
     format_share,
+    format_time,
     memory_share_bytes,
     parse_fraction,
     parse_memory,
@@ -154,6 +155,7 @@ def test_any_text_is_a_share_or_is_refused(text: str) -> None:
 def test_words_for_people() -> None:
     assert format_share(250) == "a quarter"
     assert format_share(375) == "37.5 %"
+    assert [format_time(milli) for milli in (250, 1000)] == ["a quarter of the GPU's time", "all of the GPU's time"]
     assert format_share(400) == "40 %"
     assert format_memory(memory_share_bytes(USABLE, 250)) == "19.8 GiB"
     assert format_memory(512 * MIB) == "512 MiB"
