@@ -65,6 +65,7 @@ CALLS = {  # the same of storm_calls.c, on the simulated driver
 LIMIT = 48 * MIB
 STUCK_SECONDS = 10.0
 AT_ONCE = 4
+TURN_NS = 2_000_000
 SYS_FUTEX = {"x86_64": 202, "aarch64": 98}[platform.machine()]
 
 
@@ -79,9 +80,9 @@ class Gate(threading.Thread):
         syscall = c.CDLL(None).syscall
         device = self.files.ctl.device[0]
         word = c.addressof(device) + layout.CtlDevice.gate.offset
-        while not self.stop.wait(0.002):
+        while not self.stop.wait(TURN_NS / 1e9):
             self.files.beat()
-            device.turn_end_ns = self.files.ctl.heartbeat_ns
+            device.turn_end_ns = self.files.ctl.heartbeat_ns + TURN_NS
             device.gate = layout.GATE_CLOSED if device.gate == layout.GATE_OPEN else layout.GATE_OPEN
             syscall(SYS_FUTEX, c.c_void_p(word), 1, 1 << 20, None, None, 0)
         device.gate = layout.GATE_OPEN
