@@ -298,7 +298,7 @@ def test_options_of_an_agent_that_the_hub_starts(tmp_path: Path) -> None:
 
     c = Config()
     c.JupyterHub.services = []
-    setup(c, runtime=tmp_path, agent_args=["--watchdog", "suspend", "--idle-host-memory", "4 GiB"])
+    setup(c, embedded=True, runtime=tmp_path, agent_args=["--watchdog", "suspend", "--idle-host-memory", "4 GiB"])
     services = {one["name"]: one["command"] for one in c.JupyterHub.services}
     command = services["nbgpu-agent"]
     found = parse(command[command.index("nbgpu_agent") + 1 :])
