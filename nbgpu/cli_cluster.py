@@ -79,9 +79,7 @@ def cluster_tables(found: Cluster) -> list[RenderableType]:
     parts.append(devices if found.devices else "No agent publishes a GPU.")
     if not found.holdings:
         return [*parts, "No slices."]
-    claims = FittingTable(
-        "claim", "owner", "namespace", "pod", "node", "GPU", "memory", "share", "mode", "state", drop=("mode", "share", "GPU", "pod")
-    )
+    claims = FittingTable("claim", "owner", "namespace", "pod", "node", "GPU", "memory", "share", "mode", "state", drop=CLAIMS_DROP)
     for one in found.holdings:
         held = one.slice.devices if one.slice is not None else []
         name = one.name.removeprefix("nbgpu-")[:SHORT_ID] if one.name.startswith("nbgpu-") else one.name

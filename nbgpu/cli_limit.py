@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .cli_common import SHORT_ID, agent, console, find_slice, own_slice, percent, print_json, short_ids, slice_name
 from .client import AgentClient, SliceClient
 from .errors import NbgpuError
-from .kernel_limits import kernel_limit
+from .kernel_limits import kernel_limit, part_milli
 from .kernel_names import KernelName, read_names
 from .models import KernelLimit, KernelUsage, Usage
 from .quantities import WHOLE_MILLI, format_memory, format_memory_of
@@ -270,7 +270,7 @@ def time_parts(milli: int, usage: Usage) -> tuple[str, str]:
         return "all", percent(milli)
     for below in range(2, LARGEST_DENOMINATOR + 1):
         for above in range(1, below):
-            if max(1, whole * (WHOLE_MILLI * above // below) // WHOLE_MILLI) == milli:
+            if part_milli(whole, WHOLE_MILLI * above // below) == milli:
                 return f"{above}/{below}", f"{_hundredths(Fraction(whole * above, below * 10))} %"
     return f"{_hundredths(Fraction(100 * milli, whole))} %", percent(milli)
 

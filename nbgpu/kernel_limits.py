@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from .errors import InvalidValue
-from .quantities import MIB, format_memory, memory_share_bytes, parse_fraction, parse_memory
+from .quantities import MIB, WHOLE_MILLI, format_memory, memory_share_bytes, parse_fraction, parse_memory
 
 LABELS = {"memory": "Memory limit", "compute": "Compute limit"}
 """What the panel calls them."""
@@ -76,7 +76,7 @@ def _compute(asked: Mapping[str, Any], whole: int, label: str) -> int | None:
             raise InvalidValue("compute_milli", value, f"from 1 to {whole}, the slice's share in thousandths of the GPU's time")
         return milli
     try:
-        return max(1, whole * parse_fraction(asked["compute"], "compute") // 1000)
+        return part_milli(whole, parse_fraction(asked["compute"], "compute"))
     except InvalidValue:
         raise InvalidValue("compute", asked["compute"], _FRACTION, label) from None
 
@@ -97,3 +97,8 @@ def _number(name: str, value: object, most: int) -> int | None:
 
 def _empty(value: object) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
+
+
+def part_milli(whole_milli: int, thousandths: int) -> int:
+    """Return `thousandths` of a slice's share, in thousandths of the GPU's time: rounded down, at least one."""
+    return max(1, whole_milli * thousandths // WHOLE_MILLI)

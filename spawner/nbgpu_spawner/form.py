@@ -14,7 +14,7 @@ import jinja2
 
 from nbgpu.errors import InvalidValue, NbgpuError
 from nbgpu.models import Availability, AvailabilityQuery, DeviceBooks, Owner
-from nbgpu.quantities import format_memory, format_share
+from nbgpu.quantities import format_memory, format_share, format_time
 
 from .client import NO_ANSWER, PoolClient
 from .options import LABELS, Wish
@@ -262,8 +262,8 @@ def _largest_free(books: list[DeviceBooks]) -> str:
 
 def _time(milli: int, mode: str) -> str:
     if milli == 1000:
-        return "all of the GPU's time"
-    return f"{'at least' if mode == 'burst' else 'exactly'} {_share(milli)} of the GPU's time"
+        return format_time(milli)
+    return f"{'at least' if mode == 'burst' else 'exactly'} {format_time(milli)}"
 
 
 def _share(milli: int) -> str:

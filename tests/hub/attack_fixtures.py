@@ -17,6 +17,20 @@ from attacker import PYTHON, Attacker, users
 
 from nbgpu.models import Launch, Slice
 
+LEADER_GONE = """
+r, w = os.pipe()
+result = os.fork()
+if result == 0:
+    def hold():
+        code = cuda() or alloc(3 * GIB)
+        os.write(w, bytes([code]))
+        time.sleep(60)
+    threading.Thread(target=hold).start()
+    ctypes.CDLL(None).syscall(60, 0)  # exit of this thread alone
+assert os.read(r, 1) == b"\\0"
+"""
+"""A child that holds GPU memory goes on though its first thread, its leader, has ended: it shows as a zombie."""
+
 
 def missing() -> str | None:
     """Return why there can be no attack here; None when there can."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from agent_harness import AgentProcess, until, usage
-from attack_fixtures import Tenancy, agent, last, missing, tenancy, tenants  # noqa: F401
+from attack_fixtures import LEADER_GONE, Tenancy, agent, last, missing, tenancy, tenants  # noqa: F401
 from attacker import cpu_seconds, seconds_of
 
 from nbgpu.quantities import GIB
@@ -87,21 +87,7 @@ def test_a_forged_slot_does_not_hide_who_is_not_limited(agent: AgentProcess, ten
 def test_a_process_whose_first_thread_ended_is_still_there(agent: AgentProcess, tenancy: Make, last: int) -> None:
     mallory = tenancy()
     one = mallory.enter(limited=False)
-    pid = one.run(
-        """
-        r, w = os.pipe()
-        result = os.fork()
-        if result == 0:
-            def hold():
-                import ctypes
-                code = cuda() or alloc(3 * GIB)
-                os.write(w, bytes([code]))
-                time.sleep(60)
-            threading.Thread(target=hold).start()
-            ctypes.CDLL(None).syscall(60, 0)  # exit of this thread alone: the process's leader is a zombie now
-        assert os.read(r, 1) == b"\\0"
-        """
-    )
+    pid = one.run(LEADER_GONE)
     since = time.time()
     try:
         assert Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"

@@ -10,23 +10,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from agent_harness import AgentProcess, until
-from attack_fixtures import Tenancy, agent_with, last, missing, tenancy, tenants  # noqa: F401
+from attack_fixtures import LEADER_GONE, Tenancy, agent_with, last, missing, tenancy, tenants  # noqa: F401
 from watchdog_kit import alive, stopped
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 Make = Callable[..., Tenancy]
-LEADER_GONE = """
-r, w = os.pipe()
-result = os.fork()
-if result == 0:
-    def hold():
-        code = cuda() or alloc(3 * GIB)
-        os.write(w, bytes([code]))
-        time.sleep(60)
-    threading.Thread(target=hold).start()
-    ctypes.CDLL(None).syscall(60, 0)  # exit of this thread alone
-assert os.read(r, 1) == b"\\0"
-"""
 
 TRACED = """
 libc = ctypes.CDLL(None, use_errno=True)
