@@ -13,6 +13,7 @@
 #define MEMORY_MAX (1ull << 50) /* bytes: more than any node's GPUs hold together */
 #define COUNT_MAX (1ull << 62)  /* of anything that only rises */
 #define WORDS_MAX 65536u        /* threads that wait */
+#define FIRST 4u                /* slots read with the head */
 #define BATCH 16u               /* slots read at once: 4 KiB of stack */
 
 #ifdef NBGPU_CONTROL_BELIEVE /* for the test that shows that a fuzzer finds what is not checked */
@@ -33,26 +34,33 @@ static int read_at(int fd, void *out, size_t size, off_t at) {
     return (size_t)got == size ? 0 : -EBADMSG;
 }
 
-int nbgpu_use_head(int fd, NbgpuUseHead *out) {
+/* The file's first bytes: its head, and the slots that most slices never go beyond. */
+typedef struct {
+    _Alignas(8) unsigned char head[offsetof(NbgpuUse, slot)];
+    NbgpuUseSlot slot[FIRST];
+} Start;
+
+static int parse_head(const unsigned char *start, NbgpuUseHead *out) {
     struct {
         uint64_t magic;
         uint32_t version, size, high_water, events;
     } head;
     _Static_assert(offsetof(NbgpuUse, events) + sizeof(uint32_t) == sizeof head, "head of use");
-    uint32_t bell;
-    int rc = read_at(fd, &head, sizeof head, 0);
-    if (!rc)
-        rc = read_at(fd, &bell, sizeof bell, offsetof(NbgpuUse, bell));
-    if (rc)
-        return rc;
+    memcpy(&head, start, sizeof head);
     if (head.magic != NBGPU_USE_MAGIC || head.version < NBGPU_VERSION)
         return -EBADMSG;
     *out = (NbgpuUseHead){
         .high_water = head.high_water < NBGPU_SLOTS ? head.high_water : NBGPU_SLOTS,
         .events = head.events,
-        .bell = bell,
     };
+    memcpy(&out->bell, start + offsetof(NbgpuUse, bell), sizeof out->bell);
     return 0;
+}
+
+int nbgpu_use_head(int fd, NbgpuUseHead *out) {
+    unsigned char start[offsetof(NbgpuUse, bell) + sizeof out->bell];
+    int rc = read_at(fd, start, sizeof start, 0);
+    return rc ? rc : parse_head(start, out);
 }
 
 void nbgpu_use_events(const int *fds, int count, uint32_t *events) {
@@ -205,22 +213,27 @@ static int add_held(int fd, NbgpuUseRow *rows, const uint32_t *counts, int n_row
 
 int nbgpu_use_read(int fd, NbgpuUseRow *out, int max) {
     NbgpuUseHead head;
+    Start start; /* one call: a system call costs more than all the rest */
     NbgpuUseSlot batch[BATCH];
     uint32_t shares[NBGPU_SLOTS];
     int count = 0, sharing = 0;
-    int rc = nbgpu_use_head(fd, &head);
+    int rc = read_at(fd, &start, sizeof start, 0);
+    if (!rc)
+        rc = parse_head(start.head, &head);
     if (rc)
         return rc;
-    for (uint32_t first = 0; first < head.high_water; first += BATCH) {
-        uint32_t n = head.high_water - first < BATCH ? head.high_water - first : BATCH;
-        rc = read_at(fd, batch, n * sizeof *batch, (off_t)(offsetof(NbgpuUse, slot) + first * sizeof *batch));
+    for (uint32_t first = 0, n = FIRST; first < head.high_water; first += n, n = BATCH) {
+        const NbgpuUseSlot *slot = first ? batch : start.slot;
+        n = head.high_water - first < n ? head.high_water - first : n;
+        if (first)
+            rc = read_at(fd, batch, n * sizeof *batch, (off_t)(offsetof(NbgpuUse, slot) + first * sizeof *batch));
         if (rc)
             return rc;
         for (uint32_t i = 0; i < n && count < max; i++)
-            if (batch[i].owner && batch[i].ready) {
-                shares[count] = batch[i].shares < SHARES_READ ? batch[i].shares : SHARES_READ;
+            if (slot[i].owner && slot[i].ready) {
+                shares[count] = slot[i].shares < SHARES_READ ? slot[i].shares : SHARES_READ;
                 sharing += shares[count] != 0;
-                copy_row(first + i, &batch[i], &out[count++]);
+                copy_row(first + i, &slot[i], &out[count++]);
             }
     }
     rc = sharing ? add_held(fd, out, shares, count, sharing) : 0;

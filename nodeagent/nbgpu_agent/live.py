@@ -56,6 +56,7 @@ class LiveSlice:
     def __init__(self, directory: Path, record: Record, native: Native, cgroups: Cgroups, on_exit: Callable[[LiveSlice], None]):
         self.directory = directory
         self.record = record
+        self.id = record.slice.slice_id
         self._cgroups = cgroups
         self._on_exit = on_exit
         self.ctl = CtlFile(directory)
@@ -103,11 +104,6 @@ class LiveSlice:
         """The slice with its own limits, also while it is parked and has none of them."""
         parked = self.record.parked
         return self.record.slice if parked is None else parked.full
-
-    @property
-    def id(self) -> str:
-        """The slice's id."""
-        return self.record.slice.slice_id
 
     @property
     def owner(self) -> str:
@@ -291,13 +287,14 @@ class LiveSlice:
         self._granted &= self.tenant.states.keys()
         return rows
 
-    def grant_overhead(self, slot: int, overhead_bytes: int) -> None:
-        """Count so many bytes beyond what is tracked for the process of a slot."""
+    def grant_overhead(self, slot: int, overhead_bytes: int) -> int:
+        """Count so many bytes beyond what is tracked for the process of a slot, as `SlotState.grant` has it; return what counts now."""
         state = self.tenant.states[slot]
-        if state.overhead_bytes != overhead_bytes or slot not in self._granted:
-            state.overhead_bytes = overhead_bytes
-            self.ctl.words.overhead[slot] = overhead_bytes
+        before, granted = state.overhead_bytes, state.grant(overhead_bytes)
+        if granted != before or slot not in self._granted:
+            self.ctl.words.overhead[slot] = granted
             self._granted.add(slot)
+        return granted
 
     # ---- limits
 
@@ -365,8 +362,9 @@ class LiveSlice:
         slots = self.slots(rows, now_ns)
         compute = compute_by_device(self.slice, slots, self.compute_doubts.seen)
         self.history.add(wall, memory_by_device(self.slice, slots, self.memory_doubts.seen), compute)
-        for part, milli in zip(self.slice.devices, compute, strict=True):
-            self.busy_seconds[part.uuid] = self.busy_seconds.get(part.uuid, 0.0) + milli / 1000
+        if any(compute):
+            for part, milli in zip(self.slice.devices, compute, strict=True):
+                self.busy_seconds[part.uuid] = self.busy_seconds.get(part.uuid, 0.0) + milli / 1000
         self.tenant.tick(rows, now_ns)
 
     def as_model(self) -> AgentSlice:

@@ -9,7 +9,9 @@ import time
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from nbgpu.models import SliceDevice
 from nbgpu.quantities import format_memory
 from nbgpu.words import times
 
@@ -52,6 +54,17 @@ class Burst:
     last_event: float = 0.0
 
 
+class Look(NamedTuple):
+    """All that a slice is judged by on one device."""
+
+    part: SliceDevice
+    strict_milli: int | None
+    slots: list[SlotSeen]
+    words: list[tuple[int, int]]
+    """Of each slot: its owner's, and its busy time."""
+    memory: dict[int, int]
+
+
 @dataclass
 class SliceMemory:
     """What the monitor remembers of a slice."""
@@ -62,6 +75,8 @@ class SliceMemory:
     """By device: what offences are judged by."""
     seen_bytes: dict[str, int] = field(default_factory=dict[str, int])
     """By device: what NVML saw of its processes at the last look."""
+    calm: dict[str, Look] = field(default_factory=dict[str, Look])
+    """By device: the last look, where it found nothing to do and nothing computes; the same look finds the same."""
 
 
 class Monitor:
@@ -186,10 +201,13 @@ class Monitor:
         unknown: set[Process] = set()
         self._offences, self._blames = [], self._responses.needed
         # Who holds a slot is watched already: no look at /proc for them.
-        holding = {pid: process for live in agent.slices.values() for pid, process in live.tenant.holding().items()}
-        known = {pid: live.id for live in agent.slices.values() for pid in live.tenant.holders()}
+        holding: dict[int, Process] = {}
+        known: dict[int, str] = {}
         on_device: dict[str, list[tuple[LiveSlice, int]]] = {}
         for live in agent.slices.values():
+            own = live.tenant.holding()
+            holding |= own
+            known |= dict.fromkeys(own, live.id)
             for index, part in enumerate(live.slice.devices):
                 on_device.setdefault(part.uuid, []).append((live, index))
         for uuid, sample in self.samples.items():
@@ -212,7 +230,8 @@ class Monitor:
                 if live.id in rows_of:
                     pids = by_slice.pop(live.id, [])
                     findings += self._judge_slice(live, index, rows_of[live.id], pids, sample)
-                    self._blame(live, index, rows_of[live.id], [holding[pid] for pid in pids], sample)
+                    if self._blames and sample.error is None:
+                        self._blame(live, index, rows_of[live.id], [holding[pid] for pid in pids], sample)
             for slice_id, pids in by_slice.items():
                 # Processes of a slice on a device that it has no part of: all that they hold there is unlimited.
                 memory = {pid: sample.memory[pid] for pid in pids if pid in sample.memory}
@@ -228,29 +247,35 @@ class Monitor:
         part = live.slice.devices[index]
         cap = self._agent.overhead_caps.get(part.uuid, 0)
         rows = [row for row in rows if row.device == index]
-        memory = {pid: sample.memory[pid] for pid in pids if pid in sample.memory}
-        compute = {pid: sample.compute[pid] for pid in pids if pid in sample.compute}
-        self._memory.setdefault(live.id, SliceMemory()).seen_bytes[part.uuid] = sum(memory.values())
-        slots = [self._seen(live, row) for row in rows]
-        found = overheads(slots, memory, cap)
-        for seen in slots:
-            live.grant_overhead(seen.slot, found.get(seen.slot, (0, 0))[0])
-        now_ns = time.monotonic_ns()
-        told = sum(live.tenant.compute_milli(row, now_ns) for row in rows)
         owed_ns = self._agent.turns.reconcile(live, index, sum(sample.computed_ns.get(pid, 0) for pid in pids))
         if owed_ns >= OWED_TOLD_NS:
             self._hostile(live, f"it says that nothing of it runs while GPU {part.index} computes for it")
-        held = sum(row.used + row.context for row in rows) + sum(grant for grant, _ in found.values())
-        live.memory_doubts.look(index, sum(memory.values()), held)
-        live.compute_doubts.look(index, sum(compute.values()), told)
-        live.ctl.words.device[index].compute_used_milli = min(1000, max(told, live.compute_doubts.seen.get(index, 0)))
+        memory = {pid: sample.memory[pid] for pid in pids if pid in sample.memory}
+        compute = {pid: sample.compute[pid] for pid in pids if sample.compute.get(pid)}
         strict = part.compute_milli if live.slice.mode == "strict" else None
-        return judge_slice(live.id, part.uuid, part.memory_bytes, cap, strict, slots, memory, compute, found)
+        slots = [self._seen(live, row) for row in rows]
+        look = Look(part, strict, slots, [(row.owner, row.busy_ns) for row in rows], memory)
+        remembered = self._memory.setdefault(live.id, SliceMemory())
+        if not compute and remembered.calm.get(part.uuid) == look and not any(row.busy_since for row in rows):
+            return []
+        remembered.seen_bytes[part.uuid] = seen_bytes = sum(memory.values())
+        found = overheads(slots, memory, cap)
+        granted = {seen.slot: live.grant_overhead(seen.slot, found.get(seen.slot, (0, 0))[0]) for seen in slots}
+        now_ns = time.monotonic_ns()
+        told = sum(live.tenant.compute_milli(row, now_ns) for row in rows)
+        doubted = live.memory_doubts.look(index, seen_bytes, sum(row.used + row.context for row in rows) + sum(granted.values()))
+        doubted |= live.compute_doubts.look(index, sum(compute.values()), told)
+        live.ctl.words.device[index].compute_used_milli = min(1000, max(told, live.compute_doubts.seen.get(index, 0)))
+        findings = judge_slice(live.id, part.uuid, part.memory_bytes, cap, strict, slots, memory, compute, found)
+        steady = all(granted[slot] == grant for slot, (grant, _) in found.items())
+        if steady and not (told or doubted or findings):
+            remembered.calm[part.uuid] = look
+        else:
+            remembered.calm.pop(part.uuid, None)
+        return findings
 
     def _blame(self, live: LiveSlice, index: int, rows: list[UseRow], processes: list[Process], sample: DeviceSample) -> None:
         """Note who of a slice does on its `index`-th device what no process under the limiter can."""
-        if not self._blames or sample.error is not None:
-            return
         part = live.slice.devices[index]
         now, now_ns = time.monotonic(), time.monotonic_ns()
         held: list[Held] = []
@@ -347,10 +372,11 @@ class Monitor:
     def _look_for_refusals(self) -> None:
         slices = list(self._agent.slices.values())
         for live, word in zip(slices, self._agent.native.use_events([live.tenant.fd for live in slices]), strict=True):
-            if word != live.tenant.events_word or live.id in self._untold:
+            if word != live.tenant.events_word or (self._untold and live.id in self._untold):
                 self._look_at_refusals(live, word)
         self._agent.parking.look()
-        self._untold &= self._agent.slices.keys()
+        if self._untold:
+            self._untold &= self._agent.slices.keys()
 
     def _last_look(self, live: LiveSlice) -> None:
         self._look_at_refusals(live, self._agent.native.use_events([live.tenant.fd])[0])

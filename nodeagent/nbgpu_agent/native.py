@@ -70,8 +70,7 @@ _ROW = struct.Struct(f"<4I2Q{layout.KERNEL_ID_BYTES}s7Q3I4x6Q")
 """NbgpuUseRow, in the order of `UseRow`."""
 
 
-@dataclass(frozen=True)
-class SchedStats:
+class SchedStats(NamedTuple):
     """What the scheduler did for one (slice, device)."""
 
     charged_ns: int

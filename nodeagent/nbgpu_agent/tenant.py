@@ -50,8 +50,17 @@ class SlotState:
     samples: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
     """(CLOCK_MONOTONIC ns, busy ns) of the last two ticks."""
     overhead_bytes: int = 0
-    strikes: int = 0
-    """Samples in a row with too much overhead."""
+    overhead_seen: int | None = None
+    """As the last look found it; None: there was none."""
+
+    def grant(self, found_bytes: int) -> int:
+        """Take what a look found beyond the slot's words; return what counts of it: no more than the look before found.
+
+        NVML's sample is older than the words: what was freed in between looks like overhead, once.
+        """
+        before, self.overhead_seen = self.overhead_seen, found_bytes
+        self.overhead_bytes = found_bytes if before is None else min(found_bytes, before)
+        return self.overhead_bytes
 
 
 def busy_ns(row: UseRow, now_ns: int) -> int:

@@ -42,13 +42,14 @@ class Doubts:
     seen: dict[int, int] = field(default_factory=dict[int, int])
     times: dict[int, int] = field(default_factory=dict[int, int])
 
-    def look(self, index: int, seen: int, told: int) -> None:
-        """Compare what NVML sees with what the slice tells."""
+    def look(self, index: int, seen: int, told: int) -> bool:
+        """Compare what NVML sees with what the slice tells; return whether that is doubtful."""
         self.times[index] = self.times.get(index, 0) + 1 if seen > told + self.tolerance else 0
         if self.times[index] >= TIMES:
             self.seen[index] = seen
         else:
             self.seen.pop(index, None)
+        return self.times[index] > 0
 
 
 def memory_by_device(part_of: Slice, slots: Iterable[SlotUse], seen_bytes: Mapping[int, int] = MappingProxyType({})) -> list[int]:

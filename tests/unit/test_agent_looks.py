@@ -1,0 +1,145 @@
+"""The monitor's looks at a slice: what was freed between two readings, and slices that nothing happens in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nbgpu.models import SliceDevice
+from nbgpu.quantities import GIB, MIB
+from nbgpu_agent import monitor
+from nbgpu_agent.monitor import Monitor
+from nbgpu_agent.native import UseRow
+from nbgpu_agent.nvml import DeviceSample
+from nbgpu_agent.procs import Process
+from nbgpu_agent.tenant import SlotState
+from nbgpu_agent.usage import Doubts
+
+CAP = 512 * MIB
+BLANK: dict[str, Any] = dict.fromkeys(UseRow._fields, 0)
+WORDS: dict[str, Any] = BLANK | {"pid": 7, "owner": 1, "kernel_id": "k", "used": GIB, "context": 300 * MIB, "peak": GIB}
+ROW = UseRow(**WORDS)
+
+
+def test_what_a_program_frees_between_two_readings_is_no_overhead() -> None:
+    state = SlotState(owner=1)
+    assert state.grant(20 * MIB) == 20 * MIB, "what is found first counts at once"
+    assert state.grant(300 * MIB) == 20 * MIB, "freed since NVML looked"
+    assert state.grant(20 * MIB) == 20 * MIB
+    assert [state.grant(300 * MIB), state.grant(300 * MIB)] == [20 * MIB, 300 * MIB], "control: it stays so"
+    assert state.grant(0) == 0, "less counts at once"
+
+
+class Slice:
+    """As much of a slice as the monitor judges by."""
+
+    def __init__(self) -> None:
+        self.id, self.owner = "s", "ada"
+        part = SliceDevice(uuid="GPU-0", index=0, model="m", memory_bytes=4 * GIB, compute_milli=250)
+        self.slice = SimpleNamespace(devices=[part], mode="strict")
+        self.state = SlotState(owner=1, process=Process(7, 100))
+        self.tenant = SimpleNamespace(states={0: self.state}, compute_milli=self.compute_milli, holding=dict)
+        self.memory_doubts, self.compute_doubts = Doubts(64 * MIB), Doubts(100)
+        self.ctl = SimpleNamespace(words=SimpleNamespace(device=[SimpleNamespace(compute_used_milli=0)]))
+        self.milli = 0
+        self.granted: list[int] = []
+
+    def compute_milli(self, row: UseRow, now_ns: int) -> int:
+        """Return its rate."""
+        return self.milli
+
+    def grant_overhead(self, slot: int, overhead_bytes: int) -> int:
+        """Note what is granted."""
+        self.granted.append(self.state.grant(overhead_bytes))
+        return self.granted[-1]
+
+
+class Look:
+    """Looks at one slice."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.live = Slice()
+        self.judged = 0
+        turns = SimpleNamespace(reconcile=lambda *_: 0)
+        policy, parking = SimpleNamespace(policy=None), SimpleNamespace()
+        agent: Any = SimpleNamespace(overhead_caps={"GPU-0": CAP}, turns=turns, settings=policy, parking=parking)
+        nvml: Any = None
+        monkeypatch.setattr(monitor, "Responses", lambda *_: None)
+        self.monitor = Monitor(agent, nvml)
+        judge = monitor.judge_slice
+
+        def counted(*args: Any) -> object:
+            self.judged += 1
+            return judge(*args)
+
+        monkeypatch.setattr(monitor, "judge_slice", counted)
+
+    def __call__(self, memory: dict[int, int], rows: Sequence[UseRow] = (ROW,), compute: dict[int, int] | None = None) -> list[str]:
+        live: Any = self.live
+        sample = DeviceSample(memory, compute or {})
+        found = self.monitor._judge_slice(live, 0, list(rows), list(memory), sample)  # pyright: ignore[reportPrivateUsage]
+        return [finding.kind for finding in found]
+
+
+TOLD = {7: GIB + 300 * MIB}
+
+
+def test_a_slice_that_nothing_happens_in_is_judged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    look = Look(monkeypatch)
+    assert [look(TOLD) for _ in range(5)] == [[]] * 5
+    assert look.judged == 1
+    again = ROW._replace(allocs=5, frees=5, launches=9)
+    assert look(TOLD, [again]) == []
+    assert look.judged == 1, "counters are nothing to judge by"
+
+
+@pytest.mark.parametrize("what", ["memory", "stranger", "words", "computes", "told-compute", "shrinks", "busy", "owner"])
+def test_whatever_happens_in_it_is_judged_at_once(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    look = Look(monkeypatch)
+    assert [look(TOLD), look(TOLD)] == [[], []]
+    assert look.judged == 1
+    part = look.live.slice.devices[0]
+    if what == "memory":
+        assert look({7: 6 * GIB}) == ["overhead", "over-limit"]
+    elif what == "stranger":
+        assert look(TOLD | {8: GIB}) == ["unlimited"]
+    elif what == "words":
+        look(TOLD, [ROW._replace(used=2 * GIB)])
+    elif what == "computes":
+        assert look(TOLD, compute={7: 900}) == ["over-share"]
+    elif what == "told-compute":
+        look(TOLD, [ROW._replace(busy_ns=5)])
+    elif what == "busy":
+        look(TOLD, [ROW._replace(busy_since=5)])
+    elif what == "owner":
+        look.live.state.process = None
+        look(TOLD)
+    else:
+        look.live.slice.devices = [part.model_copy(update={"memory_bytes": GIB})]
+        assert look(TOLD) == ["over-limit"]
+    assert look.judged == 2
+
+
+def test_a_slice_is_calm_only_when_what_it_was_granted_and_told_is_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    look = Look(monkeypatch)
+    look(TOLD)
+    more = {7: TOLD[7] + 100 * MIB}
+    assert [look(more) for _ in range(3)] == [[]] * 3
+    assert look.live.granted == [0, 0, 100 * MIB], "the second look settles it, the third is not needed"
+    look.live.milli = 40
+    busy = [ROW._replace(busy_ns=9)]
+    look(more, busy)
+    words = look.live.ctl.words.device[0]
+    assert words.compute_used_milli == 40
+    look.live.milli = 0
+    look(more, busy)
+    assert words.compute_used_milli == 0, "the rate of the last seconds goes on without any new word"
+
+
+def test_a_finding_is_found_again_as_long_as_it_is_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    look = Look(monkeypatch)
+    assert [look(TOLD | {8: GIB}) for _ in range(4)] == [["unlimited"]] * 4, "two samples confirm it"
+    assert look(TOLD) == []
