@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from nbgpu.models import Device
 from nbgpu.quantities import GIB, MIB
 
+from .nvml_lists import Lists
 from .runtime import StartError
 
 log = logging.getLogger("nbgpu.agent")
@@ -102,6 +103,7 @@ class Nvml:
         import pynvml  # pyright: ignore[reportMissingTypeStubs]
 
         self._nvml: Any = pynvml
+        self._lists = Lists(pynvml)
         self._seen: dict[str, int] = {}
         self._handles: dict[str, Any] = {}
         self.count = 0
@@ -154,8 +156,7 @@ class Nvml:
         """Return what runs on a device now; an error of the driver is in the answer, never raised."""
         nvml, handle = self._nvml, self._handles[uuid]
         try:
-            processes: list[Any] = nvml.nvmlDeviceGetComputeRunningProcesses_v3(handle)
-            memory = {int(process.pid): int(process.usedGpuMemory or 0) for process in processes}
+            memory = self._lists.processes(handle)
             used_bytes = int(nvml.nvmlDeviceGetMemoryInfo(handle).used)
             compute, computed_ns = self._compute(uuid, handle)
             return DeviceSample(memory, compute, used_bytes, computed_ns)
@@ -166,11 +167,11 @@ class Nvml:
         """Return (free bytes of a device, bytes that some processes hold there); None when the driver does not answer."""
         nvml, handle = self._nvml, self._handles[uuid]
         try:
-            processes: list[Any] = nvml.nvmlDeviceGetComputeRunningProcesses_v3(handle)
+            held = self._lists.processes(handle)
             free = int(nvml.nvmlDeviceGetMemoryInfo(handle).free)
         except nvml.NVMLError:
             return None
-        return free, sum(int(process.usedGpuMemory or 0) for process in processes if int(process.pid) in pids)
+        return free, sum(size for pid, size in held.items() if pid in pids)
 
     def has_limits(self, uuid: str) -> bool:
         """Return whether a device can limit memory by cgroup: the question about one that cannot have a limit is answered otherwise."""
@@ -194,14 +195,11 @@ class Nvml:
     def _compute(self, uuid: str, handle: Any) -> tuple[dict[int, int], dict[int, int]]:
         nvml, seen = self._nvml, self._seen.get(uuid, 0)
         try:
-            samples: list[Any] = nvml.nvmlDeviceGetProcessUtilization(handle, seen)
+            told = [UtilSample(*sample) for sample in self._lists.utilization(handle, seen)]
         except nvml.NVMLError as error:
             if error.value in (nvml.NVML_ERROR_NOT_FOUND, nvml.NVML_ERROR_NOT_SUPPORTED):
                 return {}, {}
-            if error.value == nvml.NVML_SUCCESS:  # nvidia-ml-py raises this when there is no sample
-                return {}, {}
             raise
-        told = [UtilSample(int(sample.pid), int(sample.smUtil), int(sample.timeStamp)) for sample in samples]
         self._seen[uuid] = max([seen, *(sample.stamp_us for sample in told)])
         return busy_milli(told), computed_ns(told, seen)
 
