@@ -13,8 +13,11 @@ import resource
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -222,9 +225,12 @@ async def _serve(options: Options) -> None:
 
             kubernetes = Kubernetes(options, runtime)
             page.ready = kubernetes.ready
-            if await kubernetes.wait_for_lock(lock, ended):
-                agent, nvml = await _make(options, runtime)
-                await _work(agent, nvml, ended, kubernetes.serving(agent, nvml), page)
+            try:
+                if await kubernetes.wait_for_lock(lock, ended, lambda: _rehearse(options)):
+                    agent, nvml = await _make(options, runtime)
+                    await _work(agent, nvml, ended, kubernetes.serving(agent, nvml), page)
+            finally:
+                await kubernetes.stop()
         else:
             await asyncio.to_thread(lock.acquire, options.takeover)
             agent, nvml = await _make(options, runtime)
@@ -241,6 +247,25 @@ def _metrics_page(address: str | None, health_only: bool) -> MetricsPage:
         return MetricsPage(None if address is None else listen_tcp(address), health_only)
     except OSError as error:
         raise StartError(f"Metrics cannot be served at {address}: {error.strerror or error}.") from None
+
+
+async def _rehearse(options: Options) -> None:
+    """Raise StartError when no agent can be made as these options say: tried by another process, in a directory that is nobody's."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        problem = await asyncio.get_running_loop().run_in_executor(pool, _problem, options)
+    if problem is not None:
+        raise StartError(problem)
+
+
+def _problem(options: Options) -> str | None:
+    logs.set_up("error", "%(asctime)s %(levelname)s agent: %(message)s")
+    with tempfile.TemporaryDirectory(prefix="nbgpu-") as directory:
+        try:
+            agent, _ = asyncio.run(_make(options, prepare(Path(directory))))
+        except NbgpuError as error:
+            return error.message
+        agent.close()
+    return None
 
 
 async def _make(options: Options, runtime: Path) -> tuple[Agent, Nvml]:

@@ -204,6 +204,31 @@ def test_an_agent_of_another_version_takes_over_under_running_pods(node: Node, p
     node.restart()
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--reserve=lots"], "--reserve"),
+        (["--devices=0-1"], "--devices names '0-1'"),
+        (["--memory-backend=driver"], "memory"),
+    ],
+)
+def test_an_agent_that_cannot_serve_does_not_take_the_place_of_one_that_does(node: Node, options: list[str], words: str) -> None:
+    """A DaemonSet ends the old agent once the new one is ready: a slip of the administrator's must not take the node."""
+    old = node.process
+    assert old is not None
+    node.wait_registered()
+    registered, said = node.log().count("registered with the kubelet"), len(node.log())
+    new = node.launch(*options)
+    assert new.wait(60) == 1
+    news = node.log()[said:]
+    assert words in news.strip().splitlines()[-1], news
+    assert "Traceback" not in news
+    assert node.log().count("registered with the kubelet") == registered, "the kubelet was told of it"
+    assert old.poll() is None
+    assert node.admin_up()
+    node.process = old
+
+
 def test_the_resource_slice_is_kept_as_it_should_be(node: Node, place: Place) -> None:
     there = f"/apis/resource.k8s.io/v1/resourceslices/{node.name}-gpu.nbgpu.io"
     first = node.resource_slice()

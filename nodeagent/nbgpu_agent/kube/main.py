@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,13 +63,15 @@ class Kubernetes:
         """Return whether the kubelet knows this agent: the one before it may end."""
         return self._plugin.registered.is_set()
 
-    async def wait_for_lock(self, lock: RuntimeLock, ended: asyncio.Event) -> bool:
+    async def wait_for_lock(self, lock: RuntimeLock, ended: asyncio.Event, rehearse: Callable[[], Awaitable[None]]) -> bool:
         """Wait until the runtime directory is this agent's; False when it is to end before.
 
-        While another has it (a DaemonSet is being updated) this one is registered already and passes on what the kubelet asks.
+        While another has it (a DaemonSet is being updated) this one is registered already and passes on what the kubelet asks: from
+        then on the other may end, so first it makes sure by `rehearse`, which raises otherwise, that it can serve as its options say.
         """
         if lock.take():
             return True
+        await rehearse()
         log.info("another agent serves this node: waiting for its end")
         await self._plugin.start()
         while not lock.take():
@@ -78,6 +80,10 @@ class Kubernetes:
                 await self._plugin.stop()
                 return False
         return True
+
+    async def stop(self) -> None:
+        """Take back what the kubelet knows of this agent; once is enough."""
+        await self._plugin.stop()
 
     @contextlib.asynccontextmanager
     async def serving(self, agent: Agent, nvml: Nvml) -> AsyncGenerator[None, None]:
