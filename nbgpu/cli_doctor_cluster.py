@@ -7,6 +7,7 @@ import re
 from .claims import DRIVER
 from .cli_doctor import Check
 from .cluster_look import COMPONENT, ENFORCE, Cluster, as_dict, as_dicts, granted
+from .kube import Json
 from .quantities import WHOLE_MILLI, format_memory
 from .words import counted
 
@@ -91,19 +92,33 @@ def _stranded(cluster: Cluster) -> int:
 
 def _why(cluster: Cluster, component: str) -> str:
     """Return what the first pod of a part waits for."""
-    for pod in cluster.pods:
-        if as_dict(pod["metadata"].get("labels")).get(COMPONENT) != component:
-            continue
-        status = as_dict(pod.get("status"))
-        for state in as_dicts(status.get("containerStatuses")):
+    return _stuck(cluster, component) or next(
+        (
+            f": {condition['message']}"
+            for pod in _pods(cluster, component)
+            for condition in as_dicts(as_dict(pod.get("status")).get("conditions"))
+            if condition.get("status") == "False" and condition.get("message")
+        ),
+        "",
+    )
+
+
+def _stuck(cluster: Cluster, component: str) -> str:
+    """Return why a container of a part does not run, of the first pod where that is so: what it said last, or what was said of it."""
+    for pod in _pods(cluster, component):
+        for state in as_dicts(as_dict(pod.get("status")).get("containerStatuses")):
             waiting = as_dict(as_dict(state.get("state")).get("waiting"))
             if waiting:
                 last = str(as_dict(as_dict(state.get("lastState")).get("terminated")).get("message") or "").strip().splitlines()
-                return f": {waiting.get('reason')}: {last[-1] if last else waiting.get('message', '')}".rstrip(": ")
-        for condition in as_dicts(status.get("conditions")):
-            if condition.get("status") == "False" and condition.get("message"):
-                return f": {condition['message']}"
+                name = f"{pod['metadata'].get('namespace')}/{pod['metadata'].get('name')}"
+                told = [event.message for event in cluster.events if event.pod == name]
+                said = last[-1] if last else waiting.get("message") or (told[-1][:200] if told else "")
+                return f": {waiting.get('reason')}: {said}".rstrip(": ")
     return ""
+
+
+def _pods(cluster: Cluster, component: str) -> list[Json]:
+    return [pod for pod in cluster.pods if as_dict(pod["metadata"].get("labels")).get(COMPONENT) == component]
 
 
 def _devices(cluster: Cluster) -> list[Check]:
@@ -141,13 +156,13 @@ def _runtimes(cluster: Cluster) -> list[Check]:
     if old:
         remedy = "Update to containerd 2, or set enable_cdi = true and cdi_spec_dirs in /etc/containerd/config.toml and restart it."
         found.append(Check("CDI", "warning", f"containerd 1 on {', '.join(old[:5])}: it has CDI off by default", remedy))
-    failed = [message for _, message in cluster.events if _CDI.search(message)]
+    failed = [message for _, message, _ in cluster.events if _CDI.search(message)]
     if failed:
         remedy = "Turn CDI on in the container runtime (containerd: enable_cdi = true), and see that its cdi_spec_dirs has /var/run/cdi."
         found.append(Check("CDI", "error", f"a container was refused its CDI devices: {failed[-1][:200]}", remedy))
     elif cluster.runtimes and not old:
         found.append(Check("CDI", "ok", "no container was refused its devices"))
-    refused = [message for reason, message in cluster.events if reason == _PREPARE and not _CDI.search(message)]
+    refused = [message for reason, message, _ in cluster.events if reason == _PREPARE and not _CDI.search(message)]
     if refused:
         found.append(
             Check("prepare", "warning", f"a pod's slice was not prepared: {refused[-1][:200]}", "See the agent's log of that node.")
@@ -160,10 +175,12 @@ def _pool(cluster: Cluster) -> list[Check]:
     for one in cluster.pools:
         name = f"{one['metadata'].get('namespace')}/{one['metadata'].get('name')}"
         ready = int(as_dict(one.get("status")).get("readyReplicas") or 0)
+        remedy = f"kubectl -n {name.split('/')[0]} logs deployment/{name.split('/')[1]}"
         if ready:
             found.append(Check("pool replicas", "ok", f"{name} answers ({ready} of {one['spec'].get('replicas', 1)} replicas: one leads)"))
+            if stuck := _stuck(cluster, "pool"):
+                found.append(Check("pool replicas", "warning", f"a pod of {name} does not run{stuck}", remedy))
         else:
-            remedy = f"kubectl -n {name.split('/')[0]} logs deployment/{name.split('/')[1]}"
             found.append(Check("pool replicas", "error", f"no replica of {name} is ready{_why(cluster, 'pool')}", remedy))
     if not cluster.pools and "deployments" not in cluster.unread:
         found.append(Check("pool replicas", "note", "no Deployment of nbgpu's chart is here"))

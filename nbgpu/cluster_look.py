@@ -7,7 +7,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from .claim_limits import in_force, shares, with_limits
 from .claims import DRIVER, OWNER_ANNOTATION, SLICE_LABEL, BadObject, device_name, devices_of, read_claim
@@ -20,6 +20,15 @@ RESOURCE = "resource.k8s.io/v1"
 PARTS = "app.kubernetes.io/name=nbgpu"
 COMPONENT = "app.kubernetes.io/component"
 ENFORCE = "pod-security.kubernetes.io/enforce"
+
+
+class Event(NamedTuple):
+    """A warning about a pod."""
+
+    reason: str
+    message: str
+    pod: str = ""
+    """Its namespace and name."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +70,7 @@ class Cluster:
     carried: set[tuple[str, str]] | None = None
     """Namespaces and request ids of the slices for which there is a pod; None: not known."""
     runtime_classes: set[str] = field(default_factory=set[str])
-    events: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
-    """Of pods: reason and message."""
+    events: list[Event] = field(default_factory=list[Event])
     unguarded: list[str] = field(default_factory=list[str])
     """Namespaces of servers in which Pod Security lets anybody who makes pods mount the host's files."""
     unread: list[str] = field(default_factory=list[str])
@@ -100,11 +108,16 @@ async def _read(kube: Kube, namespace: str) -> Cluster:
         str(one["metadata"]["name"]) for one in await _list(kube, found, "runtimeclasses", path("node.k8s.io/v1", "runtimeclasses"))
     }
     events = await _list(kube, found, "events", path("v1", "events"), fields="involvedObject.kind=Pod,type=Warning")
-    found.events = [(str(one.get("reason", "")), str(one.get("message", ""))) for one in events]
+    found.events = [_event(one) for one in events]
     take_in(found, nodes, slices, claims)
     bindings = await _list(kube, found, "rolebindings", path("rbac.authorization.k8s.io/v1", "rolebindings"), labels=PARTS)
     found.unguarded = unguarded(await _list(kube, found, "namespaces", path("v1", "namespaces")), bindings, found.holdings)
     return found
+
+
+def _event(one: Json) -> Event:
+    of = as_dict(one.get("involvedObject"))
+    return Event(str(one.get("reason", "")), str(one.get("message", "")), f"{of.get('namespace')}/{of.get('name')}")
 
 
 async def _list(kube: Kube, found: Cluster, what: str, where: str, labels: str = "", fields: str = "") -> list[Json]:
@@ -159,9 +172,10 @@ def _holdings(claims: list[Json], names: dict[tuple[str, str], Device], carried:
             problem = ""
         except BadObject as error:
             read, problem = None, error.message
-        if read is None and not problem and not (SLICE_LABEL in labels and str(meta.get("name", "")).startswith("nbgpu-")):
-            continue
         status = as_dict(claim.get("status"))
+        ours = SLICE_LABEL in labels and str(meta.get("name", "")).startswith("nbgpu-")
+        if read is None and not problem and not ours and (status.get("allocation") or not _wants_ours(claim)):
+            continue
         pods = tuple(str(one.get("name", "")) for one in as_dicts(status.get("reservedFor")))
         deleting = "deletionTimestamp" in meta
         slice_of = str(meta.get("namespace", "")), str(labels.get(SLICE_LABEL, ""))
@@ -169,6 +183,12 @@ def _holdings(claims: list[Json], names: dict[tuple[str, str], Device], carried:
         state = "releasing" if deleting else "running" if pods else "idle" if idle else "waiting"
         held = with_limits(read.slice, in_force(shares(claim, names))) if read is not None else None
         yield Holding(str(meta.get("namespace", "")), str(meta.get("name", "")), _owner(meta), held, state, pods, problem)
+
+
+def _wants_ours(claim: Json) -> bool:
+    """Return whether a claim asks for the DeviceClass that the chart makes."""
+    requests = as_dicts(as_dict(as_dict(claim.get("spec")).get("devices")).get("requests"))
+    return any(as_dict(one.get("exactly")).get("deviceClassName") == DRIVER for one in requests)
 
 
 def _owner(meta: Json) -> str:

@@ -76,6 +76,8 @@ class PoolClient:
 
     def __init__(self, socket_path: str = "", url: str = "", token: str = "", timeout_seconds: float = 10.0):
         self._base = url.rstrip("/") or "http://pool"
+        self.where = url or socket_path
+        """For the admin's log."""
         self._headers = {"Content-Type": "application/json"}
         if token:
             self._headers["Authorization"] = f"Bearer {token}"

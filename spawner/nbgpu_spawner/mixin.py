@@ -343,12 +343,17 @@ class GPUSliceMixin(_Spawner):
 
     async def _patiently(self, call: Any, start: float) -> Any:
         """Try `call` again while the pool is away, for as long as a restart takes."""
+        told = False
         while True:
             try:
                 return await call()
             except PoolUnavailable as error:
                 if error.code == REFUSED_BY_NODE or time.monotonic() - start > self.gpu_patience_seconds():
                     raise
+                if not told:
+                    told = True
+                    why = error.__cause__ or error.message
+                    self.log.warning("%s: the GPU pool at %s does not answer: %s", self._log_name, self.pool.where, why)
                 self._gpu_progress.tell("The GPU pool does not answer yet; trying again.", percent=5)
                 await asyncio.sleep(0.5)
 

@@ -12,7 +12,7 @@ from nbgpu.claims import claim_for, device_name, resource_slice
 from nbgpu.cli_cluster import cluster_json, cluster_tables, show_pool
 from nbgpu.cli_common import console
 from nbgpu.cli_doctor_cluster import checks
-from nbgpu.cluster_look import Cluster, carried, take_in, unguarded
+from nbgpu.cluster_look import Cluster, Event, carried, take_in, unguarded
 from nbgpu.errors import NbgpuError
 from nbgpu.models import Device, Grant, GrantState, Owner, Request, Slice, SliceDevice
 
@@ -76,7 +76,7 @@ def test_all_is_well() -> None:
         ({"agents": [daemonset(wanted=0, ready=0)]}, "runs on no node"),
         ({"agents": [daemonset(wanted=3)]}, "1 of 3 agents"),
         ({"agents": [daemonset(runtime="nvidia")], "runtime_classes": set()}, "RuntimeClass nvidia"),
-        ({"events": [("Failed", "unresolvable CDI devices gpu.nbgpu.io/slice=x")]}, "refused its CDI devices"),
+        ({"events": [Event("Failed", "unresolvable CDI devices gpu.nbgpu.io/slice=x")]}, "refused its CDI devices"),
         ({"slices": [resource_slice("n0", [DEVICE.model_copy(update={"healthy": False})], {}, 1)]}, "is not healthy"),
         ({"slices": [{"metadata": {"name": "odd"}, "spec": {}}]}, "ResourceSlice odd"),
         ({"pools": [{"metadata": {"namespace": "a", "name": "b"}, "spec": {}}]}, "no replica of a/b is ready"),
@@ -96,7 +96,7 @@ def test_what_is_wrong_and_what_to_do(changes: dict[str, Any], words: str) -> No
         ({"nodes": [node(ready="False")]}, "n0 is not ready"),
         ({"nodes": [node(**{"nvidia.com/gpu": "4"})]}, "hands out 4 of its GPUs"),
         ({"unread": ["events"]}, "may not read events"),
-        ({"events": [("FailedPrepareDynamicResources", "no room")]}, "not prepared"),
+        ({"events": [Event("FailedPrepareDynamicResources", "no room")]}, "not prepared"),
     ],
 )
 def test_what_may_be_wrong(changes: dict[str, Any], words: str) -> None:
@@ -109,6 +109,40 @@ def test_a_pod_that_waits_is_quoted() -> None:
         "status": {"conditions": [{"status": "False", "message": "no room"}]},
     }
     assert "0 of 1 agents of nbgpu/nbgpu-agent are ready: no room" in " ".join(said(well(agents=[daemonset(ready=0)], pods=[pod]), "error"))
+
+
+def pool_pod(waiting: dict[str, str], last: str = "") -> dict[str, Any]:
+    return {
+        "metadata": {"namespace": "nbgpu", "name": "pool-1", "labels": {"app.kubernetes.io/component": "pool"}},
+        "status": {"containerStatuses": [{"state": {"waiting": waiting}, "lastState": {"terminated": {"message": last}}}]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("pod", "words"),
+    [
+        (
+            pool_pod({"reason": "CrashLoopBackOff"}, "pool: starting\nnbgpu pool: quotas.default.limit is 'lots'"),
+            "quotas.default.limit is 'lots'",
+        ),
+        (pool_pod({"reason": "ContainerCreating"}), 'ContainerCreating: secret "nope" not found'),
+    ],
+)
+def test_a_replica_that_does_not_come_up_beside_one_that_answers(pod: dict[str, Any], words: str) -> None:
+    events = [Event("FailedMount", 'secret "nope" not found', "nbgpu/pool-1"), Event("FailedMount", "of another", "nbgpu/pool-2")]
+    [found] = said(well(pods=[pod], events=events), "warning")
+    assert found.startswith("pool replicas: a pod of nbgpu/nbgpu-pool does not run: ")
+    assert words in found
+    running = {**pod, "status": {"containerStatuses": [{"state": {"running": {}}}]}}
+    assert said(well(pods=[running], events=events), "warning") == [], "control"
+
+
+def test_a_claim_of_somebodys_own_that_waits_is_told_of() -> None:
+    wanted = {"name": "gpu", "exactly": {"deviceClassName": "gpu.nbgpu.io", "capacity": {"requests": {"compute": "1250"}}}}
+    own = {"metadata": {"namespace": "lab", "name": "big"}, "spec": {"devices": {"requests": [wanted]}}}
+    other = {"metadata": {"namespace": "lab", "name": "nic"}, "spec": {"devices": {"requests": [{"exactly": {"deviceClassName": "nic"}}]}}}
+    [found] = well(claims=[own, other]).holdings
+    assert (found.owner, found.state, found.slice) == ("lab/big", "waiting", None)
 
 
 @pytest.mark.parametrize("slices", [[resource_slice("n0", [DEVICE], {}, 1)], []], ids=["just now", "its ResourceSlices are gone too"])
