@@ -33,6 +33,7 @@ each other and the start pages waiting."""
 STARTS = ("/requests", "/launches", "/prepare", "/bind")
 """What a server's start calls, and what may wait for a node: nobody's giving back waits for it."""
 NO_ANSWER = "The GPU pool does not answer, so no GPU can be given now. Try again in a minute, or start without a GPU."
+TOKEN_REFUSED = "The GPU pool does not accept this hub's token. Tell your administrator: only they can mend it."
 REFUSED_BY_NODE = "refused-by-node"
 """Code of an error that asking again does not mend: the node's word about a slice is the last one."""
 _GRANT = TypeAdapter(Grant)
@@ -171,6 +172,8 @@ def _plain(error: HTTPClientError) -> NbgpuError:
     if error.code == 503:
         # which of two replicas should answer is not a user's business
         return PoolUnavailable(NO_ANSWER if code == "not-leader" else message or NO_ANSWER, code=code)
+    if error.code == 401:
+        return PoolUnavailable(TOKEN_REFUSED, code="token")
     if error.code in (400, 403, 404, 409) and message:
         return Refused(message, code=code, status=error.code, field=field)
     return PoolUnavailable(NO_ANSWER)

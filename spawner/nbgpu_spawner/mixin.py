@@ -354,7 +354,8 @@ class GPUSliceMixin(_Spawner):
                     told = True
                     why = error.__cause__ or error.message
                     self.log.warning("%s: the GPU pool at %s does not answer: %s", self._log_name, self.pool.where, why)
-                self._gpu_progress.tell("The GPU pool does not answer yet; trying again.", percent=5)
+                words = "The GPU pool does not answer yet; trying again." if error.code != "token" else error.message
+                self._gpu_progress.tell(words, percent=5)
                 await asyncio.sleep(0.5)
 
     def _wait_seconds(self) -> float:

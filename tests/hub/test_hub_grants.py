@@ -193,6 +193,22 @@ def test_pool_down_is_said_in_plain_words(hub: Hub, calm_pool: FakePool) -> None
     hub.ready("ada")
 
 
+def test_a_token_that_the_pool_does_not_know_is_told_apart_from_a_pool_that_is_away(hub: Hub, calm_pool: FakePool) -> None:
+    calm_pool.refuse = (401, "Who are you?")
+    answer = hub.spawn("ada", HALF)
+    events = hub.login("ada").watch()
+    text = answer.json()["message"] if answer.status_code == 503 else ""
+    if not text:
+        text = until(lambda: next((event for event in events if event.get("failed")), None), 30, "it fails")["message"]
+    assert "does not accept this hub's token" in text
+    assert "does not answer" not in text
+    assert f"the GPU pool at {calm_pool.path} does not answer: HTTP 401" in hub.log.read_text()
+    calm_pool.refuse = None
+    hub.gone("ada")
+    assert hub.spawn("ada", HALF).status_code in (201, 202)
+    hub.ready("ada")
+
+
 def test_a_pool_that_restarts_costs_only_time(hub: Hub, calm_pool: FakePool) -> None:
     calm_pool.fail_next.update({"requests": 1, "bind": 1})
     hub.spawn("ada", HALF)
