@@ -38,6 +38,11 @@ def pool() -> PoolClient:
     return PoolClient(runtime_dir() / POOL_SOCKET)
 
 
+def in_a_pod() -> bool:
+    """Return whether this process is in a pod: the pool of its agent is another pod, and not to be looked for here."""
+    return "KUBERNETES_SERVICE_HOST" in os.environ
+
+
 def find_slice(slices: list[AgentSlice], start: str | None) -> AgentSlice:
     """Return the slice whose id begins with `start`; with None, the only one."""
     if start is None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from . import __version__
-from .cli_common import agent, backend_words, limiter_only, pool
+from .cli_common import agent, backend_words, in_a_pod, limiter_only, pool
 from .cli_doctor import Check, Facts
 from .errors import NbgpuError
 from .models import GrantState
@@ -133,6 +133,9 @@ def agent_and_pool(facts: Facts) -> list[Check]:
         facts.pool_answers = True
         found.append(Check("pool", "ok", f"answers; {counted(sum(grant.state in _HOLDING for grant in facts.grants), 'slice')} held"))
     except NbgpuError as error:
+        if error.code == "away" and in_a_pod():
+            found.append(Check("pool", "note", "another pod; `nbgpu doctor --cluster` looks at it, where kubectl works"))
+            return found
         found.append(_silent("pool", (folder / POOL_SOCKET).exists() or facts.node is not None, error))
     return found
 

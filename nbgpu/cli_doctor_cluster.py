@@ -13,6 +13,8 @@ from .words import counted
 
 _CDI = re.compile(r"unresolvable CDI devices|CDI device injection failed|CDI.*(not enabled|disabled)", re.IGNORECASE)
 _SHARED_MOUNT = "On that node: mount --make-rshared / before the container runtime starts (docs/kubernetes.md)."
+_EARLY = "no relationship found between node"
+"""What the API server's Node authorizer says of a pod that has just come to the node."""
 _PREPARE = "FailedPrepareDynamicResources"
 
 
@@ -73,6 +75,9 @@ def _agents(cluster: Cluster) -> list[Check]:
             found.append(Check("agents", "error", f"{ready} of {wanted} agents of {name} are ready{why}", remedy))
         else:
             found.append(Check("agents", "ok", f"{ready} of {wanted} are ready"))
+            if stuck := _stuck(cluster, "agent"):
+                remedy = f"kubectl -n {name.split('/')[0]} describe pods; nothing is lost meanwhile."
+                found.append(Check("agents", "warning", f"a new pod of {name} does not run{stuck}", remedy))
     if stranded := _stranded(cluster):
         what = f"{counted(stranded, 'server')} {'holds a slice' if stranded == 1 else 'hold slices'} and no agent of nbgpu's chart is here"
         remedy = "helm install nbgpu again, under its old name, until they have ended (docs/kubernetes.md, Uninstall)."
@@ -163,10 +168,12 @@ def _runtimes(cluster: Cluster) -> list[Check]:
     elif cluster.runtimes and not old:
         found.append(Check("CDI", "ok", "no container was refused its devices"))
     refused = [message for reason, message, _ in cluster.events if reason == _PREPARE and not _CDI.search(message)]
-    if refused:
-        found.append(
-            Check("prepare", "warning", f"a pod's slice was not prepared: {refused[-1][:200]}", "See the agent's log of that node.")
-        )
+    early = [message for message in refused if _EARLY in message]
+    if early:
+        found.append(Check("prepare", "note", "a pod started a minute late: Kubernetes refused the kubelet its claim, too early"))
+    if refused := [message for message in refused if message not in early]:
+        what = f"a pod's slice was not prepared in the last hour: {refused[-1][:300]}"
+        found.append(Check("prepare", "warning", what, "See the agent's log of that node."))
     return found
 
 

@@ -6,7 +6,20 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .cli_common import SHORT_ID, agent, backend_words, console, limiter_only, own_slice, owner_name, percent, pool, print_json, short_ids
+from .cli_common import (
+    SHORT_ID,
+    agent,
+    backend_words,
+    console,
+    in_a_pod,
+    limiter_only,
+    own_slice,
+    owner_name,
+    percent,
+    pool,
+    print_json,
+    short_ids,
+)
 from .client import SliceClient
 from .errors import NbgpuError, Unavailable
 from .kernel_names import read_names
@@ -57,7 +70,8 @@ def read_machine() -> Machine:
     try:
         books, grants, pool_error = pool().devices(), pool().grants(), None
     except NbgpuError as error:
-        books, grants, pool_error = [], [], error.message
+        elsewhere = error.code == "away" and in_a_pod()
+        books, grants, pool_error = [], [], "it is another pod: `nbgpu status --cluster` tells of it." if elsewhere else error.message
     queue = sorted((grant for grant in grants if grant.state is GrantState.queued), key=lambda grant: grant.position or 0)
     return Machine(node, slices, usage, books, queue, pool_error)
 

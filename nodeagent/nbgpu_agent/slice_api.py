@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -15,8 +16,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from nbgpu.errors import InvalidValue, NbgpuError
-from nbgpu.models import KernelId, KernelLimit, Model, Resume
+from nbgpu.models import KernelId, KernelLimit, Model, Resume, Usage
 
+from . import procs
 from .agent import Agent, NoSuchSlice
 from .history import LENGTH
 from .idle import MOST_KERNELS
@@ -41,6 +43,13 @@ class Protect(Model):
 
     protected: bool
     """It keeps its GPU while it is idle."""
+
+
+def with_pids(usage: Usage, pid_of: Callable[[int], int]) -> Usage:
+    """Return what a slice uses with other names for its processes: in a pod those that its own programs know them by."""
+    kernels = [kernel.model_copy(update={"pids": sorted(map(pid_of, kernel.pids))}) for kernel in usage.kernels]
+    suspended = [one.model_copy(update={"pid": pid_of(one.pid)}) for one in usage.suspended]
+    return usage.model_copy(update={"kernels": kernels, "suspended": suspended})
 
 
 def _json(text: str) -> Response:
@@ -84,7 +93,8 @@ class SliceApi:
         now = time.monotonic()
         kept = self._usage.get(live.id)
         if kept is None or now >= kept[0]:
-            text = self._agent.parking.usage(live).model_dump_json()
+            found = self._agent.parking.usage(live)
+            text = (found if live.record.claim is None else with_pids(found, procs.inner_pid)).model_dump_json()
             took = time.monotonic() - now
             # A file made to be expensive is read less often; an ordinary one at each request.
             kept = (now + (COST_SHARE * took if took > CHEAP_SECONDS else 0), text)
@@ -124,9 +134,13 @@ class SliceApi:
             pid = Resume.model_validate_json(await request.body()).pid
         except ValidationError as error:
             raise _invalid(error) from None
+        in_pod = live.record.claim is not None
+        if in_pod:
+            pid = next((one.pid for one in live.record.suspended if procs.inner_pid(one.pid) == pid), pid)
         await self._agent.resume(live.id, pid, "this server's user")
         self._usage.pop(live.id, None)
-        return _json(live.usage().model_dump_json(include={"suspended"}))
+        found = live.usage()
+        return _json((with_pids(found, procs.inner_pid) if in_pod else found).model_dump_json(include={"suspended"}))
 
     async def idle(self, request: Request) -> Response:
         """``GET /v1/idle``; 404 ``not-offered`` where slices are never parked."""

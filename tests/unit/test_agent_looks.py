@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 
-from nbgpu.models import SliceDevice
+from nbgpu.models import Owner, Slice, SliceDevice, Suspension
 from nbgpu.quantities import GIB, MIB
 from nbgpu_agent import monitor
 from nbgpu_agent.monitor import Monitor
 from nbgpu_agent.native import UseRow
 from nbgpu_agent.nvml import DeviceSample
 from nbgpu_agent.procs import Process
+from nbgpu_agent.slice_api import with_pids
 from nbgpu_agent.tenant import SlotState
-from nbgpu_agent.usage import Doubts
+from nbgpu_agent.usage import Doubts, SlotUse, slice_usage
 
 CAP = 512 * MIB
 BLANK: dict[str, Any] = dict.fromkeys(UseRow._fields, 0)
@@ -33,7 +34,7 @@ def test_what_a_program_frees_between_two_readings_is_no_overhead() -> None:
     assert state.grant(0) == 0, "less counts at once"
 
 
-class Slice:
+class Judged:
     """As much of a slice as the monitor judges by."""
 
     def __init__(self) -> None:
@@ -61,7 +62,7 @@ class Look:
     """Looks at one slice."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.live = Slice()
+        self.live = Judged()
         self.judged = 0
         turns = SimpleNamespace(reconcile=lambda *_: 0)
         policy, parking = SimpleNamespace(policy=None), SimpleNamespace()
@@ -143,3 +144,15 @@ def test_a_finding_is_found_again_as_long_as_it_is_so(monkeypatch: pytest.Monkey
     look = Look(monkeypatch)
     assert [look(TOLD | {8: GIB}) for _ in range(4)] == [["unlimited"]] * 4, "two samples confirm it"
     assert look(TOLD) == []
+
+
+def test_in_a_pod_processes_have_the_pids_that_its_programs_know() -> None:
+    part = SliceDevice(uuid="GPU-0", index=0, model="m", memory_bytes=4 * GIB, compute_milli=250)
+    wanted = Slice(slice_id="slice-00", owner=Owner(hub="h", user="ada"), node="n", mode="burst", devices=[part], simulated=True)
+    slots = [SlotUse(0, "k", 32209, GIB, GIB, 0), SlotUse(0, "k", 32001, GIB, GIB, 0)]
+    seen = Suspension(pid=32001, kind="unlimited", since=1.0, how="stop", kernel_id=None, reason="")
+    usage = slice_usage(wanted, slots, {}, {}, {}, "limiter", 1.0, 1, [seen])
+    inside = with_pids(usage, {32209: 23, 32001: 77}.__getitem__)
+    assert [kernel.pids for kernel in inside.kernels] == [[23, 77]]
+    assert [one.pid for one in inside.suspended] == [77]
+    assert [kernel.pids for kernel in usage.kernels] == [[32001, 32209]], "the agent's own is as it was"

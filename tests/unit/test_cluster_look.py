@@ -137,6 +137,20 @@ def test_a_replica_that_does_not_come_up_beside_one_that_answers(pod: dict[str, 
     assert said(well(pods=[running], events=events), "warning") == [], "control"
 
 
+def test_a_new_agent_that_does_not_come_up_beside_one_that_serves() -> None:
+    pod = pool_pod({"reason": "CrashLoopBackOff"}, "nbgpu agent: --reserve is 'lots'")
+    pod["metadata"]["labels"]["app.kubernetes.io/component"] = "agent"
+    [found] = said(well(pods=[pod]), "warning")
+    assert found == "agents: a new pod of nbgpu/nbgpu-agent does not run: CrashLoopBackOff: nbgpu agent: --reserve is 'lots'"
+
+
+def test_a_kubelet_that_asked_too_early_is_no_fault_of_the_agents() -> None:
+    early = Event("FailedPrepareDynamicResources", "no relationship found between node 'n0' and this object")
+    assert said(well(events=[early]), "warning", "error") == []
+    assert any("a minute late" in one for one in said(well(events=[early]), "note"))
+    assert len(said(well(events=[early, Event("FailedPrepareDynamicResources", "no room")]), "warning")) == 1
+
+
 def test_a_claim_of_somebodys_own_that_waits_is_told_of() -> None:
     wanted = {"name": "gpu", "exactly": {"deviceClassName": "gpu.nbgpu.io", "capacity": {"requests": {"compute": "1250"}}}}
     own = {"metadata": {"namespace": "lab", "name": "big"}, "spec": {"devices": {"requests": [wanted]}}}
