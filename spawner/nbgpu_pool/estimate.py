@@ -19,6 +19,8 @@ from .shapes import Part, Want
 ENOUGH_SESSIONS = 5
 """Observed sessions from which on an estimate is no guess."""
 GUESS_SECONDS = 3600.0
+PARK_SECONDS = 15.0
+"""Until a slice that is being parked has given its room back."""
 MAX_EVENTS = 300
 MAX_TRIES = 400
 
@@ -112,6 +114,8 @@ def queue_forecast(books: Books, kinds: Kinds, now: float, ghosts: Sequence[Want
         sessions = kinds.of(entry.request.owner.hub)
         if entry.state == GrantState.releasing:
             ends.append((0.0, number, False, entry.parts()))
+        elif entry.parking:
+            ends.append((PARK_SECONDS, number, False, entry.parts()))
         else:
             age = 0.0 if entry.state == GrantState.reserved else max(0.0, now - entry.started)
             ends.append((sessions.remaining_seconds(age), number, sessions.guessing, entry.parts()))
