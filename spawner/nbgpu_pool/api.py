@@ -160,7 +160,7 @@ async def give_up(request_id: RequestId, pool: Pool, speaker: Speaker) -> Any:
 
 @router.post("/v1/requests/{request_id}/replace")
 async def replace(request_id: RequestId, body: Request, pool: Pool, speaker: Speaker) -> Grant:
-    """Give a waiting request up for another of the same owner that can be granted at once; where it cannot (409), the first keeps its place."""
+    """Give a waiting request up for another that can be granted at once; where it cannot (409), the first keeps its place."""
     _must_be_free_for(speaker, body, pool)
     _entry(pool, request_id, speaker)
     return pool.replace(request_id, body)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from typing import Literal
-
 from nbgpu.errors import NbgpuError, Unavailable
 from nbgpu.models import Availability, AvailabilityQuery, GrantState, Shape
+from nbgpu.words import rough_time
 
 from . import quotas as quota_rules
 from .books import Entry
@@ -100,17 +98,3 @@ class _Looker:
             words.append(f"{self.waiting} {'waits' if self.waiting == 1 else 'wait'} before you")
         head, *rest = words
         return f"{head}: {', '.join(rest)}" if rest else head
-
-
-def rough_time(seconds: float, least: Literal["minutes", "seconds"] = "minutes") -> str:
-    """Return a duration for people, rounded up: ``a minute``, ``10 minutes``, ``2 hours``; with `least` also ``40 seconds``."""
-    if least == "seconds" and seconds < 60:
-        return f"{max(1, math.ceil(seconds))} seconds" if seconds > 1 else "a second"
-    minutes = max(1, math.ceil(seconds / 60))
-    if minutes == 1:
-        return "a minute"
-    if minutes > 10:
-        minutes = math.ceil(minutes / 5) * 5
-    if minutes <= 90:
-        return f"{minutes} minutes"
-    return f"{math.ceil(minutes / 60)} hours"
