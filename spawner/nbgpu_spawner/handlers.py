@@ -13,7 +13,7 @@ from jupyterhub.scopes import needs_scope
 from jupyterhub.utils import url_escape_path, url_path_join
 from tornado import web
 
-from nbgpu.errors import NbgpuError, Refused
+from nbgpu.errors import NbgpuError
 from nbgpu.models import Request
 
 from .mixin import GPUSliceMixin
@@ -40,10 +40,7 @@ class AvailabilityHandler(APIHandler):
         spawner = user.spawners.get(name, user.spawner)
         if not isinstance(spawner, GPUSliceMixin):
             raise web.HTTPError(404, "Servers here have no GPU slices")
-        try:
-            state = await spawner.gpu_start_state()
-        except Refused as error:
-            raise web.HTTPError(403, error.message) from None
+        state = await spawner.gpu_start_state()
         self.set_header("Cache-Control", "no-store")
         self.write(json.dumps(state.as_json()))
 

@@ -228,13 +228,9 @@ class GPUSliceMixin(_Spawner):
 
     async def render_gpu_form(self) -> str:
         """Return the start page's fields."""
-        try:
-            profiles = await self.gpu_profiles()
-            if not profiles:
-                return ""
-            state = await self.gpu_start_state(profiles)
-        except Refused as error:
-            state = form.StartState(rows=(), time=time.time(), problem=error.message, isolates=self.gpu_isolates)
+        state = await self.gpu_start_state()
+        if not state.rows and not state.problem:
+            return ""
         refused, self._gpu_refused = self._gpu_refused, None  # shown on the page that answers, not on a later one
         return form.render(state, self.user_options or {}, self.gpu_availability_url(), refused)
 
@@ -243,10 +239,15 @@ class GPUSliceMixin(_Spawner):
         base = self.hub.base_url if self.hub else "/hub/"
         return url_concat(url_path_join(base, "api/nbgpu/availability"), {"user": self.user.name, "server": self.name})
 
-    async def gpu_start_state(self, profiles: list[Profile] | None = None) -> form.StartState:
+    async def gpu_start_state(self) -> form.StartState:
         """Return what the start page shows, as of now."""
-        if profiles is None:
+        problem = ""
+        try:
             profiles = await self.gpu_profiles()
+        except Refused as error:
+            profiles, problem = [], error.message
+        if not profiles:
+            return form.StartState(rows=(), time=time.time(), problem=problem, isolates=self.gpu_isolates)
         return await form.ask(self.pool, profiles, self._gpu_configured, self.gpu_owner(), self.gpu_groups(), self.gpu_isolates)
 
     # -- the grant's life
@@ -373,7 +374,8 @@ class GPUSliceMixin(_Spawner):
                 if error.status != 404:
                     raise
                 grant = await self._patiently(lambda: self.ask_for_slice(request), time.monotonic())  # a restarted pool forgot the queue
-        if self._gpu_leaving.is_set() or self._gpu_taken:
+                line.problem = ""
+        if self._gpu_leaving.is_set() or (self._gpu_taken and grant.state is GrantState.gone):
             words = "You took a smaller share instead." if self._gpu_taken else "You left the queue. Nothing is reserved for you."
             raise NbgpuError(words, code="left", status=409)
         return grant
@@ -397,13 +399,13 @@ class GPUSliceMixin(_Spawner):
                 raise InvalidValue("choice", options.get("profile"), "a share of a GPU: to start without one, leave the queue")
             if self._gpu_request_id is None or self._gpu_line is None:
                 raise NbgpuError("Your server waits for nothing any more.", code="state", status=409)
-            request = self.gpu_request(wish, uuid.uuid4().hex)
+            request, old = self.gpu_request(wish, uuid.uuid4().hex), self._gpu_request_id
             self._gpu_taken = True
             try:
-                await self.pool.replace(self._gpu_request_id, request)
+                await self._patiently(lambda: self.pool.replace(old, request), time.monotonic())  # again where only the answer was lost
             except BaseException:
                 self._gpu_taken = False
-                in_background(self._release(request.request_id, request.owner))  # if it was granted and the answer is lost
+                in_background(self._release(request.request_id, request.owner))
                 raise
         except NbgpuError as error:
             if self._gpu_line is not None:
@@ -554,7 +556,7 @@ class GPUSliceMixin(_Spawner):
         async for event in super().progress():
             if (
                 event.get("message") == "Spawning server..." and self._gpu_request_id is not None
-            ):  # the hub's, of spawners with nothing to tell
+            ):  # the hub's, where there is nothing to tell
                 event = {**event, "message": "The GPU is yours. Your server is starting; that takes some seconds."}
             yield event
 
