@@ -18,6 +18,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
 SECOND = 1000
+expect.set_options(timeout=15 * SECOND)
 SHOTS = Path(__file__).resolve().parents[1] / "browser" / "shots"
 HUBS_OWN = ("nav.navbar", ".modal", "#noscript")
 """Parts of every page of the hub that are not ours."""
@@ -103,7 +104,7 @@ def fits(page: Page) -> bool:
 
 
 def focused(page: Page) -> str:
-    return page.evaluate("(one => one.id || one.name || one.textContent.trim())(document.activeElement)")
+    return page.evaluate("(one => one.id || one.name || one.textContent.trim() || one.value)(document.activeElement)")
 
 
 def tab_to(page: Page, what: str, most: int = 40) -> None:
@@ -136,7 +137,6 @@ def test_axe_finds_nothing(hub: Hub, enter: Callable[..., Page], calm_pool: Fake
     start(page, "half")
     expect(page.locator("#nbgpu-queue")).to_contain_text("1st in line, usually within 4 minutes.")
     expect(page.locator(".nbgpu-smaller:visible")).to_contain_text("Take 16.6 % of a GPU now")
-    expect(page.locator("#progress-bar")).to_have_css("transition-duration", re.compile(".*"))
     page.wait_for_timeout(700)  # the bar has moved
     shot(page, hub, f"queue-{'dark' if dark else 'light'}")
     assert violations(page, without=HUBS_OWN) == []
