@@ -210,7 +210,7 @@ def describe(wish: Wish, answer: Availability | None) -> str:
     elif shape.memory_bytes:
         parts = [format_memory(shape.memory_bytes)]
     else:
-        parts = [f"{_share(shape.memory_milli or shape.compute_milli or 0)} of its memory"]
+        parts = [f"{_share(shape.memory_milli or shape.compute_milli or 0)} of a GPU's memory"]
     shares = sorted({milli for milli in (*compute.values(), shape.compute_milli) if milli})
     if shares:
         parts.append(_time(shares[0], wish.mode))

@@ -17,7 +17,7 @@ from .profiles import Profile
 from .sizes import Free, choices, largest_free
 from .waiting import Place, place_of
 
-LOOK_SECONDS = 5.0
+LOOK_SECONDS = 3.0
 NOTICE_SECONDS = 30.0
 _ASK_SECONDS = 1.5
 

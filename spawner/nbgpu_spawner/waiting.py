@@ -125,7 +125,7 @@ def place_of(
     )
     if free is None:
         return found
-    what = f"{describe(free.choice.wish, free.answer)} (profile: {free.choice.profile})"
+    what = f"{describe(free.choice.wish, free.answer)} (profile: {free.choice.profile})."
     return replace(found, smaller=str(free.choice.wish), smaller_what=what, smaller_value=free.choice.value)
 
 

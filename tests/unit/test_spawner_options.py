@@ -208,7 +208,7 @@ def test_rows_say_what_and_whether() -> None:
     assert rows[5].status == "The most that is free on one GPU now: 39 GiB and half of its time"
     away = state(answers=None, books=[], problem="away")
     assert {row.state for row in away.rows[1:5]} == {"unknown"}
-    assert away.rows[2].what == "a quarter of its memory, at least a quarter of the GPU's time"
+    assert away.rows[2].what == "a quarter of a GPU's memory, at least a quarter of the GPU's time"
     assert not any(row.disabled for row in away.rows), "CPU only and a second try stay possible"
 
 
