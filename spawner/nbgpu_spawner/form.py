@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -127,7 +127,7 @@ async def ask(
 
 def start_state(
     profiles: list[Profile],
-    wishes: list[Wish | InvalidValue | None],
+    wishes: Sequence[Wish | InvalidValue | None],
     books: list[DeviceBooks],
     answers: list[Availability] | None,
     free: Free | None = None,

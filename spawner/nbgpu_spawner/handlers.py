@@ -102,10 +102,11 @@ class SmallerHandler(BaseHandler):
         start = asyncio.ensure_future(self.spawn_single_user(user, server_name=server_name, options=options))
         start.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # the start's own page tells of it
         await asyncio.wait([start], timeout=1)
-        if start.done() and start.exception() is not None:
+        error = start.exception() if start.done() else None
+        if error is not None:
             await spawner.give_back()
             if spawner._spawn_future is None:  # no page would show it
-                raise start.exception()
+                raise error
 
 
 HANDLERS = [(r"/api/nbgpu/availability", AvailabilityHandler), (r"/nbgpu/leave", LeaveHandler), (r"/nbgpu/smaller", SmallerHandler)]

@@ -91,7 +91,7 @@ def _refusal_in(record: logging.LogRecord) -> GPURefusal | None:
     return None
 
 
-for _logger in (logging.getLogger("JupyterHub"), app_log, gen_log):
+for _logger in (logging.getLogger("JupyterHub"), logging.getLogger("asyncio"), app_log, gen_log):
     _logger.addFilter(_in_one_line)
 
 

@@ -197,7 +197,7 @@ class Lines(logging.Handler):
 @pytest.fixture
 def logged() -> Any:
     lines = Lines()
-    loggers = (logging.getLogger("JupyterHub"), gen_log)
+    loggers = (logging.getLogger("JupyterHub"), logging.getLogger("asyncio"), gen_log)
     for one in loggers:
         one.addHandler(lines)
     yield lines.records
@@ -222,6 +222,7 @@ def test_a_refusal_is_one_line(logged: list[logging.LogRecord], error: NbgpuErro
         raise refused
     except type(refused):
         log.error("Failed to spawn single-user server with form", exc_info=True)
+        logging.getLogger("asyncio").error("Task exception was never retrieved", exc_info=refused)
     log.error("Previous spawn for %s failed: %s", "ada", refused)
     gen_log.warning("%d %s: %s", 400, "POST /hub/api", error.message)
     assert [(one.levelname, one.getMessage()) for one in logged] == [(level, f"Not starting ada's server: {refused}")]
