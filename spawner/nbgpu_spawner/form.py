@@ -110,7 +110,7 @@ async def ask(
     async def look() -> tuple[list[DeviceBooks], list[Availability], Free | None]:
         query = AvailabilityQuery(owner=owner, groups=groups, shapes=shapes)
         books, answers = await asyncio.gather(pool.devices(max_age_seconds=1), pool.availability(query))
-        tried = [] if not answers or any(one.state == "free" for one in answers) else choices(profiles, configured)
+        tried = [] if not answers or any(one.state == "free" for one in answers) else choices(profiles, configured, books=books)
         if not tried:
             return books, answers, None
         more = query.model_copy(update={"shapes": [one.wish.shape for one in tried]})

@@ -51,7 +51,7 @@ class Line:
         self.wish, self.grant, self.patience_seconds = wish, grant, patience_seconds
         self.problem = ""
         """Why the pool's last word may be old."""
-        self._choices = choices(profiles, configured, options)
+        self._known = profiles, configured, options
         self._free: Free | None = None
         self._looked = float("-inf")
         self._notice, self._noticed = "", float("-inf")
@@ -68,13 +68,16 @@ class Line:
 
     async def look(self, pool: PoolClient) -> None:
         """Ask what smaller share is free, if the last answer is old."""
-        if not self._choices or time.monotonic() - self._looked < LOOK_SECONDS:
+        if time.monotonic() - self._looked < LOOK_SECONDS:
             return
-        self._looked = time.monotonic()
-        request = self.grant.request
-        shapes = [self.wish.shape, *(one.wish.shape for one in self._choices)]
-        query = AvailabilityQuery(owner=request.owner, groups=request.groups, shapes=shapes, instead_of=request.request_id)
-        self._free = None
+        self._looked, self._free = time.monotonic(), None
         with suppress(NbgpuError, asyncio.TimeoutError):
-            first, *answers = await asyncio.wait_for(pool.availability(query), _ASK_SECONDS)
-            self._free = largest_free(self._choices, answers, than=(self.wish, first))
+            self._free = await asyncio.wait_for(self._ask(pool), _ASK_SECONDS)
+
+    async def _ask(self, pool: PoolClient) -> Free | None:
+        request = self.grant.request
+        tried = choices(*self._known, books=await pool.devices())
+        shapes = [self.wish.shape, *(one.wish.shape for one in tried)]
+        query = AvailabilityQuery(owner=request.owner, groups=request.groups, shapes=shapes, instead_of=request.request_id)
+        first, *answers = await pool.availability(query)
+        return largest_free(tried, answers, than=(self.wish, first))

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbgpu.errors import NbgpuError
-from nbgpu.models import Availability
+from nbgpu.models import Availability, DeviceBooks
+from nbgpu.quantities import WHOLE_MILLI
 
 from .options import Wish
 from .profiles import Profile, wish_of
 
 SHARES = ("3/4", "2/3", "1/2", "1/3", "1/4", "1/6", "1/8", "1/12", "1/16")
 """Of one GPU, that a custom choice is tried with."""
+MOST_EXACT = 3
 MOST_CHOICES = 60
 """The pool answers 100 shapes at a time."""
 _KEPT = ("gpu_mode", "gpu_model")
@@ -44,20 +46,37 @@ class Free:
     answer: Availability
 
 
-def choices(profiles: Iterable[Profile], configured: Mapping[str, Any], wanted: Mapping[str, Any] | None = None) -> list[Choice]:
+def free_shares(books: Iterable[DeviceBooks]) -> list[str]:
+    """Return the shares that exactly fill what is free of a GPU, the largest first."""
+    found: set[int] = set()
+    for book in books:
+        usable = book.device.usable_bytes
+        if book.device.healthy and usable > 0:
+            found.add(min(WHOLE_MILLI - book.compute_granted_milli, (usable - book.memory_granted_bytes) * WHOLE_MILLI // usable))
+    return [f"{milli / 10:g}%" for milli in sorted(found, reverse=True) if 0 < milli < WHOLE_MILLI][:MOST_EXACT]
+
+
+def choices(
+    profiles: Iterable[Profile],
+    configured: Mapping[str, Any],
+    wanted: Mapping[str, Any] | None = None,
+    books: Iterable[DeviceBooks] = (),
+) -> list[Choice]:
     """Return what could be asked for: each profile, each choice of its options in turn, and shares where a user may say how much.
 
     Parameters
     ----------
+    books : iterable of DeviceBooks
+        The pool's devices: such shares are also what is free of one.
     wanted : mapping, optional
         ``user_options`` of what somebody waits for: what they chose beside the amount is kept where it can be, and comes first.
     """
     wanted = wanted or {}
-    profiles = list(profiles)
+    profiles, shares = list(profiles), [*free_shares(books), *SHARES]
     mine = [one for one in profiles if one["slug"] == wanted.get("profile")]
     found: dict[str, Choice] = {}
     for profile in [*mine, *(one for one in profiles if one not in mine)]:
-        for options in _variants(profile, wanted):
+        for options in _variants(profile, wanted, shares):
             try:
                 wish = wish_of(profile, options, configured)
             except NbgpuError:
@@ -81,11 +100,11 @@ def largest_free(asked: Sequence[Choice], answers: Sequence[Availability], than:
     return best
 
 
-def _variants(profile: Profile, wanted: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+def _variants(profile: Profile, wanted: Mapping[str, Any], shares: Iterable[str]) -> Iterable[dict[str, Any]]:
     base = {"profile": profile["slug"]}
     if profile.get("gpu_custom"):
         kept = {name: wanted[name] for name in _KEPT if wanted.get(name)}
-        for share in SHARES:
+        for share in shares:
             yield {**base, **kept, "gpu_fraction": share}
         return
     options: Mapping[str, Any] = profile.get("profile_options") or {}

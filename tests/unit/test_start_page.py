@@ -10,7 +10,7 @@ import pytest
 from tornado.log import gen_log
 
 from nbgpu.errors import InvalidValue, NbgpuError, Refused, Unavailable
-from nbgpu.models import Availability, Grant, GrantState, Owner, Request
+from nbgpu.models import Availability, Device, DeviceBooks, Grant, GrantState, Owner, Request
 from nbgpu.quantities import GIB
 from nbgpu_spawner import form, profiles, sizes, waiting
 from nbgpu_spawner.options import Wish, wish_from
@@ -79,6 +79,28 @@ def test_the_largest_free_share_of_a_custom_choice() -> None:
     assert dict(found.choice.options) == {"profile": "custom", "gpu_fraction": "1/6", "gpu_mode": "strict"}
     assert profiles.options_from_form({"profile": [found.choice.value]}) == dict(found.choice.options)
     assert sizes.largest_free(tried, [answer(125, "wait")] * len(tried)) is None
+
+
+def test_what_exactly_fills_a_gpu_is_tried_too() -> None:
+    def book(free_gib: int, free_milli: int, healthy: bool = True) -> DeviceBooks:
+        device = Device(
+            uuid=f"{free_gib}{healthy}", index=0, model="H100", node="n", memory_bytes=80 * GIB, reserve_bytes=2 * GIB, healthy=healthy
+        )
+        return DeviceBooks(device=device, memory_granted_bytes=(78 - free_gib) * GIB, compute_granted_milli=1000 - free_milli, slices=[])
+
+    books = [book(13, 900), book(39, 375), book(78, 1000), book(0, 500), book(70, 900, healthy=False)]
+    assert sizes.free_shares(books) == ["37.5%", "16.6%"]
+    listed = profiles.initialise(profiles.default_profiles())
+    tried = sizes.choices(listed, {}, books=books)
+    found = sizes.largest_free(
+        tried, [answer(one.wish.shape.memory_milli or 0, "free" if (one.wish.shape.memory_milli or 0) <= 375 else "wait") for one in tried]
+    )
+    assert found is not None
+    assert dict(found.choice.options) == {"profile": "custom", "gpu_fraction": "37.5%"}
+    only_sizes = [one for one in listed if not one.get("gpu_custom")]
+    assert all("gpu_fraction" not in one.options for one in sizes.choices(only_sizes, {}, books=books)), (
+        "only where a user may say how much"
+    )
 
 
 def test_only_what_is_smaller_takes_the_place_of_what_is_waited_for() -> None:
