@@ -416,6 +416,8 @@ class AvailabilityQuery(Model):
     owner: Owner
     groups: Annotated[list[Name], Field(max_length=1000)] = []
     shapes: Annotated[list[Shape], Field(max_length=100)]
+    instead_of: SliceId | None = None
+    """A request of theirs that waits, and that they would give up for it."""
 
 
 class Availability(Model):

@@ -158,6 +158,14 @@ async def give_up(request_id: RequestId, pool: Pool, speaker: Speaker) -> Any:
     return pool.cancel(request_id, speaker.hub) or Response(status_code=204)
 
 
+@router.post("/v1/requests/{request_id}/replace")
+async def replace(request_id: RequestId, body: Request, pool: Pool, speaker: Speaker) -> Grant:
+    """Give a waiting request up for another that can be granted at once; where it cannot (409), the first keeps its place."""
+    _must_be_free_for(speaker, body, pool)
+    _entry(pool, request_id, speaker)
+    return pool.replace(request_id, body)
+
+
 @router.post("/v1/requests/{request_id}/renew")
 async def renew(request_id: RequestId, pool: Pool, speaker: Speaker) -> Grant:
     """Start a reservation's time anew."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from typing import Literal
-
 from nbgpu.errors import NbgpuError, Unavailable
 from nbgpu.models import Availability, AvailabilityQuery, GrantState, Shape
+from nbgpu.words import rough_time
 
 from . import quotas as quota_rules
 from .books import Entry
 from .core import Core
 from .estimate import Estimate
+from .idle import makes_room
 from .quotas import Holding
 from .shapes import by_model, want_of
 
@@ -43,11 +42,13 @@ class _Looker:
     def __init__(self, core: Core, query: AvailabilityQuery, now: float):
         self.core, self.query, self.now = core, query, now
         quotas = core.settings.quotas
-        self.holdings: list[Holding] = core.books.holdings(frozenset(quotas.groups), of=query.owner)
-        self.waiting = len(core.books.waiting())
+        leaves = core.leaving(query.owner, query.instead_of)
+        self.holdings: list[Holding] = core.books.holdings(frozenset(quotas.groups), of=query.owner, but=leaves)
+        self.waiting = len(core.books.waiting()) - (leaves is not None)
         self.walk = core.walk(now)
         for entry in core.books.waiting():
-            self.walk.barred.update(entry.earmark)
+            if entry is not leaves:
+                self.walk.barred.update(entry.earmark)
 
     def look(self, shape: Shape) -> Availability:
         try:
@@ -77,6 +78,10 @@ class _Looker:
             return Availability(state="wait", reason=words, wait_seconds=starts, memory=memory, compute_milli=compute)
         if found is not None:
             return Availability(state="free", reason="free now", memory=memory, compute_milli=compute)
+        settings = core.settings
+        if not ghost.holder and not self.waiting and makes_room(core.books, settings.idle, settings.policy, ghost, self.now):
+            words = "in use, but an idle notebook may make room for you within a minute"
+            return Availability(state="wait", reason=words, memory=memory, compute_milli=compute)
         wait = None if ghost.holder else core.forecast_of(want, self.now)
         seconds = wait.seconds if wait is not None else None
         return Availability(
@@ -93,17 +98,3 @@ class _Looker:
             words.append(f"{self.waiting} {'waits' if self.waiting == 1 else 'wait'} before you")
         head, *rest = words
         return f"{head}: {', '.join(rest)}" if rest else head
-
-
-def rough_time(seconds: float, least: Literal["minutes", "seconds"] = "minutes") -> str:
-    """Return a duration for people, rounded up: ``a minute``, ``10 minutes``, ``2 hours``; with `least` also ``40 seconds``."""
-    if least == "seconds" and seconds < 60:
-        return f"{max(1, math.ceil(seconds))} seconds" if seconds > 1 else "a second"
-    minutes = max(1, math.ceil(seconds / 60))
-    if minutes == 1:
-        return "a minute"
-    if minutes > 10:
-        minutes = math.ceil(minutes / 5) * 5
-    if minutes <= 90:
-        return f"{minutes} minutes"
-    return f"{math.ceil(minutes / 60)} hours"

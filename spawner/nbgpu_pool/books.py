@@ -357,7 +357,9 @@ class Books:
             self._costs[want] = total(least, want.device_count) if least else None
         return self._costs[want]
 
-    def holdings(self, counted: frozenset[str], *, of: Owner | None = None, granted_only: bool = False) -> list[Holding]:
+    def holdings(
+        self, counted: frozenset[str], *, of: Owner | None = None, granted_only: bool = False, but: Entry | None = None
+    ) -> list[Holding]:
         """Return what each request that is not gone holds, or, while it waits, would hold at least.
 
         Parameters
@@ -366,9 +368,11 @@ class Books:
             Groups that have a quota.
         of : Owner, optional
             Only those of this owner's user, all servers.
+        but : Entry, optional
+            Is left out.
         """
         entries = self.entries.values() if of is None else self.of_user(of)
-        return [self.holding(entry, counted) for entry in entries if entry.holds or not granted_only]
+        return [self.holding(entry, counted) for entry in entries if entry is not but and (entry.holds or not granted_only)]
 
     def holding(self, entry: Entry, counted: frozenset[str]) -> Holding:
         """Return what one request holds, or would hold at least."""

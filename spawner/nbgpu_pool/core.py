@@ -104,7 +104,43 @@ class Core(Held):
         self.touch(known, now)
         return self.grant(known, now)
 
-    def _admit(self, request: Request) -> None:
+    def leaving(self, owner: Owner, request_id: str | None) -> Entry | None:
+        """Return the waiting request that an owner would give up, where it is theirs."""
+        entry = self.books.entries.get(request_id or "")
+        return entry if entry is not None and entry.state == GrantState.queued and entry.request.owner == owner else None
+
+    def replace(self, old: Entry, request: Request, now: float) -> Grant:
+        """Give a waiting request up for another that can be granted at once; else nothing changes, its place included.
+
+        Raises
+        ------
+        InvalidValue, Refused, Unavailable, NbgpuError
+            As `request`; 409 ``state`` it does not wait any more, ``no-room`` the other cannot be granted now.
+        """
+        want = want_of(request)
+        self._need_ready()
+        known = self.entry(request.request_id)
+        if known is not None:
+            return self._again(known, request, now)
+        if self.leaving(request.owner, old.slice_id) is None:
+            raise _wrong_state(old, "given up for another")
+        self._admit(request, old)
+        self._number += 1
+        entry = Entry(request, want, self._number, now, expires=now + self.settings.reservation_ttl_seconds)
+        walk = self.walk(now)
+        walk.keep_for_waiting(now, but=old)
+        found = walk.find(entry) if self.connected else None
+        if found is None or found[0][0].coming:
+            raise NbgpuError("That share is not free any more; you keep your place in the queue.", code="no-room", status=409)
+        self.books.add(entry)
+        self.books.give(entry, found, self.settings.quotas.counted(request.groups))
+        for passed in walk.waiting:
+            passed.overtaken += not passed.holder
+        self._effects.granted.append(entry.slice_id)
+        self._withdraw(old, "given up for a smaller share", now)
+        return self.grant(entry, now)
+
+    def _admit(self, request: Request, but: Entry | None = None) -> None:
         want = want_of(request)
         if not self.can_ever(want):
             raise Refused(self.impossible(request.model, request.device_count), code="impossible")
@@ -113,12 +149,12 @@ class Core(Held):
             field = memory_field(want)
             raise InvalidValue(field, getattr(want, field), allowed)
         cost = self.books.cost(want)
-        holdings = self.books.holdings(frozenset(self.settings.quotas.groups), of=request.owner)
+        holdings = self.books.holdings(frozenset(self.settings.quotas.groups), of=request.owner, but=but)
         if cost is not None:
             why = quota_rules.refusal(self.settings.quotas, holdings, request.owner, request.groups, cost)
             if why is not None:
                 raise Refused(why, code="quota")
-        waiting = self.books.waiting()
+        waiting = [one for one in self.books.waiting() if one is not but]
         if len(waiting) >= self.settings.queue_total:
             raise Unavailable(f"The queue is full ({counted(len(waiting), 'request')} in it); try again later.", code="queue-full")
         mine = sum((one.request.owner.hub, one.request.owner.user) == (request.owner.hub, request.owner.user) for one in waiting)
@@ -338,6 +374,8 @@ class Core(Held):
             return self.away_words
         if entry.holder:
             return f"waits for {entry.holder}: what is held now must be given back first"
+        if entry.slice_id == self.parking_for:
+            return "an idle notebook is being moved off the GPU to make room for you; that takes some seconds"
         return "all GPUs that could hold it are in use"
 
     def ghost(self, owner: Owner, groups: list[str], shape: Shape) -> Request:

@@ -18,7 +18,11 @@ from .shapes import Part, Want
 
 ENOUGH_SESSIONS = 5
 """Observed sessions from which on an estimate is no guess."""
+USUALLY = 0.75
+"""People read that they wait "usually within 5 minutes": with the median every second one would be disappointed."""
 GUESS_SECONDS = 3600.0
+PARK_SECONDS = 15.0
+"""Until a slice that is being parked has given its room back."""
 MAX_EVENTS = 300
 MAX_TRIES = 400
 
@@ -57,14 +61,18 @@ class Sessions:
         self._lengths.append(max(0.0, length_seconds))
         self._sorted = None
 
+    def guesses(self, age_seconds: float) -> bool:
+        """Whether what is said of a session of this age is a guess: too few have ended here, or none that reached it."""
+        return self.guessing or age_seconds >= max(self._lengths)
+
     def remaining_seconds(self, age_seconds: float) -> float:
-        """Return the median of what sessions that reached this age still lasted."""
+        """Return the time within which `USUALLY` of the sessions that reached this age have ended."""
         if self._sorted is None:
             self._sorted = sorted([*self._lengths, *[self._guess_seconds] * (ENOUGH_SESSIONS - len(self._lengths))])
         first = bisect_right(self._sorted, age_seconds)
         count = len(self._sorted) - first
         # Older than all seen so far: as long again is the usual guess.
-        return self._sorted[first + count // 2] - age_seconds if count else age_seconds
+        return self._sorted[first + math.ceil(count * USUALLY) - 1] - age_seconds if count else age_seconds
 
 
 class Kinds:
@@ -112,9 +120,11 @@ def queue_forecast(books: Books, kinds: Kinds, now: float, ghosts: Sequence[Want
         sessions = kinds.of(entry.request.owner.hub)
         if entry.state == GrantState.releasing:
             ends.append((0.0, number, False, entry.parts()))
+        elif entry.parking:
+            ends.append((PARK_SECONDS, number, False, entry.parts()))
         else:
             age = 0.0 if entry.state == GrantState.reserved else max(0.0, now - entry.started)
-            ends.append((sessions.remaining_seconds(age), number, sessions.guessing, entry.parts()))
+            ends.append((sessions.remaining_seconds(age), number, sessions.guesses(age), entry.parts()))
     heapq.heapify(ends)
     waiting: list[Waiting] = [(entry.slice_id, entry.want, entry.request.owner.hub) for entry in books.waiting()]
     waiting += [(f"ghost:{number}", want, "") for number, want in enumerate(ghosts)]
@@ -148,7 +158,7 @@ def _play(rooms: dict[str, Room], ends: list[End], waiting: list[Waiting], kinds
                 number += 1
                 lasts = kinds.of(hub)
                 parts = [(room.device.uuid, part) for room, part in spot]
-                heapq.heappush(ends, (at + lasts.remaining_seconds(0.0), number, lasts.guessing, parts))
+                heapq.heappush(ends, (at + lasts.remaining_seconds(0.0), number, lasts.guesses(0.0), parts))
         waiting = still
         if not waiting or not ends or tries > MAX_TRIES:
             break

@@ -43,6 +43,8 @@ class Held(ABC):
         self._resizing: set[str] = set()
         self._parking: set[str] = set()
         """Slices that the ledger was asked to park."""
+        self.parking_for = ""
+        """For which request."""
 
     @abstractmethod
     def _need_ready(self) -> None: ...
@@ -177,10 +179,16 @@ class Held(ABC):
     def _park_for_others(self, now: float) -> None:
         """Have idle slices parked for those who wait; one who waits at a time."""
         self._parking &= self.books.entries.keys()
+        if not self._parking:
+            self.parking_for = ""
         if self.settings.idle.after_seconds is None or self._parking:
             return
         found = to_park(self.books, self.settings.idle, self.settings.policy, now)
-        for entry in found[1] if found is not None else ():
+        if found is None:
+            return
+        self.parking_for = found[0].slice_id
+        self._changed()
+        for entry in found[1]:
             entry.parking = True
             self._parking.add(entry.slice_id)
             self._effects.parks.append(entry.slice_id)

@@ -83,6 +83,13 @@ def to_park(books: Books, policy: IdlePolicy, placing: Policy, now: float) -> tu
     return None
 
 
+def makes_room(books: Books, policy: IdlePolicy, placing: Policy, entry: Entry, now: float) -> bool:
+    """Return whether slices that may be parked now would make room for one who asks."""
+    found = [one for one in books.entries.values() if policy.allows(one, now)] if policy.after_seconds is not None else []
+    taken = {uuid for one in books.waiting() if one is not entry for uuid in one.earmark}
+    return bool(found) and bool(_for_request(books, entry, found, taken | books.kept(), placing))
+
+
 def _for_return(books: Books, entry: Entry, found: Iterable[Entry]) -> list[Entry]:
     assert entry.full is not None
     wanted = dict(_parts(entry.full))

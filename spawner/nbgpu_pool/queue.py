@@ -113,6 +113,12 @@ class Pass:
             return None
         return found
 
+    def keep_for_waiting(self, now: float, but: Entry | None = None) -> None:
+        """Keep what those who wait have a right to, all but one: `find` then answers for a newcomer."""
+        for entry in self.books.waiting():
+            if entry is not but:
+                self._wait(entry, now)
+
     def _place(self, want: Want, barred: Set[str], cap: Part | None) -> Place | None:
         """Return a place; of nodes that had no room for such a pod only where there is no other, of nodes to be started as the last."""
         found = None

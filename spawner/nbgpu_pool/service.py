@@ -270,6 +270,13 @@ class Service:
         self.settle()
         return grant
 
+    def replace(self, request_id: str, request: Request) -> Grant:
+        """Give a waiting request up for one that can be granted at once (see `Core.replace`)."""
+        grant = self.core.replace(self.core.known(request_id), request, self.clock())
+        log.info("request %s %s in place of %s -> %s", request.request_id, _who(request.owner), request_id, grant.state.value)
+        self.settle()
+        return grant
+
     async def launch(self, wanted: LaunchRequest) -> LaunchGrant:
         """Take a request and, where it is granted, prepare its slice: `request` and `prepare` in one call."""
         grant = self.request(wanted.request)

@@ -30,7 +30,7 @@ from nbgpu.models import (
 AT_ONCE = 6
 """Calls under way, those of servers' starts and others counted apart; more of them, when a whole course starts its servers, would only keep
 each other and the start pages waiting."""
-STARTS = ("/requests", "/launches", "/prepare", "/bind")
+STARTS = ("/requests", "/launches", "/prepare", "/bind", "/replace")
 """What a server's start calls, and what may wait for a node: nobody's giving back waits for it."""
 NO_ANSWER = "The GPU pool does not answer, so no GPU can be given now. Try again in a minute, or start without a GPU."
 TOKEN_REFUSED = "The GPU pool does not accept this hub's token. Tell your administrator: only they can mend it."
@@ -108,6 +108,10 @@ class PoolClient:
     async def bind(self, request_id: str, pid: int | None) -> Grant:
         """Say that a server carries the grant."""
         return _read(_GRANT, await self._call("POST", f"/v1/requests/{request_id}/bind", {"pid": pid}))
+
+    async def replace(self, request_id: str, request: Request) -> Grant:
+        """Give a waiting request up for another that can be granted at once; where it cannot, it keeps its place and this raises."""
+        return _read(_GRANT, await self._call("POST", f"/v1/requests/{request_id}/replace", request.model_dump(mode="json")))
 
     async def release(self, request_id: str) -> None:
         """Ask a grant back, or leave the queue. Unknown ids are fine."""

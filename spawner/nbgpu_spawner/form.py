@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from nbgpu.quantities import format_memory, format_share, format_time
 from .client import NO_ANSWER, PoolClient
 from .options import LABELS, Wish
 from .profiles import UNLISTED, Profile, custom_fields, wish_of
+from .sizes import Free, choices, largest_free
 
 POLL_SECONDS = 2
 """How often an open page asks again: with the time of the answer (2 s, then it says that none comes) what it shows is at most 5 s old."""
@@ -84,6 +85,8 @@ class StartState:
     rows: tuple[Row, ...]
     time: float
     """Unix time, seconds."""
+    offer: Row | None = None
+    """Where none of the rows with a GPU is free: the largest share that is."""
     problem: str = ""
     simulated: bool = False
     isolates: bool = True
@@ -92,7 +95,8 @@ class StartState:
 
     def as_json(self) -> dict[str, Any]:
         """Return what an open page asks for again and again."""
-        return {"time": self.time, "problem": self.problem, "profiles": [row.as_json() for row in self.rows]}
+        offer = {**self.offer.as_json(), "name": self.offer.name} if self.offer else None
+        return {"time": self.time, "problem": self.problem, "profiles": [row.as_json() for row in self.rows], "offer": offer}
 
 
 async def ask(
@@ -101,22 +105,32 @@ async def ask(
     """Return the start page's state as the pool sees it now; a pool that is away is said, not raised."""
     wishes = [_wish(profile, configured) for profile in profiles]
     shapes = [wish.shape for wish in wishes if isinstance(wish, Wish)]
-    problem, books, answers = "", [], None
-    try:
+    problem, books, answers, free = "", [], None, None
+
+    async def look() -> tuple[list[DeviceBooks], list[Availability], Free | None]:
         query = AvailabilityQuery(owner=owner, groups=groups, shapes=shapes)
-        books, answers = await asyncio.wait_for(asyncio.gather(pool.devices(max_age_seconds=1), pool.availability(query)), _ASK_SECONDS)
+        books, answers = await asyncio.gather(pool.devices(max_age_seconds=1), pool.availability(query))
+        tried = [] if not answers or any(one.state == "free" for one in answers) else choices(profiles, configured, books=books)
+        if not tried:
+            return books, answers, None
+        more = query.model_copy(update={"shapes": [one.wish.shape for one in tried]})
+        return books, answers, largest_free(tried, await pool.availability(more))
+
+    try:
+        books, answers, free = await asyncio.wait_for(look(), _ASK_SECONDS)
     except asyncio.TimeoutError:
         problem = NO_ANSWER
     except NbgpuError as error:
         problem = error.message
-    return start_state(profiles, wishes, books, answers, problem=problem, isolates=isolates, now=time.time())
+    return start_state(profiles, wishes, books, answers, free, problem=problem, isolates=isolates, now=time.time())
 
 
 def start_state(
     profiles: list[Profile],
-    wishes: list[Wish | InvalidValue | None],
+    wishes: Sequence[Wish | InvalidValue | None],
     books: list[DeviceBooks],
     answers: list[Availability] | None,
+    free: Free | None = None,
     *,
     problem: str = "",
     isolates: bool = True,
@@ -132,6 +146,8 @@ def start_state(
         The pool's devices.
     answers : list of Availability, optional
         One for each `Wish`, in their order; None when the pool did not answer.
+    free : Free, optional
+        The largest share that is free, where none of the `wishes` is.
     """
     left = iter(answers or [])
     rows = tuple(_row(profile, wish, left, answers is not None, books) for profile, wish in zip(profiles, wishes, strict=True))
@@ -139,6 +155,7 @@ def start_state(
     return StartState(
         rows=rows,
         time=now,
+        offer=_offer(free) if free else None,
         problem=problem,
         simulated=any(book.device.simulated for book in books),
         isolates=isolates,
@@ -165,7 +182,7 @@ def render(state: StartState, typed: Mapping[str, Any], url: str, refused: Refus
     typed = {key: str(value) for key, value in typed.items() if isinstance(value, (str, int, float))}
     chosen = _chosen(state.rows, typed)
     shown_time = time.strftime("%H:%M:%S", time.localtime(state.time))
-    return _template().render(
+    return template("start.html").render(
         state=state,
         typed=typed,
         chosen=chosen,
@@ -193,7 +210,7 @@ def describe(wish: Wish, answer: Availability | None) -> str:
     elif shape.memory_bytes:
         parts = [format_memory(shape.memory_bytes)]
     else:
-        parts = [f"{_share(shape.memory_milli or shape.compute_milli or 0)} of its memory"]
+        parts = [f"{_share(shape.memory_milli or shape.compute_milli or 0)} of a GPU's memory"]
     shares = sorted({milli for milli in (*compute.values(), shape.compute_milli) if milli})
     if shares:
         parts.append(_time(shares[0], wish.mode))
@@ -233,6 +250,13 @@ def _row(
         status=status,
         default=bool(profile.get("default")),
         options=profile.get("profile_options") or {},
+    )
+
+
+def _offer(free: Free) -> Row:
+    name = f"The largest share that is free now: {free.choice.wish}"
+    return Row(
+        slug=free.choice.value, name=name, description="", what=describe(free.choice.wish, free.answer), state="free", status="Free now"
     )
 
 
@@ -280,7 +304,8 @@ def _chosen(rows: Iterable[Row], typed: Mapping[str, Any]) -> str:
 
 
 @cache
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """Return one of this package's templates."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("start.html")
+    return environment.get_template(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import suppress
 from typing import Any
 
 from jupyterhub.apihandlers.base import APIHandler
@@ -12,7 +13,13 @@ from jupyterhub.scopes import needs_scope
 from jupyterhub.utils import url_escape_path, url_path_join
 from tornado import web
 
+from nbgpu.errors import NbgpuError
+from nbgpu.models import Request
+
 from .mixin import GPUSliceMixin
+from .profiles import options_of
+
+PATIENCE_SECONDS = 10.0
 
 
 class AvailabilityHandler(APIHandler):
@@ -59,4 +66,47 @@ class LeaveHandler(BaseHandler):
         self.redirect(url_path_join(self.hub.base_url, page, user.escaped_name, url_escape_path(server_name)))
 
 
-HANDLERS = [(r"/api/nbgpu/availability", AvailabilityHandler), (r"/nbgpu/leave", LeaveHandler)]
+class SmallerHandler(BaseHandler):
+    """``POST /hub/nbgpu/smaller?user=&server=`` with ``choice``: start with a smaller share, in place of what is waited for."""
+
+    @web.authenticated
+    async def post(self) -> None:
+        """Take it, then go to the page of the start that waits on or begins."""
+        user_name = self.get_argument("user", "", strip=False) or self.current_user.name  # pyright: ignore[reportOptionalMemberAccess]
+        await self._take(user_name=user_name, server_name=self.get_argument("server", "", strip=False))
+
+    @needs_scope("servers")
+    async def _take(self, user_name: str, server_name: str) -> None:
+        user = self.find_user(user_name)
+        if user is None or server_name not in user.spawners:
+            raise web.HTTPError(404, "No such server")
+        options = options_of(self.get_body_argument("choice", ""))
+        if options is None:
+            raise web.HTTPError(400, "choice must be a JSON object of option names and values")
+        spawner: Any = user.spawners[server_name]
+        if isinstance(spawner, GPUSliceMixin):
+            with suppress(NbgpuError):  # its page says why; it waits on
+                await self._start_instead(user, server_name, options, await spawner.take_instead(options), spawner)
+        self.redirect(url_path_join(self.hub.base_url, "spawn-pending", user.escaped_name, url_escape_path(server_name)))
+
+    async def _start_instead(self, user: Any, server_name: str, options: dict[str, Any], granted: Request, waiting: Any) -> None:
+        """End the start that waited and begin the one that has its share; a share that no start gets goes back to the pool."""
+        if waiting._spawn_future:
+            await asyncio.wait([waiting._spawn_future], timeout=PATIENCE_SECONDS)
+        if waiting.pending:
+            await waiting.pool.release(granted.request_id)
+            raise web.HTTPError(503, "The start that waited takes long to end. Nothing is reserved for you; start again in a minute.")
+        user.get_spawner(server_name, replace_failed=True)
+        spawner = user.spawners[server_name]
+        spawner.gpu_begin_with(granted)
+        start = asyncio.ensure_future(self.spawn_single_user(user, server_name=server_name, options=options))
+        start.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # the start's own page tells of it
+        await asyncio.wait([start], timeout=1)
+        error = start.exception() if start.done() else None
+        if error is not None:
+            await spawner.give_back()
+            if spawner._spawn_future is None:  # no page would show it
+                raise error
+
+
+HANDLERS = [(r"/api/nbgpu/availability", AvailabilityHandler), (r"/nbgpu/leave", LeaveHandler), (r"/nbgpu/smaller", SmallerHandler)]

@@ -83,6 +83,7 @@ def setup(
     else:
         c.GPUSliceMixin.pool_socket = str(directory / POOL_SOCKET)
     _extend(c.JupyterHub, "extra_handlers", HANDLERS)
+    _before_the_hubs(c.JupyterHub, str(Path(__file__).parent / "templates" / "hub"))
     if embedded:
         _extend(c.JupyterHub, "services", services(directory, quotas, pool_config, agent_args))
     elif agent_args:
@@ -161,3 +162,12 @@ def _extend(section: Any, name: str, items: list[Any]) -> None:
         section[name] = [*section[name], *items]
     else:
         getattr(section, name).extend(items)
+
+
+def _before_the_hubs(section: Any, templates: str) -> None:
+    """Let the templates of a directory take the place of the hub's own, but not that of the admin's."""
+    paths = section.get("template_paths")
+    if isinstance(paths, list):
+        section["template_paths"] = [*paths, templates]  # the hub puts its own last
+    else:
+        section.template_paths.prepend([templates])

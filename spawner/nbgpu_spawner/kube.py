@@ -21,7 +21,7 @@ from nbgpu.models import Grant, GrantState, Request
 from .mixin import GPUSliceMixin, in_background
 from .options import Wish
 from .pod import carried_by, lives, name_slice, plain_part, why_unscheduled, with_slice
-from .profiles import Profile, custom_fields
+from .profiles import Profile, custom_fields, for_groups
 
 LATE_SECONDS = 90.0
 """How long after a start was cut short its pod may still appear: an API server drops a request after a minute."""
@@ -73,6 +73,13 @@ class KubeGPUMixin(_Mixed):
     async def apply_gpu_profile(self, profile: Profile | None, options: dict[str, Any]) -> None:
         """Do nothing yet: KubeSpawner applies profiles in `load_user_options`."""
 
+    def _get_initialized_profile_list(self, profile_list: Any) -> Any:
+        try:
+            mine = for_groups(profile_list, self.gpu_group_names())
+        except NbgpuError as error:
+            raise self.refuse(error) from None
+        return super()._get_initialized_profile_list(mine)
+
     async def load_user_options(self) -> None:
         """Apply the profile as KubeSpawner does, its errors as plain refusals, then a custom choice's fields."""
         self._gpu_grant, self._gpu_creating = None, False
@@ -111,9 +118,13 @@ class KubeGPUMixin(_Mixed):
             raise
         return grant
 
+    def gpu_request(self, wish: Wish, request_id: str) -> Request:
+        """Return what the pool is asked for: in the namespace of the pod."""
+        return super().gpu_request(wish, request_id).model_copy(update={"namespace": self.namespace})
+
     async def ask_for_slice(self, request: Request) -> Grant:
         """Send the request; what is granted at once has its claim already."""
-        answer = await self.pool.launch(request.model_copy(update={"namespace": self.namespace}), None)
+        answer = await self.pool.launch(request, None)
         self._gpu_claim_made = answer.launch is not None
         return answer.grant
 

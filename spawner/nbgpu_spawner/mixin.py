@@ -17,14 +17,15 @@ from traitlets import Any as AnyTrait
 from traitlets import Bool, Dict, Enum, Float, Integer, Unicode, default
 from traitlets.config import Configurable
 
-from nbgpu.errors import InvalidValue, NbgpuError, Unavailable
+from nbgpu.errors import InvalidValue, NbgpuError, Refused, Unavailable
 from nbgpu.models import NAME_LENGTH, Grant, GrantState, Owner, Request
 from nbgpu.paths import POOL_SOCKET, runtime_dir
 
 from . import form, waiting
 from .client import REFUSED_BY_NODE, PoolClient, PoolUnavailable
+from .line import Line
 from .options import FIELDS, Wish, check_against, wish_from
-from .profiles import Profile, check_keys, initialise, options_from_form, selected, wish_of
+from .profiles import Profile, check_keys, for_groups, initialise, options_from_form, selected, wish_of
 from .refusal import GPURefusal, refusal, spare_failure_counter
 
 if TYPE_CHECKING:
@@ -141,15 +142,26 @@ class GPUSliceMixin(_Spawner):
         self._gpu_progress = waiting.Progress()
         self._gpu_leaving = asyncio.Event()
         self._gpu_waiting = False
+        self._gpu_line: Line | None = None
+        self._gpu_given: Request | None = None
+        """Granted already: what another start of this server waited for was given up for it."""
+        self._gpu_taken = False
         self._gpu_refused: form.Refused | None = None
         self._gpu_last_options: dict[str, Any] = dict(self.user_options or {})
 
     # -- options: form, REST and profile
 
     async def gpu_profiles(self) -> list[Profile]:
-        """Return `profile_list`, resolved and complete; empty where there is none."""
+        """Return this user's part of `profile_list`, resolved and complete; empty where there is none at all.
+
+        Raises
+        ------
+        Refused
+            All are for groups that the user is not in.
+        """
         profiles = getattr(self, "profile_list", None)
-        return initialise(await maybe_future(profiles(self)) if callable(profiles) else profiles)
+        profiles = await maybe_future(profiles(self)) if callable(profiles) else profiles
+        return initialise(for_groups(profiles, self.gpu_group_names()))
 
     async def check_gpu_options(self, options: Any) -> Profile | None:
         """Return the profile that `options` select, when all that they ask for exists.
@@ -182,7 +194,7 @@ class GPUSliceMixin(_Spawner):
         except NbgpuError as error:
             page = self.user.spawner  # whose form the hub answers with, also when another server of this user was meant
             (page if isinstance(page, GPUSliceMixin) else self)._gpu_refused = form.Refused(options, error.message, error.field or "")
-            raise refusal(error) from None
+            raise refusal(error, self._log_name) from None
         return options
 
     async def apply_group_overrides(self) -> None:
@@ -216,10 +228,9 @@ class GPUSliceMixin(_Spawner):
 
     async def render_gpu_form(self) -> str:
         """Return the start page's fields."""
-        profiles = await self.gpu_profiles()
-        if not profiles:
+        state = await self.gpu_start_state()
+        if not state.rows and not state.problem:
             return ""
-        state = await self.gpu_start_state(profiles)
         refused, self._gpu_refused = self._gpu_refused, None  # shown on the page that answers, not on a later one
         return form.render(state, self.user_options or {}, self.gpu_availability_url(), refused)
 
@@ -228,10 +239,15 @@ class GPUSliceMixin(_Spawner):
         base = self.hub.base_url if self.hub else "/hub/"
         return url_concat(url_path_join(base, "api/nbgpu/availability"), {"user": self.user.name, "server": self.name})
 
-    async def gpu_start_state(self, profiles: list[Profile] | None = None) -> form.StartState:
+    async def gpu_start_state(self) -> form.StartState:
         """Return what the start page shows, as of now."""
-        if profiles is None:
+        problem = ""
+        try:
             profiles = await self.gpu_profiles()
+        except Refused as error:
+            profiles, problem = [], error.message
+        if not profiles:
+            return form.StartState(rows=(), time=time.time(), problem=problem, isolates=self.gpu_isolates)
         return await form.ask(self.pool, profiles, self._gpu_configured, self.gpu_owner(), self.gpu_groups(), self.gpu_isolates)
 
     # -- the grant's life
@@ -251,7 +267,11 @@ class GPUSliceMixin(_Spawner):
 
     def gpu_groups(self) -> list[str]:
         """Return the user's groups, as the hub knows them."""
-        return [_short(group.name) for group in self.user.groups]
+        return [_short(name) for name in self.gpu_group_names()]
+
+    def gpu_group_names(self) -> list[str]:
+        """Return the names of the user's groups, whole."""
+        return [group.name for group in self.user.groups]
 
     def _gpu_values(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in FIELDS}
@@ -259,7 +279,7 @@ class GPUSliceMixin(_Spawner):
     def refuse(self, error: NbgpuError) -> GPURefusal:
         """Return what to raise for `error`; it will not count as a failure of the hub."""
         spare_failure_counter(self)
-        return refusal(error)
+        return refusal(error, self._log_name)
 
     async def acquire_slice(self) -> Grant | None:
         """Return the grant for this start, waiting in the queue where needed; None without a GPU.
@@ -270,16 +290,20 @@ class GPUSliceMixin(_Spawner):
             With the reason in plain words. Nothing is held then.
         """
         # made before the first await: whatever happens after it, this id releases what was granted
-        request_id = self._gpu_request_id = uuid.uuid4().hex
+        given, self._gpu_given = self._gpu_given, None
+        request_id = self._gpu_request_id = given.request_id if given is not None else uuid.uuid4().hex
         self._gpu_bound = False
         self._gpu_leaving.clear()
-        self._gpu_waiting = True
+        self._gpu_waiting, self._gpu_taken = True, False
         try:
             wish = wish_from(self._gpu_values())
             if wish is None:
                 self._gpu_request_id = None
                 return None
             await self.make_way()
+            if given is not None and given != self.gpu_request(wish, request_id):  # a group's overrides make it another
+                await self.give_back()
+                request_id = self._gpu_request_id = uuid.uuid4().hex
             grant = await self._wait_for_grant(wish, request_id)
             self._gpu_progress.tell(self.gpu_got(wish, grant), percent=20)
             return grant
@@ -290,7 +314,7 @@ class GPUSliceMixin(_Spawner):
             await self.give_back()
             raise
         finally:
-            self._gpu_waiting = False
+            self._gpu_waiting, self._gpu_line = False, None
             if self.gpu_settles_at_once:
                 self._gpu_progress.settle()
 
@@ -305,9 +329,12 @@ class GPUSliceMixin(_Spawner):
         """Return how long a start waits for a pool that is away."""
         return min(_PATIENCE_SECONDS, self.pool_timeout)
 
+    def gpu_request(self, wish: Wish, request_id: str) -> Request:
+        """Return what the pool is asked for."""
+        return wish.request(request_id, self.gpu_owner(), self.gpu_groups())
+
     async def _wait_for_grant(self, wish: Wish, request_id: str) -> Grant:
-        request = wish.request(request_id, self.gpu_owner(), self.gpu_groups())
-        wait_seconds = self._wait_seconds()
+        request = self.gpu_request(wish, request_id)
         start = time.monotonic()
         if request.owner not in _clean:
             await self._patiently(lambda: self.pool.release_owner(request.owner, request_id), start)
@@ -315,27 +342,93 @@ class GPUSliceMixin(_Spawner):
         grant = await self._patiently(lambda: self.ask_for_slice(request), start)
         if grant.state is GrantState.queued:
             self.save_early_state()  # one that is granted at once is soon saved; until then its reservation's TTL answers for it
+            grant = await self._stand_in_line(wish, request, grant, start)
+        self._gpu_line = None
+        if grant.slice is None or grant.state not in (GrantState.reserved, GrantState.bound):
+            raise Unavailable(grant.reason or "The GPU pool took the reservation back. Try again.", code="no-room")
+        return grant
+
+    async def _stand_in_line(self, wish: Wish, request: Request, grant: Grant, start: float) -> Grant:
+        """Wait until a queued request is granted or has ended; tell where it stands."""
+        wait_seconds = self._wait_seconds()
+        line = Line(wish, grant, await self.gpu_profiles(), self._gpu_configured, self.user_options or {}, wait_seconds)
+        self._gpu_line = line
         pause = 0.2
         while grant.state is GrantState.queued:
-            self._gpu_progress.tell(*waiting.in_line(wish, grant, self.gpu_leave_url()))
+            line.grant = grant
+            if self._gpu_progress.readers:
+                await line.look(self.pool)
+            self._gpu_progress.tell(*waiting.event(line.place(), self.gpu_url("leave"), self.gpu_url("smaller")))
             if time.monotonic() - start > wait_seconds:
                 raise Unavailable(waiting.no_room(wish, wait_seconds, grant), code="no-room")
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._gpu_leaving.wait(), pause)
             if self._gpu_leaving.is_set():
-                raise NbgpuError("You left the queue. Nothing is reserved for you.", code="left", status=409)
+                break
             pause = min(pause * 1.5, 1.0)
             try:
-                grant = await self.pool.grant(request_id)
-            except PoolUnavailable:
-                continue  # it may be restarting; the deadline above holds
+                grant, line.problem = await self.pool.grant(request.request_id), ""
+            except PoolUnavailable:  # it may be restarting; the deadline above holds
+                line.problem = "The GPU pool does not answer at the moment. Your request is kept here, and sent again when it does."
             except NbgpuError as error:
                 if error.status != 404:
                     raise
                 grant = await self._patiently(lambda: self.ask_for_slice(request), time.monotonic())  # a restarted pool forgot the queue
-        if grant.slice is None or grant.state not in (GrantState.reserved, GrantState.bound):
-            raise Unavailable(grant.reason or "The GPU pool took the reservation back. Try again.", code="no-room")
+                line.problem = ""
+        if self._gpu_leaving.is_set() or (self._gpu_taken and grant.state is GrantState.gone):
+            words = "You took a smaller share instead." if self._gpu_taken else "You left the queue. Nothing is reserved for you."
+            raise NbgpuError(words, code="left", status=409)
         return grant
+
+    async def take_instead(self, options: dict[str, Any]) -> Request:
+        """Give what this start waits for up for what `options` stand for, when that can be had now; the start then ends.
+
+        Returns
+        -------
+        Request
+            Granted: for the start of this server that comes next.
+
+        Raises
+        ------
+        NbgpuError
+            In the user's words. It waits on as before.
+        """
+        try:
+            wish = wish_of(await self.check_gpu_options(options), options, self._gpu_configured)
+            if wish is None:
+                raise InvalidValue("choice", options.get("profile"), "a share of a GPU: to start without one, leave the queue")
+            if self._gpu_request_id is None or self._gpu_line is None:
+                raise NbgpuError("Your server waits for nothing any more.", code="state", status=409)
+            request, old = self.gpu_request(wish, uuid.uuid4().hex), self._gpu_request_id
+            self._gpu_taken = True
+            try:
+                await self._patiently(lambda: self.pool.replace(old, request), time.monotonic())  # again where only the answer was lost
+            except BaseException:
+                self._gpu_taken = False
+                in_background(self._release(request.request_id, request.owner))
+                raise
+        except NbgpuError as error:
+            if self._gpu_line is not None:
+                self._gpu_line.notice(error.message)
+            raise
+        self._gpu_leaving.set()
+        return request
+
+    def gpu_begin_with(self, granted: Request) -> None:
+        """Let the next start of this server begin with what is granted to it already."""
+        self._gpu_given, self._gpu_request_id, self._gpu_bound = granted, granted.request_id, False
+
+    async def gpu_queue_page(self, token: str) -> str:
+        """Return the queue page's part of the hub's page."""
+        line = self._gpu_line
+        if line is not None:
+            await line.look(self.pool)
+        return waiting.page(line.place() if line is not None else None, self.gpu_url("leave"), self.gpu_url("smaller"), token)
+
+    @property
+    def gpu_waits(self) -> bool:
+        """Whether a start of this server stands in line."""
+        return self._gpu_line is not None
 
     async def ask_for_slice(self, request: Request) -> Grant:
         """Send the request, also again, to the pool."""
@@ -431,10 +524,10 @@ class GPUSliceMixin(_Spawner):
         self._gpu_leaving.set()
         return True
 
-    def gpu_leave_url(self) -> str:
-        """Return where the button "Leave the queue" posts to."""
+    def gpu_url(self, action: str) -> str:
+        """Return where the button for an action of the queue page posts to."""
         base = self.hub.base_url if self.hub else "/hub/"
-        return url_concat(url_path_join(base, "nbgpu/leave"), {"user": self.user.name, "server": self.name})
+        return url_concat(url_path_join(base, "nbgpu", action), {"user": self.user.name, "server": self.name})
 
     # -- state: what a restarted hub needs
 
@@ -467,6 +560,10 @@ class GPUSliceMixin(_Spawner):
         async for event in self._gpu_progress.events(lambda: self._gpu_progress):
             yield event
         async for event in super().progress():
+            if (
+                event.get("message") == "Spawning server..." and self._gpu_request_id is not None
+            ):  # the hub's, where there is nothing to tell
+                event = {**event, "message": "The GPU is yours. Your server is starting; that takes some seconds."}
             yield event
 
 

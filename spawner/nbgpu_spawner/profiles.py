@@ -1,16 +1,18 @@
 """KubeSpawner's `profile_list`, for every spawner: pure functions on its plain dicts.
 
-A profile may carry ``"gpu_custom": True``: its user gives the fields of `options.FIELDS` directly.
+A profile may carry ``"gpu_custom": True``: its user gives the fields of `options.FIELDS` directly; and ``"allowed_groups": ["staff"]``:
+it is there for the members of these JupyterHub groups alone.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from nbgpu.errors import InvalidValue, NbgpuError
+from nbgpu.errors import InvalidValue, NbgpuError, Refused
 
 from .options import FIELDS, LABELS, Wish, wish_from, wrong
 
@@ -52,6 +54,28 @@ def _same_amount(override: Mapping[str, Any], usual: Mapping[str, Any]) -> bool:
         return wish_from(override) == wish_from(usual)
     except InvalidValue:
         return False
+
+
+def for_groups(profile_list: Any, groups: Iterable[str]) -> list[Profile]:
+    """Return the profiles of `profile_list` (list, or dict sorted by key) that members of `groups` may use.
+
+    Raises
+    ------
+    Refused
+        There are profiles, but none for them.
+    """
+    if isinstance(profile_list, Mapping):
+        profile_list = [profile_list[key] for key in sorted(profile_list)]
+    profiles: list[Profile] = list(profile_list or [])
+    mine = set(groups)
+    found = [one for one in profiles if one.get("allowed_groups") is None or mine.intersection(_names(one["allowed_groups"]))]
+    if profiles and not found:
+        raise Refused("Each profile here is for a group that you are not in. Ask the admin.", code="no-profile")
+    return found
+
+
+def _names(groups: Any) -> list[str]:
+    return [groups] if isinstance(groups, str) else list(groups)
 
 
 def initialise(profile_list: Any) -> list[Profile]:
@@ -172,6 +196,9 @@ def options_from_form(form: Mapping[str, list[Any]]) -> dict[str, Any]:
     if not slug:
         # a link such as /hub/spawn?gpu_fraction=1/4
         return {name: form[name][0] for name in FIELDS if form.get(name) and form[name][0] != ""}
+    offered = options_of(slug) if isinstance(slug, str) else None
+    if offered is not None:
+        return offered
     options: dict[str, Any] = {"profile": slug}
     prefix = f"profile-option-{slug}--"
     for key, values in form.items():
@@ -180,6 +207,17 @@ def options_from_form(form: Mapping[str, list[Any]]) -> dict[str, Any]:
         elif key in FIELDS and values and values[0] != "":
             options[key] = values[0]
     return options
+
+
+def options_of(value: str) -> dict[str, Any] | None:
+    """Return the options that a field of one value stands for; None of what is none. A user's words: to be checked as any others."""
+    if not value.startswith("{"):
+        return None
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _option_overrides(name: str, option: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import weakref
+from collections import deque
 from html import escape
 from typing import Any
 
 from tornado import web
-from tornado.log import app_log
+from tornado.log import app_log, gen_log
 
 from nbgpu.errors import NbgpuError
 
@@ -18,6 +20,11 @@ try:
 except ImportError:  # JupyterHub 5 has none
     _Base = web.HTTPError
     HUB_COUNTS_REFUSALS = True
+
+
+EVERYDAY = ("gpu-no-room", "gpu-queue-full")
+"""Of those that are 503: everything works, and is in use."""
+_lately: deque[weakref.ref[GPURefusal]] = deque(maxlen=50)
 
 
 class GPURefusal(_Base):  # pyright: ignore[reportGeneralTypeIssues]
@@ -33,9 +40,11 @@ class GPURefusal(_Base):  # pyright: ignore[reportGeneralTypeIssues]
         400 bad input, 403 quota, 409 left the queue, 503 no room or no pool.
     field : str, optional
         The option that was wrong. The hub's JSON has a fixed form: programs find it in the header ``Nbgpu-Field``.
+    who : str
+        Whose server it is, for the log.
     """
 
-    def __init__(self, message: str, *, reason: str, status_code: int = 503, field: str | None = None):
+    def __init__(self, message: str, *, reason: str, status_code: int = 503, field: str | None = None, who: str = ""):
         if HUB_COUNTS_REFUSALS:
             super().__init__(status_code, message, reason=reason)
         else:
@@ -44,31 +53,51 @@ class GPURefusal(_Base):  # pyright: ignore[reportGeneralTypeIssues]
         # both hubs show these two to people in preference to str(error)
         self.jupyterhub_message = message
         self.jupyterhub_html_message = f"<p>{escape(message)}</p>"
+        self.who, self.logged = who, False
+        _lately.append(weakref.ref(self))
 
     def __str__(self) -> str:
         return f"{self.status_code} {self.reason}: {self.jupyterhub_message}"
 
 
 def _in_one_line(record: logging.LogRecord) -> bool:
-    """Take the stack trace from what the hub logs of a refusal: it is an answer to a user, no fault of the hub."""
-    error = record.exc_info[1] if record.exc_info else None
-    if isinstance(error, GPURefusal):
-        record.msg, record.args, record.exc_info = f"{record.getMessage()}: {error}", (), None
+    """Make of all that the hub and tornado log of a refusal one line without a stack trace: it is an answer to a user, no fault of the hub.
+
+    What its user can mend, a typing error or a full GPU, is no news to an admin either: it is logged as information.
+    """
+    error = _refusal_in(record)
+    if error is None:
+        return True
+    if error.logged:
+        return False
+    error.logged = True
+    record.msg = f"Not starting {error.who}'s server: {error}" if error.who else f"{record.getMessage()}: {error}"
+    record.args, record.exc_info, record.exc_text = (), None, None
+    if error.status_code < 500 or error.reason in EVERYDAY:
+        record.levelno, record.levelname = logging.INFO, logging.getLevelName(logging.INFO)
     return True
 
 
-def _no_second_word(record: logging.LogRecord) -> bool:
-    """Drop what tornado logs of a refusal that came after the hub had answered "pending": the hub has a line of its own for it."""
-    return not (record.exc_info and isinstance(record.exc_info[1], GPURefusal))
+def _refusal_in(record: logging.LogRecord) -> GPURefusal | None:
+    """Return the refusal that is logged: as an exception, as one of the message's parts, or as the end of a text."""
+    parts = record.args if isinstance(record.args, tuple) else ()
+    for found in (record.exc_info[1] if record.exc_info else None, *parts):
+        if isinstance(found, GPURefusal):
+            return found
+    if record.levelno >= logging.WARNING and _lately:
+        text = record.getMessage()
+        lately = (found for found in (one() for one in reversed(_lately)) if found is not None)
+        return next((one for one in lately if text.endswith(one.jupyterhub_message)), None)
+    return None
 
 
-logging.getLogger("JupyterHub").addFilter(_in_one_line)
-app_log.addFilter(_no_second_word)
+for _logger in (logging.getLogger("JupyterHub"), logging.getLogger("asyncio"), app_log, gen_log):
+    _logger.addFilter(_in_one_line)
 
 
-def refusal(error: NbgpuError) -> GPURefusal:
+def refusal(error: NbgpuError, who: str = "") -> GPURefusal:
     """Return `error` as what a spawn raises; the words stay the same."""
-    return GPURefusal(error.message, reason=f"gpu-{error.code}", status_code=error.status, field=error.field)
+    return GPURefusal(error.message, reason=f"gpu-{error.code}", status_code=error.status, field=error.field, who=who)
 
 
 def spare_failure_counter(spawner: Any) -> None:

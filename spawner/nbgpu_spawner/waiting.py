@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, Callable
-from html import escape
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nbgpu.models import Grant
-from nbgpu.words import counted
+from nbgpu.words import counted, rough_time
 
+from .form import describe, template
 from .options import Wish
+from .sizes import Free
 
 
 class Progress:
@@ -20,6 +23,8 @@ class Progress:
         self._events: list[dict[str, Any]] = []
         self._news = asyncio.Event()
         self.settled = False
+        self.readers = 0
+        """Pages that follow it now."""
 
     def tell(self, message: str, html: str | None = None, percent: int = 10) -> None:
         """Append a message, unless it is the last one again."""
@@ -42,37 +47,97 @@ class Progress:
     async def events(self, current: Callable[[], Progress]) -> AsyncGenerator[dict[str, Any], None]:
         """Yield all events until settled. `current` gives the list that is in force: a new start replaces it."""
         reading, index = current(), 0
-        while True:
-            if current() is not reading:
-                reading, index = current(), 0
-            while index < len(reading._events):
-                index += 1
-                yield dict(reading._events[index - 1])
-            if reading.settled:
-                return
-            try:
-                await asyncio.wait_for(reading._news.wait(), 1)
-            except asyncio.TimeoutError:
-                continue
+        reading.readers += 1
+        try:
+            while True:
+                if current() is not reading:
+                    reading.readers -= 1
+                    reading, index = current(), 0
+                    reading.readers += 1
+                while index < len(reading._events):
+                    index += 1
+                    yield dict(reading._events[index - 1])
+                if reading.settled:
+                    return
+                try:
+                    await asyncio.wait_for(reading._news.wait(), 1)
+                except asyncio.TimeoutError:
+                    continue
+        finally:
+            reading.readers -= 1
 
 
-def in_line(wish: Wish, grant: Grant, leave_url: str) -> tuple[str, str]:
-    """Return what a waiting user reads, as text and as HTML with a button to leave."""
+@dataclass(frozen=True)
+class Place:
+    """Where somebody stands who waits, in words; what is empty is not shown."""
+
+    title: str
+    line: str = ""
+    """Place in the queue, and until when."""
+    why: str = ""
+    known: str = ""
+    """What the estimate is worth."""
+    limit: str = ""
+    """How long it may wait."""
+    notice: str = ""
+    """What became of what they just tried."""
+    smaller: str = ""
+    """What could be had now instead."""
+    smaller_what: str = ""
+    smaller_value: str = ""
+
+    @property
+    def text(self) -> str:
+        """All of it in one line, for the log and for screens of words."""
+        parts = [f"{self.title}: {self.line}" if self.line else self.title, self.why, self.notice]
+        return " ".join(part if part.endswith(".") else f"{part}." for part in parts if part)
+
+
+def place_of(
+    wish: Wish, grant: Grant, free: Free | None = None, *, patience_seconds: float | None = None, problem: str = "", notice: str = ""
+) -> Place:
+    """Return where a request stands.
+
+    Parameters
+    ----------
+    free : Free, optional
+        The largest smaller share that can be had now.
+    patience_seconds : float, optional
+        How long the hub lets a start wait.
+    problem : str
+        Why nothing is known now.
+    """
+    title = f"Waiting for {wish}"
+    limit = f"You may close this page: you keep your place, for {rough_time(patience_seconds)} at most." if patience_seconds else ""
+    if problem:
+        return Place(title, why=problem, limit=limit, notice=notice)
+    if patience_seconds and grant.wait_seconds is not None and grant.wait_seconds > patience_seconds:
+        limit = f"This hub lets a start wait {rough_time(patience_seconds)}: this one may end in vain. A smaller share may come sooner."
     place = f"{ordinal(grant.position)} in line" if grant.position else "in line"
-    text = f"Waiting for {wish}: {place}, {about(grant.wait_seconds, grant.wait_guessed)}."
-    if grant.reason:
-        text += f" {grant.reason[:1].upper()}{grant.reason[1:].rstrip('.')}."
-    # The page puts each event into its log too: the button is of use only outside. JupyterHub 6's own "Stop Server" would end the wait as
-    # well, of a named server another one: it is back when the wait is over. The token is filled in by the page that shows it.
-    html = (
-        "<style>#progress-log .nbgpu-leave,body:has(#progress-message .nbgpu-leave) #stop-server-btn{display:none}</style>"
-        f"<span>{escape(text)}</span>"
-        f'<form class="nbgpu-leave mt-2" method="post" action="{escape(leave_url)}"'
-        " onsubmit=\"this.elements['_xsrf'].value=(window.jhdata||{}).xsrf_token||''\">"
-        '<input type="hidden" name="_xsrf" value="">'
-        '<button type="submit" class="btn btn-secondary btn-sm">Leave the queue</button></form>'
+    reason = (grant.reason or "").strip().rstrip(".")
+    found = Place(
+        title,
+        line=f"{place}, {about(grant.wait_seconds, grant.wait_guessed)}.",
+        why=f"{reason[:1].upper()}{reason[1:]}." if reason else "",
+        known=worth(grant.wait_seconds, grant.wait_guessed),
+        limit=limit,
+        notice=notice,
     )
-    return text, html
+    if free is None:
+        return found
+    what = f"{describe(free.choice.wish, free.answer)} (profile: {free.choice.profile})."
+    return replace(found, smaller=str(free.choice.wish), smaller_what=what, smaller_value=free.choice.value)
+
+
+def event(place: Place, leave_url: str, smaller_url: str) -> tuple[str, str]:
+    """Return a progress event's message, as text and as HTML with the buttons."""
+    html = template("event.html").render(place=place, place_json=json.dumps(asdict(place)), leave_url=leave_url, smaller_url=smaller_url)
+    return place.text, html
+
+
+def page(place: Place | None, leave_url: str, smaller_url: str, token: str) -> str:
+    """Return what the queue page shows; hidden while nobody waits."""
+    return template("queue.html").render(place=place, leave_url=leave_url, smaller_url=smaller_url, token=token)
 
 
 def no_room(wish: Wish, waited_seconds: float, grant: Grant) -> str:
@@ -88,14 +153,16 @@ def about(seconds: float | None, guessed: bool = False) -> str:
     """Return an estimate of a wait in words."""
     if seconds is None:
         return "nobody can say yet how long"
-    minutes = round(seconds / 60)
-    if seconds < 45:
-        said = "less than a minute"
-    elif minutes < 90:
-        said = f"about {counted(minutes, 'minute')}"
-    else:
-        said = f"about {round(minutes / 60)} hours"
-    return f"{said} (a guess: too few servers have ended here to know)" if guessed else said
+    return f"{'perhaps' if guessed else 'usually'} within {rough_time(seconds)}"
+
+
+def worth(seconds: float | None, guessed: bool) -> str:
+    """Return what is known of a wait and what is not."""
+    if seconds is None:
+        return ""
+    if guessed:
+        return "A guess: too few servers have ended here to know how long they run."
+    return "An estimate from how long servers here have run: three of four times it is no longer. Who stops early makes it shorter."
 
 
 def duration(seconds: float) -> str:

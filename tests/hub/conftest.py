@@ -49,7 +49,7 @@ def calm_pool(pool: FakePool) -> FakePool:
     """The same, back to its good behaviour and empty books."""
     with pool.lock:
         pool.full, pool.refuse, pool.stall_seconds, pool.availability = False, None, 0.0, None
-        pool.prepare_refused = None
+        pool.prepare_refused, pool.small_free = None, False
         pool.fail_next.clear()
         pool.grants.clear()
         pool.calls.clear()

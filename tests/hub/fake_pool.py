@@ -29,6 +29,8 @@ class FakePool(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     ----------
     full : bool
         New requests are queued; `admit` lets them in.
+    small_free : bool
+        Though `full`, there is room for a sixth of a GPU.
     refuse : tuple of (status, message), optional
         What POST /v1/requests and /v1/launches answer.
     prepare_refused : str, optional
@@ -47,6 +49,7 @@ class FakePool(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     def __init__(self, path: Path):
         self.path = path
         self.full = False
+        self.small_free = False
         self.refuse: tuple[int, str] | None = None
         self.fail_next: dict[str, int] = {}
         self.prepare_refused: str | None = None
@@ -120,6 +123,8 @@ class FakePool(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             return 200, grant
         if grant is None:
             return 404, {"error": {"code": "unknown", "message": "No such request."}}
+        if parts[2:] == ["replace"]:
+            return self._replace(grant, body)
         if parts[2:] == ["prepare"]:
             return 200, self._prepared()
         if parts[2:] == ["bind"]:
@@ -148,13 +153,22 @@ class FakePool(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             return 503, {"error": {"code": "refused-by-node", "message": self.prepare_refused}}
         return 200, {"grant": grant, "launch": self._prepared()}
 
+    def _replace(self, old: dict[str, Any], request: Any) -> tuple[int, Any]:
+        if old["state"] != "queued" or not self.small_free:
+            return 409, {"error": {"code": "no-room", "message": "That share is not free any more; you keep your place in the queue."}}
+        old["state"] = "gone"
+        grant = self.grants[request["request_id"]] = {"request": request, "state": "queued", "slice": None}
+        self.reserve(grant)
+        return 200, grant
+
     def _prepared(self) -> dict[str, Any]:
         return {"env": self.launch_env, "slice_dir": "/nowhere", "socket": "/nowhere/api.sock"}
 
     def _available(self, shape: Any) -> dict[str, Any]:
         milli = shape.get("memory_milli") or shape.get("compute_milli") or 100
+        full = self.full and not (self.small_free and milli <= 167)
         return {
-            "state": "wait" if self.full else "free", "reason": "in use: about 4 minutes" if self.full else "free now",
+            "state": "wait" if full else "free", "reason": "in use: about 4 minutes" if full else "free now",
             "wait_seconds": None, "memory": {MODEL: 78 * GIB * milli // 1000}, "compute_milli": {MODEL: milli},
         }  # fmt: skip
 

@@ -100,14 +100,14 @@ def test_waiting_is_shown_and_ends_when_there_is_room(hub: Hub, calm_pool: FakeP
     until(lambda: any("1st in line" in event["message"] for event in events), 10, "the place in line is shown")
     later = browser.watch()  # a second reader starts from the beginning
     waiting = next(event for event in events if "1st in line" in event["message"])
-    assert waiting["message"] == "Waiting for half of a GPU: 1st in line, about 4 minutes."
+    assert waiting["message"] == "Waiting for half of a GPU: 1st in line, usually within 4 minutes."
     assert 'action="/hub/nbgpu/leave?user=ada&amp;server="' in waiting["html_message"]
     assert "Leave the queue" in waiting["html_message"]
     until(lambda: any("1st in line" in str(event["message"]) for event in later), 5, "the second reader sees it too")
     calm_pool.admit()
     hub.ready("ada")
     until(lambda: any(event.get("ready") for event in events), 10, "the progress ends")
-    assert [event["message"] for event in events].count("Spawning server...") == 1
+    assert [event["message"] for event in events].count("The GPU is yours. Your server is starting; that takes some seconds.") == 1
     assert any("Got half of a GPU" in event["message"] for event in events)
 
 

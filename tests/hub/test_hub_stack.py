@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ def hook(spawner):
     if spawner.user.name == "hurry":
         spawner.gpu_wait_timeout = 2
 c.Spawner.pre_spawn_hook = hook
-setup(c, runtime={run!r}, quotas={{"users": {{"alan": {{"limit": "1/4"}}}}}})
+setup(c, runtime={run!r}, quotas={{"users": {{"alan": {{"limit": "1/4"}}, "grace": {{"limit": "1/2"}}}}}})
 """
 
 
@@ -124,6 +126,37 @@ def test_a_wait_that_is_given_up_leaves_nothing(stack: tuple[Hub, Pool, Path], h
     until(lambda: user not in pool.grants(), 5, "nothing is held or waited for")
     if hub.server("ada"):
         hub.stop("ada")
+    until(lambda: pool.grants() == {}, 5, "all is free")
+
+
+def test_a_smaller_share_takes_the_place_of_the_one_that_is_waited_for(stack: tuple[Hub, Pool, Path]) -> None:
+    """Its user's quota would not allow both: the pool gives up the one for the other in one step."""
+    hub, pool, run = stack
+    for user, slug in (("ada", "half"), ("hurry", "quarter")):
+        assert hub.spawn(user, {"profile": slug}).status_code == 201
+    grace = hub.login("grace")
+    grace.submit({"profile": "half"})
+    until(lambda: pool.grants().get("grace", ("", ""))[1] == "queued", 10, "grace waits")
+    old, _ = pool.grants()["grace"]
+
+    def offered() -> str:
+        found = re.search(r'name="choice" value="([^"]+)"', grace.http.get("spawn-pending/grace").text)
+        return html.unescape(found[1]) if found else ""
+
+    choice = until(offered, 10, "the page offers what is free")
+    assert choice == '{"profile": "quarter"}', "all that is left of the GPU, by its own profile"
+    token = grace.token(grace.http.get("home").text)
+    page = grace.http.post("nbgpu/smaller", data={"_xsrf": token, "choice": choice})
+    assert page.status_code == 200
+    server = hub.ready("grace")
+    assert server["user_options"] == {"profile": "quarter"}
+    new, state = pool.grants()["grace"]
+    assert (state, new != old) == ("bound", True)
+    assert server["state"]["gpu_request_id"] == new
+    assert (run / "slices" / new).is_dir()
+    assert probe(hub, "grace")["total"] == 19.5 * 1024**3
+    for user in ("ada", "hurry", "grace"):
+        hub.stop(user)
     until(lambda: pool.grants() == {}, 5, "all is free")
 
 

@@ -21,6 +21,7 @@ from nbgpu.claims import claim_name
 from nbgpu.errors import Unavailable
 from nbgpu.models import Grant, GrantState, Launch, LaunchGrant, Owner, Request, Slice, SliceDevice
 from nbgpu_spawner.kube import KubeGPUSpawner
+from nbgpu_spawner.options import wish_from
 from nbgpu_spawner.pod import carried_by, lives, name_slice, plain_part, why_unscheduled, with_slice
 
 REQUEST_ID = "0123456789abcdef0123456789abcdef"
@@ -355,3 +356,52 @@ def test_what_is_left_of_the_last_life_goes_first(monkeypatch: pytest.MonkeyPatc
 
 def as_plain(pod: Any) -> Any:
     return pod.to_dict()
+
+
+def test_a_profile_of_a_group_is_no_choice_and_no_default_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in KubeSpawner's own form, nor by the REST API, nor where nothing is chosen."""
+    big = {"gpu_fraction": 1, "mem_limit": "9G"}
+    listed = [
+        {"display_name": "Whole", "default": True, "allowed_groups": ["staff"], "kubespawner_override": big},
+        {"display_name": "Small", "kubespawner_override": {"gpu_fraction": 0.125}},
+    ]
+
+    def of(groups: list[str], options: dict[str, Any]) -> Any:
+        made, _ = spawner(monkeypatch)
+        made.profile_list, made.user_options = listed, options
+        made.user.groups = [SimpleNamespace(name=name) for name in groups]
+        return made
+
+    async def go() -> None:
+        made = of(["chess"], {})
+        await made.load_user_options()
+        assert made.gpu_fraction == 0.125
+        made = of(["staff"], {})
+        await made.load_user_options()
+        assert (made.gpu_fraction, made.mem_limit) == (1, 9 * 2**30), "the control"
+        with pytest.raises(Exception, match="Profile is 'whole'; it must be one of small"):
+            await of([], {"profile": "whole"}).load_user_options()
+
+    asyncio.run(go())
+    assert "Whole" not in of([], {})._options_form_default()
+    assert "Whole" in of(["staff"], {})._options_form_default(), "the control"
+
+
+def test_a_start_begins_with_what_was_granted_in_place_of_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And with another request where the start asks for something else after all."""
+
+    async def go(fraction: float) -> tuple[str, FakePool]:
+        made, fake = spawner(monkeypatch)
+        made.gpu_fraction = fraction
+        wish = wish_from({"gpu_fraction": 0.25})
+        assert wish is not None
+        made.gpu_begin_with(made.gpu_request(wish, REQUEST_ID))
+        await made.get_pod_manifest()
+        return fake.asked[0], fake
+
+    asked, fake = asyncio.run(go(0.25))
+    assert asked == REQUEST_ID
+    assert "release" not in fake.calls
+    asked, fake = asyncio.run(go(0.5))
+    assert asked != REQUEST_ID
+    assert fake.calls[0] == "release", "what was granted goes back first"

@@ -11,9 +11,9 @@ import pytest
 from traitlets.config import Config
 
 from nbgpu.errors import InvalidValue, NbgpuError
-from nbgpu.models import Availability, Device, DeviceBooks, Grant, GrantState, Owner, Request
+from nbgpu.models import Availability, Device, DeviceBooks, Owner
 from nbgpu.quantities import GIB
-from nbgpu_spawner import form, profiles, setup, waiting
+from nbgpu_spawner import form, profiles, setup
 from nbgpu_spawner.options import check_against, wish_from
 
 OWNER = Owner(hub="h", user="ada")
@@ -208,7 +208,7 @@ def test_rows_say_what_and_whether() -> None:
     assert rows[5].status == "The most that is free on one GPU now: 39 GiB and half of its time"
     away = state(answers=None, books=[], problem="away")
     assert {row.state for row in away.rows[1:5]} == {"unknown"}
-    assert away.rows[2].what == "a quarter of its memory, at least a quarter of the GPU's time"
+    assert away.rows[2].what == "a quarter of a GPU's memory, at least a quarter of the GPU's time"
     assert not any(row.disabled for row in away.rows), "CPU only and a second try stay possible"
 
 
@@ -248,29 +248,6 @@ def test_one_profile_is_always_checked() -> None:
     for typed in ({}, {"profile": "gone"}, {"profile": ["x"]}, {"gpu_fraction": "1"}, {"profile": "half"}):
         page = " ".join(form.render(state(), typed, "/x").split())  # pyright: ignore
         assert page.count("checked>") == 1, typed
-
-
-def test_the_words_of_the_queue() -> None:
-    wish = wish_from({"gpu_fraction": 0.25})
-    assert wish is not None
-    request = Request(request_id="a" * 32, owner=OWNER, compute_milli=250)
-    grant = Grant(request=request, state=GrantState.queued, position=3, wait_seconds=240, reason="<2 people> are before you.")
-    text, html = waiting.in_line(wish, grant, '/leave?a="b"')
-    assert text == "Waiting for a quarter of a GPU: 3rd in line, about 4 minutes. <2 people> are before you."
-    assert "&lt;2 people&gt;" in html
-    assert "<2 people>" not in html
-    assert 'action="/leave?a=&quot;b&quot;"' in html
-    assert [waiting.ordinal(n) for n in (1, 2, 3, 4, 11, 12, 13, 21, 112)] == "1st 2nd 3rd 4th 11th 12th 13th 21st 112th".split()
-    spans = [waiting.about(s) for s in (None, 10, 60, 90, 5400, 7200)]
-    assert spans == [
-        "nobody can say yet how long",
-        "less than a minute",
-        "about 1 minute",
-        "about 2 minutes",
-        "about 2 hours",
-        "about 2 hours",
-    ]
-    assert waiting.about(3600, guessed=True) == "about 60 minutes (a guess: too few servers have ended here to know)"
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["set before setup", "set after setup"])
