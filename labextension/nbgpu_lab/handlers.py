@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Awaitable, Callable
 from functools import wraps
 from typing import Any
@@ -19,6 +20,7 @@ from .notices import Notices
 from .sampler import NO_SLICE, Sampler
 
 HISTORY_SECONDS = 600
+_MOST_HISTORY_SECONDS = 3600
 _MAX_BODY_BYTES = 4096
 
 
@@ -82,20 +84,21 @@ class UsageHandler(SliceHandler):
     async def get(self) -> Any:
         if self.sampler is None:
             return NO_SLICE
-        usage = await self.sampler.usage()
+        # "now", so that a page whose clock is another one can say when things were
+        usage = {**await self.sampler.usage(), "now": time.time()}
         if self.get_query_argument("after", None) is None:
             return usage
         return {**usage, "events": self.notices.after(self.whole_number("after", 0, 0, 2**53))}
 
 
 class HistoryHandler(SliceHandler):
-    """``GET nbgpu/api/history?seconds=600``: one value a second, per device."""
+    """``GET nbgpu/api/history?seconds=600``: per device one value a second; beyond ten minutes, to an hour, one in ten."""
 
     @web.authenticated
     @authorized
     @_answers
     async def get(self) -> Any:
-        return await self.slice().history(self.whole_number("seconds", HISTORY_SECONDS, 1, HISTORY_SECONDS))
+        return await self.slice().history(self.whole_number("seconds", HISTORY_SECONDS, 1, _MOST_HISTORY_SECONDS))
 
 
 class EventsHandler(SliceHandler):
@@ -109,7 +112,10 @@ class EventsHandler(SliceHandler):
 
 
 class KernelHandler(SliceHandler):
-    """``PUT nbgpu/api/kernels/{kernel_id}``: a ``KernelLimit``, or the same as text (`nbgpu.kernel_limits`)."""
+    """``PUT nbgpu/api/kernels/{kernel_id}``: a ``KernelLimit``, or the same as text (`nbgpu.kernel_limits`).
+
+    With ``"kept": true`` the limit is what the notebook's metadata says too, and is shown as the notebook's.
+    """
 
     _track_activity = True
 
@@ -119,10 +125,13 @@ class KernelHandler(SliceHandler):
     async def put(self, kernel_id: str) -> Any:
         sampler = self.slice()
         asked = self.json_object("a JSON object with a kernel's limits")
+        kept = asked.pop("kept", False)
+        if not isinstance(kept, bool):
+            raise InvalidValue("kept", kept, "true or false: whether the notebook's metadata has this limit")
         usage = await sampler.usage()
         if not usage.get("devices"):
             raise Unavailable("The GPU's node agent does not answer yet. Try again in a moment.")
-        return await sampler.set_limit(kernel_id, kernel_limit(asked, usage["devices"]))
+        return await sampler.set_limit(kernel_id, kernel_limit(asked, usage["devices"]), "notebook" if kept else "panel")
 
 
 class ResumeHandler(SliceHandler):
