@@ -35,6 +35,13 @@ export interface IKernelUsage {
   path: string | null;
   type: string | null;
   state: string | null;
+  /** How long it has been idle, by the server's clock; null: it is not, or nobody knows. */
+  state_seconds?: number | null;
+  /** "Python 3 (ipykernel)". */
+  kernel_name?: string | null;
+  language?: string | null;
+  /** Where its limit comes from; null: it has none. */
+  limit_source?: 'notebook' | 'panel' | 'command' | null;
 }
 
 export interface INotice {
@@ -96,6 +103,8 @@ export interface IAgentState {
 export interface IUsageAnswer extends Partial<Omit<IUsage, 'slice_id'>> {
   slice_id: string | null;
   agent?: IAgentState;
+  /** Unix time of the server, seconds. */
+  now?: number;
   last_event?: number;
   events?: INotice[];
 }
@@ -120,6 +129,8 @@ export interface IWrittenLimit {
   memory_bytes?: number | null;
   compute?: string;
   compute_milli?: number | null;
+  /** The notebook's metadata says so too. */
+  kept?: boolean;
 }
 
 /** What the model asks of the server; a test passes its own. */

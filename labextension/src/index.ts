@@ -10,6 +10,7 @@ import { Signal } from '@lumino/signaling';
 
 import type { INotice } from './api';
 import { sliceIcon } from './icons';
+import { NotebookKeeper } from './keep';
 import { SliceModel } from './model';
 import { Notifier } from './notifier';
 import { shareModel } from './page';
@@ -81,7 +82,11 @@ const panelPlugin: JupyterFrontEndPlugin<void> = {
   ) => {
     const trans = (translator ?? nullTranslator).load('nbgpu');
     whenPresent(model, () => {
-      const panel = new SlicePanel(model, trans);
+      const keeper = new NotebookKeeper(
+        () => app.shell.widgets('main'),
+        app.serviceManager.contents
+      );
+      const panel = new SlicePanel(model, trans, keeper);
       app.shell.add(panel, 'right', { rank: 700, type: 'GPU' });
       app.commands.addCommand(CommandIDs.showPanel, {
         label: trans.__('Show GPU Slice'),

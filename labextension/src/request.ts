@@ -3,11 +3,19 @@ import { ServerConnection } from '@jupyterlab/services';
 
 import type { ISliceApi, IWrittenLimit } from './api';
 
+/** A server that takes longer is as good as away; else one that hangs would never be asked again. */
+const ANSWER_MS = 10_000;
+
 /** The server's API over HTTP, with the server's own words as error messages. */
 export function sliceApi(settings: ServerConnection.ISettings): ISliceApi {
   async function request<T>(path: string, init: RequestInit = {}): Promise<T> {
     const url = URLExt.join(settings.baseUrl, 'nbgpu/api', path);
-    const response = await ServerConnection.makeRequest(url, init, settings);
+    const signal = AbortSignal.timeout(ANSWER_MS);
+    const response = await ServerConnection.makeRequest(
+      url,
+      { ...init, signal },
+      settings
+    );
     const answer = await response.json().catch(() => null);
     if (!response.ok) {
       throw new Error(
