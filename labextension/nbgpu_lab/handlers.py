@@ -16,6 +16,7 @@ from tornado import web
 from nbgpu.errors import InvalidValue, NbgpuError, Unavailable
 from nbgpu.kernel_limits import kernel_limit
 
+from . import hub
 from .notices import Notices
 from .sampler import NO_SLICE, Sampler
 
@@ -85,7 +86,7 @@ class UsageHandler(SliceHandler):
         if self.sampler is None:
             return NO_SLICE
         # "now", so that a page whose clock is another one can say when things were
-        usage = {**await self.sampler.usage(), "now": time.time()}
+        usage = {**await self.sampler.usage(), "now": time.time(), "may_resize": hub.offered()}
         if self.get_query_argument("after", None) is None:
             return usage
         return {**usage, "events": self.notices.after(self.whole_number("after", 0, 0, 2**53))}
@@ -149,6 +150,19 @@ class ResumeHandler(SliceHandler):
         return await self.slice().resume(pid)
 
 
+class ResizeHandler(SliceHandler):
+    """``POST nbgpu/api/resize``: asks the hub for a larger or smaller slice, ``{"gpu_fraction"?, "gpu_memory"?, "gpu_compute"?}``."""
+
+    _track_activity = True
+
+    @web.authenticated
+    @authorized
+    @_answers
+    async def post(self) -> Any:
+        self.slice()
+        return await hub.resize(self.json_object('an object such as {"gpu_fraction": "1/2"}'))
+
+
 def routes(base_url: str, sampler: Sampler | None, notices: Notices) -> list[tuple[str, type[SliceHandler], dict[str, Any]]]:
     """Return the routes to add to a Jupyter server's web application."""
     made_with = {"sampler": sampler, "notices": notices}
@@ -157,6 +171,7 @@ def routes(base_url: str, sampler: Sampler | None, notices: Notices) -> list[tup
         ("history", HistoryHandler),
         ("events", EventsHandler),
         ("resume", ResumeHandler),
+        ("resize", ResizeHandler),
         (r"kernels/([A-Za-z0-9_.-]{1,39})", KernelHandler),
     ]
     return [(url_path_join(base_url, "nbgpu/api", path), handler, made_with) for path, handler in paths]

@@ -24,6 +24,7 @@ from nbgpu.models import (
     LaunchRequest,
     Owner,
     Request,
+    Resize,
     read_answer,
 )
 
@@ -105,6 +106,10 @@ class PoolClient:
     async def bind(self, request_id: str, pid: int | None) -> Grant:
         """Say that a server carries the grant."""
         return _read(_GRANT, await self._call("POST", f"/v1/requests/{request_id}/bind", {"pid": pid}))
+
+    async def resize(self, request_id: str, limits: Resize) -> Grant:
+        """Give a running slice other limits, where quotas and room allow."""
+        return _read(_GRANT, await self._call("POST", f"/v1/requests/{request_id}/resize", limits.model_dump(mode="json")))
 
     async def release(self, request_id: str) -> None:
         """Ask a grant back, or leave the queue. Unknown ids are fine."""
