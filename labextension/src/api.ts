@@ -91,6 +91,8 @@ export interface IUsage {
   suspended?: ISuspension[];
   /** The server's user may let them go on. */
   may_resume?: boolean;
+  /** There is a hub that may be asked for another size. */
+  may_resize?: boolean;
   lent?: ILent | null;
 }
 
@@ -133,6 +135,19 @@ export interface IWrittenLimit {
   kept?: boolean;
 }
 
+/** Another size of the slice, in the words of the start page; what is left out stays. */
+export interface IWrittenSize {
+  gpu_fraction?: string;
+  gpu_memory?: string;
+}
+
+export interface IResizeAnswer {
+  /** Else in a moment, when the node says so. */
+  in_force: boolean;
+  devices: { index: number; memory_bytes: number; compute_milli: number }[];
+  note: string | null;
+}
+
 /** What the model asks of the server; a test passes its own. */
 export interface ISliceApi {
   usage(after: number): Promise<IUsageAnswer>;
@@ -140,4 +155,6 @@ export interface ISliceApi {
   setLimit(kernelId: string, limit: IWrittenLimit): Promise<void>;
   /** Let a suspended process go on. */
   resume(pid: number): Promise<void>;
+  /** Ask for another size of the slice. */
+  resize(asked: IWrittenSize): Promise<IResizeAnswer>;
 }

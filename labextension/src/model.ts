@@ -6,10 +6,12 @@ import type { ISignal } from '@lumino/signaling';
 import type {
   IAgentState,
   INotice,
+  IResizeAnswer,
   ISliceApi,
   IUsage,
   IUsageAnswer,
-  IWrittenLimit
+  IWrittenLimit,
+  IWrittenSize
 } from './api';
 import { ServerClock } from './clock';
 import { HISTORY_SECONDS, History, HOUR_SECONDS } from './history';
@@ -105,6 +107,12 @@ export class SliceModel implements ISliceModel {
   async resume(pid: number): Promise<void> {
     await this._api.resume(pid);
     void this._poll.refresh();
+  }
+
+  async resize(asked: IWrittenSize): Promise<IResizeAnswer> {
+    const answer = await this._api.resize(asked);
+    void this._poll.refresh();
+    return answer;
   }
 
   /** Tell of a notice that came with the server's event stream: sooner than the next poll. */

@@ -8,6 +8,7 @@ import type { ILimitKeeper } from './keep';
 import { sliceIcon } from './icons';
 import { Kernels } from './kernels';
 import { lentLong } from './lent';
+import { Resize } from './resize';
 import type { ISliceModel } from './tokens';
 import {
   clock,
@@ -82,6 +83,13 @@ export class SlicePanel extends ReactWidget {
         {usage && (
           <>
             <Header usage={usage} trans={trans} />
+            {usage.may_resize && (
+              <Resize
+                usage={usage}
+                trans={trans}
+                resize={asked => this._model.resize(asked)}
+              />
+            )}
             <div className="nbgpu-Panel-lent" role="status">
               {usage.lent && <p>{lentLong(usage.lent, trans)}</p>}
             </div>

@@ -8,9 +8,13 @@ const ANSWER_MS = 10_000;
 
 /** The server's API over HTTP, with the server's own words as error messages. */
 export function sliceApi(settings: ServerConnection.ISettings): ISliceApi {
-  async function request<T>(path: string, init: RequestInit = {}): Promise<T> {
+  async function request<T>(
+    path: string,
+    init: RequestInit = {},
+    most = ANSWER_MS
+  ): Promise<T> {
     const url = URLExt.join(settings.baseUrl, 'nbgpu/api', path);
-    const signal = AbortSignal.timeout(ANSWER_MS);
+    const signal = AbortSignal.timeout(most);
     const response = await ServerConnection.makeRequest(
       url,
       { ...init, signal },
@@ -33,6 +37,8 @@ export function sliceApi(settings: ServerConnection.ISettings): ISliceApi {
         body: JSON.stringify(limit)
       }),
     resume: pid =>
-      request('resume', { method: 'POST', body: JSON.stringify({ pid }) })
+      request('resume', { method: 'POST', body: JSON.stringify({ pid }) }),
+    resize: asked =>
+      request('resize', { method: 'POST', body: JSON.stringify(asked) }, 30_000)
   };
 }

@@ -2,7 +2,14 @@ import { Token } from '@lumino/coreutils';
 import type { IDisposable } from '@lumino/disposable';
 import type { ISignal } from '@lumino/signaling';
 
-import type { IAgentState, INotice, IUsage, IWrittenLimit } from './api';
+import type {
+  IAgentState,
+  INotice,
+  IResizeAnswer,
+  IUsage,
+  IWrittenLimit,
+  IWrittenSize
+} from './api';
 import type { History } from './history';
 
 export interface IStale {
@@ -43,6 +50,8 @@ export interface ISliceModel extends IDisposable {
   setLimit(kernelId: string, limit: IWrittenLimit): Promise<void>;
   /** Let a suspended process go on; rejects with the server's words. */
   resume(pid: number): Promise<void>;
+  /** Ask for another size of the slice; rejects with the hub's or the pool's words. */
+  resize(asked: IWrittenSize): Promise<IResizeAnswer>;
 }
 
 export const ISliceModel = new Token<ISliceModel>(

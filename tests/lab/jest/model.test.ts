@@ -24,6 +24,10 @@ class FakeApi implements ISliceApi {
     throw new Error(`process ${pid} is not suspended`);
   }
 
+  async resize(): Promise<never> {
+    throw new Error('Your quota is half a GPU.');
+  }
+
   async setLimit(kernelId: string): Promise<void> {
     throw new Error(`${kernelId} is above the slice`);
   }
