@@ -93,6 +93,7 @@ function Kernel(props: IKernelProps): JSX.Element {
   const limit = limitWords(kernel, devices, trans);
   const source = sourceWords(kernel, trans);
   const unused = kernel.idle_seconds ?? 0;
+  const change = React.useRef<HTMLButtonElement>(null);
   return (
     <tbody data-kernel={kernel.kernel_id ?? 'other'}>
       <tr>
@@ -133,6 +134,7 @@ function Kernel(props: IKernelProps): JSX.Element {
         <td>
           {kernel.kernel_id !== null && (
             <button
+              ref={change}
               className="nbgpu-Kernels-limit"
               aria-expanded={props.editing}
               aria-label={trans.__(
@@ -175,7 +177,10 @@ function Kernel(props: IKernelProps): JSX.Element {
               devices={devices}
               trans={trans}
               setLimit={props.setLimit}
-              close={() => props.edit(false)}
+              close={() => {
+                props.edit(false);
+                change.current?.focus(); // else the keyboard would start again at the top of the page
+              }}
             />
           </td>
         </tr>

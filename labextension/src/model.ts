@@ -29,7 +29,7 @@ export class SliceModel implements ISliceModel {
       name: 'nbgpu-lab:usage',
       auto: options.auto ?? true,
       factory: () => this.tick(),
-      frequency: { interval: 1000, backoff: true, max: 30_000 },
+      frequency: { interval: 1000, backoff: true, max: 10_000 },
       standby: 'when-hidden'
     });
   }
