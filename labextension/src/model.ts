@@ -60,7 +60,8 @@ export class SliceModel implements ISliceModel {
 
   get stale(): IStale | null {
     if (this._trouble) {
-      return { who: 'server', since: this._heardAt };
+      const { _heardAt: since, _refused: refused } = this;
+      return { who: refused ? 'nobody' : 'server', since };
     }
     return this._agent.ok ? null : { who: 'agent', since: this._agent.since };
   }
@@ -144,6 +145,8 @@ export class SliceModel implements ISliceModel {
       this._heardAt = Date.now() / 1000;
     } catch (error) {
       this._trouble = (error as Error).message;
+      const { status } = error as { status?: number };
+      this._refused = status === 401 || status === 403;
       this._changed.emit();
       throw error;
     }
@@ -266,6 +269,7 @@ export class SliceModel implements ISliceModel {
   private _present = false;
   private _absent = false;
   private _trouble = '';
+  private _refused = false;
   private _notices: INotice[] = [];
   private _lastEvent = 0;
   private _lastTime = 0;

@@ -22,9 +22,9 @@ export function sliceApi(settings: ServerConnection.ISettings): ISliceApi {
     );
     const answer = await response.json().catch(() => null);
     if (!response.ok) {
-      throw new Error(
-        answer?.error?.message ?? `${response.status} ${response.statusText}`
-      );
+      const words = `${response.status} ${response.statusText}`;
+      const error = new Error(answer?.error?.message ?? words);
+      throw Object.assign(error, { status: response.status });
     }
     return answer as T;
   }

@@ -13,7 +13,8 @@ import type {
 import type { History } from './history';
 
 export interface IStale {
-  who: 'server' | 'agent';
+  /** Nobody: the server answers, but not this page, whose login is over. */
+  who: 'server' | 'agent' | 'nobody';
   /** Unix time, seconds. */
   since: number;
 }

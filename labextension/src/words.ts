@@ -131,15 +131,24 @@ export function rangeName(seconds: number, trans: TranslationBundle): string {
 
 /** Who does not answer, and that what is shown is old. */
 export function staleWords(stale: IStale, trans: TranslationBundle): string {
-  return stale.who === 'agent'
-    ? trans.__(
+  const since = clock(stale.since);
+  switch (stale.who) {
+    case 'agent':
+      return trans.__(
         'The node agent does not answer since %1. Limits stay in force; what is shown is from then.',
-        clock(stale.since)
-      )
-    : trans.__(
-        'The Jupyter server does not answer since %1. What is shown is from then.',
-        clock(stale.since)
+        since
       );
+    case 'server':
+      return trans.__(
+        'The Jupyter server does not answer since %1. What is shown is from then.',
+        since
+      );
+    case 'nobody':
+      return trans.__(
+        'The Jupyter server tells this page nothing since %1: it was started anew, or your login is over. Reload the page.',
+        since
+      );
+  }
 }
 
 const SHORTEST_NAME = 12;

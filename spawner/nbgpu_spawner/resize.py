@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,8 +15,9 @@ from tornado import web
 from nbgpu.errors import InvalidValue, NbgpuError
 from nbgpu.models import Grant, Resize
 
+from .client import PoolUnavailable
 from .mixin import GPUSliceMixin
-from .options import wish_from
+from .options import Wish, check_against, wish_from
 from .profiles import AMOUNTS, Profile
 
 PAUSE_SECONDS = 2.0
@@ -25,8 +27,8 @@ _asked: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
 """By spawner: when it was asked for last (CLOCK_MONOTONIC seconds)."""
 
 
-def wanted(asked: Any) -> Resize:
-    """Return the limits that a user writes in the words of the start page: `gpu_fraction`, `gpu_memory`, `gpu_compute`.
+def wanted(asked: Any) -> Wish:
+    """Return what a user writes in the words of the start page: `gpu_fraction`, `gpu_memory`, `gpu_compute`.
 
     Raises
     ------
@@ -41,6 +43,11 @@ def wanted(asked: Any) -> Resize:
     wish = wish_from(asked)
     if wish is None:
         raise InvalidValue("gpu_fraction", "", "a fraction of one GPU such as 0.25, 1/4 or 25%", "Share of a GPU")
+    return wish
+
+
+def limits(wish: Wish) -> Resize:
+    """Return the pool's words for a wish; what it does not name stays as it is."""
     shape = wish.shape
     return Resize(memory_bytes=shape.memory_bytes, memory_milli=shape.memory_milli, compute_milli=shape.compute_milli)
 
@@ -70,7 +77,10 @@ def answer(grant: Grant) -> dict[str, Any]:
 async def resize(spawner: GPUSliceMixin, asked: Any) -> dict[str, Any]:
     """Ask the pool for what the user of a running server wants. Raises NbgpuError with words for them."""
     must_be_offered(spawner.gpu_resize, await spawner.gpu_profiles())
-    limits = wanted(asked)
+    wish = wanted(asked)
+    with suppress(PoolUnavailable):  # then the pool's own check has to do
+        books = await spawner.pool.devices()
+        check_against(wish, [book.device for book in books], max((book.least_bytes for book in books), default=0))
     request_id = spawner.gpu_running_request()
     if request_id is None:
         raise NbgpuError("This server has no slice of a GPU.", code="no-slice", status=404)
@@ -81,7 +91,15 @@ async def resize(spawner: GPUSliceMixin, asked: Any) -> dict[str, Any]:
     if (await spawner.pool.grant(request_id)).request.owner != spawner.gpu_owner():
         # the id may have come from a pod's annotation, which others may have written
         raise NbgpuError("This server has no slice of a GPU.", code="no-slice", status=404)
-    return answer(await spawner.pool.resize(request_id, limits))
+    try:
+        return answer(await spawner.pool.resize(request_id, limits(wish)))
+    except NbgpuError as error:
+        if error.code != "state":
+            raise
+        message = (
+            "The slice cannot be changed now: it is lent to others while its notebooks are idle, or not ready yet. Run a cell, or wait."
+        )
+        raise NbgpuError(message, code="state", status=409) from error
 
 
 class ResizeHandler(APIHandler):

@@ -10,11 +10,11 @@ from nbgpu.errors import InvalidValue, NbgpuError
 from nbgpu.models import Resize
 from nbgpu.quantities import GIB
 from nbgpu_spawner.profiles import default_profiles, initialise
-from nbgpu_spawner.resize import must_be_offered, wanted
+from nbgpu_spawner.resize import limits, must_be_offered, wanted
 
 
 @pytest.mark.parametrize(
-    ("asked", "limits"),
+    ("asked", "expected"),
     [
         ({"gpu_fraction": "1/2"}, Resize(memory_milli=500, compute_milli=500)),
         ({"gpu_memory": "20 GiB"}, Resize(memory_bytes=20 * GIB)),
@@ -22,8 +22,8 @@ from nbgpu_spawner.resize import must_be_offered, wanted
         ({"gpu_fraction": "1/2", "gpu_memory": "20 GiB"}, Resize(memory_bytes=20 * GIB, compute_milli=500)),
     ],
 )
-def test_the_words_of_the_start_page(asked: Any, limits: Resize) -> None:
-    assert wanted(asked) == limits
+def test_the_words_of_the_start_page(asked: Any, expected: Resize) -> None:
+    assert limits(wanted(asked)) == expected
 
 
 @pytest.mark.parametrize(

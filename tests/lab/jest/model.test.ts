@@ -194,6 +194,21 @@ test('a server that does not answer is said, with the last values and since when
   expect(model.usage?.devices.length).toBe(1);
 });
 
+test('a page whose login is over is told apart from a server that is away', async () => {
+  await model.tick();
+  await model.tick();
+  for (const [status, who] of [
+    [403, 'nobody'],
+    [503, 'server']
+  ]) {
+    api.usage = async () => {
+      throw Object.assign(new Error('no'), { status });
+    };
+    await expect(model.tick()).rejects.toThrow('no');
+    expect(model.stale?.who).toBe(who);
+  }
+});
+
 test('times are told by this clock, whatever the server has', async () => {
   const now = Date.now() / 1000;
   const server = now - 7200;
