@@ -43,8 +43,8 @@ def _spec(manager: Any, name: str) -> Json:
 
 
 def _idle_seconds(manager: Any, state: str | None) -> float | None:
-    """Return how long an idle kernel has been so, by this server's clock alone; None: it is not idle, or nobody knows."""
+    """Return how long an idle or starting kernel has been so, by this server's clock alone; None: it is neither, or nobody knows."""
     since = getattr(manager, "last_activity", None)
-    if state != "idle" or not isinstance(since, datetime):
+    if state not in ("idle", "starting") or not isinstance(since, datetime):
         return None
     return round(max(0.0, (datetime.now(timezone.utc) - since).total_seconds()), 1)

@@ -35,7 +35,7 @@ export interface IKernelUsage {
   path: string | null;
   type: string | null;
   state: string | null;
-  /** How long it has been idle, by the server's clock; null: it is not, or nobody knows. */
+  /** How long it has been idle or starting, by the server's clock; null: it is neither, or nobody knows. */
   state_seconds?: number | null;
   /** "Python 3 (ipykernel)". */
   kernel_name?: string | null;

@@ -16,7 +16,6 @@ interface IOpenNotebook {
   context: {
     path: string;
     model: {
-      dirty: boolean;
       getMetadata(key: string): unknown;
       setMetadata(key: string, value: unknown): void;
       deleteMetadata(key: string): void;
@@ -65,7 +64,7 @@ export function metadataOf(
   return Object.keys(kept).length > 0 ? kept : null;
 }
 
-/** A notebook that is open on this page is changed there, and saved unless it has changes of its user's; any other is changed in its file. */
+/** A notebook that is open on this page is changed there and saved; any other is changed in its file. */
 export class NotebookKeeper implements ILimitKeeper {
   constructor(
     private _documents: () => Iterable<unknown>,
@@ -78,16 +77,13 @@ export class NotebookKeeper implements ILimitKeeper {
     const open = this._open(path);
     if (open) {
       const { model } = open.context;
-      const clean = !model.dirty;
       const kept = metadataOf(limit, own && model.getMetadata(METADATA));
       if (kept) {
         model.setMetadata(METADATA, kept);
       } else {
         model.deleteMetadata(METADATA);
       }
-      if (clean) {
-        await open.context.save();
-      }
+      await open.context.save();
       return;
     }
     const file = await this._contents.get(path, {

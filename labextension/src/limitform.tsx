@@ -111,7 +111,7 @@ export function LimitForm(props: ILimitFormProps): JSX.Element {
             checked={keep}
             onChange={event => setKeep(event.target.checked)}
           />
-          {trans.__('Keep it in the notebook, for its next kernels too')}
+          {trans.__('Save it in the notebook, for its next kernels too')}
         </label>
       )}
       {error && <p role="alert">{error}</p>}

@@ -156,7 +156,7 @@ function Header(props: {
 }): JSX.Element {
   const { usage, trans } = props;
   return (
-    <header className="nbgpu-Header">
+    <div className="nbgpu-Header">
       <h2>{sliceName(usage, trans)}</h2>
       <p className="nbgpu-quiet">{modeWords(usage, trans)}</p>
       {usage.simulated && (
@@ -164,7 +164,7 @@ function Header(props: {
           {trans.__('Simulated: this machine has no NVIDIA driver.')}
         </p>
       )}
-    </header>
+    </div>
   );
 }
 

@@ -67,6 +67,8 @@ export function kernelName(
   return kernel.name ?? trans.__('Kernel %1', kernel.kernel_id.slice(0, 8));
 }
 
+const UNUSED_SECONDS = 60;
+
 /** "busy", "idle for 12 min"; empty where the server does not know the kernel. */
 export function stateWords(
   kernel: IKernelUsage,
@@ -83,7 +85,10 @@ export function stateWords(
     case 'busy':
       return trans.__('busy');
     case 'starting':
-      return trans.__('starting');
+      // the server learns of a kernel's state when it is first used
+      return (seconds ?? 0) < UNUSED_SECONDS
+        ? trans.__('starting')
+        : trans.__('not used yet');
     case 'restarting':
       return trans.__('restarting');
     case 'dead':

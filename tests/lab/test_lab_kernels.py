@@ -38,10 +38,16 @@ async def test_a_kernel_of_another_language() -> None:
 
 @pytest.mark.parametrize(
     ("state", "idle", "expected"),
-    [("busy", timedelta(minutes=5), None), ("idle", -timedelta(hours=1), 0), ("idle", None, None), ("starting", timedelta(0), None)],
-    ids=["busy", "the clock was set back", "unknown", "starting"],
+    [
+        ("busy", timedelta(minutes=5), None),
+        ("idle", -timedelta(hours=1), 0),
+        ("idle", None, None),
+        ("dead", timedelta(0), None),
+        ("starting", -timedelta(hours=1), 0),
+    ],
+    ids=["busy", "the clock was set back", "unknown", "dead", "starting"],
 )
-async def test_only_an_idle_kernel_has_an_age_and_never_a_negative_one(state: str, idle: Any, expected: Any) -> None:
+async def test_a_kernel_that_does_nothing_has_an_age_and_never_a_negative_one(state: str, idle: Any, expected: Any) -> None:
     kernel = (await kernels_of(app(state, idle, R)))["abc"]
     assert (kernel["state"], kernel["state_seconds"]) == (state, expected)
 

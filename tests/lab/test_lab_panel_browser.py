@@ -58,7 +58,7 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def hub() -> Iterator[None]:
     """What the server's environment names before it starts."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
@@ -73,7 +73,8 @@ def hub() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def as_it_was(lab: Lab) -> Iterator[None]:
+def as_it_was(hub: None, lab: Lab) -> Iterator[None]:
+    """In this order: the server finds the hub in its environment."""
     SHOTS.mkdir(parents=True, exist_ok=True)
     fill_slice(lab)
     yield
@@ -151,7 +152,7 @@ def test_a_limit_is_kept_in_the_notebook(lab: Lab, page: Any) -> None:
     page.keyboard.press("Enter")
     page.keyboard.type("1/2")
     tab_to(page, ".nbgpu-LimitForm-keep")
-    assert opened.get_by_role("checkbox", name="Keep it in the notebook").is_checked()
+    assert opened.get_by_role("checkbox", name="Save it in the notebook").is_checked()
     pictures(page, "limit")
     tab_to(page, '.nbgpu-LimitForm [type="submit"]')
     page.keyboard.press("Enter")

@@ -32,11 +32,10 @@ class FakeDocument {
   metadata = new Map<string, unknown>();
   saves = 0;
   context: any;
-  constructor(path: string, dirty = false) {
+  constructor(path: string) {
     this.context = {
       path,
       model: {
-        dirty,
         getMetadata: (key: string) => this.metadata.get(key),
         setMetadata: (key: string, value: unknown) =>
           this.metadata.set(key, value),
@@ -65,24 +64,21 @@ test('a notebook that is not open is changed in its file; all else in it stays',
   expect(other.metadata.size).toBe(0);
 });
 
-test('one that is open is changed there and saved, but not what its user has not saved', async () => {
+test('one that is open is changed there, and saved', async () => {
   const contents = new FakeContents();
-  for (const dirty of [false, true]) {
-    const open = new FakeDocument('RTC:train.ipynb', dirty);
-    const keeper = new NotebookKeeper(() => [terminal, open], contents);
-    await keeper.keep(kernel(), { memory: '1/2' });
-    expect(open.metadata.get('nbgpu')).toEqual({ memory: '1/2' });
-    expect(open.saves).toBe(dirty ? 0 : 1);
-    await keeper.keep(kernel({ limit_source: 'notebook' }), {
-      memory_bytes: 10 * GIB,
-      compute: '1/2'
-    });
-    expect(open.metadata.get('nbgpu')).toEqual({
-      memory: '1/2',
-      compute: '1/2'
-    });
-    await keeper.keep(kernel(), {});
-    expect(open.metadata.has('nbgpu')).toBe(false);
-  }
+  const open = new FakeDocument('RTC:train.ipynb');
+  const keeper = new NotebookKeeper(() => [terminal, open], contents);
+  await keeper.keep(kernel(), { memory: '1/2' });
+  expect([open.metadata.get('nbgpu'), open.saves]).toEqual([
+    { memory: '1/2' },
+    1
+  ]);
+  await keeper.keep(kernel({ limit_source: 'notebook' }), {
+    memory_bytes: 10 * GIB,
+    compute: '1/2'
+  });
+  expect(open.metadata.get('nbgpu')).toEqual({ memory: '1/2', compute: '1/2' });
+  await keeper.keep(kernel(), {});
+  expect([open.metadata.has('nbgpu'), open.saves]).toEqual([false, 3]);
   expect(contents.saved).toBeNull();
 });

@@ -14,6 +14,8 @@ test.each([
   ['idle', 750, 'idle for 12 min'],
   ['idle', null, 'idle'],
   ['busy', null, 'busy'],
+  ['starting', 5, 'starting'],
+  ['starting', 500, 'not used yet'],
   ['something new', null, 'something new'],
   [null, null, '']
 ])('a kernel that is %s for %s reads as %s', (state, seconds, text) => {
