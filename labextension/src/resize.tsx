@@ -1,4 +1,5 @@
 import type { TranslationBundle } from '@jupyterlab/translation';
+import { editIcon } from '@jupyterlab/ui-components';
 import * as React from 'react';
 
 import type { IResizeAnswer, IUsage, IWrittenSize } from './api';
@@ -44,11 +45,12 @@ export function Resize(props: IResizeProps): JSX.Element {
       <button
         ref={button}
         type="button"
-        className="jp-mod-styled jp-mod-reject"
+        className="nbgpu-Kernels-limit"
         aria-expanded={open}
         onClick={() => setOpen(!open)}
       >
         {trans.__('Change the size of this slice')}
+        <editIcon.react tag="span" width="12px" />
       </button>
       {open && (
         <ResizeForm
