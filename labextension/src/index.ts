@@ -105,14 +105,17 @@ const statusPlugin: JupyterFrontEndPlugin<void> = {
   id: 'nbgpu-lab:status',
   description: 'GPU memory and compute of the slice in the status bar.',
   autoStart: true,
-  requires: [ISliceModel, IStatusBar],
-  optional: [ITranslator],
+  requires: [ISliceModel],
+  optional: [IStatusBar, ITranslator],
   activate: (
     app: JupyterFrontEnd,
     model: ISliceModel,
-    statusBar: IStatusBar,
+    statusBar: IStatusBar | null,
     translator: ITranslator | null
   ) => {
+    if (!statusBar) {
+      return; // Notebook 7 has none
+    }
     const trans = (translator ?? nullTranslator).load('nbgpu');
     const item = new StatusItem(
       model,
