@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from jupyter_client.provisioning.factory import KernelProvisionerFactory
-from jupyter_core.utils import ensure_async
 
 from nbgpu.errors import NbgpuError
 from nbgpu.kernel_names import write_names
@@ -19,6 +18,7 @@ from nbgpu.kernel_names import write_names
 from .client import SliceClient
 from .handlers import routes
 from .idle import tell_kernels
+from .kernels import kernels_of
 from .notices import SERVER
 from .sampler import Json, Sampler
 
@@ -82,23 +82,6 @@ def _follow_kernels(serverapp: Any, sampler: Sampler) -> None:
         serverapp.event_logger.add_listener(schema_id=KERNEL_ACTIONS, listener=heard)
     except Exception as error:  # another version of the server: names are as of the last look at the panel
         serverapp.log.debug("nbgpu: kernels that come and go are not followed: %s", error)
-
-
-async def kernels_of(serverapp: Any) -> dict[str, Json]:
-    """Return the server's kernels by id, each with the name, path and type of what it belongs to.
-
-    Kernels without a session (started through the API alone) go by the name of their kernelspec.
-    """
-    kernels: dict[str, Json] = {}
-    for kernel in await ensure_async(serverapp.kernel_manager.list_kernels()):
-        kernels[kernel["id"]] = {"name": kernel["name"], "path": None, "type": "kernel", "state": kernel.get("execution_state")}
-    for session in await serverapp.session_manager.list_sessions():
-        kernel = session.get("kernel") or {}
-        if kernel.get("id") in kernels:
-            path = session["path"]
-            name = session["name"] or path.rsplit("/", 1)[-1]
-            kernels[kernel["id"]] |= {"name": name, "path": path, "type": session["type"]}
-    return kernels
 
 
 def plain_terminals(serverapp: Any) -> None:

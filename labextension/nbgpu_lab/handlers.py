@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Awaitable, Callable
 from functools import wraps
 from typing import Any
@@ -15,10 +16,12 @@ from tornado import web
 from nbgpu.errors import InvalidValue, NbgpuError, Unavailable
 from nbgpu.kernel_limits import kernel_limit
 
+from . import hub
 from .notices import Notices
 from .sampler import NO_SLICE, Sampler
 
 HISTORY_SECONDS = 600
+_MOST_HISTORY_SECONDS = 3600
 _MAX_BODY_BYTES = 4096
 
 
@@ -82,20 +85,21 @@ class UsageHandler(SliceHandler):
     async def get(self) -> Any:
         if self.sampler is None:
             return NO_SLICE
-        usage = await self.sampler.usage()
+        # "now", so that a page whose clock is another one can say when things were
+        usage = {**await self.sampler.usage(), "now": time.time(), "may_resize": hub.offered()}
         if self.get_query_argument("after", None) is None:
             return usage
         return {**usage, "events": self.notices.after(self.whole_number("after", 0, 0, 2**53))}
 
 
 class HistoryHandler(SliceHandler):
-    """``GET nbgpu/api/history?seconds=600``: one value a second, per device."""
+    """``GET nbgpu/api/history?seconds=600``: per device one value a second; beyond ten minutes, to an hour, one in ten."""
 
     @web.authenticated
     @authorized
     @_answers
     async def get(self) -> Any:
-        return await self.slice().history(self.whole_number("seconds", HISTORY_SECONDS, 1, HISTORY_SECONDS))
+        return await self.slice().history(self.whole_number("seconds", HISTORY_SECONDS, 1, _MOST_HISTORY_SECONDS))
 
 
 class EventsHandler(SliceHandler):
@@ -109,7 +113,10 @@ class EventsHandler(SliceHandler):
 
 
 class KernelHandler(SliceHandler):
-    """``PUT nbgpu/api/kernels/{kernel_id}``: a ``KernelLimit``, or the same as text (`nbgpu.kernel_limits`)."""
+    """``PUT nbgpu/api/kernels/{kernel_id}``: a ``KernelLimit``, or the same as text (`nbgpu.kernel_limits`).
+
+    With ``"kept": true`` the limit is what the notebook's metadata says too, and is shown as the notebook's.
+    """
 
     _track_activity = True
 
@@ -119,10 +126,13 @@ class KernelHandler(SliceHandler):
     async def put(self, kernel_id: str) -> Any:
         sampler = self.slice()
         asked = self.json_object("a JSON object with a kernel's limits")
+        kept = asked.pop("kept", False)
+        if not isinstance(kept, bool):
+            raise InvalidValue("kept", kept, "true or false: whether the notebook's metadata has this limit")
         usage = await sampler.usage()
         if not usage.get("devices"):
             raise Unavailable("The GPU's node agent does not answer yet. Try again in a moment.")
-        return await sampler.set_limit(kernel_id, kernel_limit(asked, usage["devices"]))
+        return await sampler.set_limit(kernel_id, kernel_limit(asked, usage["devices"]), "notebook" if kept else "panel")
 
 
 class ResumeHandler(SliceHandler):
@@ -140,6 +150,19 @@ class ResumeHandler(SliceHandler):
         return await self.slice().resume(pid)
 
 
+class ResizeHandler(SliceHandler):
+    """``POST nbgpu/api/resize``: asks the hub for a larger or smaller slice, ``{"gpu_fraction"?, "gpu_memory"?, "gpu_compute"?}``."""
+
+    _track_activity = True
+
+    @web.authenticated
+    @authorized
+    @_answers
+    async def post(self) -> Any:
+        self.slice()
+        return await hub.resize(self.json_object('an object such as {"gpu_fraction": "1/2"}'))
+
+
 def routes(base_url: str, sampler: Sampler | None, notices: Notices) -> list[tuple[str, type[SliceHandler], dict[str, Any]]]:
     """Return the routes to add to a Jupyter server's web application."""
     made_with = {"sampler": sampler, "notices": notices}
@@ -148,6 +171,7 @@ def routes(base_url: str, sampler: Sampler | None, notices: Notices) -> list[tup
         ("history", HistoryHandler),
         ("events", EventsHandler),
         ("resume", ResumeHandler),
+        ("resize", ResizeHandler),
         (r"kernels/([A-Za-z0-9_.-]{1,39})", KernelHandler),
     ]
     return [(url_path_join(base_url, "nbgpu/api", path), handler, made_with) for path, handler in paths]

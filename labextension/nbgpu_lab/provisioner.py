@@ -16,6 +16,7 @@ from nbgpu.logs import one_line
 
 from .client import SliceClient
 from .idle import waiting_argument
+from .limits import NO_LIMIT, ORIGINS
 from .notices import SERVER
 
 _MAX_NOTEBOOK_BYTES = 256 * 1024**2
@@ -25,19 +26,20 @@ class SliceProvisioner(LocalProvisioner):
     """A local kernel that carries ``NBGPU_KERNEL_ID``; its limit comes from the notebook's metadata.
 
     ``"nbgpu": {"memory": "5 GiB", "compute": "1/2"}`` in a notebook's metadata limits its kernel before the process starts; a fraction
-    is of the server's slice. Junk there becomes a notice: the kernel starts in any case. A limit that was set since (from the panel)
-    outlives a restart of the kernel.
+    is of the server's slice. Junk there becomes a notice: the kernel starts in any case. A restart of the kernel reads the metadata again;
+    a limit that was set since, from the panel without keeping it in the notebook or by a command, outlives it.
     """
 
-    _limited = False
+    _started = False
 
     async def pre_launch(self, **kwargs: Any) -> dict[str, Any]:
         """Name the kernel in its environment, and limit it."""
         env = {**(kwargs.get("env") or os.environ), "NBGPU_KERNEL_ID": self.kernel_id}
         kwargs["env"] = env
         socket_path = os.environ.get("NBGPU_SOCKET")
-        if socket_path and not self._limited:
-            await self._limit(SliceClient(socket_path), env.get("JPY_SESSION_NAME", ""))
+        if socket_path:
+            await self._limit(SliceClient(socket_path), env.get("JPY_SESSION_NAME", ""), again=self._started)
+        self._started = True
         if socket_path:
             more = await waiting_argument(SliceClient(socket_path), self.kernel_spec.argv)
             kwargs["extra_arguments"] = [*(kwargs.get("extra_arguments") or []), *more]
@@ -48,28 +50,34 @@ class SliceProvisioner(LocalProvisioner):
         await super().cleanup(restart=restart)
         socket_path = os.environ.get("NBGPU_SOCKET")
         if socket_path and not restart:
+            ORIGINS.forget(self.kernel_id)
             try:
-                await SliceClient(socket_path).put(f"/v1/kernels/{self.kernel_id}", {"memory_bytes": None, "compute_milli": None})
+                await SliceClient(socket_path).put(f"/v1/kernels/{self.kernel_id}", NO_LIMIT)
             except NbgpuError as error:
                 self.log.debug("nbgpu: the limit of kernel %s stays until the slice ends: %s", self.kernel_id, error)
 
-    async def _limit(self, client: SliceClient, notebook: str) -> None:
+    async def _limit(self, client: SliceClient, notebook: str, *, again: bool) -> None:
         name = one_line(Path(notebook).name)
         try:
+            if again and not Path(notebook).is_file():
+                return  # renamed since the start: what it says cannot be read, and what holds goes on holding
             asked = await asyncio.to_thread(read_metadata, notebook)
-            if asked is None:
+            before, source = ORIGINS.last(self.kernel_id)
+            if asked is None and source != "notebook":
                 return
-            usage = await client.get("/v1/usage")
-            limit = kernel_limit(asked, usage["devices"])
-            if any(value is not None for value in limit.values()):
-                await client.put(f"/v1/kernels/{self.kernel_id}", limit)
-            self._limited = True
+            if again and (source == "panel" or (await client.get("/v1/kernels")).get(self.kernel_id, NO_LIMIT) != before):
+                return  # set since, not by the notebook
+            limit = NO_LIMIT if asked is None else kernel_limit(asked, (await client.get("/v1/usage"))["devices"])
+            if limit != before:
+                ORIGINS.remember(self.kernel_id, await client.put(f"/v1/kernels/{self.kernel_id}", limit), "notebook")
         except NbgpuError as error:
-            self._tell(
-                f"{name} asks in its metadata (nbgpu) for a limit that was not set: {error.message} Its kernel runs with the whole slice."
-            )
+            self._tell(f"{name} asks in its metadata (nbgpu) for a limit that was not set: {error.message} {self._as_it_is()}")
         except Exception as error:
-            self._tell(f"The limit in the metadata of {name} was not set ({type(error).__name__}). Its kernel runs with the whole slice.")
+            self._tell(f"The limit in the metadata of {name} was not set ({type(error).__name__}). {self._as_it_is()}")
+
+    def _as_it_is(self) -> str:
+        limited = ORIGINS.last(self.kernel_id)[0] != NO_LIMIT
+        return "Its kernel keeps the limit that it has." if limited else "Its kernel runs with the whole slice."
 
     def _tell(self, message: str) -> None:
         self.log.warning("nbgpu: kernel %s: %s", self.kernel_id, message)

@@ -11,6 +11,8 @@ from typing import Any
 from nbgpu.errors import NbgpuError, Unavailable
 
 from .client import SliceClient
+from .kernels import UNKNOWN
+from .limits import NO_LIMIT, ORIGINS, Source
 from .notices import Notices
 
 Json = dict[str, Any]
@@ -25,7 +27,7 @@ class Sampler:
     client : SliceClient
         The slice's API.
     sessions : callable
-        Returns the server's kernels: ``{kernel_id: {"name", "path", "type", "state"}}``.
+        Returns the server's kernels: ``{kernel_id: {"name", "path", "type", "state", ...}}``.
     notices : Notices
         Where the agent's events go.
     keep_seconds : float
@@ -67,9 +69,10 @@ class Sampler:
         """Return what the agent remembers of the last `seconds`. Raises `Unavailable` while it is away."""
         return await self._shared(f"history {seconds}", 1.0, lambda: self.client.get(f"/v1/history?seconds={seconds}"))
 
-    async def set_limit(self, kernel_id: str, limit: Json) -> Json:
-        """Ask the agent to limit a kernel; the next usage shows it. Raises what the agent says."""
+    async def set_limit(self, kernel_id: str, limit: Json, source: Source = "panel") -> Json:
+        """Ask the agent to limit a kernel; the next usage shows it, and where it comes from. Raises what the agent says."""
         answer = await self.client.put(f"/v1/kernels/{kernel_id}", limit)
+        ORIGINS.remember(kernel_id, answer, source)
         self._kept.clear()
         return answer
 
@@ -159,12 +162,12 @@ def join(kernels: list[Json], sessions: dict[str, Json], limits: dict[str, Json]
 
     Notebook kernels come by path, everything else in the slice (``kernel_id`` None) comes last.
     """
-    blank: Json = {"name": None, "path": None, "type": None, "state": None}
-    joined = [{**kernel, **sessions.get(kernel["kernel_id"], blank)} for kernel in kernels]
+    joined = [{**kernel, **sessions.get(kernel["kernel_id"], UNKNOWN)} for kernel in kernels]
     seen = {kernel["kernel_id"] for kernel in kernels}
-    unlimited = {"memory_bytes": None, "compute_milli": None}
     for kernel_id, session in sessions.items():
         if kernel_id not in seen:
-            idle: Json = {"kernel_id": kernel_id, "pids": [], "limit": limits.get(kernel_id, unlimited), "devices": []}
-            joined.append({**idle, "refusals": 0, "launches": 0, "idle_seconds": None, **session})
+            idle: Json = {"kernel_id": kernel_id, "pids": [], "limit": limits.get(kernel_id, NO_LIMIT), "devices": []}
+            joined.append({**idle, "refusals": 0, "launches": 0, "idle_seconds": None, **UNKNOWN, **session})
+    for kernel in joined:
+        kernel["limit_source"] = ORIGINS.source(kernel["kernel_id"], kernel["limit"])
     return sorted(joined, key=lambda kernel: (kernel["kernel_id"] is None, kernel["path"] or "~", kernel["kernel_id"] or ""))

@@ -35,6 +35,13 @@ export interface IKernelUsage {
   path: string | null;
   type: string | null;
   state: string | null;
+  /** How long it has been idle or starting, by the server's clock; null: it is neither, or nobody knows. */
+  state_seconds?: number | null;
+  /** "Python 3 (ipykernel)". */
+  kernel_name?: string | null;
+  language?: string | null;
+  /** Where its limit comes from; null: it has none. */
+  limit_source?: 'notebook' | 'panel' | 'command' | null;
 }
 
 export interface INotice {
@@ -84,6 +91,8 @@ export interface IUsage {
   suspended?: ISuspension[];
   /** The server's user may let them go on. */
   may_resume?: boolean;
+  /** There is a hub that may be asked for another size. */
+  may_resize?: boolean;
   lent?: ILent | null;
 }
 
@@ -96,6 +105,8 @@ export interface IAgentState {
 export interface IUsageAnswer extends Partial<Omit<IUsage, 'slice_id'>> {
   slice_id: string | null;
   agent?: IAgentState;
+  /** Unix time of the server, seconds. */
+  now?: number;
   last_event?: number;
   events?: INotice[];
 }
@@ -120,6 +131,21 @@ export interface IWrittenLimit {
   memory_bytes?: number | null;
   compute?: string;
   compute_milli?: number | null;
+  /** The notebook's metadata says so too. */
+  kept?: boolean;
+}
+
+/** Another size of the slice, in the words of the start page; what is left out stays. */
+export interface IWrittenSize {
+  gpu_fraction?: string;
+  gpu_memory?: string;
+}
+
+export interface IResizeAnswer {
+  /** Else in a moment, when the node says so. */
+  in_force: boolean;
+  devices: { index: number; memory_bytes: number; compute_milli: number }[];
+  note: string | null;
 }
 
 /** What the model asks of the server; a test passes its own. */
@@ -129,4 +155,6 @@ export interface ISliceApi {
   setLimit(kernelId: string, limit: IWrittenLimit): Promise<void>;
   /** Let a suspended process go on. */
   resume(pid: number): Promise<void>;
+  /** Ask for another size of the slice. */
+  resize(asked: IWrittenSize): Promise<IResizeAnswer>;
 }

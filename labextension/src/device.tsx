@@ -4,19 +4,23 @@ import * as React from 'react';
 import type { IDeviceUsage } from './api';
 import { formatFraction, formatMemoryOf, memoryLevel, percent } from './format';
 import type { ISample } from './history';
+import { warningIcon } from './icons';
 import { Sparkline } from './sparkline';
-import { warningWords } from './words';
+import { rangeName, warningWords } from './words';
 
 interface IDeviceProps {
   device: IDeviceUsage;
   samples: readonly ISample[];
+  /** How much of the history they are. */
+  seconds: number;
   warnPercent: number;
   trans: TranslationBundle;
 }
 
 /** One device of the slice: memory and compute, now and over the last minutes. */
 export function Device(props: IDeviceProps): JSX.Element {
-  const { device, samples, trans } = props;
+  const { device, samples, seconds, trans } = props;
+  const range = rangeName(seconds, trans);
   const level = memoryLevel(
     device.memory_used_bytes,
     device.memory_limit_bytes,
@@ -48,8 +52,9 @@ export function Device(props: IDeviceProps): JSX.Element {
       />
       <Sparkline
         kind="memory"
-        label={trans.__('Memory in the last 10 minutes')}
+        label={trans.__('Memory in the last %1', range)}
         values={samples.map(({ time, memory }) => ({ time, value: memory }))}
+        seconds={seconds}
         top={device.memory_limit_bytes}
         limit={device.memory_limit_bytes}
       />
@@ -63,13 +68,14 @@ export function Device(props: IDeviceProps): JSX.Element {
       />
       <Sparkline
         kind="compute"
-        label={trans.__('Compute in the last 10 minutes')}
+        label={trans.__('Compute in the last %1', range)}
         values={samples.map(({ time, compute }) => ({ time, value: compute }))}
+        seconds={seconds}
         top={busiest}
         limit={device.compute_limit_milli}
       />
       <div className="nbgpu-Device-axis" aria-hidden="true">
-        <span>{trans.__('10 min ago')}</span>
+        <span>{trans.__('%1 ago', range)}</span>
         <span>{trans.__('now')}</span>
       </div>
     </section>
@@ -123,7 +129,10 @@ function Gauge(props: IGaugeProps): JSX.Element {
         <div className="nbgpu-Gauge-bar" style={{ width: `${width}%` }} />
       </div>
       {props.warning && (
-        <div className="nbgpu-Gauge-warning">{props.warning}</div>
+        <div className="nbgpu-Gauge-warning">
+          <warningIcon.react tag="span" width="14px" />
+          {props.warning}
+        </div>
       )}
     </div>
   );

@@ -46,6 +46,19 @@ export function formatFraction(milli: number): string {
   return FRACTIONS[milli] ?? `${tenths(milli / 10)} %`;
 }
 
+/** Seconds as a person says them: "12 s", "3 min", "5 h", "4 d"; rounded down. */
+export function formatDuration(seconds: number): string {
+  if (seconds < 100) {
+    return `${Math.floor(Math.max(0, seconds))} s`;
+  }
+  const minutes = Math.floor(seconds / 60);
+  if (minutes < 100) {
+    return `${minutes} min`;
+  }
+  const hours = Math.floor(minutes / 60);
+  return hours < 48 ? `${hours} h` : `${Math.floor(hours / 24)} d`;
+}
+
 /** A part of a whole in percent, rounded down; 0 where there is no whole. */
 export function percent(part: number, whole: number): number {
   return whole > 0 ? Math.floor((part * 100) / whole) : 0;

@@ -1,8 +1,12 @@
-/** The last minutes of a slice, one value a second, for sparklines. */
+/** The last hour of a slice for sparklines: ten minutes of it with one value a second, the rest with one in ten. */
 
 import type { IHistoryAnswer, IUsage } from './api';
 
 export const HISTORY_SECONDS = 600;
+export const HOUR_SECONDS = 3600;
+const COARSE_SECONDS = 10;
+/** A time that is so much before the last one is a clock that was set back. */
+const BACK_SECONDS = 5;
 
 export interface ISample {
   /** Unix time, seconds. */
@@ -11,20 +15,66 @@ export interface ISample {
   compute: number;
 }
 
+/** The samples of one device over some seconds, one in each interval: the most memory in it, the average compute. */
+class Samples {
+  constructor(
+    readonly seconds: number,
+    readonly interval: number
+  ) {}
+
+  all: readonly ISample[] = [];
+
+  add(sample: ISample): void {
+    let samples = this.all;
+    const last = samples[samples.length - 1];
+    if (last && sample.time <= last.time) {
+      if (sample.time > last.time - BACK_SECONDS) {
+        return;
+      }
+      samples = samples.filter(({ time }) => time < sample.time);
+    }
+    if (last && this.interval > 1 && this._slot(last) === this._slot(sample)) {
+      this._count += 1;
+      const compute = last.compute + (sample.compute - last.compute) / this._count; // prettier-ignore
+      const memory = Math.max(last.memory, sample.memory);
+      samples = [...samples.slice(0, -1), { time: sample.time, memory, compute }]; // prettier-ignore
+    } else {
+      this._count = 1;
+      samples = [...samples, sample];
+    }
+    this._set(samples);
+  }
+
+  load(samples: readonly ISample[]): void {
+    const last = samples[samples.length - 1]?.time ?? 0;
+    this._set([...samples, ...this.all.filter(({ time }) => time > last)]);
+    this._count = 1;
+  }
+
+  private _set(samples: readonly ISample[]): void {
+    const from = (samples[samples.length - 1]?.time ?? 0) - this.seconds;
+    this.all = samples.filter(({ time }) => time > from);
+  }
+
+  private _slot({ time }: ISample): number {
+    return Math.floor(time / this.interval);
+  }
+
+  private _count = 1;
+}
+
 export class History {
   constructor(readonly seconds = HISTORY_SECONDS) {}
 
-  /** The samples of one device, oldest first. */
-  of(uuid: string): readonly ISample[] {
-    return this._samples.get(uuid) ?? [];
-  }
-
-  /** Time of the newest sample of any device, 0 when there is none. */
-  get newest(): number {
-    return Math.max(
-      0,
-      ...[...this._samples.values()].map(all => all[all.length - 1]?.time ?? 0)
-    );
+  /** The samples of one device in the last seconds, oldest first. */
+  of(uuid: string, seconds = this.seconds): readonly ISample[] {
+    const kept = this._samples.get(uuid);
+    if (!kept) {
+      return [];
+    }
+    const all = seconds > this.seconds ? kept.coarse.all : kept.fine.all;
+    const from = (all[all.length - 1]?.time ?? 0) - seconds;
+    return all.filter(({ time }) => time > from);
   }
 
   /** Take over what the server remembers. */
@@ -35,34 +85,43 @@ export class History {
         memory: device.memory_used_bytes[i] ?? 0,
         compute: device.compute_used_milli[i] ?? 0
       }));
-      const last = samples[samples.length - 1]?.time ?? 0;
-      const newer = this.of(uuid).filter(sample => sample.time > last);
-      this._samples.set(uuid, this._trim([...samples, ...newer]));
+      const { fine, coarse } = this._of(uuid);
+      (answer.interval_seconds > 1 ? coarse : fine).load(samples);
     }
   }
 
   /** Add what is measured now. */
   add(usage: IUsage): void {
     for (const device of usage.devices) {
-      const samples = [...this.of(device.uuid)];
-      if (usage.time <= (samples[samples.length - 1]?.time ?? 0)) {
-        continue;
-      }
-      samples.push({
+      const sample = {
         time: usage.time,
         memory: device.memory_used_bytes,
         compute: device.compute_used_milli
-      });
-      this._samples.set(device.uuid, this._trim(samples));
+      };
+      const { fine, coarse } = this._of(device.uuid);
+      fine.add(sample);
+      coarse.add(sample);
     }
   }
 
-  private _trim(samples: ISample[]): ISample[] {
-    const from = (samples[samples.length - 1]?.time ?? 0) - this.seconds;
-    return samples.filter(sample => sample.time > from);
+  /** Forget all: it was another slice's. */
+  clear(): void {
+    this._samples.clear();
   }
 
-  private _samples = new Map<string, ISample[]>();
+  private _of(uuid: string): { fine: Samples; coarse: Samples } {
+    let found = this._samples.get(uuid);
+    if (!found) {
+      found = {
+        fine: new Samples(this.seconds, 1),
+        coarse: new Samples(HOUR_SECONDS, COARSE_SECONDS)
+      };
+      this._samples.set(uuid, found);
+    }
+    return found;
+  }
+
+  private _samples = new Map<string, { fine: Samples; coarse: Samples }>();
 }
 
 /**

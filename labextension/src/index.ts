@@ -10,6 +10,7 @@ import { Signal } from '@lumino/signaling';
 
 import type { INotice } from './api';
 import { sliceIcon } from './icons';
+import { NotebookKeeper } from './keep';
 import { SliceModel } from './model';
 import { Notifier } from './notifier';
 import { shareModel } from './page';
@@ -81,7 +82,11 @@ const panelPlugin: JupyterFrontEndPlugin<void> = {
   ) => {
     const trans = (translator ?? nullTranslator).load('nbgpu');
     whenPresent(model, () => {
-      const panel = new SlicePanel(model, trans);
+      const keeper = new NotebookKeeper(
+        () => app.shell.widgets('main'),
+        app.serviceManager.contents
+      );
+      const panel = new SlicePanel(model, trans, keeper);
       app.shell.add(panel, 'right', { rank: 700, type: 'GPU' });
       app.commands.addCommand(CommandIDs.showPanel, {
         label: trans.__('Show GPU Slice'),
@@ -100,14 +105,17 @@ const statusPlugin: JupyterFrontEndPlugin<void> = {
   id: 'nbgpu-lab:status',
   description: 'GPU memory and compute of the slice in the status bar.',
   autoStart: true,
-  requires: [ISliceModel, IStatusBar],
-  optional: [ITranslator],
+  requires: [ISliceModel],
+  optional: [IStatusBar, ITranslator],
   activate: (
     app: JupyterFrontEnd,
     model: ISliceModel,
-    statusBar: IStatusBar,
+    statusBar: IStatusBar | null,
     translator: ITranslator | null
   ) => {
+    if (!statusBar) {
+      return; // Notebook 7 has none
+    }
     const trans = (translator ?? nullTranslator).load('nbgpu');
     const item = new StatusItem(
       model,

@@ -1,29 +1,28 @@
 import type { TranslationBundle } from '@jupyterlab/translation';
-import { closeIcon, editIcon } from '@jupyterlab/ui-components';
+import { editIcon } from '@jupyterlab/ui-components';
 import * as React from 'react';
 
-import type {
-  IDeviceUsage,
-  IKernelUsage,
-  ISuspension,
-  IUsage,
-  IWrittenLimit
-} from './api';
+import type { IDeviceUsage, IKernelUsage, ISuspension, IUsage } from './api';
 import {
+  formatDuration,
   formatMemory,
   formatMemoryOf,
-  formatPart,
   kernelTotals,
   overLimit,
   percent
 } from './format';
+import { warningIcon } from './icons';
+import { LimitForm, limitTexts, type SetLimit } from './limitform';
 import { suspendedOf, suspendedWords, withSuspended } from './suspended';
-import { clock, kernelName } from './words';
+import { clock, kernelName, kindWords, sourceWords, stateWords } from './words';
+
+/** A kernel that holds memory and has not used the GPU for so long is said to. */
+const UNUSED_SECONDS = 60;
 
 interface IKernelsProps {
   usage: IUsage;
   trans: TranslationBundle;
-  setLimit: (kernelId: string, limit: IWrittenLimit) => Promise<void>;
+  setLimit: SetLimit;
   resume: (pid: number) => Promise<void>;
 }
 
@@ -77,7 +76,7 @@ interface IKernelProps {
   trans: TranslationBundle;
   editing: boolean;
   edit: (on: boolean) => void;
-  setLimit: (kernelId: string, limit: IWrittenLimit) => Promise<void>;
+  setLimit: SetLimit;
   resume: (pid: number) => Promise<void>;
 }
 
@@ -92,6 +91,9 @@ function Kernel(props: IKernelProps): JSX.Element {
   const name = kernelName(kernel, trans);
   const over = overLimit(kernel, devices);
   const limit = limitWords(kernel, devices, trans);
+  const source = sourceWords(kernel, trans);
+  const unused = kernel.idle_seconds ?? 0;
+  const change = React.useRef<HTMLButtonElement>(null);
   return (
     <tbody data-kernel={kernel.kernel_id ?? 'other'}>
       <tr>
@@ -109,6 +111,7 @@ function Kernel(props: IKernelProps): JSX.Element {
               </span>
             )}
           </div>
+          <About kernel={kernel} trans={trans} />
         </th>
       </tr>
       <tr>
@@ -120,13 +123,25 @@ function Kernel(props: IKernelProps): JSX.Element {
             </span>
           )}
         </td>
-        <td>{trans.__('%1 %', percent(totals.computeMilli, sliceMilli))}</td>
+        <td>
+          {trans.__('%1 %', percent(totals.computeMilli, sliceMilli))}
+          {totals.usedBytes > 0 && unused >= UNUSED_SECONDS && (
+            <span className="nbgpu-quiet">
+              {trans.__('unused for %1', formatDuration(unused))}
+            </span>
+          )}
+        </td>
         <td>
           {kernel.kernel_id !== null && (
             <button
+              ref={change}
               className="nbgpu-Kernels-limit"
               aria-expanded={props.editing}
-              aria-label={trans.__('Limit of %1: %2. Change it', name, limit)}
+              aria-label={trans.__(
+                'Limit of %1: %2. Change it',
+                name,
+                source ? `${limit} (${source})` : limit
+              )}
               title={trans.__('Change the limit of %1', name)}
               onClick={() => props.edit(!props.editing)}
             >
@@ -134,12 +149,14 @@ function Kernel(props: IKernelProps): JSX.Element {
               <editIcon.react tag="span" width="12px" />
             </button>
           )}
+          {source && <span className="nbgpu-quiet">{source}</span>}
         </td>
       </tr>
       {over && (
         <tr>
           <td colSpan={3}>
             <div className="nbgpu-Kernels-over">
+              <warningIcon.react tag="span" width="14px" />
               {trans.__(
                 'Over its limit (%1): it keeps what it holds and is given no more until it frees some.',
                 formatMemoryOf(over.usedBytes, over.limitBytes)
@@ -154,11 +171,41 @@ function Kernel(props: IKernelProps): JSX.Element {
       {props.editing && (
         <tr>
           <td colSpan={3}>
-            <LimitForm {...props} name={name} />
+            <LimitForm
+              kernel={kernel}
+              name={name}
+              devices={devices}
+              trans={trans}
+              setLimit={props.setLimit}
+              close={() => {
+                props.edit(false);
+                change.current?.focus(); // else the keyboard would start again at the top of the page
+              }}
+            />
           </td>
         </tr>
       )}
     </tbody>
+  );
+}
+
+/** What it is and does: "Python 3 (ipykernel) · busy". */
+function About(props: {
+  kernel: IKernelUsage;
+  trans: TranslationBundle;
+}): JSX.Element | null {
+  const { kernel, trans } = props;
+  const words =
+    kernel.kernel_id === null
+      ? [trans.__('Terminals and programs')]
+      : [kindWords(kernel), stateWords(kernel, trans)].filter(Boolean);
+  return words.length === 0 ? null : (
+    <div
+      className="nbgpu-Kernels-about nbgpu-quiet"
+      data-state={kernel.state ?? undefined}
+    >
+      {words.join(' · ')}
+    </div>
   );
 }
 
@@ -202,101 +249,4 @@ function limitWords(
     .filter(Boolean)
     .map(text => text.replace(' ', '\u00a0')); // a number stays with its unit
   return words.length > 0 ? words.join(', ') : trans.__('none');
-}
-
-/** A kernel's limits as texts that the form takes back; empty: none of its own. */
-function limitTexts(
-  kernel: IKernelUsage,
-  devices: IDeviceUsage[]
-): { memory: string; compute: string } {
-  const { memory_bytes, compute_milli } = kernel.limit;
-  const sliceMilli = Math.min(...devices.map(d => d.compute_limit_milli));
-  return {
-    memory: memory_bytes !== null ? formatMemory(memory_bytes) : '',
-    compute: compute_milli !== null ? formatPart(compute_milli, sliceMilli) : ''
-  };
-}
-
-/** The limits of one kernel as text; the server checks them and says what is wrong. */
-function LimitForm(props: IKernelProps & { name: string }): JSX.Element {
-  const { kernel, trans } = props;
-  const [before] = React.useState(() => limitTexts(kernel, props.devices));
-  const [memory, setMemory] = React.useState(before.memory);
-  const [compute, setCompute] = React.useState(before.compute);
-  const [error, setError] = React.useState('');
-  const first = React.useRef<HTMLInputElement>(null);
-  React.useEffect(() => first.current?.focus(), []);
-
-  const save = async (limit: IWrittenLimit): Promise<void> => {
-    try {
-      await props.setLimit(kernel.kernel_id!, limit);
-      props.edit(false);
-    } catch (reason) {
-      setError((reason as Error).message);
-    }
-  };
-  return (
-    <form
-      className="nbgpu-LimitForm"
-      aria-label={trans.__('Limit of %1', props.name)}
-      onSubmit={event => {
-        event.preventDefault();
-        void save({
-          ...(memory === before.memory
-            ? { memory_bytes: kernel.limit.memory_bytes }
-            : { memory }),
-          ...(compute === before.compute
-            ? { compute_milli: kernel.limit.compute_milli }
-            : { compute })
-        });
-      }}
-      onKeyDown={event => event.key === 'Escape' && props.edit(false)}
-    >
-      <button
-        type="button"
-        className="nbgpu-LimitForm-close"
-        aria-label={trans.__('Close')}
-        onClick={() => props.edit(false)}
-      >
-        <closeIcon.react tag="span" width="14px" />
-      </button>
-      <label>
-        {trans.__('Memory limit')}
-        <input
-          ref={first}
-          className="jp-mod-styled"
-          value={memory}
-          placeholder={trans.__('such as 5 GiB or 1/2')}
-          onChange={event => setMemory(event.target.value)}
-        />
-      </label>
-      <label>
-        {trans.__('Compute limit')}
-        <input
-          className="jp-mod-styled"
-          value={compute}
-          placeholder={trans.__('such as 1/2 or 25 %')}
-          onChange={event => setCompute(event.target.value)}
-        />
-      </label>
-      <p className="nbgpu-quiet">
-        {trans.__('A fraction is of this slice. Empty: no limit of its own.')}
-      </p>
-      {error && <p role="alert">{error}</p>}
-      <div className="nbgpu-LimitForm-buttons">
-        {(before.memory || before.compute) && (
-          <button
-            type="button"
-            className="jp-mod-styled jp-mod-reject"
-            onClick={() => void save({})}
-          >
-            {trans.__('Remove')}
-          </button>
-        )}
-        <button type="submit" className="jp-mod-styled jp-mod-accept">
-          {trans.__('Set limit')}
-        </button>
-      </div>
-    </form>
-  );
 }

@@ -3,14 +3,7 @@
 import type { TranslationBundle } from '@jupyterlab/translation';
 
 import type { ILent } from './api';
-import { formatMemory } from './format';
-
-/** Seconds as a person says them: "12 s", "3 min". */
-function duration(seconds: number): string {
-  return seconds < 100
-    ? `${Math.floor(seconds)} s`
-    : `${Math.floor(seconds / 60)} min`;
-}
+import { formatDuration, formatMemory } from './format';
 
 /** For the status bar. */
 export function lentShort(lent: ILent, trans: TranslationBundle): string {
@@ -19,7 +12,10 @@ export function lentShort(lent: ILent, trans: TranslationBundle): string {
   }
   return lent.wanted_seconds === null
     ? trans.__('lent to others while idle')
-    : trans.__('waiting to get it back (%1)', duration(lent.wanted_seconds));
+    : trans.__(
+        'waiting to get it back (%1)',
+        formatDuration(lent.wanted_seconds)
+      );
 }
 
 /** For the panel: what happened and what to do. Nothing in it changes every second: a screen reader says it once. */

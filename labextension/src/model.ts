@@ -6,13 +6,16 @@ import type { ISignal } from '@lumino/signaling';
 import type {
   IAgentState,
   INotice,
+  IResizeAnswer,
   ISliceApi,
   IUsage,
   IUsageAnswer,
-  IWrittenLimit
+  IWrittenLimit,
+  IWrittenSize
 } from './api';
-import { HISTORY_SECONDS, History } from './history';
-import type { ISliceModel } from './tokens';
+import { ServerClock } from './clock';
+import { HISTORY_SECONDS, History, HOUR_SECONDS } from './history';
+import type { ISliceModel, IStale } from './tokens';
 
 const KEPT_NOTICES = 100;
 /** A hole in the history that is worth a request: the page was hidden, or the server away. */
@@ -26,7 +29,7 @@ export class SliceModel implements ISliceModel {
       name: 'nbgpu-lab:usage',
       auto: options.auto ?? true,
       factory: () => this.tick(),
-      frequency: { interval: 1000, backoff: true, max: 30_000 },
+      frequency: { interval: 1000, backoff: true, max: 10_000 },
       standby: 'when-hidden'
     });
   }
@@ -53,6 +56,23 @@ export class SliceModel implements ISliceModel {
 
   get trouble(): string {
     return this._trouble;
+  }
+
+  get stale(): IStale | null {
+    if (this._trouble) {
+      const { _heardAt: since, _refused: refused } = this;
+      return { who: refused ? 'nobody' : 'server', since };
+    }
+    return this._agent.ok ? null : { who: 'agent', since: this._agent.since };
+  }
+
+  get historySeconds(): number {
+    return this._historySeconds;
+  }
+
+  showHistory(seconds: number): void {
+    this._historySeconds = seconds;
+    this._changed.emit();
   }
 
   get notices(): readonly INotice[] {
@@ -90,10 +110,17 @@ export class SliceModel implements ISliceModel {
     void this._poll.refresh();
   }
 
+  async resize(asked: IWrittenSize): Promise<IResizeAnswer> {
+    const answer = await this._api.resize(asked);
+    void this._poll.refresh();
+    return answer;
+  }
+
   /** Tell of a notice that came with the server's event stream: sooner than the next poll. */
   hear(notice: INotice): void {
-    if (this._keep([notice]).length > 0) {
-      this._noticed.emit(notice);
+    const fresh = this._keep([notice]);
+    if (fresh.length > 0) {
+      fresh.forEach(one => this._noticed.emit(one));
       this._changed.emit();
     }
   }
@@ -105,49 +132,100 @@ export class SliceModel implements ISliceModel {
     this._changed.emit();
   }
 
-  /** One request: usage, or the history where it has a hole. */
-  async tick(): Promise<void> {
+  /** One request: usage, or the history where it has a hole. Joins the one that is on its way: a slow server is asked no more often. */
+  tick(): Promise<void> {
+    this._asking ??= this._tick().finally(() => (this._asking = null));
+    return this._asking;
+  }
+
+  private async _tick(): Promise<void> {
     try {
       await this._ask();
       this._trouble = '';
+      this._heardAt = Date.now() / 1000;
     } catch (error) {
       this._trouble = (error as Error).message;
+      const { status } = error as { status?: number };
+      this._refused = status === 401 || status === 403;
       this._changed.emit();
       throw error;
     }
   }
 
   private async _ask(): Promise<void> {
-    if (this._usage && this._agent.ok && this._holeInHistory()) {
-      this._historyAsked = Date.now();
-      this.history.load(await this._api.history(HISTORY_SECONDS));
-      this._changed.emit();
-      return;
+    if (this._usage && this._agent.ok) {
+      const seconds = this._holeInHistory();
+      if (seconds > 0) {
+        await this._fillHistory(seconds);
+        return;
+      }
     }
-    this._take(await this._api.usage(this._lastEvent));
+    const sent = Date.now() / 1000;
+    const answer = await this._api.usage(this._lastEvent);
+    if (answer.now !== undefined) {
+      this._clock.hear(answer.now, sent, Date.now() / 1000);
+    }
+    this._take(answer);
   }
 
-  private _holeInHistory(): boolean {
-    const never = this._historyAsked === 0;
+  /** How many seconds of the history are to be asked for; 0: what is shown is there. */
+  private _holeInHistory(): number {
     const hole = this._lastTime - this._timeBefore > GAP_SECONDS;
-    return (
-      never || (hole && Date.now() - this._historyAsked > GAP_SECONDS * 1000)
-    );
+    if (hole) {
+      this._holes = new Set([HISTORY_SECONDS, HOUR_SECONDS]);
+      this._timeBefore = this._lastTime;
+    }
+    const needed = [HISTORY_SECONDS];
+    if (this._historySeconds > HISTORY_SECONDS) {
+      needed.push(HOUR_SECONDS);
+    }
+    for (const seconds of needed) {
+      const asked = this._historyAsked.get(seconds) ?? 0;
+      if (this._holes.has(seconds) && Date.now() - asked > GAP_SECONDS * 1000) {
+        this._holes.delete(seconds);
+        return seconds;
+      }
+    }
+    return 0;
+  }
+
+  private async _fillHistory(seconds: number): Promise<void> {
+    this._historyAsked.set(seconds, Date.now());
+    try {
+      this.history.load(await this._api.history(seconds));
+      this._changed.emit();
+    } catch {
+      this._holes.add(seconds); // later: a line with a hole is no reason to say that nobody answers
+    }
   }
 
   private _take(answer: IUsageAnswer): void {
-    if (answer.slice_id === null && !answer.agent) {
-      // no slice, and there will be none in the life of this server
-      void this._poll.stop();
-      this._absent = true;
+    this._absent = answer.slice_id === null && !answer.agent;
+    if (this._absent) {
+      // there will be none in the life of this server; where there was one, it is another server, which may get one again
+      if (!this._present) {
+        void this._poll.stop();
+      }
+      this._usage = null;
+      this._agent = { ok: true, since: 0 };
       this._changed.emit();
       return;
     }
     const first = !this._present;
     this._present = true;
-    this._agent = answer.agent ?? this._agent;
+    if (answer.agent) {
+      const since = this._clock.local(answer.agent.since);
+      this._agent = { ...answer.agent, since };
+    }
     if (answer.slice_id !== null) {
-      this._usage = answer as IUsage;
+      if (this._usage && this._usage.slice_id !== answer.slice_id) {
+        this._forgetHistory();
+      }
+      const suspended = answer.suspended?.map(one => ({
+        ...one,
+        since: this._clock.local(one.since)
+      }));
+      this._usage = { ...(answer as IUsage), suspended };
       if (this._agent.ok) {
         this._timeBefore = this._lastTime || this._usage.time;
         this._lastTime = this._usage.time;
@@ -162,10 +240,21 @@ export class SliceModel implements ISliceModel {
     this._changed.emit();
   }
 
-  /** Keep the notices that are new; return them. */
+  /** The server was started anew, with another slice. */
+  private _forgetHistory(): void {
+    this.history.clear();
+    this._holes = new Set([HISTORY_SECONDS, HOUR_SECONDS]);
+    this._historyAsked.clear();
+    this._lastTime = 0;
+    this._timeBefore = 0;
+  }
+
+  /** Keep the notices that are new, with their time by this browser's clock; return them. */
   private _keep(notices: INotice[]): INotice[] {
     const known = new Set(this._notices.map(notice => notice.id));
-    const fresh = notices.filter(notice => !known.has(notice.id));
+    const fresh = notices
+      .filter(notice => !known.has(notice.id))
+      .map(notice => ({ ...notice, time: this._clock.local(notice.time) }));
     if (fresh.length > 0) {
       const all = [...this._notices, ...fresh].sort((a, b) => a.id - b.id);
       this._notices = all.slice(-KEPT_NOTICES);
@@ -180,11 +269,17 @@ export class SliceModel implements ISliceModel {
   private _present = false;
   private _absent = false;
   private _trouble = '';
+  private _refused = false;
   private _notices: INotice[] = [];
   private _lastEvent = 0;
   private _lastTime = 0;
   private _timeBefore = 0;
-  private _historyAsked = 0;
+  private _historySeconds = HISTORY_SECONDS;
+  private _historyAsked = new Map<number, number>();
+  private _holes = new Set([HISTORY_SECONDS, HOUR_SECONDS]);
+  private _heardAt = Date.now() / 1000;
+  private _asking: Promise<void> | null = null;
+  private _clock = new ServerClock();
   private _changed = new Signal<ISliceModel, void>(this);
   private _noticed = new Signal<ISliceModel, INotice>(this);
 }

@@ -50,7 +50,8 @@ function pageApi(): ISliceApi {
     usage: after => ask(`usage?after=${after}`),
     history: seconds => ask(`history?seconds=${seconds}`),
     setLimit: () => Promise.reject(new Error('only the panel sets limits')),
-    resume: () => Promise.reject(new Error('only the panel resumes'))
+    resume: () => Promise.reject(new Error('only the panel resumes')),
+    resize: () => Promise.reject(new Error('only the panel resizes'))
   };
 }
 

@@ -2,13 +2,22 @@ import type { TranslationBundle } from '@jupyterlab/translation';
 import { ReactWidget, UseSignal } from '@jupyterlab/ui-components';
 import * as React from 'react';
 
-import type { INotice, IUsage } from './api';
+import type { IKernelUsage, INotice, IUsage, IWrittenLimit } from './api';
 import { Device } from './device';
+import type { ILimitKeeper } from './keep';
 import { sliceIcon } from './icons';
 import { Kernels } from './kernels';
 import { lentLong } from './lent';
+import { Resize } from './resize';
 import type { ISliceModel } from './tokens';
-import { clock, modeWords, sliceName } from './words';
+import {
+  clock,
+  modeWords,
+  RANGES,
+  rangeName,
+  sliceName,
+  staleWords
+} from './words';
 
 const SHOWN_NOTICES = 8;
 
@@ -16,7 +25,8 @@ const SHOWN_NOTICES = 8;
 export class SlicePanel extends ReactWidget {
   constructor(
     private _model: ISliceModel,
-    private _trans: TranslationBundle
+    private _trans: TranslationBundle,
+    private _keeper: ILimitKeeper | null = null
   ) {
     super();
     this.id = 'nbgpu-panel';
@@ -35,30 +45,65 @@ export class SlicePanel extends ReactWidget {
     );
   }
 
+  private async _setLimit(
+    kernel: IKernelUsage,
+    limit: IWrittenLimit,
+    keep: boolean
+  ): Promise<void> {
+    const id = kernel.kernel_id!;
+    await this._model.setLimit(id, limit);
+    if (!keep || !this._keeper || kernel.path === null) {
+      return;
+    }
+    try {
+      await this._keeper.keep(kernel, limit);
+    } catch (reason) {
+      throw new Error(
+        this._trans.__(
+          'The limit is set for this kernel, but could not be kept in the notebook: %1',
+          (reason as Error).message
+        )
+      );
+    }
+    await this._model.setLimit(id, { ...limit, kept: true });
+  }
+
   private _renderNow(): JSX.Element {
-    const { usage, agent, history, notices, warnPercent } = this._model;
+    const { usage, stale, history, historySeconds, notices, warnPercent } =
+      this._model;
     const trans = this._trans;
     return (
-      <div className="nbgpu-Panel-content">
-        {!agent.ok && (
-          <p className="nbgpu-Panel-away" role="status">
-            {trans.__(
-              'The node agent does not answer since %1. Limits stay in force.',
-              clock(agent.since)
-            )}
-          </p>
-        )}
+      <div className="nbgpu-Panel-content" data-stale={!!stale || undefined}>
+        <div className="nbgpu-Panel-away" role="status">
+          {stale && <p>{staleWords(stale, trans)}</p>}
+          {this._model.absent && (
+            <p>{trans.__('This Jupyter server has no GPU slice any more.')}</p>
+          )}
+        </div>
         {usage && (
           <>
             <Header usage={usage} trans={trans} />
+            {usage.may_resize && (
+              <Resize
+                usage={usage}
+                trans={trans}
+                resize={asked => this._model.resize(asked)}
+              />
+            )}
             <div className="nbgpu-Panel-lent" role="status">
               {usage.lent && <p>{lentLong(usage.lent, trans)}</p>}
             </div>
+            <Ranges
+              seconds={historySeconds}
+              choose={seconds => this._model.showHistory(seconds)}
+              trans={trans}
+            />
             {usage.devices.map(device => (
               <Device
                 key={device.uuid}
                 device={device}
-                samples={history.of(device.uuid)}
+                samples={history.of(device.uuid, historySeconds)}
+                seconds={historySeconds}
                 warnPercent={warnPercent}
                 trans={trans}
               />
@@ -68,7 +113,7 @@ export class SlicePanel extends ReactWidget {
               <Kernels
                 usage={usage}
                 trans={trans}
-                setLimit={(id, limit) => this._model.setLimit(id, limit)}
+                setLimit={(...limit) => this._setLimit(...limit)}
                 resume={pid => this._model.resume(pid)}
               />
             </section>
@@ -80,13 +125,38 @@ export class SlicePanel extends ReactWidget {
   }
 }
 
+/** How much of the history to show. */
+function Ranges(props: {
+  seconds: number;
+  choose: (seconds: number) => void;
+  trans: TranslationBundle;
+}): JSX.Element {
+  const { trans } = props;
+  return (
+    <fieldset className="nbgpu-Ranges">
+      <legend>{trans.__('History')}</legend>
+      {RANGES.map(seconds => (
+        <label key={seconds}>
+          <input
+            type="radio"
+            name="nbgpu-history"
+            checked={seconds === props.seconds}
+            onChange={() => props.choose(seconds)}
+          />
+          <span>{rangeName(seconds, trans)}</span>
+        </label>
+      ))}
+    </fieldset>
+  );
+}
+
 function Header(props: {
   usage: IUsage;
   trans: TranslationBundle;
 }): JSX.Element {
   const { usage, trans } = props;
   return (
-    <header className="nbgpu-Header">
+    <div className="nbgpu-Header">
       <h2>{sliceName(usage, trans)}</h2>
       <p className="nbgpu-quiet">{modeWords(usage, trans)}</p>
       {usage.simulated && (
@@ -94,7 +164,7 @@ function Header(props: {
           {trans.__('Simulated: this machine has no NVIDIA driver.')}
         </p>
       )}
-    </header>
+    </div>
   );
 }
 

@@ -3,16 +3,28 @@ import { ServerConnection } from '@jupyterlab/services';
 
 import type { ISliceApi, IWrittenLimit } from './api';
 
+/** A server that takes longer is as good as away; else one that hangs would never be asked again. */
+const ANSWER_MS = 10_000;
+
 /** The server's API over HTTP, with the server's own words as error messages. */
 export function sliceApi(settings: ServerConnection.ISettings): ISliceApi {
-  async function request<T>(path: string, init: RequestInit = {}): Promise<T> {
+  async function request<T>(
+    path: string,
+    init: RequestInit = {},
+    most = ANSWER_MS
+  ): Promise<T> {
     const url = URLExt.join(settings.baseUrl, 'nbgpu/api', path);
-    const response = await ServerConnection.makeRequest(url, init, settings);
+    const signal = AbortSignal.timeout(most);
+    const response = await ServerConnection.makeRequest(
+      url,
+      { ...init, signal },
+      settings
+    );
     const answer = await response.json().catch(() => null);
     if (!response.ok) {
-      throw new Error(
-        answer?.error?.message ?? `${response.status} ${response.statusText}`
-      );
+      const words = `${response.status} ${response.statusText}`;
+      const error = new Error(answer?.error?.message ?? words);
+      throw Object.assign(error, { status: response.status });
     }
     return answer as T;
   }
@@ -25,6 +37,8 @@ export function sliceApi(settings: ServerConnection.ISettings): ISliceApi {
         body: JSON.stringify(limit)
       }),
     resume: pid =>
-      request('resume', { method: 'POST', body: JSON.stringify({ pid }) })
+      request('resume', { method: 'POST', body: JSON.stringify({ pid }) }),
+    resize: asked =>
+      request('resize', { method: 'POST', body: JSON.stringify(asked) }, 30_000)
   };
 }

@@ -1,6 +1,6 @@
 import * as React from 'react';
 
-import { HISTORY_SECONDS, linePoints } from './history';
+import { linePoints } from './history';
 
 const WIDTH = 300;
 const HEIGHT = 40;
@@ -9,18 +9,20 @@ interface ISparklineProps {
   kind: 'memory' | 'compute';
   label: string;
   values: { time: number; value: number }[];
+  /** How long the box is. */
+  seconds: number;
   /** The value at the top edge. */
   top: number;
   /** Where to draw the line of the limit, when it is below the top. */
   limit: number;
 }
 
-/** The last 10 minutes as a line over a filled area; the newest value is at the right. */
+/** The last minutes as a line over a filled area; the newest value is at the right. */
 export function Sparkline(props: ISparklineProps): JSX.Element {
   const box = {
     width: WIDTH,
     height: HEIGHT,
-    seconds: HISTORY_SECONDS,
+    seconds: props.seconds,
     top: props.top
   };
   const points = linePoints(props.values, box);

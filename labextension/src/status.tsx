@@ -6,7 +6,14 @@ import { formatMemoryOf } from './format';
 import { sliceIcon, warningIcon } from './icons';
 import { lentLong, lentShort } from './lent';
 import type { ISliceModel } from './tokens';
-import { clock, modeWords, nearest, sliceName, warningWords } from './words';
+import {
+  clock,
+  modeWords,
+  nearest,
+  sliceName,
+  staleWords,
+  warningWords
+} from './words';
 
 /** The status bar's item: slice, memory of its limit, compute; a click opens the panel. */
 export class StatusItem extends ReactWidget {
@@ -31,10 +38,12 @@ export class StatusItem extends ReactWidget {
     const { model, trans } = { model: this._model, trans: this._trans };
     const usage = model.usage;
     if (!usage) {
-      const words = trans.__('GPU: the node agent does not answer yet');
+      const words = model.absent
+        ? trans.__('GPU: this server has no slice any more')
+        : trans.__('GPU: the node agent does not answer yet');
       return this._button('warning', words, words);
     }
-    if (usage.lent && model.agent.ok) {
+    if (usage.lent && !model.stale) {
       const words = `${sliceName(usage, trans)}: ${lentShort(usage.lent, trans)}`;
       const waits = usage.lent.wanted_seconds !== null;
       return this._button(
@@ -50,30 +59,39 @@ export class StatusItem extends ReactWidget {
     );
     const compute = trans.__('%1 % busy', device.utilization_percent);
     const text = `${sliceName(usage, trans)}: ${memory}, ${compute}`;
-    const away = model.agent.ok
-      ? null
-      : trans.__('no news since %1', clock(model.agent.since));
+    const away = model.stale
+      ? trans.__('no news since %1', clock(model.stale.since))
+      : null;
     const suspended = usage.suspended?.length
       ? trans.__('%1 suspended', usage.suspended.length)
       : null;
     const warning = away ?? warningWords(level, trans) ?? suspended;
     const title = [
       trans.__('GPU slice of this server (%1)', modeWords(usage, trans)),
-      trans.__('Compute is in percent of the slice. Click for details.')
+      away
+        ? staleWords(model.stale!, trans)
+        : trans.__('Compute is in percent of the slice. Click for details.')
     ].join('\n');
     return this._button(
       away || (suspended && level === 'ok') ? 'warning' : level,
       warning ? `${text} · ${warning}` : text,
-      title
+      title,
+      away !== null
     );
   }
 
-  private _button(level: string, text: string, title: string): JSX.Element {
+  private _button(
+    level: string,
+    text: string,
+    title: string,
+    stale = false
+  ): JSX.Element {
     const Icon = level === 'ok' ? sliceIcon : warningIcon;
     return (
       <button
         className="nbgpu-Status"
         data-level={level}
+        data-stale={stale || undefined}
         title={title}
         aria-label={this._trans.__('%1. Show the GPU panel', text)}
         onClick={this._openPanel}

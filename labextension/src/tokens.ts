@@ -2,8 +2,22 @@ import { Token } from '@lumino/coreutils';
 import type { IDisposable } from '@lumino/disposable';
 import type { ISignal } from '@lumino/signaling';
 
-import type { IAgentState, INotice, IUsage, IWrittenLimit } from './api';
+import type {
+  IAgentState,
+  INotice,
+  IResizeAnswer,
+  IUsage,
+  IWrittenLimit,
+  IWrittenSize
+} from './api';
 import type { History } from './history';
+
+export interface IStale {
+  /** Nobody: the server answers, but not this page, whose login is over. */
+  who: 'server' | 'agent' | 'nobody';
+  /** Unix time, seconds. */
+  since: number;
+}
 
 /** The GPU slice of this Jupyter server, for every widget that shows it. */
 export interface ISliceModel extends IDisposable {
@@ -16,8 +30,12 @@ export interface ISliceModel extends IDisposable {
   readonly absent: boolean;
   /** Why the last question to the server failed; empty when it did not. */
   readonly trouble: string;
-  /** The last 10 minutes. */
+  /** Who does not answer and since when, by this browser's clock: what is shown is from then. Null: it is of now. */
+  readonly stale: IStale | null;
+  /** The last hour. */
   readonly history: History;
+  /** How much of it is shown, seconds. */
+  readonly historySeconds: number;
   /** The last notices, oldest first. */
   readonly notices: readonly INotice[];
   /** Part of the memory, in percent, from which to warn. */
@@ -27,10 +45,14 @@ export interface ISliceModel extends IDisposable {
   readonly changed: ISignal<ISliceModel, void>;
   /** A notice that nobody has seen. */
   readonly noticed: ISignal<ISliceModel, INotice>;
+  /** Show so much of the history. */
+  showHistory(seconds: number): void;
   /** Limit a kernel; rejects with the server's words. */
   setLimit(kernelId: string, limit: IWrittenLimit): Promise<void>;
   /** Let a suspended process go on; rejects with the server's words. */
   resume(pid: number): Promise<void>;
+  /** Ask for another size of the slice; rejects with the hub's or the pool's words. */
+  resize(asked: IWrittenSize): Promise<IResizeAnswer>;
 }
 
 export const ISliceModel = new Token<ISliceModel>(

@@ -3,7 +3,15 @@
 import type { TranslationBundle } from '@jupyterlab/translation';
 
 import type { IDeviceUsage, IKernelUsage, INotice, IUsage } from './api';
-import { formatFraction, fullest, type Level, memoryLevel } from './format';
+import {
+  formatDuration,
+  formatFraction,
+  fullest,
+  type Level,
+  memoryLevel
+} from './format';
+import { HISTORY_SECONDS, HOUR_SECONDS } from './history';
+import type { IStale } from './tokens';
 
 /** "1/4 GPU", "2 × 1/4 GPU", with the word "simulated" where it belongs. */
 export function sliceName(usage: IUsage, trans: TranslationBundle): string {
@@ -57,6 +65,95 @@ export function kernelName(
     return trans.__('Other processes');
   }
   return kernel.name ?? trans.__('Kernel %1', kernel.kernel_id.slice(0, 8));
+}
+
+const UNUSED_SECONDS = 60;
+
+/** "busy", "idle for 12 min"; empty where the server does not know the kernel. */
+export function stateWords(
+  kernel: IKernelUsage,
+  trans: TranslationBundle
+): string {
+  const seconds = kernel.state_seconds ?? null;
+  switch (kernel.state) {
+    case null:
+      return '';
+    case 'idle':
+      return seconds === null
+        ? trans.__('idle')
+        : trans.__('idle for %1', formatDuration(seconds));
+    case 'busy':
+      return trans.__('busy');
+    case 'starting':
+      // the server learns of a kernel's state when it is first used
+      return (seconds ?? 0) < UNUSED_SECONDS
+        ? trans.__('starting')
+        : trans.__('not used yet');
+    case 'restarting':
+      return trans.__('restarting');
+    case 'dead':
+      return trans.__('dead');
+    default:
+      return kernel.state;
+  }
+}
+
+/** "Python 3 (ipykernel)", "Data science (R)": with the language where the name does not say it. */
+export function kindWords(kernel: IKernelUsage): string {
+  const { kernel_name, language } = kernel;
+  if (!kernel_name || !language) {
+    return kernel_name ?? '';
+  }
+  const said = kernel_name.toLowerCase().includes(language.toLowerCase());
+  return said ? kernel_name : `${kernel_name} (${language})`;
+}
+
+/** Where a kernel's limit comes from; empty where it has none. */
+export function sourceWords(
+  kernel: IKernelUsage,
+  trans: TranslationBundle
+): string {
+  switch (kernel.limit_source) {
+    case 'notebook':
+      return trans.__('from the notebook');
+    case 'panel':
+      return trans.__('set here');
+    case 'command':
+      return trans.__('set by a command');
+    default:
+      return '';
+  }
+}
+
+export const RANGES = [60, HISTORY_SECONDS, HOUR_SECONDS];
+
+/** What a part of the history is called: "1 min", "10 min", "1 h". */
+export function rangeName(seconds: number, trans: TranslationBundle): string {
+  return seconds < HOUR_SECONDS
+    ? trans.__('%1 min', seconds / 60)
+    : trans.__('%1 h', seconds / 3600);
+}
+
+/** Who does not answer, and that what is shown is old. */
+export function staleWords(stale: IStale, trans: TranslationBundle): string {
+  const since = clock(stale.since);
+  switch (stale.who) {
+    case 'agent':
+      return trans.__(
+        'The node agent does not answer since %1. Limits stay in force; what is shown is from then.',
+        since
+      );
+    case 'server':
+      return trans.__(
+        'The Jupyter server does not answer since %1. What is shown is from then.',
+        since
+      );
+    case 'nobody':
+      return trans.__(
+        'The Jupyter server tells this page nothing since %1: it was started anew, or your login is over. Reload the page.',
+        since
+      );
+  }
 }
 
 const SHORTEST_NAME = 12;

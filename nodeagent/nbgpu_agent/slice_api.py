@@ -20,7 +20,7 @@ from nbgpu.models import KernelId, KernelLimit, Model, Resume, Usage
 
 from . import procs
 from .agent import Agent, NoSuchSlice
-from .history import LENGTH
+from .history import HOUR, LENGTH
 from .idle import MOST_KERNELS
 from .live import LiveSlice
 
@@ -104,7 +104,7 @@ class SliceApi:
 
     async def history(self, request: Request) -> Response:
         """``GET /v1/history?seconds=``."""
-        seconds = int(_number(request, "seconds", LENGTH, 0, LENGTH))
+        seconds = int(_number(request, "seconds", LENGTH, 0, HOUR))
         return JSONResponse(self._live(request).history.as_json(seconds))
 
     async def kernels(self, request: Request) -> Response:

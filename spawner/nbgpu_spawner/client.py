@@ -24,6 +24,7 @@ from nbgpu.models import (
     LaunchRequest,
     Owner,
     Request,
+    Resize,
     read_answer,
 )
 
@@ -112,6 +113,10 @@ class PoolClient:
     async def replace(self, request_id: str, request: Request) -> Grant:
         """Give a waiting request up for another that can be granted at once; where it cannot, it keeps its place and this raises."""
         return _read(_GRANT, await self._call("POST", f"/v1/requests/{request_id}/replace", request.model_dump(mode="json")))
+
+    async def resize(self, request_id: str, limits: Resize) -> Grant:
+        """Give a running slice other limits, where quotas and room allow."""
+        return _read(_GRANT, await self._call("POST", f"/v1/requests/{request_id}/resize", limits.model_dump(mode="json")))
 
     async def release(self, request_id: str) -> None:
         """Ask a grant back, or leave the queue. Unknown ids are fine."""

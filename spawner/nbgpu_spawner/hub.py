@@ -14,7 +14,7 @@ from traitlets import import_item
 
 from nbgpu.paths import POOL_SOCKET, runtime_dir
 
-from . import z2jh
+from . import resize, z2jh
 from .handlers import HANDLERS
 from .local import LocalGPUMixin, LocalGPUSpawner, SimpleLocalGPUSpawner
 from .mixin import GPUSliceMixin
@@ -82,7 +82,7 @@ def setup(
         c.GPUSliceMixin.pool_token = pool_token
     else:
         c.GPUSliceMixin.pool_socket = str(directory / POOL_SOCKET)
-    _extend(c.JupyterHub, "extra_handlers", HANDLERS)
+    _extend(c.JupyterHub, "extra_handlers", [*HANDLERS, *resize.HANDLERS])
     _before_the_hubs(c.JupyterHub, str(Path(__file__).parent / "templates" / "hub"))
     if embedded:
         _extend(c.JupyterHub, "services", services(directory, quotas, pool_config, agent_args))

@@ -106,6 +106,13 @@ class GPUSliceMixin(_Spawner):
     gpu_hub_name = Unicode(
         "jupyterhub", config=True, help="Name of this hub, in the pool's books. Hubs that share a pool need different ones."
     )
+    gpu_resize = Bool(
+        None,
+        allow_none=True,
+        config=True,
+        help="""Whether users may make the slice of a running server larger or smaller, from JupyterLab, within their quotas.
+        None: where a profile lets them say how much (`gpu_custom`), or there are no profiles.""",
+    )
     gpu_isolates = Bool(True, help="False: all servers run as one account, which the start page then says.")
     pool_socket = Unicode(config=True, help="Unix socket of the pool on this machine. Not used when `pool_url` is set.")
     pool_url = Unicode("", config=True, help="Address of the pool on a network, such as http://nbgpu-pool:8200.")
@@ -512,6 +519,10 @@ class GPUSliceMixin(_Spawner):
             with suppress(NbgpuError):
                 await self.pool.bind(self._gpu_request_id, pid)
         await self.give_back()
+
+    def gpu_running_request(self) -> str | None:
+        """Return the id of the slice that a running server holds; None: it has none, or has not started yet."""
+        return self._gpu_request_id if self._gpu_bound and self.ready else None
 
     def gpu_server_pid(self) -> int | None:
         """Return the pid of this server while it lives on this machine."""

@@ -130,6 +130,16 @@ class FakePool(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         if parts[2:] == ["bind"]:
             self.bound_pids[parts[1]] = body["pid"]
             grant["state"] = "bound"
+        if parts[2:] == ["resize"]:
+            return self._resize(grant, body)
+        return 200, grant
+
+    def _resize(self, grant: Any, body: Any) -> tuple[int, Any]:
+        if self.refuse:
+            return self.refuse[0], {"error": {"code": "quota", "message": self.refuse[1]}}
+        for part in grant["slice"]["devices"]:
+            part["compute_milli"] = body["compute_milli"] or part["compute_milli"]
+            part["memory_bytes"] = body["memory_bytes"] or 78 * GIB * (body["memory_milli"] or 0) // 1000 or part["memory_bytes"]
         return 200, grant
 
     def _post(self, request: Any) -> tuple[int, Any]:

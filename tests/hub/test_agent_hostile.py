@@ -248,7 +248,7 @@ def test_bad_values_are_named(launch: Launch) -> None:
     own = slice_client(launch)
     for path, field in [
         ("/v1/history?seconds=nan", "seconds"),
-        ("/v1/history?seconds=601", "seconds"),
+        ("/v1/history?seconds=3601", "seconds"),
         ("/v1/events?after=x", "after"),
         ("/v1/events?wait_seconds=31", "wait_seconds"),
     ]:

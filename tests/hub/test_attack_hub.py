@@ -111,6 +111,56 @@ def test_who_waits_may_leave(hub: Hub, calm_pool: FakePool, grace_waits: None) -
     hub.gone("grace")
 
 
+def resize(hub: Hub, token: str, user: str, share: str = "1/2") -> httpx.Response:
+    return hub.api("POST", f"nbgpu/resize?user={user}", {"gpu_fraction": share}, token)
+
+
+def test_a_server_may_ask_for_another_size_of_its_own_slice_only(hub: Hub, ada: Browser, calm_pool: FakePool) -> None:
+    """With the token that every server has; what it gets is the pool's word."""
+    tokens: dict[str, str] = {}
+    for user in ("ada", "grace"):
+        hub.spawn(user, {"profile": "quarter"})
+        hub.ready(user)
+        tokens[user] = httpx.get(hub.url.replace("/hub/", f"/user/{user}/env")).json()["JUPYTERHUB_API_TOKEN"]
+
+    def milli() -> list[int]:
+        with calm_pool.lock:
+            return sorted(one["slice"]["devices"][0]["compute_milli"] for one in calm_pool.grants.values() if one["state"] == "bound")
+
+    try:
+        refused = {
+            "another's": resize(hub, tokens["ada"], "grace"),
+            "no such user": resize(hub, tokens["ada"], "nobody-of-that-name"),
+            "no such server": hub.api("POST", "nbgpu/resize?user=ada&server=x", {"gpu_fraction": "1"}, tokens["ada"]),
+            "nobody": resize(hub, "wrong", "ada"),
+            "a page without XSRF": ada.http.post("api/nbgpu/resize", json={"gpu_fraction": "1"}),
+        }
+        assert {what: answer.status_code for what, answer in refused.items()} == {
+            "another's": 404, "no such user": 404, "no such server": 404, "nobody": 403, "a page without XSRF": 403,
+        }  # fmt: skip
+        assert milli() == [250, 250]
+        answer = resize(hub, tokens["ada"], "ada")
+        assert answer.status_code == 200, "control: its own"
+        assert (answer.json()["in_force"], answer.json()["devices"][0]["compute_milli"]) == (True, 500)
+        assert milli() == [250, 500]
+        assert resize(hub, tokens["ada"], "ada").status_code == 429, "not without pause"
+        calm_pool.refuse = 403, "Your quota is half a GPU."
+        refusal = resize(hub, tokens["grace"], "grace", "1")
+        assert (refusal.status_code, refusal.json()["error"]["message"]) == (403, "Your quota is half a GPU.")
+        assert milli() == [250, 500]
+        junk = hub.api("POST", "nbgpu/resize?user=grace", {"gpu_fraction": "7"}, tokens["grace"])
+        assert (junk.status_code, junk.json()["error"]["field"]) == (400, "gpu_fraction")
+        with calm_pool.lock:
+            theirs = next(one for one in calm_pool.grants.values() if one["request"]["owner"]["user"] == "grace")
+            theirs["request"]["owner"] = {"hub": "jupyterhub", "user": "mallory", "server": ""}
+        answer = until(lambda: (said := resize(hub, tokens["grace"], "grace")).status_code != 429 and said, 5, "the pause is over")
+        assert answer.status_code == 404, "a slice of somebody else's"
+    finally:
+        calm_pool.refuse = None
+        hub.stop("ada")
+        hub.stop("grace")
+
+
 JUNK = [
     {"profile": {"$ne": 1}}, {"profile": "half\x00"}, {"profile": "x" * 100_000}, {"__proto__": {"a": 1}}, 
     {"gpu_fraction": "1/" + "9" * 5000},

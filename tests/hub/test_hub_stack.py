@@ -14,6 +14,8 @@ import httpx
 import pytest
 from hub_process import ROOT, Hub, until
 
+from nbgpu.quantities import GIB, memory_share_bytes
+
 LIB = ROOT / "nodeagent" / "nbgpu_agent" / "_lib"
 NEEDED = [LIB / "libnbgpu.so", LIB / "libnbgpu_agent.so", LIB / "sim" / "libcuda.so.1"]
 BUILT = all(path.exists() for path in NEEDED)
@@ -83,6 +85,33 @@ def test_a_server_has_its_share_and_no_more(stack: tuple[Hub, Pool, Path]) -> No
     hub.stop("ada")
     until(lambda: pool.grants() == {}, 3, "the slice is free")
     assert not (run / "slices" / request_id).exists()
+
+
+def test_a_running_server_grows_to_its_quota_and_no_further(stack: tuple[Hub, Pool, Path]) -> None:
+    """It asks with its own token, as JupyterLab's panel has it do; what it gets is in force in a process that runs."""
+    hub, pool, _ = stack
+    assert hub.spawn("alan", {"profile": "eighth"}).status_code == 201
+    environment = Path(f"/proc/{hub.ready('alan')['state']['pid']}/environ").read_bytes()
+    (token,) = (word.partition(b"=")[2].decode() for word in environment.split(b"\0") if word.startswith(b"JUPYTERHUB_API_TOKEN="))
+
+    def resize(share: str) -> httpx.Response:
+        def ask() -> httpx.Response | None:
+            answer = hub.api("POST", "nbgpu/resize?user=alan", {"gpu_fraction": share}, token)
+            return None if answer.status_code == 429 else answer
+
+        return until(ask, 10, "asked without haste")
+
+    assert probe(hub, "alan")["total"] == memory_share_bytes(78 * GIB, 125)
+    assert resize("1/4").status_code == 200
+    until(lambda: probe(hub, "alan")["total"] == memory_share_bytes(78 * GIB, 250), 5, "a quarter is in force")
+    refused = resize("1/2")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "quota")
+    assert "a quarter" in refused.json()["error"]["message"]
+    assert probe(hub, "alan")["total"] == memory_share_bytes(78 * GIB, 250)
+    assert resize("1/8").status_code == 200
+    until(lambda: probe(hub, "alan")["total"] == memory_share_bytes(78 * GIB, 125), 5, "an eighth is in force")
+    hub.stop("alan")
+    assert "alan" not in pool.grants()
 
 
 def test_a_quota_refuses_in_its_own_words_by_both(stack: tuple[Hub, Pool, Path]) -> None:

@@ -14,7 +14,7 @@ from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.provisioning import KernelProvisionerFactory
 from lab_helpers import until
 
-from nbgpu_lab import notices
+from nbgpu_lab import limits, notices
 from nbgpu_lab.provisioner import SliceProvisioner, read_metadata
 
 pytestmark = pytest.mark.usefixtures("our_provisioner")
@@ -159,3 +159,47 @@ def test_files_that_are_no_notebooks(tmp_path: Path, content: bytes) -> None:
     assert read_metadata(str(tmp_path / "gone.ipynb")) is None
     assert read_metadata(str(tmp_path)) is None
     assert read_metadata("console-1-abc") is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [({"nbgpu": {"memory": "3 GiB"}}, {"memory_bytes": 3 * GIB, "compute_milli": None}), ({}, None), (None, 5 * GIB)],
+    ids=["other", "removed", "renamed"],
+)
+async def test_a_restart_reads_the_notebook_again(agent: FakeAgent, manager: Any, tmp_path: Path, changed: Any, expected: Any) -> None:
+    session = notebook(tmp_path, {"nbgpu": {"memory": "5 GiB"}})
+    await start(manager, tmp_path, session)
+    if changed is None:
+        Path(session).rename(tmp_path / "other.ipynb")
+        expected = {"memory_bytes": expected, "compute_milli": None}
+    else:
+        notebook(tmp_path, changed)
+    await manager.restart_kernel(now=True)
+    assert agent.limits == ({manager.kernel_id: expected} if expected else {})
+    await stop(manager)
+
+
+async def test_a_limit_that_the_panel_has_set_and_not_kept_outlives_a_restart(agent: FakeAgent, manager: Any, tmp_path: Path) -> None:
+    await start(manager, tmp_path, notebook(tmp_path, {"nbgpu": {"memory": "5 GiB"}}))
+    two = {"memory_bytes": 2 * GIB, "compute_milli": None}
+    agent.limits[manager.kernel_id] = two
+    limits.ORIGINS.remember(manager.kernel_id, two, "panel")
+    await manager.restart_kernel(now=True)
+    assert agent.limits == {manager.kernel_id: two}
+    # control: kept in the notebook it is the notebook's, which says something else by now
+    limits.ORIGINS.remember(manager.kernel_id, two, "notebook")
+    await manager.restart_kernel(now=True)
+    assert agent.limits == {manager.kernel_id: {"memory_bytes": 5 * GIB, "compute_milli": None}}
+    await stop(manager)
+    assert limits.ORIGINS.last(manager.kernel_id) == (limits.NO_LIMIT, None)
+
+
+async def test_junk_at_a_restart_leaves_the_limit_and_says_so(agent: FakeAgent, manager: Any, tmp_path: Path) -> None:
+    session = notebook(tmp_path, {"nbgpu": {"memory": "5 GiB"}})
+    await start(manager, tmp_path, session)
+    notebook(tmp_path, {"nbgpu": {"memory": "5 apples"}})
+    await manager.restart_kernel(now=True)
+    assert agent.limits == {manager.kernel_id: {"memory_bytes": 5 * GIB, "compute_milli": None}}
+    (notice,) = notices.SERVER.after(0)
+    assert notice["message"].endswith("Its kernel keeps the limit that it has.")
+    await stop(manager)

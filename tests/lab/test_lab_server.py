@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tornado.httpclient import HTTPClientError
 from nbgpu.kernel_names import KernelName, read_names
 from nbgpu_agent.procs import Process
 from nbgpu_agent.responses import action_message
-from nbgpu_lab import extension
+from nbgpu_lab import extension, limits, sampler
 from nbgpu_lab.client import SliceClient
 from nbgpu_lab.notices import Notices
 from nbgpu_lab.sampler import Sampler
@@ -102,6 +103,35 @@ async def test_kernels_carry_their_notebooks(agent: FakeAgent, jp_fetch: Any) ->
     assert kernels[console]["devices"] == []
     assert (kernels[bare]["name"], kernels[bare]["path"]) == ("python3", None)
     assert list(kernels)[-1] is None
+    assert {kernels[one]["kernel_name"] for one in (notebook, console, bare)} == {"Python 3 (ipykernel)"}
+    assert {kernels[one]["language"] for one in (notebook, console, bare)} == {"python"}
+    assert (kernels[None]["kernel_name"], kernels[None]["state"], kernels[None]["state_seconds"]) == (None, None, None)
+
+
+async def test_the_servers_time_is_told(agent: FakeAgent, jp_fetch: Any) -> None:
+    assert abs((await usage(jp_fetch))["now"] - time.time()) < 5
+
+
+async def test_where_a_limit_comes_from_is_told(agent: FakeAgent, jp_fetch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "ORIGINS", origins := limits.Origins())
+    agent.kernel("abc", GIB)
+
+    async def source() -> str | None:
+        await asyncio.sleep(0.6)
+        return (await usage(jp_fetch))["kernels"][0]["limit_source"]
+
+    assert await source() is None
+    await jp_fetch("nbgpu/api/kernels/abc", method="PUT", body='{"memory": "5 GiB"}')
+    assert await source() == "panel"
+    await jp_fetch("nbgpu/api/kernels/abc", method="PUT", body='{"memory": "5 GiB", "kept": true}')
+    assert await source() == "notebook"
+    agent.limits["abc"] = {"memory_bytes": GIB, "compute_milli": None}
+    assert await source() == "command"
+    await jp_fetch("nbgpu/api/kernels/abc", method="PUT", body="{}")
+    assert await source() is None
+    for number in range(3000):
+        origins.remember(str(number), {"memory_bytes": 1}, "panel")
+    assert len(origins._set) <= 1000
 
 
 @pytest.mark.parametrize("path", ["<img src=x onerror=alert(1)>.ipynb", "a\nb\x1b[2J\u202e.ipynb", '"}]; evil.ipynb', "x" * 10_000])
@@ -150,7 +180,8 @@ async def test_the_command_line_is_told_the_notebooks_names(agent: FakeAgent, jp
 
 
 @pytest.mark.parametrize(
-    "body", ["[]", "junk", '{"memory": "5 apples"}', '{"memory_bytes": -1}', "x" * 10_000, '{"other": 1}', '{"compute": "5 GiB"}']
+    "body",
+    ["[]", "junk", '{"memory": "5 apples"}', '{"memory_bytes": -1}', "x" * 10_000, '{"other": 1}', '{"compute": "5 GiB"}', '{"kept": 1}'],
 )
 async def test_junk_limit_is_a_plain_400(agent: FakeAgent, jp_fetch: Any, body: str) -> None:
     with pytest.raises(HTTPClientError) as refusal:

@@ -14,7 +14,7 @@ from nbgpu.quantities import GIB, MIB
 from nbgpu_agent import layout
 from nbgpu_agent import live as live_module
 from nbgpu_agent.books import Conflict, check_fits, check_kernel_limit, check_slice, resized
-from nbgpu_agent.history import LENGTH, History
+from nbgpu_agent.history import COARSE_SECONDS, HOUR, LENGTH, History
 from nbgpu_agent.nvml import default_reserve_bytes, select
 from nbgpu_agent.runtime import StartError
 from nbgpu_agent.usage import Doubts, SlotUse, compute_by_device, memory_by_device, slice_usage
@@ -260,6 +260,30 @@ def test_history_keeps_the_last_ten_minutes_in_order() -> None:
     assert isinstance(devices, dict)
     assert devices["GPU-1"]["memory_used_bytes"][-1] == 2**50 + LENGTH + 49
     assert history.as_json(3)["time"] == [647.0, 648.0, 649.0]
+
+
+def test_history_keeps_an_hour_in_fewer_points_and_loses_no_peak() -> None:
+    history = History(["GPU-0"])
+    for second in range(2 * HOUR + 5):
+        history.add(float(second), [GIB if second == 5000 else second], [100 * (second % COARSE_SECONDS)])
+    answer = history.as_json(HOUR)
+    times, device = answer["time"], answer["devices"]["GPU-0"]  # pyright: ignore[reportIndexIssue, reportUnknownVariableType]
+    assert answer["interval_seconds"] == COARSE_SECONDS
+    assert times == [float(second) for second in range(HOUR + 9, 2 * HOUR, COARSE_SECONDS)] + [2 * HOUR + 4]
+    assert [second for second, most in zip(times, device["memory_used_bytes"], strict=True) if most == GIB] == [5009.0]
+    assert set(device["compute_used_milli"][:-1]) == {450}
+    assert device["compute_used_milli"][-1] == 200, "of the seconds that there are"
+    assert history.as_json(LENGTH)["interval_seconds"] == 1
+
+
+@given(st.lists(st.floats(0, 1e9), max_size=200))
+def test_history_is_bounded_whatever_the_clock_does(times: list[float]) -> None:
+    history = History(["GPU-0"])
+    for time in times * 4:
+        history.add(time, [1], [1])
+    assert len(history.as_json(LENGTH)["time"]) <= LENGTH  # pyright: ignore[reportArgumentType]
+    assert len(history.as_json(HOUR)["time"]) <= HOUR // COARSE_SECONDS + 1  # pyright: ignore[reportArgumentType]
+    assert len(history._now) <= COARSE_SECONDS  # pyright: ignore[reportPrivateUsage]
 
 
 @pytest.mark.parametrize(("memory_gib", "reserve_mib"), [(80, 2048), (40, 2048), (24, 1228), (8, 409)])

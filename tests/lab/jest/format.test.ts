@@ -1,4 +1,5 @@
 import {
+  formatDuration,
   formatFraction,
   formatMemory,
   formatMemoryOf,
@@ -34,6 +35,18 @@ test('shares of a GPU read as fractions where they are ones', () => {
     '1/8',
     '37.5 %'
   ]);
+});
+
+test.each([
+  [-3, '0 s'],
+  [99.9, '99 s'],
+  [100, '1 min'],
+  [5999, '99 min'],
+  [6000, '1 h'],
+  [47 * 3600, '47 h'],
+  [50 * 3600, '2 d']
+])('%d seconds are %s', (seconds, text) => {
+  expect(formatDuration(seconds)).toBe(text);
 });
 
 test('percent has no division by zero', () => {

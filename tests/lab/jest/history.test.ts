@@ -5,8 +5,8 @@ import { answer, GIB } from './usage';
 const add = (history: History, time: number, usedGiB: number) =>
   history.add(answer(time, usedGiB) as IUsage);
 
-const remembered = (time: number[], memory: number[]) => ({
-  interval_seconds: 1,
+const remembered = (time: number[], memory: number[], interval = 1) => ({
+  interval_seconds: interval,
   time,
   devices: {
     'GPU-1': {
@@ -46,6 +46,45 @@ test('what the server remembers fills the hole, newer samples stay', () => {
     [20, 2],
     [30, 3]
   ]);
+});
+
+test('an hour in points of ten seconds: the most memory, the average compute', () => {
+  const history = new History();
+  for (let time = 0; time < 2 * 3600; time++) {
+    const usage = answer(time, time % 20) as IUsage;
+    usage.devices[0].compute_used_milli = 100 * (time % 10);
+    history.add(usage);
+  }
+  const hour = history.of('GPU-1', 3600);
+  expect(hour.length).toBe(360);
+  expect(hour.slice(0, 2).map(({ time }) => time)).toEqual([3609, 3619]);
+  expect(hour.slice(0, 2).map(({ memory }) => memory / GIB)).toEqual([9, 19]);
+  expect(new Set(hour.map(({ compute }) => Math.round(compute)))).toEqual(
+    new Set([450])
+  );
+  expect(history.of('GPU-1', 60).length).toBe(60);
+  expect(history.of('GPU-1').length).toBe(600);
+});
+
+test('what the server remembers of the hour goes on with what is measured', () => {
+  const history = new History();
+  history.load(remembered([3590, 3595], [GIB, 2 * GIB], 10));
+  add(history, 3597, 3);
+  add(history, 3600, 4);
+  expect(
+    history.of('GPU-1', 3600).map(({ time, memory }) => [time, memory / GIB])
+  ).toEqual([
+    [3590, 1],
+    [3597, 3],
+    [3600, 4]
+  ]);
+  expect(history.of('GPU-1').length).toBe(2);
+});
+
+test("a server's clock that is set back stops no line", () => {
+  const history = new History();
+  [5000, 5001, 100, 101].forEach(time => add(history, time, 1));
+  expect(history.of('GPU-1').map(({ time }) => time)).toEqual([100, 101]);
 });
 
 test('a line ends at the right edge and stays in its box', () => {

@@ -1,17 +1,6 @@
-import type { TranslationBundle } from '@jupyterlab/translation';
-
 import type { ILent } from '../../../labextension/src/api';
 import { lentLong, lentShort } from '../../../labextension/src/lent';
-import { GIB } from './usage';
-
-const fill = (text: string, words: unknown[]) =>
-  text.replace(/%(\d)/g, (_, number: string) =>
-    String(words[Number(number) - 1])
-  );
-const trans = {
-  __: (text: string, ...words: unknown[]) => fill(text, words),
-  _n: (one: string, many: string, n: number) => fill(n === 1 ? one : many, [n])
-} as unknown as TranslationBundle;
+import { GIB, trans } from './usage';
 
 function lent(part: Partial<ILent>): ILent {
   const rest = { wanted_seconds: null, position: null } as const;

@@ -15,13 +15,17 @@ class FakeApi implements ISliceApi {
     return this.next;
   }
 
-  async history() {
-    this.asked.push('history');
+  async history(seconds: number) {
+    this.asked.push(seconds > 600 ? 'hour' : 'history');
     return { interval_seconds: 1, time: [], devices: {} };
   }
 
   async resume(pid: number): Promise<void> {
     throw new Error(`process ${pid} is not suspended`);
+  }
+
+  async resize(): Promise<never> {
+    throw new Error('Your quota is half a GPU.');
   }
 
   async setLimit(kernelId: string): Promise<void> {
@@ -134,4 +138,104 @@ test("a refused limit rejects with the server's words", async () => {
   await expect(model.setLimit('a', { memory: '100 GiB' })).rejects.toThrow(
     'a is above the slice'
   );
+});
+
+test('the hour is asked for when it is shown, in place of a question', async () => {
+  const ticks = async (count: number) => {
+    for (let i = 0; i < count; i++) {
+      await model.tick();
+    }
+  };
+  await ticks(3);
+  api.asked = [];
+  model.showHistory(3600);
+  await ticks(3);
+  expect(api.asked).toEqual(['hour', 'usage 0', 'usage 0']);
+});
+
+test('a history that is refused is not asked for again at once, and is no trouble', async () => {
+  api.history = async () => {
+    api.asked.push('history');
+    throw new Error('seconds must be from 1 to 600');
+  };
+  for (let i = 0; i < 4; i++) {
+    await model.tick();
+  }
+  expect(api.asked).toEqual(['usage 0', 'history', 'usage 0', 'usage 0']);
+  expect(model.stale).toBeNull();
+});
+
+test('a slow server is asked once at a time', async () => {
+  let answers: (() => void)[] = [];
+  api.usage = after =>
+    new Promise(resolve => {
+      api.asked.push(`usage ${after}`);
+      answers.push(() => resolve(api.next));
+    });
+  const both = [model.tick(), model.tick(), model.tick()];
+  expect(api.asked).toEqual(['usage 0']);
+  answers.forEach(done => done());
+  await Promise.all(both);
+  answers = [];
+  void model.tick();
+  expect(api.asked.length).toBe(2);
+});
+
+test('a server that does not answer is said, with the last values and since when', async () => {
+  await model.tick();
+  const before = Date.now() / 1000;
+  api.usage = async () => {
+    throw new Error('no network');
+  };
+  await model.tick().catch(() => null); // the history, which may fail
+  await expect(model.tick()).rejects.toThrow('no network');
+  expect(model.stale?.who).toBe('server');
+  expect(model.stale!.since).toBeGreaterThan(before - 5);
+  expect(model.usage?.devices.length).toBe(1);
+});
+
+test('a page whose login is over is told apart from a server that is away', async () => {
+  await model.tick();
+  await model.tick();
+  for (const [status, who] of [
+    [403, 'nobody'],
+    [503, 'server']
+  ]) {
+    api.usage = async () => {
+      throw Object.assign(new Error('no'), { status });
+    };
+    await expect(model.tick()).rejects.toThrow('no');
+    expect(model.stale?.who).toBe(who);
+  }
+});
+
+test('times are told by this clock, whatever the server has', async () => {
+  const now = Date.now() / 1000;
+  const server = now - 7200;
+  api.next = {
+    ...answer(server),
+    now: server,
+    agent: { ok: false, since: server - 60 },
+    events: [{ ...notice(1), time: server - 30 }]
+  };
+  await model.tick();
+  expect(model.agent.since).toBeCloseTo(now - 60, 0);
+  expect(model.stale).toEqual({ who: 'agent', since: model.agent.since });
+  expect(model.notices[0].time).toBeCloseTo(now - 30, 0);
+});
+
+test('a server that was started anew, with another slice or none', async () => {
+  await model.tick();
+  expect(model.history.of('GPU-1').length).toBe(1);
+  api.next = { ...answer(50), slice_id: 'another' };
+  await model.tick(); // the history
+  await model.tick();
+  expect(model.history.of('GPU-1').map(({ time }) => time)).toEqual([50]);
+  api.next = { slice_id: null };
+  await model.tick(); // its history
+  await model.tick();
+  expect([model.absent, model.usage]).toEqual([true, null]);
+  api.next = answer(60);
+  await model.tick();
+  expect([model.absent, model.usage?.time]).toEqual([false, 60]);
 });

@@ -1,17 +1,10 @@
-import type { TranslationBundle } from '@jupyterlab/translation';
-
 import type { ISuspension, IUsage } from '../../../labextension/src/api';
 import {
   suspendedOf,
   suspendedWords,
   withSuspended
 } from '../../../labextension/src/suspended';
-import { answer, kernel } from './usage';
-
-const trans = {
-  __: (text: string, ...words: string[]) =>
-    text.replace(/%(\d)/g, (_, number: string) => words[Number(number) - 1])
-} as unknown as TranslationBundle;
+import { answer, kernel, trans } from './usage';
 
 function suspension(
   pid: number,

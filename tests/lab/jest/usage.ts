@@ -1,6 +1,19 @@
+import type { TranslationBundle } from '@jupyterlab/translation';
+
 import type { IKernelUsage, IUsageAnswer } from '../../../labextension/src/api';
 
 export const GIB = 1024 ** 3;
+
+const fill = (text: string, words: unknown[]) =>
+  text.replace(/%(\d)/g, (_, number: string) =>
+    String(words[Number(number) - 1])
+  );
+
+/** English, untranslated. */
+export const trans = {
+  __: (text: string, ...words: unknown[]) => fill(text, words),
+  _n: (one: string, many: string, n: number) => fill(n === 1 ? one : many, [n])
+} as unknown as TranslationBundle;
 
 export function kernel(part: Partial<IKernelUsage> = {}): IKernelUsage {
   return {

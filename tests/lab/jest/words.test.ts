@@ -1,8 +1,46 @@
-import { shortened } from '../../../labextension/src/words';
+import {
+  kindWords,
+  shortened,
+  sourceWords,
+  stateWords
+} from '../../../labextension/src/words';
+import { kernel, trans } from './usage';
 import type { INotice } from '../../../labextension/src/api';
 
 const REFUSED =
   "was refused 9.7 GiB (12 times): this server's slice of 19.5 GiB has 3.1 GiB left. Free memory, restart a kernel that holds some, or stop this server and start it with a larger share.";
+
+test.each([
+  ['idle', 750, 'idle for 12 min'],
+  ['idle', null, 'idle'],
+  ['busy', null, 'busy'],
+  ['starting', 5, 'starting'],
+  ['starting', 500, 'not used yet'],
+  ['something new', null, 'something new'],
+  [null, null, '']
+])('a kernel that is %s for %s reads as %s', (state, seconds, text) => {
+  const one = kernel({ state, state_seconds: seconds });
+  expect(stateWords(one, trans)).toBe(text);
+});
+
+test('a kernel is named with its language where its name does not say it', () => {
+  const named = (kernel_name: string | null, language: string | null) =>
+    kindWords(kernel({ kernel_name, language }));
+  expect(named('Python 3 (ipykernel)', 'python')).toBe('Python 3 (ipykernel)');
+  expect(named('Statistics', 'R')).toBe('Statistics (R)');
+  expect(named('Julia 1.11', null)).toBe('Julia 1.11');
+  expect(named(null, 'R')).toBe('');
+});
+
+test('says where a limit comes from', () => {
+  const from = (limit_source: 'notebook' | 'panel' | 'command' | null) =>
+    sourceWords(kernel({ limit_source }), trans);
+  expect(from('notebook')).toBe('from the notebook');
+  expect(from('panel')).toBe('set here');
+  expect(from('command')).toBe('set by a command');
+  expect(from(null)).toBe('');
+  expect(sourceWords(kernel(), trans)).toBe('');
+});
 
 function notice(name: string | null, message: string): INotice {
   const rest = { kernel_id: 'a', kind: 'refused', level: 'warning' } as const;

@@ -1,0 +1,50 @@
+"""The kernels of this Jupyter server, of any language, busy ones too: what each belongs to and what it does."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from datetime import datetime, timezone
+from typing import Any
+
+from jupyter_core.utils import ensure_async
+
+Json = dict[str, Any]
+UNKNOWN: Json = {"name": None, "path": None, "type": None, "state": None, "state_seconds": None, "kernel_name": None, "language": None}
+"""What is said of a kernel that the server does not know (any more), and of processes that are no kernel's."""
+
+
+async def kernels_of(serverapp: Any) -> dict[str, Json]:
+    """Return the server's kernels by id, each with the name, path and type of what it belongs to, its state and its language.
+
+    Kernels without a session (started through the API alone) go by the name of their kernelspec.
+    """
+    kernels: dict[str, Json] = {}
+    for kernel in await ensure_async(serverapp.kernel_manager.list_kernels()):
+        manager = None
+        with suppress(Exception):  # one that is just going, or another manager's
+            manager = serverapp.kernel_manager.get_kernel(kernel["id"])
+        found = UNKNOWN | {"name": kernel["name"], "type": "kernel", "state": kernel.get("execution_state")}
+        kernels[kernel["id"]] = found | _spec(manager, kernel["name"]) | {"state_seconds": _idle_seconds(manager, found["state"])}
+    for session in await serverapp.session_manager.list_sessions():
+        kernel = session.get("kernel") or {}
+        if kernel.get("id") in kernels:
+            path = session["path"]
+            name = session["name"] or path.rsplit("/", 1)[-1]
+            kernels[kernel["id"]] |= {"name": name, "path": path, "type": session["type"]}
+    return kernels
+
+
+def _spec(manager: Any, name: str) -> Json:
+    """Return what people call a kernel and its language: "Python 3", "python"."""
+    spec: Any = None
+    with suppress(Exception):  # the kernelspec may have been removed since
+        spec = manager.kernel_spec
+    return {"kernel_name": getattr(spec, "display_name", None) or name, "language": getattr(spec, "language", None) or None}
+
+
+def _idle_seconds(manager: Any, state: str | None) -> float | None:
+    """Return how long an idle or starting kernel has been so, by this server's clock alone; None: it is neither, or nobody knows."""
+    since = getattr(manager, "last_activity", None)
+    if state not in ("idle", "starting") or not isinstance(since, datetime):
+        return None
+    return round(max(0.0, (datetime.now(timezone.utc) - since).total_seconds()), 1)

@@ -1,0 +1,134 @@
+import type { TranslationBundle } from '@jupyterlab/translation';
+import { closeIcon } from '@jupyterlab/ui-components';
+import * as React from 'react';
+
+import type { IDeviceUsage, IKernelUsage, IWrittenLimit } from './api';
+import { formatMemory, formatPart } from './format';
+
+/** Limit a kernel, and where `keep` say so in its notebook too; rejects with words for the user. */
+export type SetLimit = (
+  kernel: IKernelUsage,
+  limit: IWrittenLimit,
+  keep: boolean
+) => Promise<void>;
+
+interface ILimitFormProps {
+  kernel: IKernelUsage;
+  name: string;
+  devices: IDeviceUsage[];
+  trans: TranslationBundle;
+  setLimit: SetLimit;
+  close: () => void;
+}
+
+/** A kernel's limits as texts that the form takes back; empty: none of its own. */
+export function limitTexts(
+  kernel: IKernelUsage,
+  devices: IDeviceUsage[]
+): { memory: string; compute: string } {
+  const { memory_bytes, compute_milli } = kernel.limit;
+  const sliceMilli = Math.min(...devices.map(d => d.compute_limit_milli));
+  return {
+    memory: memory_bytes !== null ? formatMemory(memory_bytes) : '',
+    compute: compute_milli !== null ? formatPart(compute_milli, sliceMilli) : ''
+  };
+}
+
+/** The limits of one kernel as text; the server checks them and says what is wrong. */
+export function LimitForm(props: ILimitFormProps): JSX.Element {
+  const { kernel, trans } = props;
+  const canKeep = kernel.type === 'notebook' && kernel.path !== null;
+  const [keep, setKeep] = React.useState(
+    () =>
+      canKeep && (!kernel.limit_source || kernel.limit_source === 'notebook')
+  );
+  const [before] = React.useState(() => limitTexts(kernel, props.devices));
+  const [memory, setMemory] = React.useState(before.memory);
+  const [compute, setCompute] = React.useState(before.compute);
+  const [error, setError] = React.useState('');
+  const first = React.useRef<HTMLInputElement>(null);
+  React.useEffect(() => first.current?.focus(), []);
+
+  const save = async (limit: IWrittenLimit): Promise<void> => {
+    try {
+      await props.setLimit(kernel, limit, keep);
+      props.close();
+    } catch (reason) {
+      setError((reason as Error).message);
+    }
+  };
+  return (
+    <form
+      className="nbgpu-LimitForm"
+      aria-label={trans.__('Limit of %1', props.name)}
+      onSubmit={event => {
+        event.preventDefault();
+        void save({
+          ...(memory === before.memory
+            ? { memory_bytes: kernel.limit.memory_bytes }
+            : { memory }),
+          ...(compute === before.compute
+            ? { compute_milli: kernel.limit.compute_milli }
+            : { compute })
+        });
+      }}
+      onKeyDown={event => event.key === 'Escape' && props.close()}
+    >
+      <button
+        type="button"
+        className="nbgpu-LimitForm-close"
+        aria-label={trans.__('Close')}
+        onClick={() => props.close()}
+      >
+        <closeIcon.react tag="span" width="14px" />
+      </button>
+      <label>
+        {trans.__('Memory limit')}
+        <input
+          ref={first}
+          className="jp-mod-styled"
+          value={memory}
+          placeholder={trans.__('such as 5 GiB or 1/2')}
+          onChange={event => setMemory(event.target.value)}
+        />
+      </label>
+      <label>
+        {trans.__('Compute limit')}
+        <input
+          className="jp-mod-styled"
+          value={compute}
+          placeholder={trans.__('such as 1/2 or 25 %')}
+          onChange={event => setCompute(event.target.value)}
+        />
+      </label>
+      <p className="nbgpu-quiet">
+        {trans.__('A fraction is of this slice. Empty: no limit of its own.')}
+      </p>
+      {canKeep && (
+        <label className="nbgpu-LimitForm-keep">
+          <input
+            type="checkbox"
+            checked={keep}
+            onChange={event => setKeep(event.target.checked)}
+          />
+          {trans.__('Save it in the notebook, for its next kernels too')}
+        </label>
+      )}
+      {error && <p role="alert">{error}</p>}
+      <div className="nbgpu-LimitForm-buttons">
+        {(before.memory || before.compute) && (
+          <button
+            type="button"
+            className="jp-mod-styled jp-mod-reject"
+            onClick={() => void save({})}
+          >
+            {trans.__('Remove')}
+          </button>
+        )}
+        <button type="submit" className="jp-mod-styled jp-mod-accept">
+          {trans.__('Set limit')}
+        </button>
+      </div>
+    </form>
+  );
+}

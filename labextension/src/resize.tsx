@@ -1,0 +1,149 @@
+import type { TranslationBundle } from '@jupyterlab/translation';
+import { editIcon } from '@jupyterlab/ui-components';
+import * as React from 'react';
+
+import type { IResizeAnswer, IUsage, IWrittenSize } from './api';
+import { formatFraction, formatMemory } from './format';
+
+interface IResizeProps {
+  usage: IUsage;
+  trans: TranslationBundle;
+  resize: (asked: IWrittenSize) => Promise<IResizeAnswer>;
+}
+
+/** What became of a wish, in words: "Granted: 1/2 GPU with 39 GiB of memory." */
+export function answerWords(
+  answer: IResizeAnswer,
+  trans: TranslationBundle
+): string {
+  const [device] = answer.devices;
+  const size = device
+    ? trans.__(
+        '%1 GPU with %2 of memory',
+        formatFraction(device.compute_milli),
+        formatMemory(device.memory_bytes)
+      )
+    : trans.__('as asked');
+  const what = answer.in_force
+    ? trans.__('Granted: %1.', size)
+    : trans.__('Granted: %1. It takes a moment until it is in force.', size);
+  return answer.note ? `${what} ${answer.note}` : what;
+}
+
+/** A button that opens a form for another size of the whole slice; the pool's answer stays under it. */
+export function Resize(props: IResizeProps): JSX.Element {
+  const { trans } = props;
+  const [open, setOpen] = React.useState(false);
+  const [told, setTold] = React.useState('');
+  const button = React.useRef<HTMLButtonElement>(null);
+  const close = () => {
+    setOpen(false);
+    button.current?.focus();
+  };
+  return (
+    <div className="nbgpu-Resize">
+      <button
+        ref={button}
+        type="button"
+        className="nbgpu-Kernels-limit"
+        aria-expanded={open}
+        onClick={() => setOpen(!open)}
+      >
+        {trans.__('Change the size of this slice')}
+        <editIcon.react tag="span" width="12px" />
+      </button>
+      {open && (
+        <ResizeForm
+          {...props}
+          close={close}
+          done={words => {
+            setTold(words);
+            close();
+          }}
+        />
+      )}
+      <div role="status">{told && <p className="nbgpu-quiet">{told}</p>}</div>
+    </div>
+  );
+}
+
+function ResizeForm(
+  props: IResizeProps & { close: () => void; done: (words: string) => void }
+): JSX.Element {
+  const { usage, trans } = props;
+  const [share, setShare] = React.useState(() =>
+    formatFraction(usage.devices[0].compute_limit_milli)
+  );
+  const [memory, setMemory] = React.useState('');
+  const [error, setError] = React.useState('');
+  const [waits, setWaits] = React.useState(false);
+  const first = React.useRef<HTMLInputElement>(null);
+  React.useEffect(() => first.current?.focus(), []);
+
+  const ask = async (): Promise<void> => {
+    setWaits(true);
+    try {
+      const answer = await props.resize({
+        ...(share.trim() ? { gpu_fraction: share.trim() } : {}),
+        ...(memory.trim() ? { gpu_memory: memory.trim() } : {})
+      });
+      props.done(answerWords(answer, trans));
+    } catch (reason) {
+      setError((reason as Error).message);
+      setWaits(false);
+    }
+  };
+  return (
+    <form
+      className="nbgpu-LimitForm"
+      aria-label={trans.__('Size of this slice')}
+      onSubmit={event => {
+        event.preventDefault();
+        void ask();
+      }}
+      onKeyDown={event => event.key === 'Escape' && props.close()}
+    >
+      <label>
+        {trans.__('Share of a GPU')}
+        <input
+          ref={first}
+          className="jp-mod-styled"
+          value={share}
+          placeholder={trans.__('such as 1/2 or 25 %')}
+          onChange={event => setShare(event.target.value)}
+        />
+      </label>
+      <label>
+        {trans.__('GPU memory')}
+        <input
+          className="jp-mod-styled"
+          value={memory}
+          placeholder={trans.__('of that share')}
+          onChange={event => setMemory(event.target.value)}
+        />
+      </label>
+      <p className="nbgpu-quiet">
+        {trans.__(
+          'Notebooks go on. Those that hold more than a smaller slice has keep it and are given no more.'
+        )}
+      </p>
+      {error && <p role="alert">{error}</p>}
+      <div className="nbgpu-LimitForm-buttons">
+        <button
+          type="button"
+          className="jp-mod-styled jp-mod-reject"
+          onClick={props.close}
+        >
+          {trans.__('Cancel')}
+        </button>
+        <button
+          type="submit"
+          className="jp-mod-styled jp-mod-accept"
+          disabled={waits}
+        >
+          {trans.__('Ask for it')}
+        </button>
+      </div>
+    </form>
+  );
+}

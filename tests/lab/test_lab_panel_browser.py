@@ -1,0 +1,258 @@
+"""The panel in JupyterLab in a real Chromium: what it says of kernels, history, limits that a notebook keeps, another size of the slice,
+who does not answer; by keyboard, in both themes. The agent and the hub are stand-ins. Leaves screenshots in ``tests/browser/shots``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from fake_slice_agent import GIB
+from test_lab_browser import BUILT, LONG, SHOTS, Lab, asked_in, fill_slice, open_lab
+from test_lab_browser import lab as lab  # a fixture
+from test_lab_browser import page as page  # a fixture
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.skipif(not BUILT.is_dir(), reason="front end not built: make setup")]
+SECOND = 1000
+THEMES = ("JupyterLab Light", "JupyterLab Dark")
+SLOW = """
+window.slow = {ms: 0, open: 0, most: 0};
+const plain = window.fetch;
+window.fetch = async (...asked) => {
+    if (!String(asked[0].url ?? asked[0]).includes('/nbgpu/api/usage')) {
+        return plain(...asked);
+    }
+    slow.most = Math.max(slow.most, ++slow.open);
+    await new Promise(done => setTimeout(done, slow.ms));
+    return plain(...asked).finally(() => slow.open--);
+};
+"""
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Grants up to half a GPU."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if asked.get("gpu_fraction") == "1/2":
+            status, answer = (
+                200,
+                {"in_force": True, "devices": [{"index": 0, "memory_bytes": 39 * GIB, "compute_milli": 500}], "note": None},
+            )
+        else:
+            message = "Your quota is half a GPU: with this slice you would hold a whole one."
+            status, answer = 403, {"error": {"code": "quota", "message": message}}
+        body = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[None]:
+    """What the server's environment names before it starts."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    words = {"API_URL": f"http://127.0.0.1:{server.server_port}/hub/api", "API_TOKEN": "the-servers", "USER": "ada", "SERVER_NAME": ""}
+    names = {f"JUPYTERHUB_{name}": value for name, value in words.items()}
+    os.environ.update(names)
+    yield
+    for name in names:
+        del os.environ[name]
+    server.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def as_it_was(hub: None, lab: Lab) -> Iterator[None]:
+    """In this order: the server finds the hub in its environment."""
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    fill_slice(lab)
+    yield
+    lab.agent.limits.clear()
+    lab.agent.delay_seconds = 0
+
+
+def theme(page: Any, name: str) -> None:
+    page.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", name)
+    page.wait_for_selector(f'body[data-jp-theme-name="{name}"]', state="attached")
+
+
+def pictures(page: Any, name: str) -> None:
+    """Leave one in each theme."""
+    for each in reversed(THEMES):
+        theme(page, each)
+        page.wait_for_timeout(300)  # colours fade
+        page.screenshot(path=SHOTS / f"panel-{name}-{each.split()[1].lower()}.png")
+
+
+def tab_to(page: Any, selector: str, most: int = 60) -> None:
+    """Go on with the Tab key until something there has the focus."""
+    for _ in range(most):
+        if page.evaluate(f"document.activeElement?.closest({selector!r}) !== null"):
+            return
+        page.keyboard.press("Tab")
+    raise AssertionError(f"{most} tabs do not lead to {selector}")
+
+
+def metadata(lab: Lab, notebook: str) -> Any:
+    return lab.call(f"api/contents/{notebook}")["content"]["metadata"].get("nbgpu")
+
+
+def test_kernels_and_history(lab: Lab, page: Any) -> None:
+    open_lab(page, lab, THEMES[0])
+    panel = page.locator("#nbgpu-panel")
+    first, other = (panel.locator(f'[data-kernel="{one}"]') for one in (lab.kernels[0], "other"))
+    first.get_by_text(re.compile(r"Python 3 \(ipykernel\) · (busy|idle for \d+ (s|min))")).wait_for()
+    other.get_by_text("Terminals and programs").wait_for()
+    assert other.get_by_role("button").count() == 0, "they have no limit of their own"
+
+    # a busy kernel is said to be, and what it uses goes on being shown
+    page.locator(".jp-Notebook .jp-Cell .cm-content").first.click()
+    page.keyboard.press("Control+A")
+    page.keyboard.insert_text("import time; time.sleep(600)")
+    page.keyboard.press("Control+Enter")
+    first.get_by_text("(ipykernel) · busy").wait_for()
+    lab.agent.kernel(lab.kernels[0], 9 * GIB)
+    first.get_by_text("9 GiB").first.wait_for(timeout=3 * SECOND)
+
+    # the history by keyboard; the hour is asked for in place of a question
+    page.locator(".nbgpu-Status").focus()
+    page.keyboard.press("Enter")
+    panel.get_by_role("radio", name="10 min").focus()
+    page.keyboard.press("ArrowRight")
+    panel.get_by_role("img", name="Memory in the last 1 h").wait_for()
+    assert panel.get_by_role("radio", name="1 h").is_checked()
+    assert len(asked_in(page, 4)) <= 5
+    assert lab.agent.count("/v1/history?seconds=3600") >= 1
+    pictures(page, "kernels")
+    page.keyboard.press("ArrowRight")
+    panel.get_by_text("1 min ago").wait_for()
+    lab.call(f"api/kernels/{lab.kernels[0]}/interrupt", {})
+
+
+def test_a_limit_is_kept_in_the_notebook(lab: Lab, page: Any) -> None:
+    open_lab(page, lab, THEMES[0])
+    opened, closed = (page.locator(f'#nbgpu-panel [data-kernel="{one}"]') for one in lab.kernels)
+    closed.get_by_text("set by a command").wait_for()
+
+    # by keyboard alone: of the notebook that is open on this page
+    page.locator(".nbgpu-Status").focus()
+    page.keyboard.press("Enter")
+    tab_to(page, f'[data-kernel="{lab.kernels[0]}"] .nbgpu-Kernels-limit', 200)
+    page.keyboard.press("Enter")
+    page.keyboard.type("1/2")
+    tab_to(page, ".nbgpu-LimitForm-keep")
+    assert opened.get_by_role("checkbox", name="Save it in the notebook").is_checked()
+    pictures(page, "limit")
+    tab_to(page, '.nbgpu-LimitForm [type="submit"]')
+    page.keyboard.press("Enter")
+    opened.get_by_text("from the notebook").wait_for()
+    assert lab.agent.limits[lab.kernels[0]] == {"memory_bytes": 10 * GIB, "compute_milli": None}
+    assert metadata(lab, "first.ipynb") == {"memory": "1/2"}, "half of the next slice is half again"
+
+    # only for now: the notebook says what it said
+    opened.get_by_role("button", name=re.compile("^Limit of first.ipynb")).click()
+    opened.get_by_label("Memory limit").fill("4 GiB")
+    opened.get_by_role("checkbox").uncheck()
+    page.keyboard.press("Enter")
+    opened.get_by_text("set here").wait_for()
+    assert metadata(lab, "first.ipynb") == {"memory": "1/2"}
+
+    # of a notebook that is not open, and taken away again
+    closed.get_by_role("button", name=re.compile("^Limit of second")).click()
+    closed.get_by_label("Compute limit").fill("25 %")
+    closed.get_by_role("checkbox").check()
+    page.keyboard.press("Enter")
+    closed.get_by_text("from the notebook").wait_for()
+    assert metadata(lab, LONG) == {"memory_bytes": 5 * GIB, "compute": "25 %"}
+    closed.get_by_role("button", name=re.compile("^Limit of second")).click()
+    closed.get_by_role("button", name="Remove").click()
+    closed.get_by_text("from the notebook").wait_for(state="detached")
+    assert (metadata(lab, LONG), lab.kernels[1] in lab.agent.limits) == (None, False)
+
+
+def test_a_notebook_that_cannot_be_written_is_said(lab: Lab, page: Any) -> None:
+    open_lab(page, lab, THEMES[0])
+    page.route(re.compile(f"api/contents/{LONG}"), lambda route: route.fulfill(status=403, json={"message": "Permission denied"}))
+    row = page.locator(f'#nbgpu-panel [data-kernel="{lab.kernels[1]}"]')
+    row.get_by_role("button", name=re.compile("^Limit of")).click()
+    row.get_by_label("Memory limit").fill("4 GiB")
+    row.get_by_role("checkbox").check()
+    page.keyboard.press("Enter")
+    row.get_by_role("alert").filter(has_text="could not be kept in the notebook: ").wait_for()
+    assert lab.agent.limits[lab.kernels[1]]["memory_bytes"] == 4 * GIB
+    page.keyboard.press("Escape")
+    row.get_by_text("set here").wait_for()
+
+
+def test_another_size_of_the_slice(lab: Lab, page: Any) -> None:
+    open_lab(page, lab, THEMES[0])
+    panel = page.locator("#nbgpu-panel")
+    button = panel.get_by_role("button", name="Change the size of this slice")
+    button.focus()
+    page.keyboard.press("Enter")
+    form = panel.get_by_role("form", name="Size of this slice")
+    assert form.get_by_label("Share of a GPU").input_value() == "1/4"
+    form.get_by_label("Share of a GPU").fill("1")
+    page.keyboard.press("Enter")
+    form.get_by_role("alert").filter(has_text="Your quota is half a GPU").wait_for()
+    pictures(page, "resize")
+    form.get_by_label("Share of a GPU").fill("1/2")
+    page.keyboard.press("Enter")
+    panel.get_by_role("status").filter(has_text="Granted: 1/2 GPU with 39 GiB of memory.").wait_for()
+    assert form.count() == 0
+
+
+def test_who_does_not_answer_is_said_and_what_is_old_is_grey(lab: Lab, page: Any) -> None:
+    page.add_init_script(SLOW)
+    open_lab(page, lab, THEMES[0])
+    panel, status = page.locator("#nbgpu-panel"), page.locator(".nbgpu-Status-text")
+    assert page.locator(".nbgpu-Panel-content[data-stale]").count() == 0
+    lab.away(True)
+    try:
+        panel.get_by_text("The node agent does not answer since").wait_for(timeout=5 * SECOND)
+        page.locator(".nbgpu-Panel-content[data-stale]").wait_for()
+        assert "12.5 of 20 GiB" in status.inner_text()
+        assert "no news since" in status.inner_text()
+        pictures(page, "away")
+    finally:
+        lab.away(False)
+    page.locator(".nbgpu-Panel-content[data-stale]").wait_for(state="detached", timeout=35 * SECOND)
+
+    page.route(re.compile("nbgpu/api/usage"), lambda route: route.abort())
+    panel.get_by_text("The Jupyter server does not answer since").wait_for(timeout=5 * SECOND)
+    assert "12.5 of 20 GiB" in status.inner_text()
+    page.unroute(re.compile("nbgpu/api/usage"))
+    page.locator(".nbgpu-Panel-content[data-stale]").wait_for(state="detached", timeout=35 * SECOND)
+
+    # a slow server: one question at a time, also when one is asked for at once
+    page.evaluate("slow.most = 0; slow.ms = 3000")
+    page.wait_for_function("slow.open === 1")
+    page.evaluate("() => { void globalThis[Symbol.for('nbgpu.slice.model')].poll.refresh(); }")
+    page.wait_for_timeout(4 * SECOND)
+    assert page.evaluate("slow.most") == 1
+    page.evaluate("slow.ms = 0")
+
+
+def test_nothing_for_axe_to_find(lab: Lab, page: Any) -> None:
+    axe_kit = pytest.importorskip("axe_kit")
+    lab.agent.used_bytes = 19 * GIB + GIB // 2
+    lab.agent.kernel(lab.kernels[1], 6 * GIB)
+    open_lab(page, lab, THEMES[0])
+    page.locator(f'[data-kernel="{lab.kernels[1]}"] .nbgpu-Kernels-limit').click()
+    page.get_by_role("button", name="Change the size of this slice").click()
+    for each in THEMES:
+        theme(page, each)
+        page.wait_for_timeout(300)
+        assert axe_kit.violations(page, "#nbgpu-panel") == [], each
+        assert axe_kit.violations(page, ".nbgpu-StatusItem") == [], each
