@@ -11,21 +11,17 @@ import { Signal } from '@lumino/signaling';
 import type { INotice } from './api';
 import { sliceIcon } from './icons';
 import { SliceModel } from './model';
-import { Notifier } from './notifier';
+import { logPlugin, noticesPlugin } from './notices';
 import { shareModel } from './page';
 import { SlicePanel } from './panel';
 import { sliceApi } from './request';
 import { StatusItem } from './status';
-import { ISliceModel } from './tokens';
+import { CommandIDs, ISliceModel } from './tokens';
 
 export { ISliceModel } from './tokens';
 
 const SCHEMA_ID = 'https://schema.nbgpu.io/slice/v1';
 const MODEL_PLUGIN = 'nbgpu-lab:model';
-
-namespace CommandIDs {
-  export const showPanel = 'nbgpu:show-panel';
-}
 
 const modelPlugin: JupyterFrontEndPlugin<ISliceModel> = {
   id: MODEL_PLUGIN,
@@ -127,32 +123,12 @@ const statusPlugin: JupyterFrontEndPlugin<void> = {
   }
 };
 
-const noticesPlugin: JupyterFrontEndPlugin<void> = {
-  id: 'nbgpu-lab:notices',
-  description:
-    'Notifications when the slice refuses memory or a process does not keep its limit.',
-  autoStart: true,
-  requires: [ISliceModel],
-  optional: [ITranslator],
-  activate: (
-    app: JupyterFrontEnd,
-    model: ISliceModel,
-    translator: ITranslator | null
-  ) => {
-    const trans = (translator ?? nullTranslator).load('nbgpu');
-    new Notifier(
-      model,
-      trans,
-      () => void app.commands.execute(CommandIDs.showPanel)
-    );
-  }
-};
-
 const plugins: JupyterFrontEndPlugin<any>[] = [
   modelPlugin,
   panelPlugin,
   statusPlugin,
-  noticesPlugin
+  noticesPlugin,
+  logPlugin
 ];
 
 export default plugins;

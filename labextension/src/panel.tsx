@@ -2,17 +2,17 @@ import type { TranslationBundle } from '@jupyterlab/translation';
 import { ReactWidget, UseSignal } from '@jupyterlab/ui-components';
 import * as React from 'react';
 
-import type { INotice, IUsage } from './api';
+import type { IUsage } from './api';
 import { Device } from './device';
+import { Latest, WhatHappened } from './happened';
 import { sliceIcon } from './icons';
 import { Kernels } from './kernels';
 import { lentLong } from './lent';
+import { news } from './news';
 import type { ISliceModel } from './tokens';
 import { clock, modeWords, sliceName } from './words';
 
-const SHOWN_NOTICES = 8;
-
-/** The side panel: the slice, its devices over time, its kernels and the last notices. */
+/** The side panel: the slice, its devices over time, its kernels and what happened. */
 export class SlicePanel extends ReactWidget {
   constructor(
     private _model: ISliceModel,
@@ -29,9 +29,12 @@ export class SlicePanel extends ReactWidget {
 
   protected render(): JSX.Element {
     return (
-      <UseSignal signal={this._model.changed}>
-        {() => this._renderNow()}
-      </UseSignal>
+      <>
+        <UseSignal signal={this._model.changed}>
+          {() => this._renderNow()}
+        </UseSignal>
+        <Latest news={news} trans={this._trans} />
+      </>
     );
   }
 
@@ -74,7 +77,7 @@ export class SlicePanel extends ReactWidget {
             </section>
           </>
         )}
-        <Notices notices={notices} trans={trans} />
+        <WhatHappened notices={notices} trans={trans} />
       </div>
     );
   }
@@ -95,32 +98,5 @@ function Header(props: {
         </p>
       )}
     </header>
-  );
-}
-
-function Notices(props: {
-  notices: readonly INotice[];
-  trans: TranslationBundle;
-}): JSX.Element | null {
-  const { notices, trans } = props;
-  if (notices.length === 0) {
-    return null;
-  }
-  const shown = [...notices].slice(-SHOWN_NOTICES).reverse();
-  return (
-    <section aria-label={trans.__('Notices')}>
-      <h3>{trans.__('Notices')}</h3>
-      <ul className="nbgpu-Notices">
-        {shown.map(notice => (
-          <li key={notice.id} data-level={notice.level}>
-            <span className="nbgpu-quiet">
-              {clock(notice.time)}
-              {notice.name ? ` · ${notice.name}` : ''}
-            </span>
-            {notice.message}
-          </li>
-        ))}
-      </ul>
-    </section>
   );
 }

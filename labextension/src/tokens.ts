@@ -37,3 +37,7 @@ export const ISliceModel = new Token<ISliceModel>(
   'nbgpu-lab:ISliceModel',
   'The use of the GPU slice that this Jupyter server holds.'
 );
+
+export namespace CommandIDs {
+  export const showPanel = 'nbgpu:show-panel';
+}
