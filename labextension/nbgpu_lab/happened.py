@@ -41,8 +41,9 @@ class Happened:
     def _ended(self, kernels: dict[str, Json]) -> Iterator[Json]:
         """Kernels that held memory, and none of whose processes is there any more."""
         for kernel_id, before in self._held.items():
-            after = kernels.get(kernel_id) or {}
-            if not set(before["pids"]) & set(after.get("pids") or ()):
+            after = kernels.get(kernel_id) or {"pids": [], "devices": []}
+            known = before["pids"] and (after["pids"] or not memory_bytes(after))  # the agent may not know whose memory it is
+            if known and not set(before["pids"]) & set(after["pids"]):
                 freed = memory_bytes(before)
                 message = f"{title(before)} ended: the {format_memory(freed)} of GPU memory that it held are free again."
                 yield notice("kernel-ended", message, before, freed_bytes=freed)

@@ -46,6 +46,8 @@ def test_memory_of_an_ended_process_is_free_again(after: tuple[Any, ...]) -> Non
     [
         (kernel(), 101, (kernel(held=0),)),  # it freed its memory, and runs
         (kernel(held=0), 101, ()),  # it held nothing
+        (kernel(pids=()), 101, (kernel(pids=()),)),  # whose it is is not known
+        (kernel(), 101, (kernel(pids=()),)),
         (kernel(None), 101, ()),  # a terminal's programs come and go
         (kernel(), 200, ()),  # nobody looked meanwhile: when and why is not known
         (kernel(), 90, ()),  # the clock was set
