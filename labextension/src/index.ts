@@ -8,6 +8,7 @@ import { IStatusBar } from '@jupyterlab/statusbar';
 import { ITranslator, nullTranslator } from '@jupyterlab/translation';
 import { Signal } from '@lumino/signaling';
 
+import { actionsPlugin } from './actions';
 import type { INotice } from './api';
 import { sliceIcon } from './icons';
 import { SliceModel } from './model';
@@ -125,6 +126,7 @@ const statusPlugin: JupyterFrontEndPlugin<void> = {
 
 const plugins: JupyterFrontEndPlugin<any>[] = [
   modelPlugin,
+  actionsPlugin,
   panelPlugin,
   statusPlugin,
   noticesPlugin,

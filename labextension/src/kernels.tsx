@@ -17,6 +17,7 @@ import {
   overLimit,
   percent
 } from './format';
+import { KernelMenuButton } from './kernelmenu';
 import { suspendedOf, suspendedWords, withSuspended } from './suspended';
 import { clock, kernelName } from './words';
 
@@ -108,6 +109,11 @@ function Kernel(props: IKernelProps): JSX.Element {
                 {trans._n('%1 refusal', '%1 refusals', kernel.refusals)}
               </span>
             )}
+            <KernelMenuButton
+              kernelId={kernel.kernel_id}
+              name={name}
+              trans={trans}
+            />
           </div>
         </th>
       </tr>

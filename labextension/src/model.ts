@@ -80,6 +80,11 @@ export class SliceModel implements ISliceModel {
     Signal.clearData(this);
   }
 
+  async refresh(): Promise<void> {
+    await this._poll.refresh();
+    await this._poll.tick;
+  }
+
   async setLimit(kernelId: string, limit: IWrittenLimit): Promise<void> {
     await this._api.setLimit(kernelId, limit);
     void this._poll.refresh();

@@ -27,6 +27,8 @@ export interface ISliceModel extends IDisposable {
   readonly changed: ISignal<ISliceModel, void>;
   /** A notice that nobody has seen. */
   readonly noticed: ISignal<ISliceModel, INotice>;
+  /** Ask the server now. */
+  refresh(): Promise<void>;
   /** Limit a kernel; rejects with the server's words. */
   setLimit(kernelId: string, limit: IWrittenLimit): Promise<void>;
   /** Let a suspended process go on; rejects with the server's words. */
