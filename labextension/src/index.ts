@@ -15,7 +15,9 @@ import { SliceModel } from './model';
 import { logPlugin, noticesPlugin } from './notices';
 import { shareModel } from './page';
 import { SlicePanel } from './panel';
+import { onChange, whenPresent } from './present';
 import { sliceApi } from './request';
+import { runningPlugin } from './running';
 import { StatusItem } from './status';
 import { CommandIDs, ISliceModel } from './tokens';
 
@@ -43,6 +45,9 @@ const modelPlugin: JupyterFrontEndPlugin<ISliceModel> = {
       const configure = () =>
         model.configure({
           warnPercent: loaded.get('warnPercent').composite as number,
+          pollSeconds: loaded.get('pollSeconds').composite as number,
+          showStatus: loaded.get('showStatus').composite as boolean,
+          showPanel: loaded.get('showPanel').composite as boolean,
           notify: loaded.get('notify').composite as boolean
         });
       loaded.changed.connect(configure);
@@ -51,18 +56,6 @@ const modelPlugin: JupyterFrontEndPlugin<ISliceModel> = {
     return model;
   }
 };
-
-/** Run `show` once, as soon as there is a slice; never on a server without one. */
-function whenPresent(model: ISliceModel, show: () => void): void {
-  const check = () => {
-    if (model.present) {
-      model.changed.disconnect(check);
-      show();
-    }
-  };
-  model.changed.connect(check);
-  check();
-}
 
 const panelPlugin: JupyterFrontEndPlugin<void> = {
   id: 'nbgpu-lab:panel',
@@ -79,11 +72,26 @@ const panelPlugin: JupyterFrontEndPlugin<void> = {
     const trans = (translator ?? nullTranslator).load('nbgpu');
     whenPresent(model, () => {
       const panel = new SlicePanel(model, trans);
-      app.shell.add(panel, 'right', { rank: 700, type: 'GPU' });
+      const place = () =>
+        app.shell.add(panel, 'right', { rank: 700, type: 'GPU' });
+      const follow = (shown: boolean) => {
+        if (shown && !panel.isAttached) {
+          place();
+        } else if (!shown) {
+          panel.parent = null;
+        }
+      };
+      follow(model.showPanel);
+      onChange(model, () => model.showPanel, follow);
       app.commands.addCommand(CommandIDs.showPanel, {
         label: trans.__('Show GPU Slice'),
         icon: sliceIcon,
-        execute: () => app.shell.activateById(panel.id)
+        execute: () => {
+          if (!panel.isAttached) {
+            place(); // whoever asks for it sees it, though it is not in the side bar by itself
+          }
+          app.shell.activateById(panel.id);
+        }
       });
       palette?.addItem({
         command: CommandIDs.showPanel,
@@ -112,13 +120,14 @@ const statusPlugin: JupyterFrontEndPlugin<void> = {
       () => void app.commands.execute(CommandIDs.showPanel)
     );
     const activeStateChanged = new Signal<StatusItem, void>(item);
-    whenPresent(model, () => activeStateChanged.emit());
+    const isActive = () => model.present && model.showStatus;
+    onChange(model, isActive, () => activeStateChanged.emit());
     statusBar.registerStatusItem('nbgpu-lab:status', {
       item,
       align: 'left',
       rank: 3,
       priority: 1,
-      isActive: () => model.present,
+      isActive,
       activeStateChanged
     });
   }
@@ -130,7 +139,8 @@ const plugins: JupyterFrontEndPlugin<any>[] = [
   panelPlugin,
   statusPlugin,
   noticesPlugin,
-  logPlugin
+  logPlugin,
+  runningPlugin
 ];
 
 export default plugins;

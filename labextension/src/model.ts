@@ -17,6 +17,8 @@ import type { ISliceModel } from './tokens';
 const KEPT_NOTICES = 100;
 /** A hole in the history that is worth a request: the page was hidden, or the server away. */
 const GAP_SECONDS = 5;
+/** A server that does not answer is asked this seldom in the end. */
+const MOST_MS = 30_000;
 
 /** The one place that asks the server: one request a second at most, none while the page is hidden. */
 export class SliceModel implements ISliceModel {
@@ -26,13 +28,15 @@ export class SliceModel implements ISliceModel {
       name: 'nbgpu-lab:usage',
       auto: options.auto ?? true,
       factory: () => this.tick(),
-      frequency: { interval: 1000, backoff: true, max: 30_000 },
+      frequency: { interval: 1000, backoff: true, max: MOST_MS },
       standby: 'when-hidden'
     });
   }
 
   readonly history = new History();
   warnPercent = 90;
+  showStatus = true;
+  showPanel = true;
   notify = true;
 
   get usage(): IUsage | null {
@@ -104,9 +108,15 @@ export class SliceModel implements ISliceModel {
   }
 
   /** Settings changed. */
-  configure(settings: { warnPercent: number; notify: boolean }): void {
-    this.warnPercent = settings.warnPercent;
-    this.notify = settings.notify;
+  configure(settings: SliceModel.ISettings): void {
+    const { pollSeconds, ...shown } = settings;
+    Object.assign(this, shown);
+    this._gapSeconds = Math.max(GAP_SECONDS, 2.5 * pollSeconds);
+    this._poll.frequency = {
+      ...this._poll.frequency,
+      interval: pollSeconds * 1000,
+      max: Math.max(MOST_MS, pollSeconds * 1000)
+    };
     this._changed.emit();
   }
 
@@ -134,9 +144,10 @@ export class SliceModel implements ISliceModel {
 
   private _holeInHistory(): boolean {
     const never = this._historyAsked === 0;
-    const hole = this._lastTime - this._timeBefore > GAP_SECONDS;
+    const hole = this._lastTime - this._timeBefore > this._gapSeconds;
     return (
-      never || (hole && Date.now() - this._historyAsked > GAP_SECONDS * 1000)
+      never ||
+      (hole && Date.now() - this._historyAsked > this._gapSeconds * 1000)
     );
   }
 
@@ -190,11 +201,21 @@ export class SliceModel implements ISliceModel {
   private _lastTime = 0;
   private _timeBefore = 0;
   private _historyAsked = 0;
+  private _gapSeconds = GAP_SECONDS;
   private _changed = new Signal<ISliceModel, void>(this);
   private _noticed = new Signal<ISliceModel, INotice>(this);
 }
 
 export namespace SliceModel {
+  /** What the settings editor offers (`schema/model.json`). */
+  export interface ISettings {
+    warnPercent: number;
+    pollSeconds: number;
+    showStatus: boolean;
+    showPanel: boolean;
+    notify: boolean;
+  }
+
   export interface IOptions {
     api: ISliceApi;
     /** Start polling at once; a test ticks by hand. */

@@ -22,6 +22,8 @@ export interface ISliceModel extends IDisposable {
   readonly notices: readonly INotice[];
   /** Part of the memory, in percent, from which to warn. */
   readonly warnPercent: number;
+  readonly showStatus: boolean;
+  readonly showPanel: boolean;
   /** Whether notices are shown as notifications. */
   readonly notify: boolean;
   readonly changed: ISignal<ISliceModel, void>;
