@@ -20,6 +20,8 @@ import { kernelName } from './words';
 const FREE = 'nbgpu:free-caches';
 const RESTART = 'nbgpu:restart-kernel';
 const ANSWER_MS = 20_000;
+/** Of what a kernel says of an error, so many characters are shown. */
+const MOST_WORDS = 200;
 /** The server shows what is used at most this old. */
 const SEEN_SECONDS = 0.7;
 
@@ -145,7 +147,9 @@ class Actions {
     const connection = this._connect(kernelId);
     let timer = 0;
     const late = new Promise<never>((_, reject) => {
-      const words = this._trans.__('the kernel does not answer.');
+      const words = this._trans.__(
+        'the kernel does not answer. It frees them once it does.'
+      );
       timer = window.setTimeout(() => reject(new Error(words)), ANSWER_MS);
     });
     try {
@@ -161,7 +165,10 @@ class Actions {
       const said = (content as any).user_expressions?.said;
       if (said?.status !== 'ok') {
         throw new Error(
-          String(said?.evalue ?? this._trans.__('it was refused.'))
+          String(said?.evalue ?? this._trans.__('it was refused.')).slice(
+            0,
+            MOST_WORDS
+          )
         );
       }
       return String(said.data['text/plain']);
@@ -229,7 +236,10 @@ export const actionsPlugin: JupyterFrontEndPlugin<void> = {
       menu.addItem({ command: FREE, args: { kernelId } });
       menu.addItem({ command: RESTART, args: { kernelId } });
       const { left, bottom } = anchor.getBoundingClientRect();
-      menu.aboutToClose.connect(() => anchor.focus());
+      menu.aboutToClose.connect(() => {
+        anchor.focus();
+        requestAnimationFrame(() => menu.dispose());
+      });
       menu.open(left, bottom);
     };
   }

@@ -49,14 +49,16 @@ export const logPlugin: JupyterFrontEndPlugin<void> = {
   id: 'nbgpu-lab:log',
   description: "Writes the slice's notices into the logs of their notebooks.",
   autoStart: true,
-  requires: [ISliceModel, ILoggerRegistry],
-  optional: [ITranslator],
+  requires: [ISliceModel],
+  optional: [ILoggerRegistry, ITranslator], // Notebook 7 may have no log console
   activate: (
     _: JupyterFrontEnd,
     model: ISliceModel,
-    loggers: ILoggerRegistry,
+    loggers: ILoggerRegistry | null,
     translator: ITranslator | null
   ) => {
-    logNotices(model, loggers, (translator ?? nullTranslator).load('nbgpu'));
+    if (loggers) {
+      logNotices(model, loggers, (translator ?? nullTranslator).load('nbgpu'));
+    }
   }
 };

@@ -86,15 +86,17 @@ export const runningPlugin: JupyterFrontEndPlugin<void> = {
   id: 'nbgpu-lab:running',
   description: 'Lists the kernels that hold GPU memory in the Running panel.',
   autoStart: true,
-  requires: [ISliceModel, IRunningSessionManagers],
-  optional: [ITranslator],
+  requires: [ISliceModel],
+  optional: [IRunningSessionManagers, ITranslator], // a page of Notebook 7 may have no Running panel
   activate: (
     app: JupyterFrontEnd,
     model: ISliceModel,
-    managers: IRunningSessionManagers,
+    managers: IRunningSessionManagers | null,
     translator: ITranslator | null
   ) => {
     const trans = (translator ?? nullTranslator).load('nbgpu');
-    whenPresent(model, () => managers.add(new GpuKernels(app, model, trans)));
+    if (managers) {
+      whenPresent(model, () => managers.add(new GpuKernels(app, model, trans)));
+    }
   }
 };
