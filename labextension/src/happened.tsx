@@ -10,19 +10,34 @@ import type { News } from './news';
 const SHOWN_AT_FIRST = 5;
 const NEWS_MS = 30_000;
 
-/** The last things that happened, the newest first; the server keeps the last 100 notices. */
-export function WhatHappened(props: {
+interface IHappenedProps {
   notices: readonly INotice[];
+  news: News;
   trans: TranslationBundle;
-}): JSX.Element {
-  const { notices, trans } = props;
+}
+
+/** The last things that happened, the newest first; the server keeps the last 100 notices. */
+export function WhatHappened(props: IHappenedProps): JSX.Element {
+  return (
+    <UseSignal signal={props.news.changed}>
+      {() => <Happened {...props} said={props.news.latest?.id} />}
+    </UseSignal>
+  );
+}
+
+/** `said` is said below the panel's content now, and not once more here. */
+function Happened(
+  props: IHappenedProps & { said: number | undefined }
+): JSX.Element {
+  const { notices, said, trans } = props;
   const [all, showAll] = React.useState(false);
-  const found = React.useMemo(() => happenings(notices), [notices]);
+  const known = React.useMemo(() => happenings(notices), [notices]);
+  const found = known.filter(({ id }) => id !== said);
   const shown = all ? found : found.slice(0, SHOWN_AT_FIRST);
   return (
     <section aria-label={trans.__('What happened')}>
       <h3>{trans.__('What happened')}</h3>
-      {found.length === 0 && (
+      {known.length === 0 && (
         <p className="nbgpu-quiet">
           {trans.__('Nothing yet that you should know of.')}
         </p>
@@ -69,7 +84,11 @@ function Happening(props: {
             {latest.name}
           </bdi>
         )}
-        {times > 1 && <span>{trans.__('%1 times', times)}</span>}
+        {times > 1 && (
+          <span className="nbgpu-Happened-times">
+            {trans.__('%1 times', times)}
+          </span>
+        )}
       </span>
       <span dir="auto">{latest.message}</span>
     </li>

@@ -8,6 +8,8 @@ import type { ISliceModel } from './tokens';
 import { shortened } from './words';
 
 const AUTO_CLOSE_MS = 15_000;
+/** JupyterLab needs so long to show one: an update that comes sooner is lost. */
+const SETTLE_MS = 1500;
 /** JupyterLab keeps it in its list of notifications, and shows none. */
 const NOT_SHOWN = 0;
 /** JupyterLab cuts longer notifications anywhere; the panel has the whole text. */
@@ -31,41 +33,44 @@ export class Notifier {
     if (!happening) {
       return; // so many came that this one is forgotten
     }
-    const id = this._shown.get(happening.thing);
-    if (!isTold(notice) && id === undefined) {
+    const { thing } = happening;
+    if (!isTold(notice) && !this._shown.has(thing)) {
       return;
     }
-    const panel = this._options.panelInView();
-    if (panel) {
+    if (this._options.panelInView()) {
       this._options.news.show(happening);
     }
-    this._notify(happening, id, panel);
-    if (notice.kind === 'restored') {
-      this._shown.delete(happening.thing); // lent once more is another thing
+    const wait = (this._shown.get(thing)?.until ?? 0) - Date.now();
+    if (wait <= 0) {
+      this._notify(happening);
+    } else {
+      if (!this._waiting.has(thing)) {
+        setTimeout(() => {
+          const last = this._waiting.get(thing);
+          if (last) {
+            this._notify(last);
+          }
+        }, wait);
+      }
+      this._waiting.set(thing, happening);
     }
   }
 
   /** Show a notification, in the place of the one about the same thing. */
-  private _notify(
-    { thing, latest, times }: IHappening,
-    id: string | undefined,
-    panel: boolean
-  ): void {
-    const { notifications, trans, openPanel } = this._options;
+  private _notify({ thing, latest, times }: IHappening): void {
+    const { notifications, openPanel, panelInView, trans } = this._options;
+    const panel = panelInView();
     const often = times > 1 ? trans.__(' (%1 times)', times) : '';
     const message = shortened(latest, MAX_LENGTH - often.length) + often;
-    const type =
-      latest.kind === 'restored'
-        ? 'success'
-        : latest.level === 'info'
-          ? 'info'
-          : latest.level;
+    const back = latest.kind === 'restored';
+    const type = back ? 'success' : latest.level;
     const options = {
       autoClose: panel ? NOT_SHOWN : AUTO_CLOSE_MS,
       actions: panel
         ? []
         : [{ label: trans.__('Show panel'), callback: openPanel }]
     };
+    let id = this._shown.get(thing)?.id;
     if (panel && id !== undefined) {
       notifications.dismiss(id); // an update would leave it in view
     }
@@ -74,12 +79,20 @@ export class Notifier {
       id === undefined ||
       !notifications.update({ id, message, type, ...options })
     ) {
-      this._shown.set(thing, notifications.emit(message, type, options));
+      id = notifications.emit(message, type, options);
+    }
+    this._waiting.delete(thing);
+    if (back) {
+      this._shown.delete(thing); // lent once more is another thing
+    } else {
+      this._shown.set(thing, { id, until: Date.now() + SETTLE_MS });
     }
   }
 
-  /** The notification about each thing. */
-  private _shown = new Map<string, string>();
+  /** The notification about each thing, and until when it is left as it is. */
+  private _shown = new Map<string, { id: string; until: number }>();
+  /** What is to be said of a thing then. */
+  private _waiting = new Map<string, IHappening>();
 }
 
 export namespace Notifier {

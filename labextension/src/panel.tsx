@@ -77,7 +77,7 @@ export class SlicePanel extends ReactWidget {
             </section>
           </>
         )}
-        <WhatHappened notices={notices} trans={trans} />
+        <WhatHappened notices={notices} news={news} trans={trans} />
       </div>
     );
   }

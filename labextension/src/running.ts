@@ -56,7 +56,7 @@ class GpuKernels implements IRunningSessions.IManager {
     const words = name ?? this._trans.__('Kernel %1', kernelId.slice(0, 8));
     return {
       icon: () => sliceIcon,
-      label: () => `${words} (${memory})`,
+      label: () => `${memory} · ${words}`, // a long name is cut at its end
       labelTitle: () =>
         this._trans.__('%1 holds %2 of GPU memory', path ?? words, memory),
       open: () => this._open(path),

@@ -38,6 +38,7 @@ let news: News;
 let model: any;
 
 beforeEach(() => {
+  jest.useFakeTimers();
   shown.clear();
   emitted = 0;
   notices = [];
@@ -56,7 +57,15 @@ beforeEach(() => {
   });
 });
 
+afterEach(() => jest.useRealTimers());
+
+/** Something happens, and its notification is there. */
 function happen(kind: string, part: Partial<INotice> = {}): void {
+  happenAtOnce(kind, part);
+  jest.advanceTimersByTime(2000);
+}
+
+function happenAtOnce(kind: string, part: Partial<INotice> = {}): void {
   const id = notices.length + 1;
   const blank = {
     time: id,
@@ -125,4 +134,17 @@ test('switched off, nothing is told', () => {
   inView = true;
   happen('refused');
   expect([emitted, news.latest]).toEqual([0, null]);
+});
+
+test('a notification that JupyterLab has not shown yet is left alone, and follows then', () => {
+  happenAtOnce('refused');
+  happenAtOnce('refused', { data: { count: 41 } });
+  happenAtOnce('refused');
+  expect(messages()).toEqual(['x.ipynb: refused.']);
+  jest.advanceTimersByTime(1400);
+  expect(messages()).toEqual(['x.ipynb: refused.']);
+  jest.advanceTimersByTime(200);
+  expect([messages(), emitted]).toEqual([['x.ipynb: refused. (43 times)'], 1]);
+  jest.advanceTimersByTime(10_000);
+  expect(emitted).toBe(1);
 });
