@@ -39,6 +39,7 @@ export const CALLS = [
   'gc.collect()',
   'torch.cuda.empty_cache()',
   'cupy.get_default_memory_pool().free_all_blocks()',
+  'cupy.get_default_pinned_memory_pool().free_all_blocks()',
   'jax.clear_caches()'
 ];
 
