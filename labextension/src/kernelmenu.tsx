@@ -14,7 +14,7 @@ export function KernelMenuButton(props: {
   trans: TranslationBundle;
 }): JSX.Element | null {
   const { kernelId, name, trans } = props;
-  const words = trans.__('Free memory of %1', name);
+  const words = trans.__('Actions for %1', name);
   return kernelId === null || kernelMenu.open === null ? null : (
     <button
       type="button"

@@ -52,7 +52,7 @@ def run_cell(page: Any, code: str, prints: str) -> None:
 
 
 def open_menu(page: Any, name: str) -> Any:
-    page.get_by_role("button", name=f"Free memory of {name}").focus()
+    page.get_by_role("button", name=f"Actions for {name}").focus()
     page.keyboard.press("Enter")
     menu = page.locator(".lm-Menu")
     menu.wait_for()
