@@ -180,6 +180,7 @@ def test_the_slice_in_jupyterlab(lab: Lab, page: Any, theme: str, shot: str) -> 
     assert "Simulated: this machine has no NVIDIA driver." in panel.inner_text()
 
     # the monitor in a cell, which the kernel does not feed
+    page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for()
     page.locator(".jp-Notebook .jp-Cell .cm-content").first.click()
     page.keyboard.press("Shift+Enter")
     monitor = page.locator(".nbgpu-monitor")
