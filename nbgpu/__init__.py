@@ -15,4 +15,8 @@ def __getattr__(name: str) -> Any:
         except ImportError as error:
             raise AttributeError(f"nbgpu.SliceMonitor needs the notebook part: pip install 'nbgpu[lab]' ({error})") from None
         return SliceMonitor  # pyright: ignore
+    if name == "slice":  # not in __all__: a star import shall not hide Python's own
+        from .here import slice
+
+        return slice
     raise AttributeError(f"module 'nbgpu' has no attribute {name!r}")

@@ -23,7 +23,7 @@ def _load_jupyter_server_extension(serverapp: Any) -> None:
 
 
 def load_ipython_extension(ipython: Any) -> None:
-    """Add the ``%gpu`` magic: ``%load_ext nbgpu_lab``."""
+    """Add the ``%gpu`` magic; the kernel provisioner asks for it (`nbgpu_lab.kernel_args`), elsewhere ``%load_ext nbgpu_lab`` does."""
     from .magic import register
 
     register(ipython)

@@ -15,7 +15,7 @@ from nbgpu.kernel_limits import kernel_limit
 from nbgpu.logs import one_line
 
 from .client import SliceClient
-from .idle import waiting_argument
+from .kernel_args import kernel_arguments
 from .limits import NO_LIMIT, ORIGINS
 from .notices import SERVER
 
@@ -41,7 +41,7 @@ class SliceProvisioner(LocalProvisioner):
             await self._limit(SliceClient(socket_path), env.get("JPY_SESSION_NAME", ""), again=self._started)
         self._started = True
         if socket_path:
-            more = await waiting_argument(SliceClient(socket_path), self.kernel_spec.argv)
+            more = await kernel_arguments(SliceClient(socket_path), self.kernel_spec.argv)
             kwargs["extra_arguments"] = [*(kwargs.get("extra_arguments") or []), *more]
         return await super().pre_launch(**kwargs)
 

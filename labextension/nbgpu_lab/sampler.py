@@ -11,6 +11,7 @@ from typing import Any
 from nbgpu.errors import NbgpuError, Unavailable
 
 from .client import SliceClient
+from .happened import Happened
 from .kernels import UNKNOWN
 from .limits import NO_LIMIT, ORIGINS, Source
 from .notices import Notices
@@ -54,6 +55,7 @@ class Sampler:
         self._clock = clock
         self._tell_names = tell_names
         self._told: dict[str, Json] | None = None
+        self._happened = Happened()
         self._usage: Json = NO_SLICE
         self._kept: dict[str, tuple[float, Any]] = {}
         self._pending: dict[str, asyncio.Task[Any]] = {}
@@ -112,6 +114,8 @@ class Sampler:
             idle = sessions.keys() - {kernel["kernel_id"] for kernel in usage["kernels"]}
             limits = await self.client.get("/v1/kernels") if idle else {}
             self._usage = {**usage, "kernels": join(usage["kernels"], sessions, limits)}
+            for notice in self._happened.look(self._usage):
+                self.notices.add(notice)
             self._heard(True)
         except NbgpuError:
             self._heard(False)

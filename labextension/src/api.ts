@@ -54,6 +54,8 @@ export interface INotice {
   message: string;
   name?: string | null;
   path?: string | null;
+  /** The numbers of the message. */
+  data?: { [name: string]: number | string | null };
 }
 
 /** A process that the watchdog has suspended: it is not dead, and goes on when it may. */

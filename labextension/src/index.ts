@@ -8,25 +8,24 @@ import { IStatusBar } from '@jupyterlab/statusbar';
 import { ITranslator, nullTranslator } from '@jupyterlab/translation';
 import { Signal } from '@lumino/signaling';
 
+import { actionsPlugin } from './actions';
 import type { INotice } from './api';
 import { sliceIcon } from './icons';
 import { NotebookKeeper } from './keep';
 import { SliceModel } from './model';
-import { Notifier } from './notifier';
+import { logPlugin, noticesPlugin } from './notices';
 import { shareModel } from './page';
 import { SlicePanel } from './panel';
+import { onChange, whenPresent } from './present';
 import { sliceApi } from './request';
+import { runningPlugin } from './running';
 import { StatusItem } from './status';
-import { ISliceModel } from './tokens';
+import { CommandIDs, ISliceModel } from './tokens';
 
 export { ISliceModel } from './tokens';
 
 const SCHEMA_ID = 'https://schema.nbgpu.io/slice/v1';
 const MODEL_PLUGIN = 'nbgpu-lab:model';
-
-namespace CommandIDs {
-  export const showPanel = 'nbgpu:show-panel';
-}
 
 const modelPlugin: JupyterFrontEndPlugin<ISliceModel> = {
   id: MODEL_PLUGIN,
@@ -47,6 +46,9 @@ const modelPlugin: JupyterFrontEndPlugin<ISliceModel> = {
       const configure = () =>
         model.configure({
           warnPercent: loaded.get('warnPercent').composite as number,
+          pollSeconds: loaded.get('pollSeconds').composite as number,
+          showStatus: loaded.get('showStatus').composite as boolean,
+          showPanel: loaded.get('showPanel').composite as boolean,
           notify: loaded.get('notify').composite as boolean
         });
       loaded.changed.connect(configure);
@@ -55,18 +57,6 @@ const modelPlugin: JupyterFrontEndPlugin<ISliceModel> = {
     return model;
   }
 };
-
-/** Run `show` once, as soon as there is a slice; never on a server without one. */
-function whenPresent(model: ISliceModel, show: () => void): void {
-  const check = () => {
-    if (model.present) {
-      model.changed.disconnect(check);
-      show();
-    }
-  };
-  model.changed.connect(check);
-  check();
-}
 
 const panelPlugin: JupyterFrontEndPlugin<void> = {
   id: 'nbgpu-lab:panel',
@@ -87,11 +77,26 @@ const panelPlugin: JupyterFrontEndPlugin<void> = {
         app.serviceManager.contents
       );
       const panel = new SlicePanel(model, trans, keeper);
-      app.shell.add(panel, 'right', { rank: 700, type: 'GPU' });
+      const place = () =>
+        app.shell.add(panel, 'right', { rank: 700, type: 'GPU' });
+      const follow = (shown: boolean) => {
+        if (shown && !panel.isAttached) {
+          place();
+        } else if (!shown) {
+          panel.parent = null;
+        }
+      };
+      follow(model.showPanel);
+      onChange(model, () => model.showPanel, follow);
       app.commands.addCommand(CommandIDs.showPanel, {
         label: trans.__('Show GPU Slice'),
         icon: sliceIcon,
-        execute: () => app.shell.activateById(panel.id)
+        execute: () => {
+          if (!panel.isAttached) {
+            place(); // whoever asks for it sees it, though it is not in the side bar by itself
+          }
+          app.shell.activateById(panel.id);
+        }
       });
       palette?.addItem({
         command: CommandIDs.showPanel,
@@ -123,44 +128,27 @@ const statusPlugin: JupyterFrontEndPlugin<void> = {
       () => void app.commands.execute(CommandIDs.showPanel)
     );
     const activeStateChanged = new Signal<StatusItem, void>(item);
-    whenPresent(model, () => activeStateChanged.emit());
+    const isActive = () => model.present && model.showStatus;
+    onChange(model, isActive, () => activeStateChanged.emit());
     statusBar.registerStatusItem('nbgpu-lab:status', {
       item,
       align: 'left',
       rank: 3,
       priority: 1,
-      isActive: () => model.present,
+      isActive,
       activeStateChanged
     });
   }
 };
 
-const noticesPlugin: JupyterFrontEndPlugin<void> = {
-  id: 'nbgpu-lab:notices',
-  description:
-    'Notifications when the slice refuses memory or a process does not keep its limit.',
-  autoStart: true,
-  requires: [ISliceModel],
-  optional: [ITranslator],
-  activate: (
-    app: JupyterFrontEnd,
-    model: ISliceModel,
-    translator: ITranslator | null
-  ) => {
-    const trans = (translator ?? nullTranslator).load('nbgpu');
-    new Notifier(
-      model,
-      trans,
-      () => void app.commands.execute(CommandIDs.showPanel)
-    );
-  }
-};
-
 const plugins: JupyterFrontEndPlugin<any>[] = [
   modelPlugin,
+  actionsPlugin,
   panelPlugin,
   statusPlugin,
-  noticesPlugin
+  noticesPlugin,
+  logPlugin,
+  runningPlugin
 ];
 
 export default plugins;

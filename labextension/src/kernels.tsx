@@ -12,6 +12,7 @@ import {
   percent
 } from './format';
 import { warningIcon } from './icons';
+import { KernelMenuButton } from './kernelmenu';
 import { LimitForm, limitTexts, type SetLimit } from './limitform';
 import { suspendedOf, suspendedWords, withSuspended } from './suspended';
 import { clock, kernelName, kindWords, sourceWords, stateWords } from './words';
@@ -110,6 +111,11 @@ function Kernel(props: IKernelProps): JSX.Element {
                 {trans._n('%1 refusal', '%1 refusals', kernel.refusals)}
               </span>
             )}
+            <KernelMenuButton
+              kernelId={kernel.kernel_id}
+              name={name}
+              trans={trans}
+            />
           </div>
           <About kernel={kernel} trans={trans} />
         </th>

@@ -20,6 +20,8 @@ import type { ISliceModel, IStale } from './tokens';
 const KEPT_NOTICES = 100;
 /** A hole in the history that is worth a request: the page was hidden, or the server away. */
 const GAP_SECONDS = 5;
+/** A server that does not answer is asked this seldom in the end. */
+const MOST_MS = 10_000;
 
 /** The one place that asks the server: one request a second at most, none while the page is hidden. */
 export class SliceModel implements ISliceModel {
@@ -29,13 +31,15 @@ export class SliceModel implements ISliceModel {
       name: 'nbgpu-lab:usage',
       auto: options.auto ?? true,
       factory: () => this.tick(),
-      frequency: { interval: 1000, backoff: true, max: 10_000 },
+      frequency: { interval: 1000, backoff: true, max: MOST_MS },
       standby: 'when-hidden'
     });
   }
 
   readonly history = new History();
   warnPercent = 90;
+  showStatus = true;
+  showPanel = true;
   notify = true;
 
   get usage(): IUsage | null {
@@ -100,6 +104,11 @@ export class SliceModel implements ISliceModel {
     Signal.clearData(this);
   }
 
+  async refresh(): Promise<void> {
+    await this._poll.refresh();
+    await this._poll.tick;
+  }
+
   async setLimit(kernelId: string, limit: IWrittenLimit): Promise<void> {
     await this._api.setLimit(kernelId, limit);
     void this._poll.refresh();
@@ -126,9 +135,15 @@ export class SliceModel implements ISliceModel {
   }
 
   /** Settings changed. */
-  configure(settings: { warnPercent: number; notify: boolean }): void {
-    this.warnPercent = settings.warnPercent;
-    this.notify = settings.notify;
+  configure(settings: SliceModel.ISettings): void {
+    const { pollSeconds, ...shown } = settings;
+    Object.assign(this, shown);
+    this._gapSeconds = Math.max(GAP_SECONDS, 2.5 * pollSeconds);
+    this._poll.frequency = {
+      ...this._poll.frequency,
+      interval: pollSeconds * 1000,
+      max: Math.max(MOST_MS, pollSeconds * 1000)
+    };
     this._changed.emit();
   }
 
@@ -170,7 +185,7 @@ export class SliceModel implements ISliceModel {
 
   /** How many seconds of the history are to be asked for; 0: what is shown is there. */
   private _holeInHistory(): number {
-    const hole = this._lastTime - this._timeBefore > GAP_SECONDS;
+    const hole = this._lastTime - this._timeBefore > this._gapSeconds;
     if (hole) {
       this._holes = new Set([HISTORY_SECONDS, HOUR_SECONDS]);
       this._timeBefore = this._lastTime;
@@ -181,7 +196,7 @@ export class SliceModel implements ISliceModel {
     }
     for (const seconds of needed) {
       const asked = this._historyAsked.get(seconds) ?? 0;
-      if (this._holes.has(seconds) && Date.now() - asked > GAP_SECONDS * 1000) {
+      if (this._holes.has(seconds) && Date.now() - asked > this._gapSeconds * 1000) {
         this._holes.delete(seconds);
         return seconds;
       }
@@ -280,11 +295,21 @@ export class SliceModel implements ISliceModel {
   private _heardAt = Date.now() / 1000;
   private _asking: Promise<void> | null = null;
   private _clock = new ServerClock();
+  private _gapSeconds = GAP_SECONDS;
   private _changed = new Signal<ISliceModel, void>(this);
   private _noticed = new Signal<ISliceModel, INotice>(this);
 }
 
 export namespace SliceModel {
+  /** What the settings editor offers (`schema/model.json`). */
+  export interface ISettings {
+    warnPercent: number;
+    pollSeconds: number;
+    showStatus: boolean;
+    showPanel: boolean;
+    notify: boolean;
+  }
+
   export interface IOptions {
     api: ISliceApi;
     /** Start polling at once; a test ticks by hand. */

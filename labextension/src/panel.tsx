@@ -2,16 +2,17 @@ import type { TranslationBundle } from '@jupyterlab/translation';
 import { ReactWidget, UseSignal } from '@jupyterlab/ui-components';
 import * as React from 'react';
 
-import type { IKernelUsage, INotice, IUsage, IWrittenLimit } from './api';
+import type { IKernelUsage, IUsage, IWrittenLimit } from './api';
 import { Device } from './device';
-import type { ILimitKeeper } from './keep';
+import { Latest, WhatHappened } from './happened';
 import { sliceIcon } from './icons';
+import type { ILimitKeeper } from './keep';
 import { Kernels } from './kernels';
 import { lentLong } from './lent';
+import { news } from './news';
 import { Resize } from './resize';
 import type { ISliceModel } from './tokens';
 import {
-  clock,
   modeWords,
   RANGES,
   rangeName,
@@ -19,9 +20,7 @@ import {
   staleWords
 } from './words';
 
-const SHOWN_NOTICES = 8;
-
-/** The side panel: the slice, its devices over time, its kernels and the last notices. */
+/** The side panel: the slice, its devices over time, its kernels and what happened. */
 export class SlicePanel extends ReactWidget {
   constructor(
     private _model: ISliceModel,
@@ -39,9 +38,12 @@ export class SlicePanel extends ReactWidget {
 
   protected render(): JSX.Element {
     return (
-      <UseSignal signal={this._model.changed}>
-        {() => this._renderNow()}
-      </UseSignal>
+      <>
+        <UseSignal signal={this._model.changed}>
+          {() => this._renderNow()}
+        </UseSignal>
+        <Latest news={news} trans={this._trans} />
+      </>
     );
   }
 
@@ -119,7 +121,7 @@ export class SlicePanel extends ReactWidget {
             </section>
           </>
         )}
-        <Notices notices={notices} trans={trans} />
+        <WhatHappened notices={notices} news={news} trans={trans} />
       </div>
     );
   }
@@ -165,32 +167,5 @@ function Header(props: {
         </p>
       )}
     </div>
-  );
-}
-
-function Notices(props: {
-  notices: readonly INotice[];
-  trans: TranslationBundle;
-}): JSX.Element | null {
-  const { notices, trans } = props;
-  if (notices.length === 0) {
-    return null;
-  }
-  const shown = [...notices].slice(-SHOWN_NOTICES).reverse();
-  return (
-    <section aria-label={trans.__('Notices')}>
-      <h3>{trans.__('Notices')}</h3>
-      <ul className="nbgpu-Notices">
-        {shown.map(notice => (
-          <li key={notice.id} data-level={notice.level}>
-            <span className="nbgpu-quiet">
-              {clock(notice.time)}
-              {notice.name ? ` · ${notice.name}` : ''}
-            </span>
-            {notice.message}
-          </li>
-        ))}
-      </ul>
-    </section>
   );
 }

@@ -40,6 +40,8 @@ export interface ISliceModel extends IDisposable {
   readonly notices: readonly INotice[];
   /** Part of the memory, in percent, from which to warn. */
   readonly warnPercent: number;
+  readonly showStatus: boolean;
+  readonly showPanel: boolean;
   /** Whether notices are shown as notifications. */
   readonly notify: boolean;
   readonly changed: ISignal<ISliceModel, void>;
@@ -47,6 +49,8 @@ export interface ISliceModel extends IDisposable {
   readonly noticed: ISignal<ISliceModel, INotice>;
   /** Show so much of the history. */
   showHistory(seconds: number): void;
+  /** Ask the server now. */
+  refresh(): Promise<void>;
   /** Limit a kernel; rejects with the server's words. */
   setLimit(kernelId: string, limit: IWrittenLimit): Promise<void>;
   /** Let a suspended process go on; rejects with the server's words. */
@@ -59,3 +63,7 @@ export const ISliceModel = new Token<ISliceModel>(
   'nbgpu-lab:ISliceModel',
   'The use of the GPU slice that this Jupyter server holds.'
 );
+
+export namespace CommandIDs {
+  export const showPanel = 'nbgpu:show-panel';
+}

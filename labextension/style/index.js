@@ -1,1 +1,3 @@
 import './base.css';
+import './happened.css';
+import './actions.css';

@@ -156,7 +156,7 @@ def test_two_users_of_the_machine_side_by_side(chromium: Browser, hub: Hub, user
 
     assert "SUCCESS" in run_cell(ada, ALLOCATE + "print(gib(18))")
     assert "OUT_OF_MEMORY" in run_cell(ada, "print(gib(2))")
-    expect(ada.locator(".Toastify__toast").filter(has_text="work.ipynb was refused 2 GiB")).to_be_visible(timeout=2 * SECOND)
+    expect(ada.locator(".nbgpu-Latest").filter(has_text="work.ipynb was refused 2 GiB")).to_be_visible(timeout=2 * SECOND)
     expect(kernel_row(ada, "work.ipynb")).to_contain_text("18.2 GiB")
     expect(kernel_row(ada, "work.ipynb")).to_contain_text("1 refusal")
     expect(ada.locator(".nbgpu-Status")).to_contain_text("18.2 of 19.5 GiB")

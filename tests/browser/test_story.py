@@ -62,7 +62,7 @@ def test_a_notebook_with_a_quarter(chromium: Browser, hub: Hub) -> None:
     ada.locator(".nbgpu-Status").click()
     ada.wait_for_selector("#nbgpu-panel:visible")
     menu(ada, "Run", "Run All Cells")
-    notice = ada.locator(".Toastify__toast").filter(has_text="fractions.ipynb was refused 9.7 GiB: this server's slice of 19.5 GiB")
+    notice = ada.locator(".nbgpu-Latest").filter(has_text="fractions.ipynb was refused 9.7 GiB: this server's slice of 19.5 GiB")
     expect(notice).to_be_visible(timeout=120 * SECOND)
     expect(kernel_row(ada, "fractions.ipynb")).to_contain_text("1 refusal")
     shot(ada, "2-lab-refused")
@@ -92,7 +92,7 @@ def test_a_notebook_with_a_quarter(chromium: Browser, hub: Hub) -> None:
     expect(second.locator("button.nbgpu-Kernels-limit")).to_contain_text("5 GiB")
     assert "SUCCESS" in run_cell(ada, "print(gib(4))")
     assert "OUT_OF_MEMORY" in run_cell(ada, "print(gib(0.5))")
-    own = ada.locator(".Toastify__toast").filter(has_text="Untitled.ipynb was refused")
+    own = ada.locator(".nbgpu-Latest").filter(has_text="Untitled.ipynb was refused")
     expect(own).to_contain_text("5 GiB", timeout=2 * SECOND)
     expect(second).to_contain_text("4.7 GiB")
     ada.wait_for_timeout(1200)  # a notice slides in; let the picture be still

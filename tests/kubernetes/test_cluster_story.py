@@ -127,7 +127,7 @@ def test_a_server_with_a_quarter(chromium: Browser, nbgpu: Stack, hub: Hub, page
     ada.locator(".nbgpu-Status").click()
     ada.wait_for_selector("#nbgpu-panel:visible")
     assert run_cell(ada, "print(gib(10), gib(10))").split() == ["0", str(OUT_OF_MEMORY)]
-    notice = ada.locator(".Toastify__toast").filter(has_text="Untitled.ipynb was refused 10 GiB: this server's slice of 19.5 GiB")
+    notice = ada.locator(".nbgpu-Latest").filter(has_text="Untitled.ipynb was refused 10 GiB: this server's slice of 19.5 GiB")
     expect(notice).to_be_visible(timeout=5 * SECOND)
     expect(ada.locator("#nbgpu-panel tbody").filter(has_text="Untitled.ipynb")).to_contain_text("1 refusal")
     ada.wait_for_timeout(1200)  # a notice slides in; let the picture be still

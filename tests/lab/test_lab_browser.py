@@ -44,9 +44,10 @@ class Lab:
     loop: asyncio.AbstractEventLoop
     kernels: list[str]
 
-    def call(self, path: str, body: object = None) -> Any:
+    def call(self, path: str, body: object = None, method: str | None = None) -> Any:
         headers = {"Authorization": f"token {self.token}"}
-        request = urllib.request.Request(f"{self.url}/{path}", headers=headers, data=None if body is None else json.dumps(body).encode())
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}/{path}", headers=headers, data=data, method=method)
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.loads(answer.read() or b"null")
 
@@ -179,6 +180,7 @@ def test_the_slice_in_jupyterlab(lab: Lab, page: Any, theme: str, shot: str) -> 
     assert "Simulated: this machine has no NVIDIA driver." in panel.inner_text()
 
     # the monitor in a cell, which the kernel does not feed
+    page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for()
     page.locator(".jp-Notebook .jp-Cell .cm-content").first.click()
     page.keyboard.press("Shift+Enter")
     monitor = page.locator(".nbgpu-monitor")
@@ -195,7 +197,7 @@ def test_the_slice_in_jupyterlab(lab: Lab, page: Any, theme: str, shot: str) -> 
 
     # a limit above the slice is refused in the server's words; a good one is set, and can be removed
     row = page.locator(f'[data-kernel="{lab.kernels[1]}"]')
-    row.get_by_role("button").click()
+    row.locator(".nbgpu-Kernels-limit").click()
     row.get_by_label("Memory").fill("100 GiB")
     page.keyboard.press("Enter")
     row.get_by_role("alert").get_by_text("it must be at most 20 GiB, this server's slice, or a fraction of it").wait_for()
@@ -208,13 +210,13 @@ def test_the_slice_in_jupyterlab(lab: Lab, page: Any, theme: str, shot: str) -> 
     # a limit of time beside it: what was not touched stays to the byte; both are shown, and what they hint at is not cut off
     lab.agent.limits[lab.kernels[1]]["memory_bytes"] = exact = 9 * GIB + 777 * 1024**2
     row.get_by_text("9.7 GiB").wait_for()
-    row.get_by_role("button").click()
+    row.locator(".nbgpu-Kernels-limit").click()
     for field in ("Memory limit", "Compute limit"):
         row.get_by_label(field).fill("")
         assert row.get_by_label(field).evaluate(PLACEHOLDER_FITS), field
     page.screenshot(path=SHOTS / f"lab-{shot}-limit.png")
     page.keyboard.press("Escape")
-    row.get_by_role("button").click()
+    row.locator(".nbgpu-Kernels-limit").click()
     row.get_by_label("Compute limit").fill("1/2")
     page.keyboard.press("Enter")
     row.get_by_text("9.7 GiB, 50 %").wait_for()
@@ -222,7 +224,7 @@ def test_the_slice_in_jupyterlab(lab: Lab, page: Any, theme: str, shot: str) -> 
 
     # below what it holds: words, not colour alone
     assert row.get_by_text("Over its limit").count() == 0
-    row.get_by_role("button").click()
+    row.locator(".nbgpu-Kernels-limit").click()
     row.get_by_label("Memory limit").fill("3 GiB")
     page.keyboard.press("Enter")
     row.get_by_text("Over its limit (4 of 3 GiB)").wait_for()

@@ -24,7 +24,7 @@ pytestmark = [
 SECOND = 1000
 OUR_WORDS = ("parked", "slot", "context", "checkpoint", "wanting")
 """Words of this repository that mean nothing to a reader of notebooks."""
-CELLS = [f"{HOLD}; print('sum', k.hold(256)[:8])", "print('sum', k.sum()[:8])", "%load_ext nbgpu_lab\n%gpu keep"]
+CELLS = [f"{HOLD}; print('sum', k.hold(256)[:8])", "print('sum', k.sum()[:8])", "%gpu keep"]
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_what_ada_sees_of_her_idle_notebook(lab: Server, place: Place, page: Any
     grace.send_signal(signal.SIGTERM)
     output.get_by_text(before).wait_for()
     output.get_by_text("It is back after").wait_for()
-    panel.get_by_text("This server has its GPU back").wait_for()
+    panel.get_by_text("This server has its GPU back").first.wait_for()
     page.get_by_role("alert").filter(has_text="This server has its GPU back").wait_for()
     page.get_by_role("alert").filter(has_text="This server waits for its GPU").wait_for(state="detached")
     wait_for("nothing more is said", lambda: told.inner_text() == "", 10)

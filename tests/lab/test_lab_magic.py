@@ -16,18 +16,50 @@ async def test_summary(agent: FakeAgent, monkeypatch: pytest.MonkeyPatch) -> Non
     agent.kernel("me", 2 * GIB)
     agent.limits["me"] = {"memory_bytes": 5 * GIB, "compute_milli": None}
     monkeypatch.setenv("NBGPU_KERNEL_ID", "me")
-    text = await asyncio.to_thread(magic.summary)
-    assert text.splitlines() == [
+    said = await asyncio.to_thread(magic.summary)
+    assert repr(said).splitlines() == [
         "GPU 0 (Simulated H100 80GB): 3 of 20 GiB used, compute 40 % of a quarter",
         "This kernel: 2 GiB of its own limit of 5 GiB",
     ]
+    html = said._repr_html_()
+    assert html is not None
+    for words in ("3 of 20 GiB", "40 % of a quarter", "2 GiB of its own limit of 5 GiB", 'scope="row"', 'aria-label="Memory"'):
+        assert words in html
+
+
+async def test_what_others_named_is_text(agent: FakeAgent) -> None:
+    usage = agent.usage()
+    usage["devices"][0]["model"] = "<img src=x onerror=alert(1)>"
+    html = magic.table(usage, None)
+    assert "&lt;img src=x" in html
+    assert "<img" not in html
+
+
+class Shell:
+    """As much of IPython's shell as the magic meets."""
+
+    def __init__(self, own: object = None):
+        self.magics = {"gpu": own} if own else {}
+
+    def find_line_magic(self, name: str) -> object:
+        return self.magics.get(name)
+
+    def register_magic_function(self, function: object, kind: str, name: str) -> None:
+        self.magics[name] = function
+
+
+def test_a_magic_of_the_users_own_is_left_alone() -> None:
+    bare, taken = Shell(), Shell(own="mine")
+    magic.register(bare)
+    magic.register(taken)
+    assert (bare.magics, taken.magics) == ({"gpu": magic.show}, {"gpu": "mine"})
 
 
 def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     monkeypatch.delenv("NBGPU_SOCKET", raising=False)
-    assert magic.summary().startswith("No GPU slice here")
+    assert magic.summary().text.startswith("No GPU slice here")
     monkeypatch.setenv("NBGPU_SOCKET", f"{tmp_path}/none.sock")
-    assert "does not answer" in magic.summary()
+    assert "does not answer" in magic.summary().text
 
 
 def test_monitor_knows_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,11 +71,11 @@ def test_keep_says_what_came_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[object, ...]] = []
     monkeypatch.setattr(magic, "_ask", lambda *what: asked.append(what) or {"state": "held"})
     monkeypatch.setenv("NBGPU_KERNEL_ID", "me")
-    assert magic.answer("keep").startswith("This notebook keeps its GPU")
-    assert magic.answer(" keep  off ").endswith("while it is idle.")
+    assert magic.answer("keep").text.startswith("This notebook keeps its GPU")
+    assert magic.answer(" keep  off ").text.endswith("while it is idle.")
     assert asked == [("PUT", "/v1/idle/kernels/me", {"protected": True}), ("PUT", "/v1/idle/kernels/me", {"protected": False})]
-    assert "%gpu keep off" in magic.answer("keep it")
+    assert "%gpu keep off" in magic.answer("keep it").text
     monkeypatch.setattr(magic, "_ask", lambda *_: NbgpuError("No.", code="not-offered", status=404))
-    assert magic.answer("keep") == "Idle notebooks keep their GPU here anyway."
+    assert magic.answer("keep").text == "Idle notebooks keep their GPU here anyway."
     monkeypatch.delenv("NBGPU_KERNEL_ID")
-    assert "nothing to keep" in magic.answer("keep")
+    assert "nothing to keep" in magic.answer("keep").text

@@ -239,3 +239,30 @@ test('a server that was started anew, with another slice or none', async () => {
   await model.tick();
   expect([model.absent, model.usage?.time]).toEqual([false, 60]);
 });
+
+const SETTINGS = {
+  warnPercent: 80,
+  pollSeconds: 10,
+  showStatus: false,
+  showPanel: true,
+  notify: false
+};
+
+test('settings are followed, and whoever looks seldom has no holes by that', async () => {
+  let changed = 0;
+  model.changed.connect(() => (changed += 1));
+  model.configure(SETTINGS);
+  expect(model).toMatchObject({ warnPercent: 80, showStatus: false });
+  expect([model.showPanel, model.notify, changed]).toEqual([true, false, 1]);
+  expect((model.poll as any).frequency.interval).toBe(10_000);
+  await model.tick();
+  await model.tick();
+  api.asked = [];
+  jest.useFakeTimers({ now: Date.now() + 60_000 });
+  for (const time of [110, 120, 160, 170]) {
+    api.next = answer(time);
+    await model.tick();
+  }
+  jest.useRealTimers();
+  expect(api.asked).toEqual(['usage 0', 'usage 0', 'usage 0', 'history']);
+});

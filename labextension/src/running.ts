@@ -1,0 +1,102 @@
+import type {
+  JupyterFrontEnd,
+  JupyterFrontEndPlugin
+} from '@jupyterlab/application';
+import { IRunningSessionManagers } from '@jupyterlab/running';
+import type { IRunningSessions } from '@jupyterlab/running';
+import { ITranslator, nullTranslator } from '@jupyterlab/translation';
+import type { TranslationBundle } from '@jupyterlab/translation';
+import { Signal } from '@lumino/signaling';
+
+import { holders, type IHolder } from './holders';
+import { sliceIcon } from './icons';
+import { onChange, whenPresent } from './present';
+import { CommandIDs, ISliceModel } from './tokens';
+
+/** The section of the Running panel with the kernels that hold GPU memory. */
+class GpuKernels implements IRunningSessions.IManager {
+  constructor(
+    private _app: JupyterFrontEnd,
+    private _model: ISliceModel,
+    private _trans: TranslationBundle
+  ) {
+    const read = () => JSON.stringify(holders(_model.usage));
+    onChange(_model, read, () => this._changed.emit());
+    this.name = _trans.__('GPU Memory');
+    this.shutdownLabel = _trans.__('Shut Down Kernel');
+    this.shutdownAllLabel = _trans.__('Shut Down All');
+    this.shutdownAllConfirmationText = _trans.__(
+      'Shut down all kernels that hold GPU memory? All their variables are lost.'
+    );
+  }
+
+  readonly name: string;
+  readonly shutdownLabel: string;
+  readonly shutdownAllLabel: string;
+  readonly shutdownAllConfirmationText: string;
+
+  get runningChanged(): Signal<GpuKernels, void> {
+    return this._changed;
+  }
+
+  running(): IRunningSessions.IRunningItem[] {
+    return holders(this._model.usage).map(holder => this._item(holder));
+  }
+
+  refreshRunning(): void {
+    void this._model.refresh();
+  }
+
+  shutdownAll(): void {
+    holders(this._model.usage).forEach(holder => this._shutdown(holder));
+  }
+
+  private _item(holder: IHolder): IRunningSessions.IRunningItem {
+    const { kernelId, memory, name, path } = holder;
+    const words = name ?? this._trans.__('Kernel %1', kernelId.slice(0, 8));
+    return {
+      icon: () => sliceIcon,
+      label: () => `${memory} · ${words}`, // a long name is cut at its end
+      labelTitle: () =>
+        this._trans.__('%1 holds %2 of GPU memory', path ?? words, memory),
+      open: () => this._open(path),
+      shutdown: () => this._shutdown(holder)
+    };
+  }
+
+  private _open(path: string | null): void {
+    const open = 'docmanager:open';
+    if (path !== null && this._app.commands.hasCommand(open)) {
+      void this._app.commands.execute(open, { path });
+    } else if (this._app.commands.hasCommand(CommandIDs.showPanel)) {
+      void this._app.commands.execute(CommandIDs.showPanel);
+    }
+  }
+
+  private _shutdown({ kernelId }: IHolder): void {
+    void this._app.serviceManager.kernels
+      .shutdown(kernelId)
+      .then(() => this._model.refresh());
+  }
+
+  private _changed = new Signal<GpuKernels, void>(this);
+}
+
+export const runningPlugin: JupyterFrontEndPlugin<void> = {
+  id: 'nbgpu-lab:running',
+  description: 'Lists the kernels that hold GPU memory in the Running panel.',
+  autoStart: true,
+  requires: [ISliceModel],
+  optional: [IRunningSessionManagers, ITranslator], // a page of Notebook 7 may have no Running panel
+  activate: (
+    app: JupyterFrontEnd,
+    model: ISliceModel,
+    managers: IRunningSessionManagers | null,
+    translator: ITranslator | null
+  ) => {
+    const trans = (translator ?? nullTranslator).load('nbgpu');
+    if (managers) {
+      whenPresent(model, () => managers.add(new GpuKernels(app, model, trans)));
+    }
+  }
+};
