@@ -41,8 +41,8 @@ class Ring:
         count = len(self._time)
         first = self._at if count == self._length else 0
         order = [(first + i) % count for i in range(max(0, count - points), count)]
-        values = [[list(map(of.__getitem__, order)) for of in kind] for kind in (self._memory, self._compute)]
-        return [round(self._time[k], 3) for k in order], *values
+        memory, compute = ([[of[k] for k in order] for of in kind] for kind in (self._memory, self._compute))
+        return [round(self._time[k], 3) for k in order], memory, compute
 
 
 class History:

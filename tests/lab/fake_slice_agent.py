@@ -145,10 +145,15 @@ class FakeAgent:
 
     def _history(self, seconds: int) -> dict[str, Any]:
         now = int(time.time())
-        times = list(range(now - seconds, now))
+        interval = 1 if seconds <= 600 else 10
+        times = list(range(now - seconds, now, interval))
         memory = [int(self.used_bytes * (0.6 + 0.4 * math.sin(t / 40))) for t in times]
         compute = [int(self.used_milli * (0.6 + 0.4 * math.sin(t / 15))) for t in times]
-        return {"interval_seconds": 1, "time": times, "devices": {UUID: {"memory_used_bytes": memory, "compute_used_milli": compute}}}
+        return {
+            "interval_seconds": interval,
+            "time": times,
+            "devices": {UUID: {"memory_used_bytes": memory, "compute_used_milli": compute}},
+        }
 
 
 async def _by_hand(socket_path: str) -> None:

@@ -132,6 +132,7 @@ def test_kernels_and_history(lab: Lab, page: Any) -> None:
     page.keyboard.press("ArrowRight")
     panel.get_by_role("img", name="Memory in the last 1 h").wait_for()
     assert panel.get_by_role("radio", name="1 h").is_checked()
+    page.wait_for_function("document.querySelector('.nbgpu-Sparkline-line')?.points.length > 300")
     assert len(asked_in(page, 4)) <= 5
     assert lab.agent.count("/v1/history?seconds=3600") >= 1
     pictures(page, "kernels")
