@@ -276,14 +276,16 @@ static bool ask_next(NbgpuSched *s, Device *gpu) {
     return asked;
 }
 
+static bool has_parts(const Entry *e, uint32_t index) { return e->first != index || e->next != ENTRIES; }
+
 /* The gate of a slice's part was another before: a turn that began, or ended, does so on the slice's other devices. */
 static void turn_together(NbgpuSched *s, const Entry *e, uint32_t was) {
     const bool is_open = e->gate == NBGPU_GATE_OPEN;
     if (is_open == (was == NBGPU_GATE_OPEN))
         return;
-    for (uint32_t i = 0; i < s->high; i++) {
+    for (uint32_t i = e->first; i < ENTRIES; i = s->entry[i].next) {
         Entry *part = &s->entry[i];
-        if (!part->used || part == e || part->inode != e->inode || part->inode_dev != e->inode_dev || part->gpu == e->gpu)
+        if (part->gpu == e->gpu)
             continue;
         SchedDevice *policy = &part->gpu->policy;
         if (is_open ? sched_pull(policy, part->index, now_ns()) : sched_close(policy, part->index, now_ns()))
@@ -296,9 +298,9 @@ static void turn_together(NbgpuSched *s, const Entry *e, uint32_t was) {
 static void heed_peers(NbgpuSched *s, Entry *e, uint64_t now) {
     SchedSeen seen = slice_of(e)->seen;
     bool peer = false;
-    for (uint32_t i = e->first; i < s->high; i++) {
+    for (uint32_t i = e->first; i < ENTRIES; i = s->entry[i].next) {
         Entry *part = &s->entry[i];
-        if (!part->used || part->first != e->first || part->gpu == e->gpu || slice_of(part)->phase != PHASE_OPEN)
+        if (part->gpu == e->gpu || slice_of(part)->phase != PHASE_OPEN)
             continue;
         if (part->looked_at < s->woken_at)
             sched_look(s, part, now);
@@ -426,7 +428,7 @@ static uint64_t work(NbgpuSched *s) {
     if (now + s->config.heartbeat_ns / 4 >= s->next_heartbeat) /* awake anyway: rather a little too early */
         heartbeat(s, now);
     for (uint32_t i = 0; i < s->high; i++)
-        if (s->entry[i].used && s->entry[i].parts > 1)
+        if (s->entry[i].used && has_parts(&s->entry[i], i))
             heed_peers(s, &s->entry[i], now);
     uint64_t at = s->next_heartbeat;
     if (observe_muted(s, now) && now + MUTED_CHECK_NS < at)
