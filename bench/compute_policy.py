@@ -64,7 +64,9 @@ def cost_us() -> float:
 def main(quick: bool, as_json: bool) -> int:
     """Play the sweep; 1 when a cell misses its bar, or the driver alone never does."""
     gpus = policy_sweep.corners() if quick else list(policy_sweep.whole_sweep())
-    print(f"The policy in virtual time, {len(gpus)} drivers and hosts: time slice 0.5 to 6 ms, switch 0.05 to 0.5 ms, jitter 0 to 0.5 ms.")
+    gpus = policy_sweep.stopping(gpus) + gpus
+    print(f"The policy in virtual time, {len(gpus)} drivers and hosts: time slice 0.5 to 6 ms, switch 0.05 to 0.5 ms, jitter 0 to 0.5 ms,")
+    print("slices that stop by themselves at their turns' ends, on time or late, or whose gates are closed then.")
     print(f"Bars: {BARS}.")
     with tempfile.TemporaryDirectory() as folder:
         found = policy_sweep.sweep(build(Path(folder)), gpus, windows=5 if quick else 10)

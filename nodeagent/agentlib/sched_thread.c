@@ -1,4 +1,4 @@
-/* The scheduler's one thread: waits for all bells and for the next turn end, reads what rang, lets the policy decide, writes gates.
+/* The scheduler's one thread: waits for all bells and for what is due without one, reads what rang, lets the policy decide, writes gates.
  *
  * `ctl` is ours and mapped. `use` is the tenant's: its words are read with pread, and one page of it is mapped for the sole purpose of
  * naming the futex to the kernel (which answers EFAULT, not SIGBUS, when the tenant has truncated the file). */
@@ -20,7 +20,6 @@
 #define MUTED_AGAIN 100u          /* and who is muted takes a hundredth of it at most for each of its devices */
 #define DRAIN_CHECK_NS 5000000ull /* the dead do not ring: look this often while somebody is waited for, */
 #define TURN_CHECK_NS 50000000ull /* and this often while somebody has a turn that others wait for */
-#define TURN_LATE_NS 5000000ull   /* after a turn's end its slice's ring is waited for so long, less than the limiter's 10 ms (gate.h) */
 #define POLL_BUSY_NS 1500000ull
 #define POLL_IDLE_NS 20000000ull
 #define ASK_NS 500000ull   /* asking who holds a lock takes as long as the tenant took locks: at most about this long at once, */
@@ -396,13 +395,6 @@ static uint64_t next_check(const Device *gpu, uint64_t now) {
     return is_busy(&gpu->policy) && at + TURN_CHECK_NS / 2 < gpu->policy.wake_at ? at : SCHED_NEVER;
 }
 
-/* A slice knows when its turn ends, stops by itself and rings when its work is done: that one wake is for both, unless it does not come. A
- * strict slice's turn ends on time, for by its bucket then is decided in which period it has the next. */
-static uint64_t wake_at(const SchedDevice *d) {
-    const SchedSlice *owner = d->owner != SCHED_NOBODY && d->guest == SCHED_NOBODY ? &d->slice[d->owner] : NULL;
-    return d->wake_at + (owner && !owner->strict && d->wake_at == owner->turn_end ? TURN_LATE_NS : 0);
-}
-
 /* What is due on one device; returns when to come back to it at the latest. */
 static uint64_t work_on(NbgpuSched *s, Device *gpu, uint64_t now) {
     SchedDevice *policy = &gpu->policy;
@@ -418,7 +410,7 @@ static uint64_t work_on(NbgpuSched *s, Device *gpu, uint64_t now) {
         }
         gpu->check_at = next_check(gpu, now);
     }
-    const uint64_t at = wake_at(policy);
+    const uint64_t at = sched_wake_at(policy);
     return at < gpu->check_at ? at : gpu->check_at;
 }
 

@@ -1,13 +1,15 @@
 """What the scheduling policy must reach over a whole sweep of drivers and hosts, in virtual time: cells, bars, verdicts.
 
-A cell is a driver (time slice, switch cost), hosts (jitter of their submissions) and loads. Shares are those of device time in windows of
-one second; busy is the GPU's, as a part of what one tenant alone, without limiter, keeps it busy in the same cell.
+A cell is a driver (time slice, switch cost), hosts (jitter of their submissions) and loads. Slices stop by themselves at their turns' ends,
+as the limiter has it, or (the policy alone) their gates close on time. Shares are those of device time in windows of a second; busy is the
+GPU's, as a part of what one tenant alone, without limiter, keeps it busy in the same cell.
 Run by ``python bench/compute.py --policy`` and, on fewer cells, by test_sched_sweep.py.
 """
 
 from __future__ import annotations
 
 import ctypes as c
+import dataclasses
 import itertools
 import random
 import statistics
@@ -20,6 +22,8 @@ from gpu_sim import Gpu, Sim, Work
 SLICES_MS = (0.5, 1, 2, 4, 6)
 SWITCHES_MS = (0.05, 0.1, 0.2, 0.5)
 JITTERS_MS = (0.0, 0.1, 0.25, 0.5)
+LATE_MS, LATE_SWITCH_MS = 0.25, 0.2
+"""How late slices may be with stopping and with their rings where a switch costs no more than this: the two lose time alike."""
 KERNELS_MS = (1.0, 5.0)
 SHARES = {"50/50": (500, 500), "70/30": (700, 300), "10/20/30/40": (100, 200, 300, 400), "8 x 12.5": (125,) * 8}
 MEAN_POINTS, WORST_POINTS, BUSY_RATIO = 1.0, 2.0, 0.99
@@ -46,6 +50,12 @@ def whole_sweep(seeds: Iterable[int] = (1, 2, 3)) -> Iterator[Gpu]:
 def corners() -> list[Gpu]:
     """Its corners and its middle."""
     return [Gpu(*x) for x in itertools.product((0.5, 6), (0.05, 0.5), (0.0, 0.5))] + [Gpu(2, 0.1, 0.1)]
+
+
+def stopping(gpus: Iterable[Gpu]) -> list[Gpu]:
+    """Return the same with slices that stop by themselves: on time, and where that may be, late."""
+    on_time = [dataclasses.replace(gpu, rings=True) for gpu in gpus]
+    return on_time + [dataclasses.replace(gpu, late_ms=LATE_MS) for gpu in on_time if gpu.switch_ms <= LATE_SWITCH_MS]
 
 
 def play_shares(lib: c.CDLL, gpu: Gpu, works: list[Work], windows: int, limited: bool = True, warm_up: float = 8.0) -> Figures:
