@@ -83,7 +83,7 @@ static void put(Sim *m, SimProcess *p) {
     p->outstanding += ns;
     if (!p->told_busy) {
         p->busy_since = m->now + (load->liar == SIM_LATE ? MS : 0);
-        p->late_ns = up_to(m, m->driver.late_ns);
+        p->late_ns = up_to(m, m->driver.late_ns + 1000ull * load->late_us);
     }
     p->told_busy = load->liar != SIM_NEVER_BUSY;
     p->told_near = false;

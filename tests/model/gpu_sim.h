@@ -33,7 +33,8 @@ typedef struct {
 } SimDriver;
 
 typedef struct {
-    uint32_t milli, strict, processes, reserved;
+    uint32_t milli, strict, processes;
+    uint32_t late_us;   /* by so much more its processes may be late (SimDriver.late_ns) */
     uint64_t kernel_ns; /* each a tenth longer or shorter at random */
     uint64_t work_ns;   /* of one visit; 0: without end */
     uint64_t gap_ns;    /* between the end of a visit and the next, a fifth longer or shorter at random */

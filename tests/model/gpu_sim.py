@@ -28,7 +28,7 @@ class _Driver(c.Structure):
 
 class _Load(c.Structure):
     _fields_ = [
-        *[(name, c.c_uint32) for name in ("milli", "strict", "processes", "reserved")],
+        *[(name, c.c_uint32) for name in ("milli", "strict", "processes", "late_us")],
         *[(name, c.c_uint64) for name in ("kernel_ns", "work_ns", "gap_ns", "liar")],
     ]
 
@@ -51,7 +51,10 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Work:
-    """What one slice does: GPU kernels of `kernel_ms` without end, or `work_ms` of them, a pause of `gap_ms`, and so on."""
+    """What one slice does: GPU kernels of `kernel_ms` without end, or `work_ms` of them, a pause of `gap_ms`, and so on.
+
+    Up to `late_ms` later than the others it stops at its turn's end, and rings.
+    """
 
     milli: int
     kernel_ms: float = 1.0
@@ -60,6 +63,7 @@ class Work:
     work_ms: float = 0.0
     gap_ms: float = 0.0
     liar: int = HONEST
+    late_ms: float = 0.0
 
 
 def build(folder: Path, faults: dict[str, str] | None = None) -> c.CDLL:
@@ -103,13 +107,12 @@ class Sim:
         times_ms = (gpu.slice_ms, gpu.switch_ms, gpu.jitter_ms, gpu.notice_ms, gpu.late_ms)
         driver = _Driver(*(int(x * MS) for x in times_ms), gpu.seed, limited, gpu.rings)
         self._sim = lib.sim_new(c.byref(driver), None)
-        self.slices = [
-            lib.sim_add(
-                self._sim,
-                c.byref(_Load(x.milli, x.strict, x.processes, 0, int(x.kernel_ms * MS), int(x.work_ms * MS), int(x.gap_ms * MS), x.liar)),
-            )
-            for x in works
-        ]
+        self.slices = [lib.sim_add(self._sim, c.byref(self._load(work))) for work in works]
+
+    @staticmethod
+    def _load(work: Work) -> _Load:
+        times_ns = (int(ms * MS) for ms in (work.kernel_ms, work.work_ms, work.gap_ms))
+        return _Load(work.milli, work.strict, work.processes, int(work.late_ms * 1000), *times_ns, work.liar)
 
     def __enter__(self) -> Sim:
         return self

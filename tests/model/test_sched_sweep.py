@@ -135,6 +135,19 @@ def test_who_does_not_stop_by_itself_gets_no_more(lib: c.CDLL) -> None:
         assert all(abs(share - milli / 10) <= policy_sweep.WORST_POINTS for share in shares), shares
 
 
+@pytest.mark.parametrize("late_ms", [1.0, 4.0, 20.0])
+def test_who_is_late_with_its_ring_pays_for_that(lib: c.CDLL, late_ms: float) -> None:
+    """The GPU idles until it rings, on its own time; 20 ms are more than the scheduler waits for a ring."""
+    alone = []
+    for late in (0.0, late_ms):
+        with Sim(lib, Gpu(rings=True), [Work(500, late_ms=late), Work(500)]) as sim:
+            sim.run(8)
+            shares = sim.run(10)
+        alone.append(shares[0])
+        assert shares[1] > 49
+    assert alone[1] < alone[0] - 0.4, "being late must cost, or the test shows nothing"
+
+
 # A policy with this fault misses its bars where slices stop by themselves, and there only.
 STOPPING_FAULTS = {
     "never looks how long hosts take": ({"s->turns % GAP_TURNS == 0)": "s->turns % GAP_TURNS == 0) && false"}, "share"),
