@@ -117,10 +117,10 @@ static void learn_gap(SchedDevice *d, SchedSlice *s, uint64_t busy_since) {
     s->gap_ns = (s->gap_ns * (s->gaps - 1) + min_u64(gap, GAP_MOST)) / s->gaps;
     if (s->gaps < GAP_LEAST)
         return;
-    uint64_t gap_ns = middle_gap(d);
-    uint64_t apart = gap_ns > d->gap_held_ns ? gap_ns - d->gap_held_ns : d->gap_held_ns - gap_ns;
-    if (s->gaps == GAP_LEAST || apart > 3 * GAP_STEP) /* of a few it may be a little more, and P should not change again */
-        d->gap_held_ns = (gap_ns * 5 / 4 / GAP_STEP + 1) * GAP_STEP;
+    /* Of a few it may be a little more, and P should not change again: that shifts shares once. */
+    uint64_t gap_ns = middle_gap(d), held = (gap_ns * 5 / 4 / GAP_STEP + 1) * GAP_STEP, apart = 3 * GAP_STEP;
+    if (s->gaps == GAP_LEAST || gap_ns > d->gap_held_ns + apart || held + apart < d->gap_held_ns)
+        d->gap_held_ns = held;
 }
 
 static void note_idle(SchedDevice *d) {

@@ -27,7 +27,7 @@ LATE_MS, LATE_SWITCH_MS = 0.25, 0.2
 KERNELS_MS = (1.0, 5.0)
 SHARES = {"50/50": (500, 500), "70/30": (700, 300), "10/20/30/40": (100, 200, 300, 400), "8 x 12.5": (125,) * 8}
 MEAN_POINTS, WORST_POINTS, BUSY_RATIO = 1.0, 2.0, 0.99
-STRICT_POINTS = 0.5
+STRICT_POINTS, LATE_STRICT_POINTS = 0.5, 0.6
 LONG_LEAST, LONG_MOST = 24.0, 30.0
 GATE_P99_MS, VISIT_RATIO, VISIT_BUSY = 1.0, 0.6, 0.97
 
@@ -93,7 +93,7 @@ def share_cell(lib: c.CDLL, gpu: Gpu, millis: tuple[int, ...], kernel_ms: float,
 
 
 def strict_cell(lib: c.CDLL, gpu: Gpu, kernel_ms: float, windows: int) -> dict[str, Any]:
-    """Strict 30 alone: never more, never less."""
+    """Strict 30 alone: never more, never less. Late it may begin one GPU kernel more in a turn."""
     ours = play_shares(lib, gpu, [Work(300, kernel_ms, strict=True)], windows)
     control = play_shares(lib, gpu, [Work(300, kernel_ms, strict=True)], 1, limited=False, warm_up=0.2)
     return {
@@ -102,7 +102,7 @@ def strict_cell(lib: c.CDLL, gpu: Gpu, kernel_ms: float, windows: int) -> dict[s
         "mean": round(ours.mean, 3),
         "worst": round(ours.worst, 3),
         "control_mean": round(control.mean, 2),
-        "misses": ["share"] if ours.worst > STRICT_POINTS else [],
+        "misses": ["share"] if ours.worst > (LATE_STRICT_POINTS if gpu.late_ms else STRICT_POINTS) else [],
         "control_blind": control.mean <= STRICT_POINTS,
     }
 
