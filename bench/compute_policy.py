@@ -20,7 +20,8 @@ from gpu_sim import Gpu, Sim, Work, build  # noqa: E402
 
 BARS = (
     f"shares: mean error <= {policy_sweep.MEAN_POINTS:g} point, worst window <= {policy_sweep.WORST_POINTS:g}, busy >= "
-    f"{policy_sweep.BUSY_RATIO:g} of one tenant alone; strict: every window within {policy_sweep.STRICT_POINTS:g}; 100 ms kernels: "
+    f"{policy_sweep.BUSY_RATIO:g} of one tenant alone; strict: every window within {policy_sweep.STRICT_POINTS:g} (late "
+    f"{policy_sweep.LATE_STRICT_POINTS:g}); 100 ms kernels: "
     f"{policy_sweep.LONG_LEAST:g} to {policy_sweep.LONG_MOST:g} %; visits: gate p99 <= {policy_sweep.GATE_P99_MS:g} ms, done within "
     f"{policy_sweep.VISIT_RATIO:g} of the driver alone (p99), busy >= {policy_sweep.VISIT_BUSY:g} of it"
 )
@@ -64,7 +65,9 @@ def cost_us() -> float:
 def main(quick: bool, as_json: bool) -> int:
     """Play the sweep; 1 when a cell misses its bar, or the driver alone never does."""
     gpus = policy_sweep.corners() if quick else list(policy_sweep.whole_sweep())
-    print(f"The policy in virtual time, {len(gpus)} drivers and hosts: time slice 0.5 to 6 ms, switch 0.05 to 0.5 ms, jitter 0 to 0.5 ms.")
+    gpus = policy_sweep.stopping(gpus) + gpus
+    print(f"The policy in virtual time, {len(gpus)} drivers and hosts: time slice 0.5 to 6 ms, switch 0.05 to 0.5 ms, jitter 0 to 0.5 ms,")
+    print("slices that stop by themselves at their turns' ends, on time or late, or whose gates are closed then.")
     print(f"Bars: {BARS}.")
     with tempfile.TemporaryDirectory() as folder:
         found = policy_sweep.sweep(build(Path(folder)), gpus, windows=5 if quick else 10)

@@ -57,19 +57,21 @@ static Device *take_device(NbgpuSched *s, uint32_t physical) {
     return gpu;
 }
 
-/* Entries of one `use` file share its bell. */
-static void find_firsts(NbgpuSched *s) {
+/* Entries of one `use` file share its bell, and are the parts of one slice. */
+static void find_parts(NbgpuSched *s) {
     for (uint32_t i = 0; i < s->high; i++) {
         Entry *e = &s->entry[i];
+        uint32_t last = ENTRIES;
         e->first = i;
-        for (uint32_t j = 0; j < i && e->used && e->first == i; j++)
+        for (uint32_t j = 0; j < i && e->used; j++)
             if (s->entry[j].used && s->entry[j].inode == e->inode && s->entry[j].inode_dev == e->inode_dev)
-                e->first = j;
-        e->parts = 0;
-        s->entry[e->first].parts++;
+                last = j;
+        e->next = ENTRIES;
+        if (last == ENTRIES)
+            continue;
+        e->first = s->entry[last].first;
+        s->entry[last].next = i;
     }
-    for (uint32_t i = 0; i < s->high; i++)
-        s->entry[i].parts = s->entry[s->entry[i].first].parts;
 }
 
 static void release(NbgpuSched *s, Entry *e) {
@@ -161,7 +163,7 @@ static int add_locked(NbgpuSched *s, Entry *e, int ctl_fd, int use_fd, uint32_t 
     e->used = true;
     e->gate = UINT32_MAX; /* unlike any: the first step writes it */
     e->ctl->heartbeat_ns = now_ns();
-    find_firsts(s);
+    find_parts(s);
     e->gpu->due = true;
     rc = read_kernels(e);
     sched_look(s, e, now_ns());
@@ -182,8 +184,10 @@ int nbgpu_sched_add(NbgpuSched *s, int ctl_fd, int use_fd, uint32_t device, uint
         if (id >= s->high)
             s->high = id + 1;
         rc = add_locked(s, e, ctl_fd, use_fd, physical, compute_milli, mode);
-        if (rc)
+        if (rc) {
             release(s, e);
+            find_parts(s);
+        }
     }
     poke(s);
     pthread_mutex_unlock(&s->lock);
@@ -229,35 +233,25 @@ int nbgpu_sched_kernels(NbgpuSched *s, int id) {
     return rc;
 }
 
-int nbgpu_sched_suspend(NbgpuSched *s, int id, int suspended) {
+typedef void Change(SchedDevice *device, int index, uint64_t value, uint64_t now);
+
+static int change(NbgpuSched *s, int id, Change *policy, uint64_t value) {
     Entry *e = hold(s, id);
     if (!e)
         return -ENOENT;
-    sched_suspend(&e->gpu->policy, e->index, suspended != 0, now_ns());
+    policy(&e->gpu->policy, e->index, value, now_ns());
     e->gpu->due = true;
     let_go(s);
     return 0;
 }
 
-int nbgpu_sched_owe(NbgpuSched *s, int id, uint64_t ns) {
-    Entry *e = hold(s, id);
-    if (!e)
-        return -ENOENT;
-    sched_owe(&e->gpu->policy, e->index, ns, now_ns());
-    e->gpu->due = true;
-    let_go(s);
-    return 0;
-}
+static void suspend(SchedDevice *device, int index, uint64_t suspended, uint64_t now) { sched_suspend(device, index, suspended != 0, now); }
 
-int nbgpu_sched_bring(NbgpuSched *s, int id, uint64_t ns) {
-    Entry *e = hold(s, id);
-    if (!e)
-        return -ENOENT;
-    sched_bring(&e->gpu->policy, e->index, ns, now_ns());
-    e->gpu->due = true;
-    let_go(s);
-    return 0;
-}
+int nbgpu_sched_suspend(NbgpuSched *s, int id, int suspended) { return change(s, id, suspend, suspended != 0); }
+
+int nbgpu_sched_owe(NbgpuSched *s, int id, uint64_t ns) { return change(s, id, sched_owe, ns); }
+
+int nbgpu_sched_bring(NbgpuSched *s, int id, uint64_t ns) { return change(s, id, sched_bring, ns); }
 
 int nbgpu_sched_remove(NbgpuSched *s, int id) {
     Entry *e = hold(s, id);
@@ -269,7 +263,7 @@ int nbgpu_sched_remove(NbgpuSched *s, int id) {
     futex_wake(&out->gate);
     no_kernel_gates(e);
     release(s, e);
-    find_firsts(s);
+    find_parts(s);
     let_go(s);
     return 0;
 }

@@ -39,7 +39,7 @@ typedef struct {
     bool used;
     bool broken;     /* its `use` file cannot be read: no bell, no turns */
     uint32_t first;  /* the first entry of the same `use` file */
-    uint32_t parts;  /* entries of the same `use` file */
+    uint32_t next;   /* the next one, ENTRIES: none */
     uint64_t waited; /* when `first`: the wake-up before which the file's bell was last listened to, */
     uint32_t wait;   /* as which */
     int use_fd;

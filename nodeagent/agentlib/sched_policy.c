@@ -4,11 +4,13 @@
 
 #define SPENT_NS (20 * MS) /* waiters ring again after this long anyway */
 #define UNUSED_MOST 5u     /* 20 ms doubled so often */
-#define COMES_TURNS 32u    /* shortest turns: most turns are not longer */
+#define COMES_TURNS 40u    /* shortest turns: most turns are not longer */
 #define GAP_MOST (MS)      /* a longer one is no hand-over but a pause */
 #define GAP_MEMORY 256u    /* turns that the mean is of */
-#define GAP_LEAST 8u       /* before so many it is nothing yet */
+#define GAP_LEAST 8u       /* before so many it is nothing yet, */
+#define GAP_TURNS 16u      /* ...and then looked for in one turn of so many only */
 #define GAP_STEP 50000u    /* P follows the mean in steps, or it would never be the same twice */
+#define LATE_NS (5 * MS)   /* after a turn's end its slice's ring is waited for so long, less than the limiter's 10 ms (gate.h) */
 #define SOON_NS 100000u    /* no look again before that */
 #define SAME_NS 10000u     /* turn ends closer than this are one */
 
@@ -115,10 +117,10 @@ static void learn_gap(SchedDevice *d, SchedSlice *s, uint64_t busy_since) {
     s->gap_ns = (s->gap_ns * (s->gaps - 1) + min_u64(gap, GAP_MOST)) / s->gaps;
     if (s->gaps < GAP_LEAST)
         return;
-    uint64_t gap_ns = middle_gap(d);
-    uint64_t apart = gap_ns > d->gap_held_ns ? gap_ns - d->gap_held_ns : d->gap_held_ns - gap_ns;
-    if (s->gaps == GAP_LEAST || apart > 3 * GAP_STEP)
-        d->gap_held_ns = (gap_ns / GAP_STEP + 1) * GAP_STEP;
+    /* Of a few it may be a little more, and P should not change again: that shifts shares once. */
+    uint64_t gap_ns = middle_gap(d), held = (gap_ns * 5 / 4 / GAP_STEP + 1) * GAP_STEP, apart = 3 * GAP_STEP;
+    if (s->gaps == GAP_LEAST || gap_ns > d->gap_held_ns + apart || held + apart < d->gap_held_ns)
+        d->gap_held_ns = held;
 }
 
 static void note_idle(SchedDevice *d) {
@@ -149,6 +151,8 @@ void sched_observe(SchedDevice *d, int index, SchedSeen seen, uint64_t now) {
     } else {
         s->overran = false;
     }
+    if (index == d->owner && d->guest != SCHED_NOBODY && s->seen.busy && !seen.busy && now < d->slice[d->guest].open_since + d->patience_ns)
+        d->guest_since = now; /* all of it was done only now, and no step between */
     if (seen.busy || seen.peer)
         s->quiet_since = 0;
     else if (!s->quiet_since)
@@ -428,6 +432,13 @@ static void admit(SchedDevice *d, bool blocked) {
     }
 }
 
+/* When to look how long the GPU had nothing to do before this turn's first work: at the turn's end that can be seen no more. */
+static uint64_t gap_seen_at(const SchedDevice *d, const SchedSlice *s) {
+    const bool asked = s->fresh && (s->gaps < GAP_LEAST || s->turns % GAP_TURNS == 0);
+    const uint64_t at = s->open_since + d->config.min_turn_ns;
+    return asked && at > d->now ? at : SCHED_NEVER;
+}
+
 static uint64_t next_wake(const SchedDevice *d) {
     uint64_t at = d->guest == SCHED_NOBODY ? SCHED_NEVER : d->guest_since + d->config.overlap_ns;
     for (uint32_t i = 0; i < d->high; i++) {
@@ -435,7 +446,7 @@ static uint64_t next_wake(const SchedDevice *d) {
         if (!s->joined)
             continue;
         if (s->phase == PHASE_OPEN && s->turn_end)
-            at = min_u64(at, min_u64(s->turn_end, quiet_until(d, s)));
+            at = min_u64(at, min_u64(s->turn_end, min_u64(quiet_until(d, s), gap_seen_at(d, s))));
         if (s->phase == PHASE_DRAIN)
             at = min_u64(at, s->drain_until);
         if (s->phase != PHASE_OUT || !s->seen.want || s->suspended)
@@ -451,6 +462,15 @@ static uint64_t next_wake(const SchedDevice *d) {
             at = min_u64(at, s->spent_until);
     }
     return at > d->now ? at : d->now + 1;
+}
+
+/* A slice knows when its turn ends, stops by itself and rings when its work is done: that one wake is for both, unless it does not come.
+ * Who was busy in its turn and is no more has nothing left to ring. A strict slice's turn ends on time, for by its bucket then is decided in
+ * which period it has the next. */
+uint64_t sched_wake_at(const SchedDevice *d) {
+    const SchedSlice *owner = d->owner != SCHED_NOBODY && d->guest == SCHED_NOBODY ? &d->slice[d->owner] : NULL;
+    const bool rings = owner && !owner->strict && (owner->seen.busy || owner->fresh);
+    return rings && d->wake_at == owner->turn_end ? d->wake_at + LATE_NS : d->wake_at;
 }
 
 void sched_step(SchedDevice *d, uint64_t now) {

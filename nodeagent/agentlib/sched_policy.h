@@ -8,8 +8,12 @@
  * so what one turn took too much or too little is made up for in the next. The order stays the same from period to period. P divides the
  * second (`whole_ns`) in which shares are to hold: any second then holds as many turns of each, wherever it begins, however long they are.
  * P is as short as the loss allows: each change of hands costs the driver's switch (`handover_ns`: the policy can't see it, so this is the
- * most that is to be expected) and the time for which the GPU has nothing to do until the next slice has submitted (`gap_ns`, measured),
+ * most that is to be expected) and the time for which the GPU has nothing to do until the next slice has submitted (`gap_ns`, measured
+ * in one turn of sixteen: somebody must look while the work runs),
  * together less than 1 % of P.
+ *
+ * A turn's end. The slice knows when it is (`turn_end`), submits nothing after it, although its gate is open still, and rings once its work is
+ * done: then the gate is closed and the next one opens. Where nobody rings, and for a strict slice, the step is due at the end (`sched_wake_at`).
  *
  * Changing hands. The next gate opens when the work of the last turn is done, not sooner: next to each other the driver would switch to and fro
  * between the two, which costs more than the pause. Work that outlasts its turn by `patience_ns` (a GPU kernel can't be stopped) goes on
@@ -125,6 +129,8 @@ uint64_t sched_ahead(const SchedDevice *device, int index);
 void sched_bring(SchedDevice *device, int index, uint64_t ns, uint64_t now);
 /* Charge up to now, then decide; sets phases, turn ends and wake_at. */
 void sched_step(SchedDevice *device, uint64_t now);
+/* When to step if nothing is rung before: wake_at, or later where it is a turn's end that its slice rings. */
+uint64_t sched_wake_at(const SchedDevice *device);
 /* A burst slice that took more than its turn and comes after strict ones until the time for it has passed. */
 bool sched_owes_strict(const SchedDevice *device, const SchedSlice *slice);
 /* The slice has its turn on another of its devices: it has it here too, now, if it waits for it. Returns whether its gate was opened. */

@@ -1,4 +1,4 @@
-/* The scheduler's one thread: waits for all bells and for the next turn end, reads what rang, lets the policy decide, writes gates.
+/* The scheduler's one thread: waits for all bells and for what is due without one, reads what rang, lets the policy decide, writes gates.
  *
  * `ctl` is ours and mapped. `use` is the tenant's: its words are read with pread, and one page of it is mapped for the sole purpose of
  * naming the futex to the kernel (which answers EFAULT, not SIGBUS, when the tenant has truncated the file). */
@@ -20,7 +20,6 @@
 #define MUTED_AGAIN 100u          /* and who is muted takes a hundredth of it at most for each of its devices */
 #define DRAIN_CHECK_NS 5000000ull /* the dead do not ring: look this often while somebody is waited for, */
 #define TURN_CHECK_NS 50000000ull /* and this often while somebody has a turn that others wait for */
-#define TURN_LATE_NS 5000000ull   /* after a turn's end its slice's ring is waited for so long, less than the limiter's 10 ms (gate.h) */
 #define POLL_BUSY_NS 1500000ull
 #define POLL_IDLE_NS 20000000ull
 #define ASK_NS 500000ull   /* asking who holds a lock takes as long as the tenant took locks: at most about this long at once, */
@@ -276,14 +275,16 @@ static bool ask_next(NbgpuSched *s, Device *gpu) {
     return asked;
 }
 
+static bool has_parts(const Entry *e, uint32_t index) { return e->first != index || e->next != ENTRIES; }
+
 /* The gate of a slice's part was another before: a turn that began, or ended, does so on the slice's other devices. */
 static void turn_together(NbgpuSched *s, const Entry *e, uint32_t was) {
     const bool is_open = e->gate == NBGPU_GATE_OPEN;
     if (is_open == (was == NBGPU_GATE_OPEN))
         return;
-    for (uint32_t i = 0; i < s->high; i++) {
+    for (uint32_t i = e->first; i < ENTRIES; i = s->entry[i].next) {
         Entry *part = &s->entry[i];
-        if (!part->used || part == e || part->inode != e->inode || part->inode_dev != e->inode_dev || part->gpu == e->gpu)
+        if (part->gpu == e->gpu)
             continue;
         SchedDevice *policy = &part->gpu->policy;
         if (is_open ? sched_pull(policy, part->index, now_ns()) : sched_close(policy, part->index, now_ns()))
@@ -296,9 +297,9 @@ static void turn_together(NbgpuSched *s, const Entry *e, uint32_t was) {
 static void heed_peers(NbgpuSched *s, Entry *e, uint64_t now) {
     SchedSeen seen = slice_of(e)->seen;
     bool peer = false;
-    for (uint32_t i = e->first; i < s->high; i++) {
+    for (uint32_t i = e->first; i < ENTRIES; i = s->entry[i].next) {
         Entry *part = &s->entry[i];
-        if (!part->used || part->first != e->first || part->gpu == e->gpu || slice_of(part)->phase != PHASE_OPEN)
+        if (part->gpu == e->gpu || slice_of(part)->phase != PHASE_OPEN)
             continue;
         if (part->looked_at < s->woken_at)
             sched_look(s, part, now);
@@ -394,13 +395,6 @@ static uint64_t next_check(const Device *gpu, uint64_t now) {
     return is_busy(&gpu->policy) && at + TURN_CHECK_NS / 2 < gpu->policy.wake_at ? at : SCHED_NEVER;
 }
 
-/* A slice knows when its turn ends, stops by itself and rings when its work is done: that one wake is for both, unless it does not come. A
- * strict slice's turn ends on time, for by its bucket then is decided in which period it has the next. */
-static uint64_t wake_at(const SchedDevice *d) {
-    const SchedSlice *owner = d->owner != SCHED_NOBODY && d->guest == SCHED_NOBODY ? &d->slice[d->owner] : NULL;
-    return d->wake_at + (owner && !owner->strict && d->wake_at == owner->turn_end ? TURN_LATE_NS : 0);
-}
-
 /* What is due on one device; returns when to come back to it at the latest. */
 static uint64_t work_on(NbgpuSched *s, Device *gpu, uint64_t now) {
     SchedDevice *policy = &gpu->policy;
@@ -416,7 +410,7 @@ static uint64_t work_on(NbgpuSched *s, Device *gpu, uint64_t now) {
         }
         gpu->check_at = next_check(gpu, now);
     }
-    const uint64_t at = wake_at(policy);
+    const uint64_t at = sched_wake_at(policy);
     return at < gpu->check_at ? at : gpu->check_at;
 }
 
@@ -426,7 +420,7 @@ static uint64_t work(NbgpuSched *s) {
     if (now + s->config.heartbeat_ns / 4 >= s->next_heartbeat) /* awake anyway: rather a little too early */
         heartbeat(s, now);
     for (uint32_t i = 0; i < s->high; i++)
-        if (s->entry[i].used && s->entry[i].parts > 1)
+        if (s->entry[i].used && has_parts(&s->entry[i], i))
             heed_peers(s, &s->entry[i], now);
     uint64_t at = s->next_heartbeat;
     if (observe_muted(s, now) && now + MUTED_CHECK_NS < at)

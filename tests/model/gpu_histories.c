@@ -15,6 +15,8 @@
 #define LOST_NS (5 * MS)
 /* Of the longest P since the slice began to wait: others' turns, half as long again at most, and between them what outlasts them. */
 #define STARVED_PERIODS 2
+/* Who does not stop by itself at its turn's end has 5 ms more, and 2 ms outstanding then. */
+#define RUNS_ON_NS (7 * MS)
 /* One has had its turn of the period and another has not, when somebody looks. */
 #define SETTLED_PERIODS 1.1
 
@@ -55,6 +57,8 @@ static SimLoad some_load(Sim *m, uint32_t milli) {
         load.work_ns = (1 + pick(m, 40)) * MS, load.gap_ns = (5 + pick(m, 80)) * MS;
     if (kind == 1) /* launches and synchronizes */
         load.work_ns = load.kernel_ns, load.gap_ns = 50000 + pick(m, 5 * MS);
+    if (m->driver.rings && pick(m, 8) == 0)
+        load.liar = SIM_RUNS_ON;
     return load;
 }
 
@@ -214,13 +218,14 @@ static bool storm_runs(const Sim *m) {
     return false;
 }
 
-/* How far apart the burst slices are, in periods, beyond what one GPU kernel may have made of it; a strict slice in debt is far. */
+/* How far apart the burst slices are, in periods, beyond what one GPU kernel, or not stopping by itself, may have made of it; a strict slice in debt is far. */
 static double apart(const Sim *m) {
     int64_t least = INT64_MAX, most = INT64_MIN, kernel = 0;
     for (uint32_t i = 0; i < m->slices; i++) {
         const SimSlice *s = &m->slice[i];
         const SchedSlice *p = &m->policy.slice[s->id];
-        int64_t one = (int64_t)(s->load.kernel_ns * WHOLE_MILLI / (s->load.milli ? s->load.milli : 1));
+        uint64_t beyond = s->load.kernel_ns + (s->load.liar == SIM_RUNS_ON ? RUNS_ON_NS : 0);
+        int64_t one = (int64_t)(beyond * WHOLE_MILLI / (s->load.milli ? s->load.milli : 1));
         if (!s->joined)
             continue;
         if (p->strict) {
@@ -282,10 +287,11 @@ static void calm(History *h) {
 
 /* ---- for ctypes ---- */
 
-void history_play(uint64_t seed, HistoryResult *out) {
+void history_play(uint64_t seed, int32_t rings, HistoryResult *out) {
     static const uint64_t slices_us[] = {500, 1000, 2000, 6000}, switches_us[] = {50, 100, 500}, jitters_us[] = {0, 100, 500};
+    static const uint64_t late_us[] = {0, 100, 250, 500};
     *out = (HistoryResult){0};
-    SimDriver driver = {.seed = seed, .limited = 1};
+    SimDriver driver = {.seed = seed, .limited = 1, .rings = rings};
     Sim *m = sim_new(&driver, NULL);
     if (!m)
         return;
@@ -293,6 +299,8 @@ void history_play(uint64_t seed, HistoryResult *out) {
     m->driver.switch_ns = 1000 * one_of(m, switches_us, 3);
     m->driver.jitter_ns = 1000 * one_of(m, jitters_us, 3);
     m->driver.notice_ns = 20000 + pick(m, 150000);
+    if (rings)
+        m->driver.late_ns = 1000 * one_of(m, late_us, 4);
     History h = {.sim = m, .out = out, .idle_since = m->now};
     for (uint64_t n = 2 + pick(m, 5); n; n--)
         add_one(m);
@@ -307,11 +315,11 @@ void history_play(uint64_t seed, HistoryResult *out) {
 }
 
 /* Seeds from `first` on; returns how many were played: all, or up to and with the first in which something was found. */
-uint64_t history_play_many(uint64_t first, uint64_t count, HistoryResult *worst) {
+uint64_t history_play_many(uint64_t first, uint64_t count, int32_t rings, HistoryResult *worst) {
     *worst = (HistoryResult){0};
     for (uint64_t n = 0; n < count; n++) {
         HistoryResult one;
-        history_play(first + n, &one);
+        history_play(first + n, rings, &one);
         worst->steps += one.steps;
         worst->longest = one.longest > worst->longest ? one.longest : worst->longest;
         worst->share_off = one.share_off > worst->share_off ? one.share_off : worst->share_off;

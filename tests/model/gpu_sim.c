@@ -7,7 +7,10 @@
 #define WINDOW_NS (2 * MS) /* the limiter's: gate.h */
 #define NEAR_NS (MS / 2)
 #define IDLE_GRACE_NS (MS / 10)
-#define SETTLE_ROUNDS 4 /* the scheduler's: sched_thread.c */
+#define OVER_NS (10 * MS) /* a turn that ended longer ago is none */
+#define SETTLE_ROUNDS 4   /* the scheduler's, and the next two: sched_thread.c */
+#define TURN_CHECK_NS (50 * MS)
+#define DRAIN_CHECK_NS (5 * MS)
 
 uint64_t sim_random(Sim *m) { /* splitmix64 */
     uint64_t z = m->random += 0x9e3779b97f4a7c15ull;
@@ -42,6 +45,15 @@ static bool is_open(const Sim *m, const SimSlice *s) {
 
 static uint64_t turn_end(const Sim *m, const SimSlice *s) { return m->driver.limited ? m->policy.slice[s->id].turn_end : 0; }
 
+/* The limiter knows when its turn ends, and takes what began before for over although the gate is open still. */
+static bool is_over(const Sim *m, const SimProcess *p) {
+    const SimSlice *s = &m->slice[p->slice];
+    uint64_t end = turn_end(m, s);
+    return m->driver.rings && s->load.liar != SIM_RUNS_ON && end && m->now >= end + p->late_ns && m->now < end + OVER_NS;
+}
+
+static bool is_contended(const Sim *m, const SimSlice *s) { return !is_open(m, s) || turn_end(m, s); }
+
 static void begin_visit(Sim *m, SimProcess *p, const SimLoad *load) {
     p->visit_left = load->work_ns;
     p->visit_at = SCHED_NEVER;
@@ -69,8 +81,10 @@ static void put(Sim *m, SimProcess *p) {
     }
     p->queue[(p->head + p->count++) % SIM_QUEUE] = ns;
     p->outstanding += ns;
-    if (!p->told_busy)
+    if (!p->told_busy) {
         p->busy_since = m->now + (load->liar == SIM_LATE ? MS : 0);
+        p->late_ns = up_to(m, m->driver.late_ns + 1000ull * load->late_us);
+    }
     p->told_busy = load->liar != SIM_NEVER_BUSY;
     p->told_near = false;
     p->tell_idle_at = p->tell_near_at = SCHED_NEVER;
@@ -89,9 +103,11 @@ static void try_submit(Sim *m, SimProcess *p) {
     if (!p->alive || p->ready_at > m->now)
         return;
     uint64_t end = turn_end(m, s);
-    if (!is_open(m, s)) {
-        if (!p->want)
+    if (!is_open(m, s) || is_over(m, p)) {
+        if (!p->want) {
             p->asked = m->now;
+            s->bell += !p->told_busy; /* else the end of that rings, and is read with this */
+        }
         p->want = true;
         p->granted = false;
         return;
@@ -103,7 +119,7 @@ static void try_submit(Sim *m, SimProcess *p) {
         if (p->ready_at > m->now)
             return;
     }
-    if (p->count && end && m->now + p->outstanding >= end)
+    if (p->count && end && m->now + p->outstanding >= end && s->load.liar != SIM_RUNS_ON)
         return;
     if (!p->want)
         note(s->waits, &s->wait_count, 0);
@@ -113,8 +129,8 @@ static void try_submit(Sim *m, SimProcess *p) {
 
 /* What the process says of itself follows the truth with a delay. */
 static void notice(Sim *m, SimProcess *p) {
-    const SimSlice *s = &m->slice[p->slice];
-    uint64_t late = m->now + m->driver.notice_ns;
+    SimSlice *s = &m->slice[p->slice];
+    uint64_t late = m->now + m->driver.notice_ns + p->late_ns;
     if (s->load.liar == SIM_ALWAYS_BUSY || s->load.liar == SIM_NEVER_BUSY)
         return;
     if (!p->count && p->told_busy && p->tell_idle_at == SCHED_NEVER)
@@ -127,8 +143,10 @@ static void notice(Sim *m, SimProcess *p) {
         p->tell_near_at = late;
     if (m->now >= p->tell_near_at)
         p->told_near = true, p->tell_near_at = SCHED_NEVER;
-    if (m->now >= p->tell_idle_at)
-        p->told_busy = p->told_near = false, p->tell_idle_at = SCHED_NEVER;
+    if (m->now < p->tell_idle_at)
+        return;
+    p->told_busy = p->told_near = false, p->tell_idle_at = SCHED_NEVER;
+    s->bell += is_contended(m, s);
 }
 
 /* ---- the scheduler's thread ---- */
@@ -167,8 +185,8 @@ static bool observe(Sim *m, bool due) {
     return due;
 }
 
-static void schedule(Sim *m) {
-    for (int round = 0; m->driver.limited && round < SETTLE_ROUNDS; round++) {
+static void see_everything(Sim *m) {
+    for (int round = 0; round < SETTLE_ROUNDS; round++) {
         if (!observe(m, m->due || m->now >= m->wake_at))
             return;
         sched_step(&m->policy, m->now);
@@ -178,6 +196,121 @@ static void schedule(Sim *m) {
         for (uint32_t i = 0; i < m->processes; i++)
             try_submit(m, &m->process[i]);
     }
+}
+
+/* ---- as its thread has it: sched_thread.c ---- */
+
+static bool rings_for_all(const Sim *m, const SimSlice *s) { return m->policy.slice[s->id].phase == PHASE_OUT; }
+
+static bool is_unheard(const Sim *m, const SimSlice *s) {
+    return rings_for_all(m, s) && s->told.want && !s->told.busy && !m->policy.slice[s->id].spent_until && s->gate == NBGPU_GATE_CLOSED;
+}
+
+static bool has_rung(const Sim *m, const SimSlice *s) { return s->bell != s->told.edges && !is_unheard(m, s); }
+
+static void look(Sim *m, uint32_t slice) {
+    SchedSeen seen[SIM_SLICES];
+    SimSlice *s = &m->slice[slice];
+    read_words(m, seen);
+    seen[slice].near &= seen[slice].busy;
+    seen[slice].edges = s->bell;
+    s->told = seen[slice];
+    sched_observe(&m->policy, s->id, s->told, m->now);
+}
+
+/* Returns whether a slice about to get a turn does not want it any more. */
+static bool ask_next(Sim *m) {
+    bool asked = false;
+    for (uint32_t i = 0; i < m->slices; i++) {
+        const SimSlice *s = &m->slice[i];
+        if (!s->joined || s->gate == NBGPU_GATE_OPEN || m->policy.slice[s->id].phase != PHASE_OPEN)
+            continue;
+        look(m, i);
+        asked |= !s->told.want;
+    }
+    return asked;
+}
+
+/* Returns whether a gate was closed or got an end: its slice has been looked at again. */
+static bool write_gates(Sim *m) {
+    bool again = false;
+    for (uint32_t i = 0; i < m->slices; i++) {
+        SimSlice *s = &m->slice[i];
+        const SchedSlice *p = &m->policy.slice[s->id];
+        if (!s->joined)
+            continue;
+        uint32_t gate = sched_gate(p);
+        uint64_t end = gate == NBGPU_GATE_OPEN ? p->turn_end : s->end_was;
+        bool had_no_end = s->gate == NBGPU_GATE_OPEN && !s->end_was, changed = gate != s->gate || end != s->end_was;
+        s->gate = gate;
+        s->end_was = end;
+        if (changed && (had_no_end || gate != NBGPU_GATE_OPEN)) {
+            look(m, i);
+            again = true;
+        }
+    }
+    return again;
+}
+
+/* When to look whether who has a turn, or is waited for, still lives. */
+static uint64_t next_check(const Sim *m) {
+    bool busy = false;
+    for (uint32_t i = 0; i < m->policy.high; i++) {
+        const SchedSlice *p = &m->policy.slice[i];
+        if (p->phase == PHASE_DRAIN)
+            return (m->now / DRAIN_CHECK_NS + 2) * DRAIN_CHECK_NS;
+        busy |= p->phase == PHASE_OPEN && p->turn_end;
+    }
+    return busy && m->now + TURN_CHECK_NS * 3 / 2 < m->policy.wake_at ? m->now + TURN_CHECK_NS : SCHED_NEVER;
+}
+
+/* Returns whether anybody's words are others than they were. */
+static bool look_at_those_heard(Sim *m, bool beat) {
+    bool news = false;
+    for (uint32_t i = 0; i < m->slices; i++) {
+        SimSlice *s = &m->slice[i];
+        if (!s->joined || !(has_rung(m, s) || !rings_for_all(m, s) || (beat && !is_unheard(m, s))))
+            continue;
+        SchedSeen was = s->told;
+        look(m, i);
+        news |= was.want != s->told.want || was.busy != s->told.busy || was.edges != s->told.edges;
+    }
+    return news;
+}
+
+static bool anybody_rang(const Sim *m) {
+    for (uint32_t i = 0; i < m->slices; i++)
+        if (m->slice[i].joined && has_rung(m, &m->slice[i]))
+            return true;
+    return false;
+}
+
+static void hear_rings(Sim *m) {
+    if (!m->due && m->now < m->wake_at && !anybody_rang(m))
+        return;
+    m->wakes++;
+    bool beat = m->now + m->policy.config.heartbeat_ns / 4 >= m->beat_at;
+    if (beat)
+        m->beat_at = m->now + m->policy.config.heartbeat_ns;
+    m->due |= look_at_those_heard(m, beat);
+    for (int round = 0; round < SETTLE_ROUNDS && (m->due || m->now >= m->policy.wake_at); round++) {
+        sched_step(&m->policy, m->now);
+        if (ask_next(m))
+            sched_step(&m->policy, m->now);
+        m->steps++;
+        m->due = write_gates(m);
+    }
+    m->due = false;
+    m->wake_at = min_u64(min_u64(sched_wake_at(&m->policy), next_check(m)), m->beat_at);
+    for (uint32_t i = 0; i < m->processes; i++)
+        try_submit(m, &m->process[i]);
+}
+
+static void schedule(Sim *m) {
+    if (m->driver.limited && m->driver.rings)
+        hear_rings(m);
+    else if (m->driver.limited)
+        see_everything(m);
 }
 
 /* ---- the driver ---- */
@@ -249,6 +382,8 @@ static uint64_t next_event(const Sim *m) {
         uint64_t end = turn_end(m, &m->slice[p->slice]);
         if (end > m->now)
             at = min_u64(at, end);
+        if (end && end + p->late_ns > m->now)
+            at = min_u64(at, end + p->late_ns);
     }
     return at > m->now ? at : m->now + 1;
 }
@@ -379,6 +514,13 @@ void sim_load(Sim *m, int slice, const SimLoad *load) {
 
 uint64_t sim_now(const Sim *m) { return m->now; }
 uint64_t sim_steps(const Sim *m) { return m->steps; }
+uint64_t sim_wakes(const Sim *m) { return m->wakes; }
+uint64_t sim_turns(const Sim *m) {
+    uint64_t turns = 0;
+    for (uint32_t i = 0; i < m->slices; i++)
+        turns += m->slice[i].joined ? m->policy.slice[m->slice[i].id].turns : 0;
+    return turns;
+}
 uint64_t sim_busy(const Sim *m, int slice) { return slice < 0 ? m->busy_ns : m->slice[slice].busy_ns; }
 uint64_t sim_held(Sim *m, int slice) {
     sched_charge(&m->policy, m->now);

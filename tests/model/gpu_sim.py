@@ -13,40 +13,48 @@ HERE = Path(__file__).resolve().parent
 AGENTLIB = HERE.parents[1] / "nodeagent" / "agentlib"
 MS = 1_000_000
 WAITS = 4096
-HONEST, ALWAYS_BUSY, NEVER_BUSY, LATE = range(4)
+HONEST, ALWAYS_BUSY, NEVER_BUSY, LATE, RUNS_ON = range(5)
 POLICY = ("sched_policy.c", "sched_charge.c")
 SOURCES = ("gpu_sim.c", "gpu_histories.c")
 
 
 class _Driver(c.Structure):
     _fields_ = [
-        *[(name, c.c_uint64) for name in ("slice_ns", "switch_ns", "jitter_ns", "notice_ns", "seed")],
+        *[(name, c.c_uint64) for name in ("slice_ns", "switch_ns", "jitter_ns", "notice_ns", "late_ns", "seed")],
         ("limited", c.c_int32),
-        ("reserved", c.c_int32),
+        ("rings", c.c_int32),
     ]
 
 
 class _Load(c.Structure):
     _fields_ = [
-        *[(name, c.c_uint32) for name in ("milli", "strict", "processes", "reserved")],
+        *[(name, c.c_uint32) for name in ("milli", "strict", "processes", "late_us")],
         *[(name, c.c_uint64) for name in ("kernel_ns", "work_ns", "gap_ns", "liar")],
     ]
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """The driver and the hosts: its time slice, what a switch costs, how long a host takes for a submission at most."""
+    """The driver and the hosts: its time slice, what a switch costs, how long a host takes for a submission at most.
+
+    With `rings` slices stop by themselves at their turns' ends and ring, up to `late_ms` late; without, the scheduler sees all at once.
+    """
 
     slice_ms: float = 2.0
     switch_ms: float = 0.1
     jitter_ms: float = 0.0
     notice_ms: float = 0.05
     seed: int = 1
+    rings: bool = False
+    late_ms: float = 0.0
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one slice does: GPU kernels of `kernel_ms` without end, or `work_ms` of them, a pause of `gap_ms`, and so on."""
+    """What one slice does: GPU kernels of `kernel_ms` without end, or `work_ms` of them, a pause of `gap_ms`, and so on.
+
+    Up to `late_ms` later than the others it stops at its turn's end, and rings.
+    """
 
     milli: int
     kernel_ms: float = 1.0
@@ -55,6 +63,7 @@ class Work:
     work_ms: float = 0.0
     gap_ms: float = 0.0
     liar: int = HONEST
+    late_ms: float = 0.0
 
 
 def build(folder: Path, faults: dict[str, str] | None = None) -> c.CDLL:
@@ -81,7 +90,7 @@ def build(folder: Path, faults: dict[str, str] | None = None) -> c.CDLL:
     lib.sim_held.restype = c.c_uint64
     lib.sim_held.argtypes = [c.c_void_p, c.c_int]
     lib.sim_owe.argtypes = [c.c_void_p, c.c_int, c.c_uint64]
-    for name in ("sim_now", "sim_steps", "sim_period", "sim_mark"):
+    for name in ("sim_now", "sim_steps", "sim_wakes", "sim_turns", "sim_period", "sim_mark"):
         getattr(lib, name).restype = c.c_uint64
         getattr(lib, name).argtypes = [c.c_void_p]
     for name in ("sim_waits", "sim_visits"):
@@ -95,15 +104,15 @@ class Sim:
 
     def __init__(self, lib: c.CDLL, gpu: Gpu, works: list[Work], limited: bool = True) -> None:
         self.lib = lib
-        driver = _Driver(*(int(x * MS) for x in (gpu.slice_ms, gpu.switch_ms, gpu.jitter_ms, gpu.notice_ms)), gpu.seed, limited, 0)
+        times_ms = (gpu.slice_ms, gpu.switch_ms, gpu.jitter_ms, gpu.notice_ms, gpu.late_ms)
+        driver = _Driver(*(int(x * MS) for x in times_ms), gpu.seed, limited, gpu.rings)
         self._sim = lib.sim_new(c.byref(driver), None)
-        self.slices = [
-            lib.sim_add(
-                self._sim,
-                c.byref(_Load(x.milli, x.strict, x.processes, 0, int(x.kernel_ms * MS), int(x.work_ms * MS), int(x.gap_ms * MS), x.liar)),
-            )
-            for x in works
-        ]
+        self.slices = [lib.sim_add(self._sim, c.byref(self._load(work))) for work in works]
+
+    @staticmethod
+    def _load(work: Work) -> _Load:
+        times_ns = (int(ms * MS) for ms in (work.kernel_ms, work.work_ms, work.gap_ms))
+        return _Load(work.milli, work.strict, work.processes, int(work.late_ms * 1000), *times_ns, work.liar)
 
     def __enter__(self) -> Sim:
         return self
@@ -152,3 +161,13 @@ class Sim:
     def steps(self) -> int:
         """Decisions of the policy so far."""
         return self.lib.sim_steps(self._sim)
+
+    @property
+    def wakes(self) -> int:
+        """Times so far that the scheduler woke; only with `rings`."""
+        return self.lib.sim_wakes(self._sim)
+
+    @property
+    def turns(self) -> int:
+        """Turns of all slices so far."""
+        return self.lib.sim_turns(self._sim)

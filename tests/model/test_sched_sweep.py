@@ -9,7 +9,7 @@ from pathlib import Path
 
 import policy_sweep
 import pytest
-from gpu_sim import HONEST, LATE, Gpu, Sim, Work, build
+from gpu_sim import HONEST, LATE, RUNS_ON, Gpu, Sim, Work, build
 from policy_sweep import SHARES
 
 QUICK_HISTORIES, SOAK_HISTORIES, CHUNK = 200, 100_000, 500
@@ -38,14 +38,14 @@ class HistoryResult(c.Structure):
 def load(path: Path) -> c.CDLL:
     lib = c.CDLL(str(path))
     lib.history_play_many.restype = c.c_uint64
-    lib.history_play_many.argtypes = [c.c_uint64, c.c_uint64, c.POINTER(HistoryResult)]
+    lib.history_play_many.argtypes = [c.c_uint64, c.c_uint64, c.c_int32, c.POINTER(HistoryResult)]
     return lib
 
 
-def play_histories(path: Path, first: int, count: int) -> tuple[int, float, float, float, int]:
+def play_histories(path: Path, rings: bool, first: int, count: int) -> tuple[int, float, float, float, int]:
     """Return what was found (0: nothing), the value, the longest wait in periods, the largest error of a share, the seed."""
     result = HistoryResult()
-    played = load(path).history_play_many(first, count, c.byref(result))
+    played = load(path).history_play_many(first, count, rings, c.byref(result))
     return result.found, result.value, result.longest, result.share_off, first + played - 1
 
 
@@ -61,15 +61,19 @@ def missed(cells: list[dict[str, object]]) -> list[dict[str, object]]:
     return [cell for cell in cells if cell["misses"]]
 
 
+CORNERS = {"gates close on time": policy_sweep.corners(), "slices stop by themselves": policy_sweep.stopping(policy_sweep.corners())}
+
+
+@pytest.mark.parametrize("gpus", CORNERS.values(), ids=CORNERS)
 @pytest.mark.parametrize("name", SHARES)
-def test_shares_hold_in_every_corner(lib: c.CDLL, name: str) -> None:
-    cells = [policy_sweep.share_cell(lib, gpu, SHARES[name], k, windows=5) for gpu in policy_sweep.corners() for k in (1.0, 5.0)]
+def test_shares_hold_in_every_corner(lib: c.CDLL, name: str, gpus: list[Gpu]) -> None:
+    cells = [policy_sweep.share_cell(lib, gpu, SHARES[name], k, windows=5) for gpu in gpus for k in (1.0, 5.0)]
     assert not missed(cells)
     assert not [cell for cell in cells if cell["control_blind"]], "the driver alone must miss these shares, or the sweep shows nothing"
 
 
-def test_strict_long_kernels_and_visits_hold_in_every_corner(lib: c.CDLL) -> None:
-    gpus = policy_sweep.corners()
+@pytest.mark.parametrize("gpus", CORNERS.values(), ids=CORNERS)
+def test_strict_long_kernels_and_visits_hold_in_every_corner(lib: c.CDLL, gpus: list[Gpu]) -> None:
     cells = [policy_sweep.strict_cell(lib, gpu, k, windows=5) for gpu in gpus for k in (1.0, 5.0)]
     cells += [policy_sweep.long_cell(lib, gpu, strict) for gpu in gpus for strict in (True, False)]
     cells += [policy_sweep.visit_cell(lib, gpu, seconds=10) for gpu in gpus]
@@ -78,7 +82,8 @@ def test_strict_long_kernels_and_visits_hold_in_every_corner(lib: c.CDLL) -> Non
 
 @pytest.mark.slow
 def test_whole_sweep(lib: c.CDLL) -> None:
-    found = policy_sweep.sweep(lib, list(policy_sweep.whole_sweep()), windows=10)
+    gpus = list(policy_sweep.whole_sweep())
+    found = policy_sweep.sweep(lib, policy_sweep.stopping(gpus) + gpus, windows=10)
     assert {name: missed(cells) for name, cells in found.items()} == {name: [] for name in found}
 
 
@@ -104,11 +109,76 @@ def test_nobody_makes_turns_longer_for_others_by_what_it_says(lib: c.CDLL) -> No
     assert periods[1] > 125, "the word must count, or the test shows nothing"
 
 
+def wakes(lib: c.CDLL, works: list[Work], gpu: Gpu) -> float:
+    """Return how often the scheduler wakes for a turn once it knows its hosts, beats included."""
+    with Sim(lib, gpu, works) as sim:
+        sim.run(8)
+        wakes, turns = sim.wakes, sim.turns
+        sim.run(8)
+        return (sim.wakes - wakes) / (sim.turns - turns)
+
+
+@pytest.mark.parametrize("milli", [500, 125])
+def test_a_turn_costs_one_wake(lib: c.CDLL, milli: int) -> None:
+    """With the thread itself: tests/limiter/test_turn_wakes.py."""
+    for late_ms in (0.0, 0.25, 1.0):
+        assert wakes(lib, [Work(milli)] * (1000 // milli), Gpu(rings=True, late_ms=late_ms)) < 1.2
+    assert wakes(lib, [Work(milli, liar=RUNS_ON)] * (1000 // milli), Gpu(rings=True)) > 1.9, "who does not stop by itself"
+
+
+def test_who_does_not_stop_by_itself_gets_no_more(lib: c.CDLL) -> None:
+    """It has the GPU until its gate is closed 5 ms later, in each turn, and pays for that."""
+    for milli in (500, 100):
+        with Sim(lib, Gpu(rings=True), [Work(milli, liar=RUNS_ON), Work(1000 - milli)]) as sim:
+            sim.run(8)
+            shares = [sim.run(1)[0] for _ in range(5)]
+        assert all(abs(share - milli / 10) <= policy_sweep.WORST_POINTS for share in shares), shares
+
+
+@pytest.mark.parametrize("late_ms", [1.0, 4.0, 20.0])
+def test_who_is_late_with_its_ring_pays_for_that(lib: c.CDLL, late_ms: float) -> None:
+    """The GPU idles until it rings, on its own time; 20 ms are more than the scheduler waits for a ring."""
+    alone = []
+    for late in (0.0, late_ms):
+        with Sim(lib, Gpu(rings=True), [Work(500, late_ms=late), Work(500)]) as sim:
+            sim.run(8)
+            shares = sim.run(10)
+        alone.append(shares[0])
+        assert shares[1] > 49
+    assert alone[1] < alone[0] - 0.4, "being late must cost, or the test shows nothing"
+
+
+# A policy with this fault misses its bars where slices stop by themselves, and there only.
+STOPPING_FAULTS = {
+    "never looks how long hosts take": ({"s->turns % GAP_TURNS == 0)": "s->turns % GAP_TURNS == 0) && false"}, "share"),
+    "takes a guest's time from what it waited for others' work": ({"d->guest_since = now;": ";"}, "visit"),
+}
+
+
+@pytest.mark.parametrize("name", STOPPING_FAULTS)
+def test_a_fault_where_slices_stop_by_themselves_is_found(tmp_path: Path, name: str) -> None:
+    pieces, kind = STOPPING_FAULTS[name]
+    faulty = build(tmp_path, pieces)
+    found = {}
+    for rings in (True, False):
+        if kind == "share":
+            cell = policy_sweep.share_cell(faulty, Gpu(0.5, 0.5, 0.5, rings=rings), SHARES["50/50"], 5.0, windows=5)
+        else:
+            cell = policy_sweep.visit_cell(faulty, Gpu(0.5, 0.5, rings=rings))
+        found[rings] = cell["misses"]
+    assert found[True]
+    assert not found[False]
+
+
 # ---- random histories ----
 
+MODES = {"sees everything": False, "hears rings": True}
 
-def test_random_histories(lib: c.CDLL) -> None:
-    found, value, longest, share_off, seed = play_histories(Path(lib._name), FIRST_SEED, QUICK_HISTORIES)
+
+@pytest.mark.parametrize("rings", MODES.values(), ids=MODES)
+def test_random_histories(lib: c.CDLL, rings: bool) -> None:
+    """Where the scheduler hears rings, slices stop by themselves up to half a millisecond late, and some not before their gates close."""
+    found, value, longest, share_off, seed = play_histories(Path(lib._name), rings, FIRST_SEED, QUICK_HISTORIES)
     print(f"{QUICK_HISTORIES} histories from seed {FIRST_SEED}: longest wait {longest:.2f} periods, share off by {share_off:.2f} points")
     assert not found, f"seed {seed}: {FOUND[found]} ({value:.2f})"
 
@@ -116,19 +186,23 @@ def test_random_histories(lib: c.CDLL) -> None:
 # Each once showed a fault: a strict slice that a burst one's long GPU kernels held below its share, or whose P had become shorter in its
 # turn; a turn twice as long beside what outlasted another's; one that pays for a GPU it had half of; a P that doubled.
 REMEMBERED = (1193, 2049, 7103, 11224, 17215, 33134, 47956, 50526, 52617, 64078, 80746, 93721)
+# Where rings are heard: who had rung in its turn that it is done was waited for 5 ms after its end.
+REMEMBERED_RINGS = (320, 325, 568, 619)
 
 
-def test_histories_that_showed_faults(lib: c.CDLL) -> None:
-    found = {seed: play_histories(Path(lib._name), seed, 1) for seed in REMEMBERED}
+@pytest.mark.parametrize(("rings", "seeds"), [(False, REMEMBERED), (True, REMEMBERED_RINGS)], ids=MODES)
+def test_histories_that_showed_faults(lib: c.CDLL, rings: bool, seeds: tuple[int, ...]) -> None:
+    found = {seed: play_histories(Path(lib._name), rings, seed, 1) for seed in seeds}
     assert {seed: FOUND[x[0]] for seed, x in found.items() if x[0]} == {}
 
 
 @pytest.mark.soak
-def test_many_random_histories(lib: c.CDLL) -> None:
+@pytest.mark.parametrize("rings", MODES.values(), ids=MODES)
+def test_many_random_histories(lib: c.CDLL, rings: bool) -> None:
     """Another start: NBGPU_HISTORY_SEED."""
     starts = range(FIRST_SEED, FIRST_SEED + SOAK_HISTORIES, CHUNK)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        results = list(pool.map(play_histories, [Path(lib._name)] * len(starts), starts, [CHUNK] * len(starts)))
+        results = list(pool.map(play_histories, *zip(*[(Path(lib._name), rings, start, CHUNK) for start in starts], strict=True)))
     longest, share_off = max(x[2] for x in results), max(x[3] for x in results)
     print(f"{SOAK_HISTORIES} histories from seed {FIRST_SEED}: longest wait {longest:.2f} periods, share off by {share_off:.2f} points")
     assert [f"seed {x[4]}: {FOUND[x[0]]} ({x[1]:.2f})" for x in results if x[0]] == []
@@ -141,20 +215,30 @@ FAULTS = {
             "        s->vt += (int64_t)(vt_ns * WHOLE / s->weight_milli);"
         },
         {1, 3, 4},
+        False,
+        FIRST_SEED,
     ),
-    "forgets to wake up for a strict slice": ({"            at = min_u64(at, dry_ends(d, s));\n": "            ;\n"}, {1, 2, 3}),
-    "forgets to wake up for a turn's end": (
-        {"            at = min_u64(at, min_u64(s->turn_end, quiet_until(d, s)));": "            ;"},
+    "forgets to wake up for a strict slice": (
+        {"            at = min_u64(at, dry_ends(d, s));\n": "            ;\n"},
         {1, 2, 3},
+        False,
+        FIRST_SEED,
     ),
+    "forgets to wake up for a turn's end": (
+        {"            at = min_u64(at, min_u64(s->turn_end, min_u64(quiet_until(d, s), gap_seen_at(d, s))));": "            ;"},
+        {1, 2, 3},
+        False,
+        FIRST_SEED,
+    ),
+    "waits for a ring from who has rung": ({"(owner->seen.busy || owner->fresh)": "true"}, {2}, True, REMEMBERED_RINGS[0]),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_in_the_policy_is_found(tmp_path: Path, name: str) -> None:
     """The same histories, with a policy into which a fault was compiled."""
-    pieces, expected = FAULTS[name]
+    pieces, expected, rings, first = FAULTS[name]
     faulty = build(tmp_path, pieces)
-    found, _, _, _, seed = play_histories(Path(faulty._name), FIRST_SEED, QUICK_HISTORIES)
+    found, _, _, _, seed = play_histories(Path(faulty._name), rings, first, QUICK_HISTORIES)
     print(f"seed {seed}: {FOUND.get(found)}")
     assert found in expected
