@@ -393,3 +393,56 @@ async def test_what_is_nobodys_business_is_not_held(kube: Kube, fake: FakeKube) 
     await until(lambda: ("ns", "c") in reflector.items)
     assert told == [(None, "kept"), (None, "kept"), ("kept", None), (None, "kept")]
     await reflector.stop()
+
+
+# -- what others write
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        pytest.param(b"[" * 5000 + b"]" * 5000, id="nested"),
+        pytest.param(b'{"a":' * 2000 + b'"\\"]}"' + b"}" * 2000, id="objects"),
+        pytest.param(b'"\xff\xfe"', id="no-text"),
+    ],
+)
+async def test_what_somebody_writes_into_one_object_does_not_hide_the_others(kube: Kube, fake: FakeKube, junk: bytes) -> None:
+    """The API server tells a claim's opaque parameters as they were written: anybody who may make claims wrote them."""
+    fake.spoil = lambda told: told.replace(b'"junk"', junk)
+    fake.put(MAPS, a_map("a", x="1"), "ns")
+    fake.put(MAPS, a_map("b", own="junk", x="[2]"), "ns")
+    reflector = followed(kube)
+    await until(lambda: reflector.ready or reflector.away is not None)
+    assert reflector.away is None
+    assert reflector.items["ns", "a"] == {"x": "1"}
+    assert reflector.items["ns", "b"]["x"] == "[2]"
+    fake.put(MAPS, a_map("c", own="junk", x="{3}"), "ns")  # and in a watch
+    fake.put(MAPS, a_map("d", x="4"), "ns")
+    await until(lambda: ("ns", "d") in reflector.items)
+    assert reflector.items["ns", "c"]["x"] == "{3}"
+    await reflector.stop()
+
+
+async def test_large_objects_come_few_at_a_time(kube: Kube, fake: FakeKube, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page of 500 objects of 1.5 MiB is more than a pool or an agent may have of memory."""
+    for number in range(60):
+        fake.put(MAPS, a_map(f"m{number:02}", x="x" * (4096 if 20 <= number < 40 else 1)), "ns")
+    sizes: list[int] = []
+
+    async def listed() -> list[str]:
+        sizes.clear()
+        names: list[str] = []
+        async for page in kube.pages(MAPS):
+            sizes.append(len(json.dumps(page.items)))
+            names += [one["metadata"]["name"] for one in page.items]
+        return names
+
+    everything = [f"m{number:02}" for number in range(60)]
+    assert await listed() == everything
+    assert len(sizes) == 1
+    monkeypatch.setattr("nbgpu.kube.PAGE_BYTES", 20000)
+    assert await listed() == everything
+    assert max(sizes) <= 20000
+    monkeypatch.setattr("nbgpu.kube.PAGE_BYTES", 2000)  # one that is larger than a page may be comes alone
+    assert await listed() == everything
+    assert len(sizes) < 60

@@ -75,3 +75,22 @@ def test_what_another_key_sealed_and_nobody_uses_is_left_over(change: Json, left
     assert view.left_over == ({key} if left else set())
     view.claim_changed(key, None)
     assert view.left_over == set()
+
+
+def test_a_claim_that_is_deleted_and_has_no_devices_holds_nothing_however_long_it_stays() -> None:
+    """Who may delete it can have it stay for ever: by a finalizer of its own, or deleted in the foreground with a dependent that stays."""
+    view = View(KEY, lambda: 1e9)
+    keep = keep_claim(view)
+    key = ("ns", f"nbgpu-{ID}")
+    view.claim_changed(key, keep(claim_of([], "1")))
+    assert view.seen[ID].state == "prepared"
+    deleted = claim_of([], "2")
+    deleted["metadata"] |= {"deletionTimestamp": "2026-01-01T00:00:00Z", "finalizers": ["foregroundDeletion"]}
+    view.claim_changed(key, keep(deleted))
+    assert (view.seen, view.ids, view.bare) == ({}, {}, set())
+    held = claim_of([{"resource": "pods", "name": "p", "uid": "pod"}], "3")
+    held["metadata"] |= deleted["metadata"] | {"resourceVersion": "3"}
+    view.claim_changed(key, keep(held))
+    assert view.seen[ID].state == "releasing", "one that a pod is reserved for counts"
+    view.claim_changed(key, None)
+    assert (view.seen, view.ids) == ({}, {})
