@@ -422,6 +422,12 @@ class View:
                 self._look_at_note(slice_id)
             return
         slice_id = info.claim.slice.slice_id
+        if info.claim.deleting and not (info.claim.allocated or info.claim.pods):
+            # Kubernetes gives it no devices any more: it holds nothing, whatever finalizer keeps it
+            if self.ids.get(slice_id) == key:
+                self._forget(slice_id)
+            self.carried.discard(slice_id)
+            return
         state = self._state(key, info.claim)
         self.ids[slice_id] = key
         placed = info.claim.allocated or not info.claim.sealed
