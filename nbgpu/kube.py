@@ -40,7 +40,7 @@ WATCH_SECONDS = 50
 """A watch is asked anew so often, so that one whose peer vanished is noticed within `WATCH_SECONDS` + `WATCH_GRACE_SECONDS`."""
 WATCH_GRACE_SECONDS = 10.0
 PAGE = 500
-PAGE_BYTES = 16 * 1024**2
+PAGE_BYTES = 8 * 1024**2
 """A page that has more is asked for anew with fewer objects: an object may have 1.5 MiB, and some hundred of those in one answer are more
 than a pool or an agent may have of memory. Who makes objects anywhere would end them all, and again whenever they start.
 """
