@@ -459,7 +459,8 @@ class KubeLedger:
                     await self._make_owner(key, self.view.claims[key], pod)
 
     async def _make_owner(self, key: Key, info: ClaimInfo, pod: PodInfo) -> None:
-        owner = {"apiVersion": "v1", "kind": "Pod", "name": pod.name, "uid": pod.uid}
+        # said rather than left out: see the chart's admission.yaml for what that could do to kube-scheduler
+        owner = {"apiVersion": "v1", "kind": "Pod", "name": pod.name, "uid": pod.uid, "controller": False}
         try:
             changed = await self.kube.patch(
                 path(RESOURCE, "resourceclaims", *key), {"metadata": {"ownerReferences": [owner]}}, uid=info.uid, version=info.version

@@ -120,6 +120,13 @@ def named(name: str, found: Json) -> Json:
     return {**found, "metadata": {**found["metadata"], "name": name}}
 
 
+def ends_the_scheduler(found: Json) -> Json:
+    """Return the claim as one for extended resources whose owner does not say whether it is its controller."""
+    owner = {"apiVersion": "v1", "kind": "Pod", "name": "p", "uid": str(uuid.uuid4())}
+    more = {"annotations": {"resource.kubernetes.io/extended-resource-claim": "true"}, "ownerReferences": [owner]}
+    return {**found, "metadata": {**found["metadata"], **more}}
+
+
 def of_the_pool() -> Json:
     """Return a claim as the pool writes it."""
     found = marked(claim("burst", slice={"slice_id": REQUEST}, seal="0" * 64))
@@ -191,6 +198,7 @@ class TestOnlyThePool:
         ("pod", pod(labels={"nbgpu.io/slice": REQUEST})), ("pod", pod(annotations={"nbgpu.io/request-id": REQUEST})),
         ("pod", using(f"nbgpu-{REQUEST}")), ("pod", marked(pod(), value="")), ("claim", marked(other_class(claim()), value="")),
         ("claim", named(f"nbgpu-{REQUEST}", other_class(claim()))), ("claim", named(f"nbgpu-{REQUEST}-move", other_class(claim()))),
+        ("claim", ends_the_scheduler(other_class(claim()))),
     )  # fmt: skip
 
     @pytest.mark.parametrize(("kind", "thing"), REFUSED)
