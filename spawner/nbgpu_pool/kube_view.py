@@ -313,7 +313,8 @@ class View:
         owners = tuple(str(one.get("uid", "")) for one in _list(_part(thing, "metadata"), "ownerReferences"))
         moves_to = read_move(thing, self._key)
         if moves_to is not None:
-            return ClaimInfo(uid, version, None, owners, moves_to=moves_to)
+            deleted = "deletionTimestamp" in thing["metadata"]  # whatever finalizer keeps it
+            return ClaimInfo(uid, version, None, owners, moves_to=None if deleted else moves_to)
         try:
             claim = read_claim(thing, self.by_name, self._key)
             if claim is None:

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("httpx")
 
-from nbgpu.claims import claim_for
+from nbgpu.claims import claim_for, move_note
 from nbgpu.kube import Json
 from nbgpu.models import Owner, Slice, SliceDevice
 from nbgpu_pool.kube_view import View, keep_claim, keep_pod
@@ -94,3 +94,18 @@ def test_a_claim_that_is_deleted_and_has_no_devices_holds_nothing_however_long_i
     assert view.seen[ID].state == "releasing", "one that a pod is reserved for counts"
     view.claim_changed(key, None)
     assert (view.seen, view.ids) == ({}, {})
+
+
+def test_a_note_of_a_move_that_is_deleted_counts_nothing_however_long_it_stays() -> None:
+    part = SliceDevice(uuid="GPU-1", index=0, model="H100", memory_bytes=2**30, compute_milli=250)
+    to = Slice(slice_id=ID, owner=Owner(hub="h", user="ada"), node="n", mode="burst", devices=[part], namespace="ns")
+    note = move_note(to, KEY)
+    note["metadata"] |= {"uid": "u", "resourceVersion": "1"}
+    view = View(KEY, lambda: 1e9)
+    keep = keep_claim(view)
+    key = ("ns", note["metadata"]["name"])
+    view.claim_changed(key, keep(copy.deepcopy(note)))
+    assert (list(view.notes), view.seen[ID].state) == ([ID], "prepared")
+    note["metadata"] |= {"resourceVersion": "2", "deletionTimestamp": "2026-01-01T00:00:00Z", "finalizers": ["example.org/held"]}
+    view.claim_changed(key, keep(note))
+    assert (view.notes, view.seen) == ({}, {})
