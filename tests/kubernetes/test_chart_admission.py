@@ -122,7 +122,7 @@ def named(name: str, found: Json) -> Json:
 
 def ends_the_scheduler(found: Json) -> Json:
     """Return the claim as one for extended resources whose owner does not say whether it is its controller."""
-    owner = {"apiVersion": "v1", "kind": "Pod", "name": "p", "uid": str(uuid.uuid4())}
+    owner = {"apiVersion": "v1", "kind": "Pod", "name": "p", "uid": REQUEST}
     more = {"annotations": {"resource.kubernetes.io/extended-resource-claim": "true"}, "ownerReferences": [owner]}
     return {**found, "metadata": {**found["metadata"], **more}}
 
@@ -199,6 +199,7 @@ class TestOnlyThePool:
         ("pod", using(f"nbgpu-{REQUEST}")), ("pod", marked(pod(), value="")), ("claim", marked(other_class(claim()), value="")),
         ("claim", named(f"nbgpu-{REQUEST}", other_class(claim()))), ("claim", named(f"nbgpu-{REQUEST}-move", other_class(claim()))),
         ("claim", ends_the_scheduler(other_class(claim()))),
+        ("pod", pod(annotations={"cdi.k8s.io/mine": f"gpu.nbgpu.io/slice={REQUEST}-0"})),
     )  # fmt: skip
 
     @pytest.mark.parametrize(("kind", "thing"), REFUSED)
