@@ -12,7 +12,18 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, cast
 
-from nbgpu.claim_limits import LIMITS_ANNOTATION, counted, in_force, is_refused, is_settled, read_limits, shares, wanted_of, with_limits
+from nbgpu.claim_limits import (
+    LIMITS_ANNOTATION,
+    counted,
+    in_force,
+    is_refused,
+    is_settled,
+    latest_number,
+    read_limits,
+    shares,
+    wanted_of,
+    with_limits,
+)
 from nbgpu.claims import (
     DRIVER,
     MOVE_LABEL,
@@ -108,6 +119,8 @@ class ClaimInfo:
     wanted: Slice | None = None
     """With the limits that its annotation wants, where these are not in force."""
     refused: bool = False
+    number: int = 0
+    """Of the limits that its agent has dealt with last."""
     less: tuple[tuple[str, Part], ...] = ()
     """By device: how much more than it holds kube-scheduler counts (negative: less)."""
     warning: str = ""
@@ -353,9 +366,9 @@ class View:
         ]
         settled = not claim.sealed or bool(warning) or is_settled(held, asked)
         wanted = None if settled else with_limits(claim.slice, wanted_of(held, asked), asked)
-        return replace(
-            info, slice=found, wanted=wanted, refused=wanted is not None and is_refused(held, asked), less=tuple(less), warning=warning
-        )
+        refused = wanted is not None and is_refused(held, asked)
+        number = latest_number(thing)
+        return replace(info, slice=found, wanted=wanted, refused=refused, less=tuple(less), number=number, warning=warning)
 
     def claim_changed(self, key: Key, new: ClaimInfo | None) -> None:
         """Take over a ResourceClaim."""
