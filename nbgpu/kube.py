@@ -422,7 +422,10 @@ class Kube:
             status, told = await asyncio.wait_for(self._send(method, path, request, most), CALL_SECONDS + CONNECT_SECONDS)
             if status >= 400:
                 raise _refusal(method, path, status, told)
-            return _loads(told)
+            try:
+                return cast("Json", json.loads(told))
+            except (RecursionError, UnicodeDecodeError):
+                return await asyncio.to_thread(_loads, told)  # a large page takes seconds
         except (httpx.HTTPError, httpx.StreamError, ValueError, TimeoutError, asyncio.TimeoutError) as error:
             raise _away(self.host, error) from error
 
@@ -477,8 +480,9 @@ def _refusal(verb: str, path: str, status: int, content: bytes) -> NbgpuError:
     return error
 
 
-_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
-"""A string of JSON, or where something nested begins or ends."""
+_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]+|[\]}]+', re.DOTALL)
+"""A string of JSON, or where one or several things begin, or end."""
+_QUOTE = ord('"')
 
 
 def _loads(content: bytes) -> Json:
@@ -500,16 +504,19 @@ def _flat(content: bytes) -> bytes:
     kept: list[bytes] = []
     begin = depth = 0
     for token in _TOKEN.finditer(content):
-        one = token[0]
-        if one in b"[{":
-            depth += 1
-            if depth == DEEPEST + 1:
-                kept.append(content[begin : token.start()])
-        elif one in b"]}":
-            if depth == DEEPEST + 1:
+        first = content[token.start()]
+        if first == _QUOTE:
+            continue
+        count = token.end() - token.start()
+        if first in b"[{":
+            if depth <= DEEPEST < depth + count:
+                kept.append(content[begin : token.start() + DEEPEST - depth])
+            depth += count
+        else:
+            if depth - count <= DEEPEST < depth:
                 kept.append(b"null")
-                begin = token.end()
-            depth -= 1
+                begin = token.start() + depth - DEEPEST
+            depth -= count
     return b"".join([*kept, content[begin:]])
 
 

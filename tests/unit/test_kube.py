@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from fake_kube import FakeKube
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("kubernetes", reason="nbgpu[kubernetes] is not installed")
 
 from nbgpu.kube import (
+    DEEPEST,
     ApiServerAway,
     Conflict,
     Expired,
@@ -24,6 +27,7 @@ from nbgpu.kube import (
     NotAllowed,
     NotFound,
     Rejected,
+    _flat,
     _refusal,
     credentials,
     newer,
@@ -421,6 +425,27 @@ async def test_what_somebody_writes_into_one_object_does_not_hide_the_others(kub
     await until(lambda: ("ns", "d") in reflector.items)
     assert reflector.items["ns", "c"]["x"] == "{3}"
     await reflector.stop()
+
+
+@given(
+    value=st.recursive(
+        st.sampled_from([1, None, '[{"\\]}']), lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from("[x"), inner)
+    ),
+    depth=st.integers(90, 110),
+)
+async def test_what_is_nested_too_deep_is_null_and_nothing_else_is(value: Any, depth: int) -> None:
+    def cut(thing: Any, level: int) -> Any:
+        if not isinstance(thing, (list, dict)):
+            return thing
+        if level > DEEPEST:
+            return None
+        if isinstance(thing, list):
+            return [cut(one, level + 1) for one in thing]
+        return {name: cut(one, level + 1) for name, one in thing.items()}
+
+    for number in range(depth):
+        value = [value, "]"] if number % 2 else {"[": value}
+    assert json.loads(_flat(json.dumps(value, separators=(",", ":")).encode())) == cut(value, 1)
 
 
 async def test_large_objects_come_few_at_a_time(kube: Kube, fake: FakeKube, monkeypatch: pytest.MonkeyPatch) -> None:
