@@ -54,7 +54,8 @@ class Limits(BaseModel):
     devices: Annotated[dict[Name, Limit], Field(min_length=1, max_length=16)]
     mode: Mode
     number: Annotated[int, Field(ge=0, lt=2**53)] = 0
-    """Another one each time that they are wanted, so that what was refused once can be wanted again."""
+    """A larger one each time that they are wanted, so that what was refused once can be wanted again, and what was wanted once is not put
+    back by whoever has kept it."""
 
 
 class _Written(Limits):
@@ -113,14 +114,18 @@ def read_limits(claim: Json, key: bytes | None) -> Wanted | None:
     Raises
     ------
     BadObject
-        There is an annotation and it is junk, or the pool did not write it for this very claim.
+        There is an annotation and it is junk, or the pool did not write it for this very claim, or before what the agent has dealt with
+        last; or there was one, and it is gone.
     """
     meta = claim.get("metadata")
     annotations = cast("Json", meta).get("annotations") if isinstance(meta, dict) else None
     text = cast("Json", annotations).get(LIMITS_ANNOTATION) if isinstance(annotations, dict) else None
-    if text is None:
-        return None
+    latest = latest_number(claim)
     told = f"The annotation {LIMITS_ANNOTATION} of ResourceClaim {object_name(claim)}"
+    if text is None:
+        if latest:
+            raise BadObject(f"{told} was taken away; its limits stay as they are.")
+        return None
     try:
         written = _Written.model_validate_json(text if isinstance(text, str) and len(text) <= 16384 else "")
     except ValidationError:
@@ -130,7 +135,14 @@ def read_limits(claim: Json, key: bytes | None) -> Wanted | None:
     seal = _seal(str(where.get("uid")), str(where.get("namespace")), str(where.get("name")), limits, key) if key is not None else ""
     if not hmac.compare_digest(seal, written.seal):
         raise BadObject(f"{told} was not written by the pool for this claim; its limits stay as they are.")
+    if limits.number < latest:
+        raise BadObject(f"{told} is an older one, put back; its limits stay as they are.")
     return Wanted(limits, seal)
+
+
+def latest_number(claim: Json) -> int:
+    """Return the number of the limits that the agent has dealt with last; 0 where it has dealt with none."""
+    return max((data.number for _, data in _reports(_list(_dict(claim.get("status")).get("devices")))), default=0)
 
 
 # -- what is in force
@@ -142,6 +154,7 @@ class _Loose(BaseModel):
 
 class _Data(Limit):
     answered: str = ""
+    number: int = 0
 
 
 class _Reported(_Loose):
@@ -208,17 +221,21 @@ def _reports(entries: list[Any]) -> Iterable[tuple[tuple[str, str, str | None], 
             yield (one.pool, one.device, one.shareID), one.data
 
 
-def report(share: Share, limit: Limit, answered: str = "") -> Json:
+def report(share: Share, limit: Limit, answered: str = "", number: int = 0) -> Json:
     """Return the entry of `status.devices` by which the agent says which limits are in force.
 
     Parameters
     ----------
     answered : str
         Seal of the wanted limits that this is the answer to: brought in force, or refused where `limit` is otherwise.
+    number : int
+        Of the same.
     """
     data: Json = limit.model_dump(mode="json")
     if answered:
         data["answered"] = answered
+    if number:
+        data["number"] = number
     found: Json = {"driver": DRIVER, "pool": share.pool, "device": share.device, "data": data}
     return found if share.share_id is None else {**found, "shareID": share.share_id}
 

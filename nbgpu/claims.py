@@ -525,9 +525,12 @@ def _stated(claim: _Object, key: bytes | None) -> Slice | None:
         told = parameters.get("seal")
         if key is None or not isinstance(told, str) or "slice" not in parameters:
             continue
-        stated = Slice.model_validate(parameters["slice"])
+        try:
+            stated = Slice.model_validate(parameters["slice"])
+        except ValidationError:
+            continue  # not the pool's words
         fits = stated.namespace == namespace and claim_name(stated.slice_id) == name
-        if hmac.compare_digest(seal(namespace, name, stated, key).encode(), told.encode()) and fits:
+        if hmac.compare_digest(seal(namespace, name, stated, key).encode(), told.encode("utf-8", "replace")) and fits:
             return stated
     return None
 

@@ -13,6 +13,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import ssl
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -39,6 +40,12 @@ WATCH_SECONDS = 50
 """A watch is asked anew so often, so that one whose peer vanished is noticed within `WATCH_SECONDS` + `WATCH_GRACE_SECONDS`."""
 WATCH_GRACE_SECONDS = 10.0
 PAGE = 500
+PAGE_BYTES = 8 * 1024**2
+"""A page that has more is asked for anew with fewer objects: an object may have 1.5 MiB, and some hundred of those in one answer are more
+than a pool or an agent may have of memory. Who makes objects anywhere would end them all, and again whenever they start.
+"""
+DEEPEST = 100
+"""What is nested deeper in an answer is read as null; nothing that is read here is."""
 TOKEN_SECONDS = 30.0
 """How old a token may be before it is read again."""
 _PATCHES = {
@@ -95,6 +102,10 @@ class ApiServerAway(Unavailable):
     """No answer, or one that says "later" (429, 5xx): what was asked may or may not have happened."""
 
     code = "kubernetes-away"
+
+
+class _TooLarge(Exception):
+    """An answer has more bytes than it may."""
 
 
 class NoCluster(NbgpuError):
@@ -267,16 +278,29 @@ class Kube:
 
     async def pages(self, path: str, *, labels: str = "", fields: str = "", page: int = PAGE) -> AsyncGenerator[Listed, None]:
         """Yield a list page by page, for those who keep only a part of each object."""
-        params = {"labelSelector": labels, "fieldSelector": fields, "limit": str(page)}
-        params = {name: value for name, value in params.items() if value}
-        ahead = asyncio.ensure_future(self._call("GET", path, params=params))
+        chosen = {name: value for name, value in (("labelSelector", labels), ("fieldSelector", fields)) if value}
+        size = page
+
+        async def read(more: str) -> Json:
+            nonlocal size
+            params = {**chosen, **({"continue": more} if more else {})}
+            while True:
+                try:
+                    found = await self._call("GET", path, params={**params, "limit": str(size)}, most=PAGE_BYTES if size > 1 else None)
+                except _TooLarge:
+                    size = max(1, size // 4)
+                else:
+                    size = min(page, size * 2)
+                    return found
+
+        ahead = asyncio.ensure_future(read(""))
         try:
             while True:
                 found = await ahead
                 meta = found.get("metadata", {})
                 more = meta.get("continue")
                 if more:  # the server writes the next page while this one is looked at
-                    ahead = asyncio.ensure_future(self._call("GET", path, params={**params, "continue": more}))
+                    ahead = asyncio.ensure_future(read(more))
                 yield Listed(found.get("items") or [], str(meta.get("resourceVersion", "")))
                 if not more:
                     return
@@ -383,20 +407,38 @@ class Kube:
                 raise _away(self.host, error) from error
 
     async def _call(
-        self, method: str, path: str, body: Any = None, params: Mapping[str, str] | None = None, content_type: str = "application/json"
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        params: Mapping[str, str] | None = None,
+        content_type: str = "application/json",
+        most: int | None = None,
     ) -> Json:
         content = None if body is None else as_body(body)
         headers = {} if content is None else {"Content-Type": content_type}
+        request = {"params": dict(params or {}), "content": content, "headers": headers, "extensions": self._extensions}
         try:
-            work = self._http.request(
-                method, path, params=dict(params or {}), content=content, headers=headers, extensions=self._extensions
-            )
-            response = await asyncio.wait_for(work, CALL_SECONDS + CONNECT_SECONDS)
-            if response.status_code >= 400:
-                raise _refusal(method, path, response.status_code, response.content)
-            return cast("Json", json.loads(response.content))
+            status, told = await asyncio.wait_for(self._send(method, path, request, most), CALL_SECONDS + CONNECT_SECONDS)
+            if status >= 400:
+                raise _refusal(method, path, status, told)
+            try:
+                return cast("Json", json.loads(told))
+            except (RecursionError, UnicodeDecodeError):
+                return await asyncio.to_thread(_loads, told)  # a large page takes seconds
         except (httpx.HTTPError, httpx.StreamError, ValueError, TimeoutError, asyncio.TimeoutError) as error:
             raise _away(self.host, error) from error
+
+    async def _send(self, method: str, path: str, request: Json, most: int | None) -> tuple[int, bytes]:
+        """Return status and body of an answer; `_TooLarge` as soon as it has more than `most` bytes."""
+        async with self._http.stream(method, path, **request) as response:
+            parts: list[bytes] = []
+            left = most
+            async for part in response.aiter_bytes():
+                parts.append(part)
+                if left is not None and (left := left - len(part)) < 0:
+                    raise _TooLarge
+            return response.status_code, b"".join(parts)
 
 
 def _tls(configuration: Any) -> ssl.SSLContext:
@@ -438,8 +480,48 @@ def _refusal(verb: str, path: str, status: int, content: bytes) -> NbgpuError:
     return error
 
 
+_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]+|[\]}]+', re.DOTALL)
+"""A string of JSON, or where one or several things begin, or end."""
+_QUOTE = ord('"')
+
+
+def _loads(content: bytes) -> Json:
+    """Return what an answer says.
+
+    The API server tells opaque parameters of claims byte by byte as somebody wrote them, also nested 5,000 deep, or in bytes that are no
+    text. What `json` cannot read of one object must not hide all the others.
+    """
+    try:
+        return cast("Json", json.loads(content))
+    except UnicodeDecodeError:
+        return _loads(content.decode("utf-8", "replace").encode())
+    except RecursionError:
+        return cast("Json", json.loads(_flat(content)))
+
+
+def _flat(content: bytes) -> bytes:
+    """Return JSON with null in place of all that is nested deeper than `DEEPEST`."""
+    kept: list[bytes] = []
+    begin = depth = 0
+    for token in _TOKEN.finditer(content):
+        first = content[token.start()]
+        if first == _QUOTE:
+            continue
+        count = token.end() - token.start()
+        if first in b"[{":
+            if depth <= DEEPEST < depth + count:
+                kept.append(content[begin : token.start() + DEEPEST - depth])
+            depth += count
+        else:
+            if depth - count <= DEEPEST < depth:
+                kept.append(b"null")
+                begin = token.start() + depth - DEEPEST
+            depth -= count
+    return b"".join([*kept, content[begin:]])
+
+
 def _event(path: str, line: bytes) -> Event:
-    told: Json = json.loads(line)
+    told = _loads(line)
     kind, thing = str(told["type"]).lower(), cast("Json", told["object"])
     if kind == "error":
         raise _refusal("watch", path, int(thing.get("code", 500)), json.dumps(thing).encode())

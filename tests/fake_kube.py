@@ -31,6 +31,8 @@ class FakeKube:
         Asked with method and path before each call; what it returns (a status) is answered.
     delay_seconds : float
         Before each answer.
+    spoil : callable
+        What becomes of each list and each line of a watch.
     expire_watches_quietly : bool
         Tell of a too old version inside the watch, as a busy API server does, instead of by the status.
     """
@@ -43,6 +45,7 @@ class FakeKube:
         self.version = 100
         self.fault: Callable[[str, str], int | None] = lambda method, path: None
         self.delay_seconds = 0.0
+        self.spoil: Callable[[bytes], bytes] = lambda told: told
         self.expire_watches_quietly = False
         self.requests: list[tuple[str, str]] = []
         self.tokens: list[str] = []
@@ -156,7 +159,7 @@ class FakeKube:
         end = int(begin) + int(http.query_params.get("limit", len(all_of) or 1))
         meta = {"resourceVersion": version, **({"continue": f"{end}/{version}"} if end < len(all_of) else {})}
         body = f'{{"kind": "List", "metadata": {json.dumps(meta)}, "items": [{",".join(all_of[int(begin) : end])}]}}'
-        return Response(body, media_type="application/json")
+        return Response(self.spoil(body.encode()), media_type="application/json")
 
     def texts(self, collection: str, namespace: str = "") -> list[str]:
         """Return the objects of a collection as JSON; remembered while nothing changes, as pages of a long list come one by one."""
@@ -172,7 +175,7 @@ class FakeKube:
             return _status(410, "too old resource version")
         return StreamingResponse(self._events(version, collection, namespace), media_type="application/json")
 
-    async def _events(self, version: int, collection: str, namespace: str) -> AsyncIterator[str]:
+    async def _events(self, version: int, collection: str, namespace: str) -> AsyncIterator[bytes | str]:
         drops = self._drops
         self.open_watches += 1
         try:
@@ -182,7 +185,7 @@ class FakeKube:
                     return
                 for at, kind, of, thing in self.history:
                     if at > version and of == collection and (not namespace or thing["metadata"].get("namespace") == namespace):
-                        yield _line(kind, thing)
+                        yield self.spoil(_line(kind, thing).encode())
                 if self.version > version:
                     version = self.version
                     yield _line("BOOKMARK", {"metadata": {"resourceVersion": str(version)}})

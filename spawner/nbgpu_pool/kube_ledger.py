@@ -211,18 +211,17 @@ class KubeLedger:
     async def resize(self, wanted: Slice) -> None:
         """Write what limits are wanted into the claim's annotation."""
         self._must_lead()
-        limits = Limits(
-            devices={one.uuid: Limit(memory_bytes=one.memory_bytes, compute_milli=one.compute_milli) for one in wanted.devices},
-            mode=wanted.mode,
-            number=time.time_ns() // 1_000_000,
-        )
         there = _claim_path(wanted.namespace or "", wanted.slice_id)
-        version: str | None = None
         key = self.view.ids.get(wanted.slice_id)
         info = self.view.claims.get(key) if key is not None else None
         if info is None or info.claim is None or not info.claim.allocated or info.claim.deleting:
             raise LedgerRefused("its claim holds no GPU (any more)", status=409)
-        version = info.version
+        limits = Limits(
+            devices={one.uuid: Limit(memory_bytes=one.memory_bytes, compute_milli=one.compute_milli) for one in wanted.devices},
+            mode=wanted.mode,
+            number=max(time.time_ns() // 1_000_000, info.number + 1),  # the pool before this one may have had another clock
+        )
+        version: str | None = info.version
         for _ in range(TRIES):
             written = limits_annotation(info.uid, wanted.namespace or "", claim_name(wanted.slice_id), limits, self._key)
             try:
@@ -459,7 +458,8 @@ class KubeLedger:
                     await self._make_owner(key, self.view.claims[key], pod)
 
     async def _make_owner(self, key: Key, info: ClaimInfo, pod: PodInfo) -> None:
-        owner = {"apiVersion": "v1", "kind": "Pod", "name": pod.name, "uid": pod.uid}
+        # said rather than left out: see the chart's admission.yaml for what that could do to kube-scheduler
+        owner = {"apiVersion": "v1", "kind": "Pod", "name": pod.name, "uid": pod.uid, "controller": False}
         try:
             changed = await self.kube.patch(
                 path(RESOURCE, "resourceclaims", *key), {"metadata": {"ownerReferences": [owner]}}, uid=info.uid, version=info.version

@@ -12,7 +12,18 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, cast
 
-from nbgpu.claim_limits import LIMITS_ANNOTATION, counted, in_force, is_refused, is_settled, read_limits, shares, wanted_of, with_limits
+from nbgpu.claim_limits import (
+    LIMITS_ANNOTATION,
+    counted,
+    in_force,
+    is_refused,
+    is_settled,
+    latest_number,
+    read_limits,
+    shares,
+    wanted_of,
+    with_limits,
+)
 from nbgpu.claims import (
     DRIVER,
     MOVE_LABEL,
@@ -108,6 +119,8 @@ class ClaimInfo:
     wanted: Slice | None = None
     """With the limits that its annotation wants, where these are not in force."""
     refused: bool = False
+    number: int = 0
+    """Of the limits that its agent has dealt with last."""
     less: tuple[tuple[str, Part], ...] = ()
     """By device: how much more than it holds kube-scheduler counts (negative: less)."""
     warning: str = ""
@@ -313,7 +326,8 @@ class View:
         owners = tuple(str(one.get("uid", "")) for one in _list(_part(thing, "metadata"), "ownerReferences"))
         moves_to = read_move(thing, self._key)
         if moves_to is not None:
-            return ClaimInfo(uid, version, None, owners, moves_to=moves_to)
+            deleted = "deletionTimestamp" in thing["metadata"]  # whatever finalizer keeps it
+            return ClaimInfo(uid, version, None, owners, moves_to=None if deleted else moves_to)
         try:
             claim = read_claim(thing, self.by_name, self._key)
             if claim is None:
@@ -352,9 +366,9 @@ class View:
         ]
         settled = not claim.sealed or bool(warning) or is_settled(held, asked)
         wanted = None if settled else with_limits(claim.slice, wanted_of(held, asked), asked)
-        return replace(
-            info, slice=found, wanted=wanted, refused=wanted is not None and is_refused(held, asked), less=tuple(less), warning=warning
-        )
+        refused = wanted is not None and is_refused(held, asked)
+        number = latest_number(thing)
+        return replace(info, slice=found, wanted=wanted, refused=refused, less=tuple(less), number=number, warning=warning)
 
     def claim_changed(self, key: Key, new: ClaimInfo | None) -> None:
         """Take over a ResourceClaim."""
@@ -422,6 +436,12 @@ class View:
                 self._look_at_note(slice_id)
             return
         slice_id = info.claim.slice.slice_id
+        if info.claim.deleting and not (info.claim.allocated or info.claim.pods):
+            # Kubernetes gives it no devices any more: it holds nothing, whatever finalizer keeps it
+            if self.ids.get(slice_id) == key:
+                self._forget(slice_id)
+            self.carried.discard(slice_id)
+            return
         state = self._state(key, info.claim)
         self.ids[slice_id] = key
         placed = info.claim.allocated or not info.claim.sealed

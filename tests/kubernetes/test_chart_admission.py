@@ -110,9 +110,21 @@ def other_class(found: Json) -> Json:
     return found
 
 
-def marked(found: Json, where: str = "labels", key: str = "nbgpu.io/slice") -> Json:
+def marked(found: Json, where: str = "labels", key: str = "nbgpu.io/slice", value: str = REQUEST) -> Json:
     """Return the object with one of nbgpu's words."""
-    return {**found, "metadata": {**found["metadata"], where: {key: REQUEST}}}
+    return {**found, "metadata": {**found["metadata"], where: {key: value}}}
+
+
+def named(name: str, found: Json) -> Json:
+    """Return the object under that name."""
+    return {**found, "metadata": {**found["metadata"], "name": name}}
+
+
+def ends_the_scheduler(found: Json) -> Json:
+    """Return the claim as one for extended resources whose owner does not say whether it is its controller."""
+    owner = {"apiVersion": "v1", "kind": "Pod", "name": "p", "uid": REQUEST}
+    more = {"annotations": {"resource.kubernetes.io/extended-resource-claim": "true"}, "ownerReferences": [owner]}
+    return {**found, "metadata": {**found["metadata"], **more}}
 
 
 def of_the_pool() -> Json:
@@ -184,7 +196,10 @@ class TestOnlyThePool:
         ("claim", marked(other_class(claim()))), ("claim", marked(other_class(claim()), "annotations", "nbgpu.io/owner")),
         ("template", template()), ("template", template({"labels": {"nbgpu.io/slice": REQUEST}}, other_class(claim()))),
         ("pod", pod(labels={"nbgpu.io/slice": REQUEST})), ("pod", pod(annotations={"nbgpu.io/request-id": REQUEST})),
-        ("pod", using(f"nbgpu-{REQUEST}")),
+        ("pod", using(f"nbgpu-{REQUEST}")), ("pod", marked(pod(), value="")), ("claim", marked(other_class(claim()), value="")),
+        ("claim", named(f"nbgpu-{REQUEST}", other_class(claim()))), ("claim", named(f"nbgpu-{REQUEST}-move", other_class(claim()))),
+        ("claim", ends_the_scheduler(other_class(claim()))),
+        ("pod", pod(annotations={"cdi.k8s.io/mine": f"gpu.nbgpu.io/slice={REQUEST}-0"})),
     )  # fmt: skip
 
     @pytest.mark.parametrize(("kind", "thing"), REFUSED)
@@ -220,6 +235,18 @@ class TestOnlyThePool:
         assert strict.make("hub", "pod", marked(carrying)) == (201, "")
         assert strict.make("editor", "pod", marked(carrying))[0] == 403
 
+    def test_an_older_version_of_a_claim_is_looked_at_as_this_one(self, strict: Place) -> None:
+        served = [one["version"] for one in strict.api.done("GET", "/apis/resource.k8s.io")["versions"]]
+        older = [one for one in served if one != "v1"]
+        if not older:
+            pytest.skip("this cluster serves only resource.k8s.io/v1")
+        flat = {"name": "gpu", "deviceClassName": "gpu.nbgpu.io"}
+        for version in older:
+            asked = flat if version == "v1beta1" else claim()["spec"]["devices"]["requests"][0]
+            made = {**claim(), "apiVersion": f"resource.k8s.io/{version}", "spec": {"devices": {"requests": [asked]}}}
+            path = strict.claims().replace("/v1/", f"/{version}/") + "?dryRun=All"
+            assert strict.api.call("POST", path, made, **strict.people["editor"])[0] == 403, version
+
     def test_a_controller_makes_no_pod_that_carries_a_slice(self, strict: Place) -> None:
         replicas = {"user": "system:serviceaccount:kube-system:replicaset-controller", "groups": ["system:serviceaccounts:kube-system"]}
         assert strict.make(replicas, "pod", pod(labels={"nbgpu.io/slice": REQUEST}))[0] == 403
@@ -233,6 +260,7 @@ class TestOnlyThePool:
         try:
             for change in (
                 {"labels": {"nbgpu.io/slice": "f" * 32}}, {"labels": {"nbgpu.io/slice": None}}, {"labels": {"nbgpu.io/more": "1"}},
+                {"annotations": {"nbgpu.io/limits": ""}},
                 {"annotations": {"nbgpu.io/owner": "{}"}}, {"finalizers": []},
                 {"ownerReferences": [{"apiVersion": "v1", "kind": "Pod", "name": "p", "uid": str(uuid.uuid4())}]},
             ):  # fmt: skip

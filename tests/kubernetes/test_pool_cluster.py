@@ -103,6 +103,48 @@ def test_a_name_that_somebody_took_is_refused(place: Place, pool: Pool) -> None:
     assert all(one == (0, 0) for one in pool.books().values())
 
 
+def written(place: Place, method: str, where: str, body: bytes) -> int:
+    """Send bytes that no JSON library would write; return the status."""
+    work = place.kube._http.request(method, where, content=body, headers={"Content-Type": "application/json"})
+    return place.do(work).status_code
+
+
+def test_no_words_in_somebodys_claim_hide_the_others(place: Place, pool: Pool) -> None:
+    claims = path(RESOURCE, "resourceclaims", place.namespace)
+    for name, words in (("deep", b"[" * 5000 + b"]" * 5000), ("no-text", b'"\xff"')):
+        asked = b'"requests":[{"name":"g","exactly":{"deviceClassName":"gpu.example.com"}}]'
+        told = b'"config":[{"opaque":{"driver":"gpu.example.com","parameters":{"a":%s}}}]' % words
+        body = b'{"metadata":{"name":"%s"},"spec":{"devices":{%s,%s}}}' % (name.encode(), asked, told)
+        assert written(place, "POST", claims, body) == 201
+    request = served(place, pool)
+    pool.kill()
+    pool.start()
+    assert pool.state(request) == "bound"
+    pool.give_back(request)
+    place.delete_pod(request)
+    until(lambda: pool.state(request) == "gone")
+
+
+def test_a_claim_that_is_deleted_before_it_has_devices_holds_nothing(place: Place, pool: Pool) -> None:
+    """In the foreground, with a dependent that does not go, it stays for ever."""
+    request = new_id()
+    pool.granted(request)
+    claim = place.claim(request)
+    assert claim is not None
+    owner = {"apiVersion": RESOURCE, "kind": "ResourceClaim", "name": claim["metadata"]["name"], "uid": claim["metadata"]["uid"]}
+    maps = path("v1", "configmaps", place.namespace)
+    held = {"metadata": {"name": "held", "finalizers": ["example.org/held"], "ownerReferences": [{**owner, "blockOwnerDeletion": True}]}}
+    place.do(place.kube.create(maps, held))
+    where = path(RESOURCE, "resourceclaims", place.namespace, owner["name"])
+    assert written(place, "DELETE", where, b'{"propagationPolicy":"Foreground"}') == 200
+    until(lambda: pool.state(request) == "gone")
+    time.sleep(1)
+    assert place.claim(request) is not None, "the control: it is still there"
+    assert all(one == (0, 0) for one in pool.books().values())
+    place.do(place.kube.patch(f"{maps}/held", {"metadata": {"finalizers": None}}))
+    until(lambda: place.claim(request) is None)
+
+
 def test_namespaces(place: Place, pool: Pool) -> None:
     assert pool.ask(new_id(), namespace="default").status_code == 403
     missing = pool.ask(new_id(), namespace=None)

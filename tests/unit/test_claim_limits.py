@@ -21,6 +21,7 @@ from nbgpu.claim_limits import (
     in_force,
     is_refused,
     is_settled,
+    latest_number,
     limits_annotation,
     published,
     read_limits,
@@ -120,6 +121,22 @@ def test_what_was_refused_can_be_wanted_again() -> None:
     assert is_refused(shares(claim, DEVICES), wanted(claim))
     claim["metadata"]["annotations"][LIMITS_ANNOTATION] = limits_annotation(UID, "jhub", claim["metadata"]["name"], again, KEY)
     assert not is_refused(shares(claim, DEVICES), wanted(claim))
+
+
+@pytest.mark.parametrize(("number", "good"), [(None, False), (1, False), (2, True), (3, True)])
+def test_what_the_pool_wanted_once_is_not_wanted_for_ever(number: int | None, good: bool) -> None:
+    """Who may write annotations could keep the larger limits that a slice had, and put them back, or take away what lowered them."""
+    claim = a_claim()
+    claim["status"]["devices"] = [report(shares(claim, DEVICES)[0], AS_ALLOCATED, "f" * 64, 2)]
+    if number is not None:
+        again = Limits(devices={DEVICE.uuid: LARGER}, mode="burst", number=number)
+        claim["metadata"]["annotations"][LIMITS_ANNOTATION] = limits_annotation(UID, "jhub", claim["metadata"]["name"], again, KEY)
+    assert latest_number(claim) == 2
+    if good:
+        assert wanted(claim).limits.number == number
+    else:
+        with pytest.raises(BadObject, match="its limits stay as they are"):
+            read_limits(claim, KEY)
 
 
 def test_a_slice_with_the_limits_in_force() -> None:

@@ -159,6 +159,22 @@ def test_somebodys_own_claim_holds_what_it_consumes() -> None:
     assert (found.slice.mode, found.slice.devices[0].memory_bytes, found.slice.devices[0].compute_milli) == ("strict", 78 * GIB, 500)
 
 
+@pytest.mark.parametrize(
+    "words", [{"slice": None, "seal": "x"}, {"slice": {"slice_id": "../x"}, "seal": "x"}, {"slice": {}, "seal": "\ud800"}]
+)
+def test_words_that_make_no_sense_are_somebodys_own_too(words: dict[str, Any]) -> None:
+    """Were such a claim unreadable, nobody else would be given a part of the GPU that it has a thousandth of."""
+    claim = allocated(claim_for(SLICE, KEY))
+    parameters = claim["spec"]["devices"]["config"][0]["opaque"]["parameters"]
+    parameters |= words
+    if isinstance(words["slice"], dict) and not words["slice"]:
+        parameters["slice"] = SLICE.model_dump(mode="json")
+    found = read_claim(claim, DEVICES, KEY)
+    assert found is not None
+    assert (found.sealed, found.slice.owner.hub) == (False, "kubernetes")
+    assert found.slice.devices[0].memory_bytes == SLICE.devices[0].memory_bytes
+
+
 def test_a_claim_on_an_unknown_device_is_an_error() -> None:
     with pytest.raises(BadObject, match="which no agent publishes"):
         read_claim(allocated(claim_for(SLICE, KEY), device="gpu-gone"), DEVICES, KEY)

@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from fake_kube import FakeKube
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("kubernetes", reason="nbgpu[kubernetes] is not installed")
 
 from nbgpu.kube import (
+    DEEPEST,
     ApiServerAway,
     Conflict,
     Expired,
@@ -24,6 +27,7 @@ from nbgpu.kube import (
     NotAllowed,
     NotFound,
     Rejected,
+    _flat,
     _refusal,
     credentials,
     newer,
@@ -393,3 +397,77 @@ async def test_what_is_nobodys_business_is_not_held(kube: Kube, fake: FakeKube) 
     await until(lambda: ("ns", "c") in reflector.items)
     assert told == [(None, "kept"), (None, "kept"), ("kept", None), (None, "kept")]
     await reflector.stop()
+
+
+# -- what others write
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        pytest.param(b"[" * 5000 + b"]" * 5000, id="nested"),
+        pytest.param(b'{"a":' * 2000 + b'"\\"]}"' + b"}" * 2000, id="objects"),
+        pytest.param(b'"\xff\xfe"', id="no-text"),
+    ],
+)
+async def test_what_somebody_writes_into_one_object_does_not_hide_the_others(kube: Kube, fake: FakeKube, junk: bytes) -> None:
+    """The API server tells a claim's opaque parameters as they were written: anybody who may make claims wrote them."""
+    fake.spoil = lambda told: told.replace(b'"junk"', junk)
+    fake.put(MAPS, a_map("a", x="1"), "ns")
+    fake.put(MAPS, a_map("b", own="junk", x="[2]"), "ns")
+    reflector = followed(kube)
+    await until(lambda: reflector.ready or reflector.away is not None)
+    assert reflector.away is None
+    assert reflector.items["ns", "a"] == {"x": "1"}
+    assert reflector.items["ns", "b"]["x"] == "[2]"
+    fake.put(MAPS, a_map("c", own="junk", x="{3}"), "ns")  # and in a watch
+    fake.put(MAPS, a_map("d", x="4"), "ns")
+    await until(lambda: ("ns", "d") in reflector.items)
+    assert reflector.items["ns", "c"]["x"] == "{3}"
+    await reflector.stop()
+
+
+@given(
+    value=st.recursive(
+        st.sampled_from([1, None, '[{"\\]}']), lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from("[x"), inner)
+    ),
+    depth=st.integers(90, 110),
+)
+async def test_what_is_nested_too_deep_is_null_and_nothing_else_is(value: Any, depth: int) -> None:
+    def cut(thing: Any, level: int) -> Any:
+        if not isinstance(thing, (list, dict)):
+            return thing
+        if level > DEEPEST:
+            return None
+        if isinstance(thing, list):
+            return [cut(one, level + 1) for one in thing]
+        return {name: cut(one, level + 1) for name, one in thing.items()}
+
+    for number in range(depth):
+        value = [value, "]"] if number % 2 else {"[": value}
+    assert json.loads(_flat(json.dumps(value, separators=(",", ":")).encode())) == cut(value, 1)
+
+
+async def test_large_objects_come_few_at_a_time(kube: Kube, fake: FakeKube, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page of 500 objects of 1.5 MiB is more than a pool or an agent may have of memory."""
+    for number in range(60):
+        fake.put(MAPS, a_map(f"m{number:02}", x="x" * (4096 if 20 <= number < 40 else 1)), "ns")
+    sizes: list[int] = []
+
+    async def listed() -> list[str]:
+        sizes.clear()
+        names: list[str] = []
+        async for page in kube.pages(MAPS):
+            sizes.append(len(json.dumps(page.items)))
+            names += [one["metadata"]["name"] for one in page.items]
+        return names
+
+    everything = [f"m{number:02}" for number in range(60)]
+    assert await listed() == everything
+    assert len(sizes) == 1
+    monkeypatch.setattr("nbgpu.kube.PAGE_BYTES", 20000)
+    assert await listed() == everything
+    assert max(sizes) <= 20000
+    monkeypatch.setattr("nbgpu.kube.PAGE_BYTES", 2000)  # one that is larger than a page may be comes alone
+    assert await listed() == everything
+    assert len(sizes) < 60

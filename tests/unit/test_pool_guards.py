@@ -110,6 +110,21 @@ async def test_a_pod_owns_its_claim_only_when_no_hub_makes_it_once_more(age: flo
 
 
 @pytest.mark.asyncio
+async def test_an_owner_says_that_it_is_no_controller(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """Who may write annotations makes a claim one for extended resources; kube-scheduler ends over an owner that does not say."""
+    async with FakeKube() as fake:
+        ledger = KubeLedger(await kube_of(fake, tmp_path), b"k" * 16, ttl_seconds=60)
+        claims = path("resource.k8s.io/v1", "resourceclaims")
+        there = fake.put(claims, {"metadata": {"name": "claim"}}, "ns")["metadata"]
+        pod = keep_pod({"metadata": {"name": "p", "namespace": "ns", "uid": "u-1"}})
+        await ledger._make_owner(("ns", "claim"), ClaimInfo(there["uid"], there["resourceVersion"], None), pod)
+        [owner] = fake.objects[claims]["ns", "claim"]["metadata"]["ownerReferences"]
+        assert owner == {"apiVersion": "v1", "kind": "Pod", "name": "p", "uid": "u-1", "controller": False}
+        await ledger.close()
+        await ledger.kube.close()
+
+
+@pytest.mark.asyncio
 async def test_who_waited_to_create_a_claim_looks_again_whether_this_pool_leads(tmp_path) -> None:  # type: ignore[no-untyped-def]
     async with FakeKube() as fake:
         leads, begun, most = True, asyncio.Event(), kube_ledger_module.CREATIONS
@@ -187,13 +202,13 @@ async def test_bodies_are_as_the_api_server_writes_them(tmp_path) -> None:  # ty
     async with FakeKube() as fake:
         kube = await kube_of(fake, tmp_path)
         sent: list[bytes] = []
-        inner = kube._http.request
+        inner = kube._http.stream
 
-        async def listen(*arguments, **more):  # type: ignore[no-untyped-def]
+        def listen(*arguments, **more):  # type: ignore[no-untyped-def]
             sent.append(more["content"])
-            return await inner(*arguments, **more)
+            return inner(*arguments, **more)
 
-        kube._http.request = listen  # type: ignore[method-assign]
+        kube._http.stream = listen  # type: ignore[method-assign]
         await kube.create(path("v1", "configmaps", "ns"), {"metadata": {"name": "x"}, "data": {"owner": "R&D <x>"}})
         await kube.close()
     assert sent == [b'{"data":{"owner":"R\\u0026D \\u003cx\\u003e"},"metadata":{"name":"x"}}']

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("httpx")
 
-from nbgpu.claims import claim_for
+from nbgpu.claims import claim_for, move_note
 from nbgpu.kube import Json
 from nbgpu.models import Owner, Slice, SliceDevice
 from nbgpu_pool.kube_view import View, keep_claim, keep_pod
@@ -75,3 +75,37 @@ def test_what_another_key_sealed_and_nobody_uses_is_left_over(change: Json, left
     assert view.left_over == ({key} if left else set())
     view.claim_changed(key, None)
     assert view.left_over == set()
+
+
+def test_a_claim_that_is_deleted_and_has_no_devices_holds_nothing_however_long_it_stays() -> None:
+    """Who may delete it can have it stay for ever: by a finalizer of its own, or deleted in the foreground with a dependent that stays."""
+    view = View(KEY, lambda: 1e9)
+    keep = keep_claim(view)
+    key = ("ns", f"nbgpu-{ID}")
+    view.claim_changed(key, keep(claim_of([], "1")))
+    assert view.seen[ID].state == "prepared"
+    deleted = claim_of([], "2")
+    deleted["metadata"] |= {"deletionTimestamp": "2026-01-01T00:00:00Z", "finalizers": ["foregroundDeletion"]}
+    view.claim_changed(key, keep(deleted))
+    assert (view.seen, view.ids, view.bare) == ({}, {}, set())
+    held = claim_of([{"resource": "pods", "name": "p", "uid": "pod"}], "3")
+    held["metadata"] |= deleted["metadata"] | {"resourceVersion": "3"}
+    view.claim_changed(key, keep(held))
+    assert view.seen[ID].state == "releasing", "one that a pod is reserved for counts"
+    view.claim_changed(key, None)
+    assert (view.seen, view.ids) == ({}, {})
+
+
+def test_a_note_of_a_move_that_is_deleted_counts_nothing_however_long_it_stays() -> None:
+    part = SliceDevice(uuid="GPU-1", index=0, model="H100", memory_bytes=2**30, compute_milli=250)
+    to = Slice(slice_id=ID, owner=Owner(hub="h", user="ada"), node="n", mode="burst", devices=[part], namespace="ns")
+    note = move_note(to, KEY)
+    note["metadata"] |= {"uid": "u", "resourceVersion": "1"}
+    view = View(KEY, lambda: 1e9)
+    keep = keep_claim(view)
+    key = ("ns", note["metadata"]["name"])
+    view.claim_changed(key, keep(copy.deepcopy(note)))
+    assert (list(view.notes), view.seen[ID].state) == ([ID], "prepared")
+    note["metadata"] |= {"resourceVersion": "2", "deletionTimestamp": "2026-01-01T00:00:00Z", "finalizers": ["example.org/held"]}
+    view.claim_changed(key, keep(note))
+    assert (view.notes, view.seen) == ({}, {})

@@ -218,7 +218,7 @@ class Follower:
     async def _tell(self, claim: Json, held: list[Share], live: LiveSlice, wanted: Wanted | None) -> None:
         """Report the limits in force in the claim's status, where they are not what it says already."""
         now = _limits(live.slice)
-        answered = wanted.seal if wanted is not None else ""
+        answered, number = (wanted.seal, wanted.limits.number) if wanted is not None else ("", 0)
         if all(one.answered == answered and (one.in_force == now.get(one.uuid) or len(held) != len(now)) for one in held):
             return
         meta: Json = {"name": claim["metadata"]["name"], "namespace": claim["metadata"]["namespace"], "uid": claim["metadata"]["uid"]}
@@ -226,7 +226,7 @@ class Follower:
             "apiVersion": API_VERSION,
             "kind": "ResourceClaim",
             "metadata": meta,
-            "status": {"devices": [report(one, now.get(one.uuid, one.consumed), answered) for one in held]},
+            "status": {"devices": [report(one, now.get(one.uuid, one.consumed), answered, number) for one in held]},
         }
         where = path(API_VERSION, "resourceclaims", meta["namespace"], meta["name"], "status")
         told = await self._kube.patch(where, body, kind="apply", manager="nbgpu-agent", force=True)
