@@ -3,31 +3,13 @@ import { editIcon } from '@jupyterlab/ui-components';
 import * as React from 'react';
 
 import type { IResizeAnswer, IUsage, IWrittenSize } from './api';
-import { formatFraction, formatMemory } from './format';
+import { formatFraction } from './format';
+import { answerWords } from './words';
 
 interface IResizeProps {
   usage: IUsage;
   trans: TranslationBundle;
   resize: (asked: IWrittenSize) => Promise<IResizeAnswer>;
-}
-
-/** What became of a wish, in words: "Granted: 1/2 GPU with 39 GiB of memory." */
-export function answerWords(
-  answer: IResizeAnswer,
-  trans: TranslationBundle
-): string {
-  const [device] = answer.devices;
-  const size = device
-    ? trans.__(
-        '%1 GPU with %2 of memory',
-        formatFraction(device.compute_milli),
-        formatMemory(device.memory_bytes)
-      )
-    : trans.__('as asked');
-  const what = answer.in_force
-    ? trans.__('Granted: %1.', size)
-    : trans.__('Granted: %1. It takes a moment until it is in force.', size);
-  return answer.note ? `${what} ${answer.note}` : what;
 }
 
 /** A button that opens a form for another size of the whole slice; the pool's answer stays under it. */

@@ -2,10 +2,17 @@
 
 import type { TranslationBundle } from '@jupyterlab/translation';
 
-import type { IDeviceUsage, IKernelUsage, INotice, IUsage } from './api';
+import type {
+  IDeviceUsage,
+  IKernelUsage,
+  INotice,
+  IResizeAnswer,
+  IUsage
+} from './api';
 import {
   formatDuration,
   formatFraction,
+  formatMemory,
   fullest,
   type Level,
   memoryLevel
@@ -197,4 +204,23 @@ function cutInTheMiddle(name: string, length: number): string {
 /** "14:02:31" in the reader's own way. */
 export function clock(seconds: number): string {
   return new Date(seconds * 1000).toLocaleTimeString();
+}
+
+/** What became of a wish, in words: "Granted: 1/2 GPU with 39 GiB of memory." */
+export function answerWords(
+  answer: IResizeAnswer,
+  trans: TranslationBundle
+): string {
+  const [device] = answer.devices;
+  const size = device
+    ? trans.__(
+        '%1 GPU with %2 of memory',
+        formatFraction(device.compute_milli),
+        formatMemory(device.memory_bytes)
+      )
+    : trans.__('as asked');
+  const what = answer.in_force
+    ? trans.__('Granted: %1.', size)
+    : trans.__('Granted: %1. It takes a moment until it is in force.', size);
+  return answer.note ? `${what} ${answer.note}` : what;
 }

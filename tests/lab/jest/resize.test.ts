@@ -1,4 +1,4 @@
-import { answerWords } from '../../../labextension/src/resize';
+import { answerWords } from '../../../labextension/src/words';
 import { GIB, trans } from './usage';
 
 const devices = [{ index: 0, memory_bytes: 39 * GIB, compute_milli: 500 }];
