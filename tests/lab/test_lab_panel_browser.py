@@ -20,6 +20,7 @@ from test_lab_browser import page as page  # a fixture
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.skipif(not BUILT.is_dir(), reason="front end not built: make setup")]
 SECOND = 1000
+ODD = "<img src=x onerror=alert(1)> ノート דוגמה.ipynb"
 THEMES = ("JupyterLab Light", "JupyterLab Dark")
 SLOW = """
 window.slow = {ms: 0, open: 0, most: 0};
@@ -109,8 +110,12 @@ def metadata(lab: Lab, notebook: str) -> Any:
 
 
 def test_kernels_and_history(lab: Lab, page: Any) -> None:
+    session = {"name": "", "type": "notebook", "path": ODD, "kernel": {"name": "python3"}}
+    odd = lab.call("api/sessions", session)["kernel"]["id"]
     open_lab(page, lab, THEMES[0])
     panel = page.locator("#nbgpu-panel")
+    assert panel.locator(f'[data-kernel="{odd}"] .nbgpu-Kernels-name').inner_text() == ODD, "a name is text"
+    assert panel.locator("img").count() == 0
     first, other = (panel.locator(f'[data-kernel="{one}"]') for one in (lab.kernels[0], "other"))
     first.get_by_text(re.compile(r"Python 3 \(ipykernel\) · (busy|idle for \d+ (s|min))")).wait_for()
     other.get_by_text("Terminals and programs").wait_for()
