@@ -105,12 +105,12 @@ const statusPlugin: JupyterFrontEndPlugin<void> = {
   id: 'nbgpu-lab:status',
   description: 'GPU memory and compute of the slice in the status bar.',
   autoStart: true,
-  requires: [ISliceModel, IStatusBar],
-  optional: [ITranslator],
+  requires: [ISliceModel],
+  optional: [IStatusBar, ITranslator], // Notebook 7 has no status bar
   activate: (
     app: JupyterFrontEnd,
     model: ISliceModel,
-    statusBar: IStatusBar,
+    statusBar: IStatusBar | null,
     translator: ITranslator | null
   ) => {
     const trans = (translator ?? nullTranslator).load('nbgpu');
@@ -122,7 +122,7 @@ const statusPlugin: JupyterFrontEndPlugin<void> = {
     const activeStateChanged = new Signal<StatusItem, void>(item);
     const isActive = () => model.present && model.showStatus;
     onChange(model, isActive, () => activeStateChanged.emit());
-    statusBar.registerStatusItem('nbgpu-lab:status', {
+    statusBar?.registerStatusItem('nbgpu-lab:status', {
       item,
       align: 'left',
       rank: 3,
