@@ -252,8 +252,10 @@ def test_a_refusal_is_one_line(logged: list[logging.LogRecord], error: NbgpuErro
     gen_log.warning("%d %s: %s", 400, "POST /hub/api", error.message)
     assert [(one.levelname, one.getMessage()) for one in logged] == [(level, f"Not starting ada's server: {refused}")]
     assert logged[0].exc_info is None
+    silent = refusal(NbgpuError("", status=403), "grace")
     log.error("Failed to start the proxy: it is away.")  # the control: what is no refusal stays as it is
     assert logged[-1].levelname == "ERROR"
+    assert not silent.logged, "a refusal without words is the end of every text"
 
 
 # -- the hub's templates
