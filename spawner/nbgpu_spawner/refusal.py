@@ -87,7 +87,7 @@ def _refusal_in(record: logging.LogRecord) -> GPURefusal | None:
     if record.levelno >= logging.WARNING and _lately:
         text = record.getMessage()
         lately = (found for found in (one() for one in reversed(_lately)) if found is not None)
-        return next((one for one in lately if text.endswith(one.jupyterhub_message)), None)
+        return next((one for one in lately if one.jupyterhub_message and text.endswith(one.jupyterhub_message)), None)
     return None
 
 

@@ -151,6 +151,7 @@ def test_axe_finds_nothing(hub: Hub, enter: Callable[..., Page], calm_pool: Fake
     assert violations(page, without=HUBS_OWN) != [], "the control"
 
 
+@ONE_HUB
 def test_all_of_it_by_keyboard(hub: Hub, enter: Callable[..., Page], calm_pool: FakePool) -> None:
     calm_pool.full = calm_pool.small_free = True
     page = enter("ada")

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
+from jupyterhub.app import JupyterHub
 from tornado.log import gen_log
+from traitlets.config import Config
 
 from nbgpu.errors import InvalidValue, NbgpuError, Refused, Unavailable
 from nbgpu.models import Availability, Device, DeviceBooks, Grant, GrantState, Owner, Request
 from nbgpu.quantities import GIB
-from nbgpu_spawner import form, profiles, sizes, waiting
+from nbgpu_spawner import form, profiles, setup, sizes, waiting
 from nbgpu_spawner.options import Wish, wish_from
 from nbgpu_spawner.refusal import refusal
 
@@ -249,5 +252,28 @@ def test_a_refusal_is_one_line(logged: list[logging.LogRecord], error: NbgpuErro
     gen_log.warning("%d %s: %s", 400, "POST /hub/api", error.message)
     assert [(one.levelname, one.getMessage()) for one in logged] == [(level, f"Not starting ada's server: {refused}")]
     assert logged[0].exc_info is None
+    silent = refusal(NbgpuError("", status=403), "grace")
     log.error("Failed to start the proxy: it is away.")  # the control: what is no refusal stays as it is
     assert logged[-1].levelname == "ERROR"
+    assert not silent.logged, "a refusal without words is the end of every text"
+
+
+# -- the hub's templates
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["set before setup", "added to after setup"])
+def test_the_admins_own_templates_win(before: bool, tmp_path: Path) -> None:
+    c = Config()
+    if before:
+        c.JupyterHub.template_paths = ["/etc/ours"]
+    setup(c, embedded=False, runtime=tmp_path)
+    if not before:
+        c.JupyterHub.template_paths.extend(["/etc/ours"])
+    paths = [*JupyterHub(config=c).template_paths]
+    mine = next(path for path in paths if "nbgpu_spawner" in path)
+    assert (Path(mine) / "spawn_pending.html").is_file()
+    if before:
+        assert paths == ["/etc/ours", mine], "the hub adds its own as the last"
+    else:
+        assert paths[0] == mine, "before the hub's own"
+        assert "/etc/ours" in paths
