@@ -231,14 +231,9 @@ open('/run/nbgpu/slice/ctl', 'wb').write(ctl.replace(struct.pack('<Q', QUARTER),
 
 
 @pytest.mark.parametrize(
-    ("how", "kinds"),
-    [
-        pytest.param(MOVE, {"unlimited", "over-limit"}, id="gone"),
-        pytest.param(FORGE + "cp /run/gone/slice/use /run/nbgpu/slice/use", {"unlimited", "over-limit"}, id="forged"),
-        pytest.param(FORGE + "ln -s /run/gone/slice/use /run/nbgpu/slice/use", {"over-limit"}, id="honest"),
-    ],
+    "how", [pytest.param(MOVE, id="gone"), pytest.param(FORGE + "cp /run/gone/slice/use /run/nbgpu/slice/use", id="forged")]
 )
-def test_who_moves_the_slices_files_away_is_detected(node: Node, place: Place, how: str, kinds: set[str]) -> None:
+def test_who_moves_the_slices_files_away_is_detected(node: Node, place: Place, how: str) -> None:
     """Nobody renames a mount, but root in the container a directory above it; and what is then put there is the limiter's truth."""
     claim = place.claim(250)
     pod = place.pod(claim)
@@ -248,7 +243,8 @@ def test_who_moves_the_slices_files_away_is_detected(node: Node, place: Place, h
     place.exec(pod, "env", f"PROGRAM={program}", "sh", "-c", 'python3 -c "$PROGRAM" > /tmp/out 2>/tmp/err &')
     out = until("the evader", lambda: place.exec(pod, "sh", "-c", "cat /tmp/out /tmp/err", check=False).strip(), 15)
     assert json.loads(next(line for line in out.splitlines() if line.startswith("[")))[1] == 0, out  # it has it: not prevented
-    until("the watchdog", lambda: [one for one in node.events(place.slice_id(claim)) if one["kind"] in kinds], 10)
+    found = ("unlimited", "over-limit")
+    until("the watchdog", lambda: [one for one in node.events(place.slice_id(claim)) if one["kind"] in found], 10)
     place.delete(pod)
     until("the slice to end", lambda: not node.slices())
 

@@ -158,6 +158,14 @@ def pod(**metadata: Any) -> Json:
     return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": f"p-{uuid.uuid4().hex[:8]}", **metadata}, "spec": spec}
 
 
+def extended(place: str = "containers") -> Json:
+    """Return a pod that asks for a GPU as one asks for CPU."""
+    found = pod()
+    resources = {"limits": {"deviceclass.resource.kubernetes.io/gpu.nbgpu.io": "1"}}
+    found["spec"][place] = [{**found["spec"]["containers"][0], "name": "other", "resources": resources}]
+    return found
+
+
 def using(name: str) -> Json:
     """Return a pod that uses a claim."""
     found = pod()
@@ -198,7 +206,7 @@ class TestOnlyThePool:
         ("pod", pod(labels={"nbgpu.io/slice": REQUEST})), ("pod", pod(annotations={"nbgpu.io/request-id": REQUEST})),
         ("pod", using(f"nbgpu-{REQUEST}")), ("pod", marked(pod(), value="")), ("claim", marked(other_class(claim()), value="")),
         ("claim", named(f"nbgpu-{REQUEST}", other_class(claim()))), ("claim", named(f"nbgpu-{REQUEST}-move", other_class(claim()))),
-        ("claim", ends_the_scheduler(other_class(claim()))),
+        ("claim", ends_the_scheduler(other_class(claim()))), ("pod", extended()), ("pod", extended("initContainers")),
         ("pod", pod(annotations={"cdi.k8s.io/mine": f"gpu.nbgpu.io/slice={REQUEST}-0"})),
     )  # fmt: skip
 
@@ -315,7 +323,14 @@ class TestForeignClaims:
 
     @pytest.mark.parametrize(
         ("kind", "thing"),
-        [("claim", claim()), ("claim", by_list()), ("claim", claim("strict")), ("template", template()), ("pod", using("mine"))],
+        [
+            ("claim", claim()),
+            ("claim", by_list()),
+            ("claim", claim("strict")),
+            ("template", template()),
+            ("pod", using("mine")),
+            ("pod", extended()),
+        ],
     )
     def test_allowed(self, open: Place, kind: str, thing: Json) -> None:
         assert open.make("editor", kind, thing) == (201, "")
