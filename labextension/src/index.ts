@@ -111,7 +111,7 @@ const statusPlugin: JupyterFrontEndPlugin<void> = {
   description: 'GPU memory and compute of the slice in the status bar.',
   autoStart: true,
   requires: [ISliceModel],
-  optional: [IStatusBar, ITranslator], // Notebook 7 has no status bar
+  optional: [IStatusBar, ITranslator],
   activate: (
     app: JupyterFrontEnd,
     model: ISliceModel,
@@ -130,7 +130,7 @@ const statusPlugin: JupyterFrontEndPlugin<void> = {
     const activeStateChanged = new Signal<StatusItem, void>(item);
     const isActive = () => model.present && model.showStatus;
     onChange(model, isActive, () => activeStateChanged.emit());
-    statusBar?.registerStatusItem('nbgpu-lab:status', {
+    statusBar.registerStatusItem('nbgpu-lab:status', {
       item,
       align: 'left',
       rank: 3,
