@@ -210,45 +210,6 @@ def test_who_hides_the_limiter_in_a_user_namespace_is_detected(node: Node, place
     assert "limiter" in found[0]["message"]
 
 
-MOVE = """
-set -e
-mv /run/nbgpu /run/gone
-mkdir -p /run/nbgpu/slice
-ln -s /run/gone/sim /run/nbgpu/sim
-"""
-FORGE = (
-    MOVE
-    + """
-cp -r /run/gone/lib /run/nbgpu/lib
-cp /run/gone/slice/slice.json /run/nbgpu/slice/
-python3 -S -c "
-import struct
-ctl = open('/run/gone/slice/ctl', 'rb').read()
-open('/run/nbgpu/slice/ctl', 'wb').write(ctl.replace(struct.pack('<Q', QUARTER), struct.pack('<Q', 80 << 30)))
-"
-"""
-)
-
-
-@pytest.mark.parametrize(
-    "how", [pytest.param(MOVE, id="gone"), pytest.param(FORGE + "cp /run/gone/slice/use /run/nbgpu/slice/use", id="forged")]
-)
-def test_who_moves_the_slices_files_away_is_detected(node: Node, place: Place, how: str) -> None:
-    """Nobody renames a mount, but root in the container a directory above it; and what is then put there is the limiter's truth."""
-    claim = place.claim(250)
-    pod = place.pod(claim)
-    place.wait_running(pod)
-    place.exec(pod, "sh", "-c", how.replace("QUARTER", str(QUARTER)))
-    program = f"{CUDA}context(0)\nprint(json.dumps([info()[1], take({QUARTER * 2})]), flush=True)\ntime.sleep(20)"
-    place.exec(pod, "env", f"PROGRAM={program}", "sh", "-c", 'python3 -c "$PROGRAM" > /tmp/out 2>/tmp/err &')
-    out = until("the evader", lambda: place.exec(pod, "sh", "-c", "cat /tmp/out /tmp/err", check=False).strip(), 15)
-    assert json.loads(next(line for line in out.splitlines() if line.startswith("[")))[1] == 0, out  # it has it: not prevented
-    found = ("unlimited", "over-limit")
-    until("the watchdog", lambda: [one for one in node.events(place.slice_id(claim)) if one["kind"] in found], 10)
-    place.delete(pod)
-    until("the slice to end", lambda: not node.slices())
-
-
 def test_restricted_pods_are_admitted_with_a_claim(node: Node) -> None:
     place = Place(node, {"pod-security.kubernetes.io/enforce": "restricted"}).start()
     try:
