@@ -47,7 +47,10 @@ export function LimitForm(props: ILimitFormProps): JSX.Element {
   const [compute, setCompute] = React.useState(before.compute);
   const [error, setError] = React.useState('');
   const first = React.useRef<HTMLInputElement>(null);
-  React.useEffect(() => first.current?.focus(), []);
+  React.useEffect(() => {
+    first.current?.form?.scrollIntoView({ block: 'nearest' });
+    first.current?.focus();
+  }, []);
 
   const save = async (limit: IWrittenLimit): Promise<void> => {
     try {

@@ -303,7 +303,8 @@ def asked_in(page: Any, seconds: float) -> list[str]:
 
 
 def run_monitor(page: Any) -> Any:
-    """Run the cell that shows the monitor."""
+    """Run the cell that shows the monitor, once its kernel is there."""
+    page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for()
     page.locator(".jp-Notebook .jp-Cell .cm-content").first.click()
     page.keyboard.press("Control+Enter")
     monitor = page.locator(".nbgpu-monitor")

@@ -35,9 +35,10 @@ def tell(lab: Lab, kind: str, message: str, data: dict[str, int] | None = None, 
 
 
 def overlaps(page: Any, first: str, second: str) -> bool:
-    """Return whether two things cover each other."""
-    boxes = [page.locator(selector).first.bounding_box() for selector in (first, second)]
-    a, b = boxes
+    """Return whether two things cover each other, as far as what scrolls in the panel is in view."""
+    a, b, view = (page.locator(selector).first.bounding_box() for selector in (first, second, ".nbgpu-Panel-content"))
+    b["height"] = min(b["y"] + b["height"], view["y"] + view["height"]) - b["y"]
+    assert b["height"] > 0, "it is in view"
     apart_x = a["x"] + a["width"] <= b["x"] or b["x"] + b["width"] <= a["x"]
     return not (apart_x or a["y"] + a["height"] <= b["y"] or b["y"] + b["height"] <= a["y"])
 

@@ -80,7 +80,7 @@ def test_what_ada_sees_of_her_idle_notebook(lab: Server, place: Place, page: Any
     held.wait_for()
     before = held.inner_text().strip()
     panel, status = page.get_by_role("region", name="GPU slice"), page.locator(".nbgpu-Status-text")
-    told = panel.get_by_role("status")
+    told = panel.locator(".nbgpu-Panel-lent")
     assert told.inner_text() == "", "the control: nothing is said while she has her GPU"
 
     grace = place.start(place.whole_env, "nbgpu", "run", "--gpu", "1", "--", "sleep", "600")
