@@ -465,11 +465,11 @@ static uint64_t next_wake(const SchedDevice *d) {
 }
 
 /* A slice knows when its turn ends, stops by itself and rings when its work is done: that one wake is for both, unless it does not come.
- * Who was busy in its turn and is no more has nothing left to ring. A strict slice's turn ends on time, for by its bucket then is decided in
+ * Who has rung in its turn that nothing is outstanding has nothing left to ring. A strict slice's turn ends on time, for by its bucket then is decided in
  * which period it has the next. */
 uint64_t sched_wake_at(const SchedDevice *d) {
     const SchedSlice *owner = d->owner != SCHED_NOBODY && d->guest == SCHED_NOBODY ? &d->slice[d->owner] : NULL;
-    const bool rings = owner && !owner->strict && (owner->seen.busy || owner->fresh);
+    const bool rings = owner && !owner->strict && owner->quiet_since <= owner->open_since + SOON_NS; /* it is looked at as it begins */
     return rings && d->wake_at == owner->turn_end ? d->wake_at + LATE_NS : d->wake_at;
 }
 

@@ -230,7 +230,7 @@ FAULTS = {
         False,
         FIRST_SEED,
     ),
-    "waits for a ring from who has rung": ({"(owner->seen.busy || owner->fresh)": "true"}, {2}, True, REMEMBERED_RINGS[0]),
+    "waits for a ring from who has rung": ({"owner->quiet_since <= owner->open_since + SOON_NS;": "true;"}, {2}, True, REMEMBERED_RINGS[0]),
 }
 
 
