@@ -196,7 +196,10 @@ export class SliceModel implements ISliceModel {
     }
     for (const seconds of needed) {
       const asked = this._historyAsked.get(seconds) ?? 0;
-      if (this._holes.has(seconds) && Date.now() - asked > this._gapSeconds * 1000) {
+      if (
+        this._holes.has(seconds) &&
+        Date.now() - asked > this._gapSeconds * 1000
+      ) {
         this._holes.delete(seconds);
         return seconds;
       }

@@ -12,13 +12,7 @@ import { lentLong } from './lent';
 import { news } from './news';
 import { Resize } from './resize';
 import type { ISliceModel } from './tokens';
-import {
-  modeWords,
-  RANGES,
-  rangeName,
-  sliceName,
-  staleWords
-} from './words';
+import { modeWords, RANGES, rangeName, sliceName, staleWords } from './words';
 
 /** The side panel: the slice, its devices over time, its kernels and what happened. */
 export class SlicePanel extends ReactWidget {
