@@ -37,9 +37,11 @@ function Happened(
   return (
     <section aria-label={trans.__('What happened')}>
       <h3>{trans.__('What happened')}</h3>
-      {known.length === 0 && (
+      {found.length === 0 && (
         <p className="nbgpu-quiet">
-          {trans.__('Nothing yet that you should know of.')}
+          {known.length === 0
+            ? trans.__('Nothing yet that you should know of.')
+            : trans.__('The latest is below; nothing before it.')}
         </p>
       )}
       <ol className="nbgpu-Happened" reversed>
