@@ -3,6 +3,7 @@ import { closeIcon } from '@jupyterlab/ui-components';
 import * as React from 'react';
 
 import type { IDeviceUsage, IKernelUsage, IWrittenLimit } from './api';
+import { Field } from './field';
 import { formatMemory, formatPart } from './format';
 
 /** Limit a kernel, and where `keep` say so in its notebook too; rejects with words for the user. */
@@ -85,25 +86,19 @@ export function LimitForm(props: ILimitFormProps): JSX.Element {
       >
         <closeIcon.react tag="span" width="14px" />
       </button>
-      <label>
-        {trans.__('Memory limit')}
-        <input
-          ref={first}
-          className="jp-mod-styled"
-          value={memory}
-          placeholder={trans.__('such as 5 GiB or 1/2')}
-          onChange={event => setMemory(event.target.value)}
-        />
-      </label>
-      <label>
-        {trans.__('Compute limit')}
-        <input
-          className="jp-mod-styled"
-          value={compute}
-          placeholder={trans.__('such as 1/2 or 25 %')}
-          onChange={event => setCompute(event.target.value)}
-        />
-      </label>
+      <Field
+        label={trans.__('Memory limit')}
+        value={memory}
+        placeholder={trans.__('such as 5 GiB or 1/2')}
+        change={setMemory}
+        field={first}
+      />
+      <Field
+        label={trans.__('Compute limit')}
+        value={compute}
+        placeholder={trans.__('such as 1/2 or 25 %')}
+        change={setCompute}
+      />
       <p className="nbgpu-quiet">
         {trans.__('A fraction is of this slice. Empty: no limit of its own.')}
       </p>

@@ -3,6 +3,7 @@ import { editIcon } from '@jupyterlab/ui-components';
 import * as React from 'react';
 
 import type { IResizeAnswer, IUsage, IWrittenSize } from './api';
+import { Field } from './field';
 import { formatFraction } from './format';
 import { answerWords } from './words';
 
@@ -85,25 +86,19 @@ function ResizeForm(
       }}
       onKeyDown={event => event.key === 'Escape' && props.close()}
     >
-      <label>
-        {trans.__('Share of a GPU')}
-        <input
-          ref={first}
-          className="jp-mod-styled"
-          value={share}
-          placeholder={trans.__('such as 1/2 or 25 %')}
-          onChange={event => setShare(event.target.value)}
-        />
-      </label>
-      <label>
-        {trans.__('GPU memory')}
-        <input
-          className="jp-mod-styled"
-          value={memory}
-          placeholder={trans.__('of that share')}
-          onChange={event => setMemory(event.target.value)}
-        />
-      </label>
+      <Field
+        label={trans.__('Share of a GPU')}
+        value={share}
+        placeholder={trans.__('such as 1/2 or 25 %')}
+        change={setShare}
+        field={first}
+      />
+      <Field
+        label={trans.__('GPU memory')}
+        value={memory}
+        placeholder={trans.__('of that share')}
+        change={setMemory}
+      />
       <p className="nbgpu-quiet">
         {trans.__(
           'Notebooks go on. Those that hold more than a smaller slice has keep it and are given no more.'
