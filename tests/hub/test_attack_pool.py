@@ -48,6 +48,7 @@ READS = {
 CHANGES = {
     ("post", "/v1/requests"), ("post", "/v1/launches"), ("delete", "/v1/requests/{request_id}"),
     ("post", "/v1/requests/{request_id}/renew"), ("post", "/v1/requests/{request_id}/resize"),
+    ("post", "/v1/requests/{request_id}/replace"),
     ("post", "/v1/requests/{request_id}/prepare"), ("post", "/v1/requests/{request_id}/bind"), ("post", "/v1/release"),
 }  # fmt: skip
 
@@ -127,6 +128,7 @@ def body_of(path: str, hub: str, request_id: str) -> object:
         "/v1/launches": {"request": request},
         "/v1/release": {"owner": owner},
         "/v1/availability": {"owner": owner, "shapes": [{"compute_milli": 100}]},
+        "/v1/requests/{request_id}/replace": {**request, "request_id": uuid4().hex},
         "/v1/requests/{request_id}/prepare": {},
         "/v1/requests/{request_id}/bind": {"pid": 2**22},
         "/v1/requests/{request_id}/resize": {"compute_milli": 1000},
