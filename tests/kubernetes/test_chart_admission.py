@@ -25,6 +25,7 @@ REQUEST = "0123456789abcdef0123456789abcdef"
 CLASS = "/apis/resource.k8s.io/v1/deviceclasses/gpu.nbgpu.io"
 EDITOR = "ada@example.org"
 CONTROLLER = {"user": "system:serviceaccount:kube-system:resource-claim-controller", "groups": ["system:serviceaccounts:kube-system"]}
+GROUP = "resource.k8s.io"
 NOWHERE = {"nbgpu-test/nowhere": "true"}
 
 
@@ -247,8 +248,12 @@ class TestOnlyThePool:
         served = [one["version"] for one in strict.api.done("GET", "/apis/resource.k8s.io")["versions"]]
         kinds = {one: strict.api.done("GET", f"/apis/resource.k8s.io/{one}")["resources"] for one in served if one != "v1"}
         older = [version for version, found in kinds.items() if any(one["name"] == "resourceclaims" for one in found)]
-        if not older:
-            pytest.skip("this cluster serves claims only in resource.k8s.io/v1")
+        policies = strict.api.done("GET", "/apis/admissionregistration.k8s.io/v1/validatingadmissionpolicies")["items"]
+        looked_at = [one["spec"]["matchConstraints"] for one in policies if GROUP in json.dumps(one["spec"]["matchConstraints"])]
+        assert looked_at
+        for one in looked_at:  # with that policy an object of an older version is converted and looked at
+            assert one["matchPolicy"] == "Equivalent"
+            assert all(rule["apiVersions"] == ["v1"] for rule in one["resourceRules"] if GROUP in rule["apiGroups"])
         flat = {"name": "gpu", "deviceClassName": "gpu.nbgpu.io"}
         for version in older:
             asked = flat if version == "v1beta1" else claim()["spec"]["devices"]["requests"][0]
