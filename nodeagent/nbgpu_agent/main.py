@@ -268,6 +268,15 @@ def _problem(options: Options) -> str | None:
     return None
 
 
+def _driver(options: Options) -> tuple[Path | None, str]:
+    """Return NVML's library (None: as the loader finds it) and libcuda's name."""
+    if not options.kubernetes:
+        return None, "libcuda.so.1"
+    from .kube.gpus import agents_libraries
+
+    return agents_libraries()
+
+
 async def _make(options: Options, runtime: Path) -> tuple[Agent, Nvml]:
     """Return the agent of a runtime directory whose lock is held."""
     simulate = not driver_present() if options.simulate is None else options.simulate
@@ -281,14 +290,14 @@ async def _make(options: Options, runtime: Path) -> tuple[Agent, Nvml]:
     machine = find_machine(runtime, libraries, options.node if options.kubernetes else None) if simulate else None
     if machine is not None:
         os.environ["NBGPU_SIM_STATE"] = str(machine.state)
-    nvml = Nvml(machine.libraries / "libnvidia-ml.so.1" if machine else None)
+    nvml_library, cuda = (machine.libraries / "libnvidia-ml.so.1", str(machine.libraries / "libcuda.so.1")) if machine else _driver(options)
+    nvml = Nvml(nvml_library, simulate)
     if machine is not None and machine.state.exists() and machine.state.stat().st_uid == os.geteuid():
         machine.state.chmod(0o666)  # the simulated machine is everybody's, as a real one's device files are
     node = options.node or socket.gethostname()
     devices = nvml.devices(node, simulate, _reserve_bytes(options.reserve), options.devices)
     if not devices:
         raise StartError("The NVIDIA driver of this machine shows no GPU that answers. With --simulate nbgpu runs on simulated ones.")
-    cuda = str(machine.libraries / "libcuda.so.1") if machine else "libcuda.so.1"
     contexts = await context_bytes(nvml, devices, runtime, cuda)
     lacks = missing(nvml, devices, Cgroups())
     choice = choose(options.memory_backend, lacks)

@@ -89,16 +89,20 @@ class Nvml:
 
     Parameters
     ----------
-    simulated_library : Path or None
-        The simulated ``libnvidia-ml.so.1``; None = the machine's own.
+    library : Path or None
+        ``libnvidia-ml.so.1``; None = the one that the loader finds.
+    simulated : bool
+        It is the simulated driver's.
     """
 
-    def __init__(self, simulated_library: Path | None):
-        if simulated_library is not None:
+    def __init__(self, library: Path | None, simulated: bool = True):
+        if library is not None:
             # nvidia-ml-py opens "libnvidia-ml.so.1": the loader then finds this one, which has that name and is there already.
             try:
-                ctypes.CDLL(str(simulated_library), mode=ctypes.RTLD_GLOBAL)
+                ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
             except OSError as error:
+                if not simulated:
+                    raise StartError(f"The NVIDIA driver's {library} cannot be loaded: {error}.") from None
                 raise StartError(f"The simulated driver cannot be loaded: {error}. Build it again with `make setup`.") from None
         import pynvml  # pyright: ignore[reportMissingTypeStubs]
 
@@ -112,7 +116,7 @@ class Nvml:
             pynvml.nvmlInit()
             version: Any = pynvml.nvmlSystemGetDriverVersion()
         except pynvml.NVMLError as error:
-            if simulated_library is not None:
+            if library is not None and simulated:
                 state = os.environ.get("NBGPU_SIM_STATE", "")
                 remedy = "Another version of nbgpu has made it: name another file, or remove it once nothing uses it."
                 raise StartError(f"The simulated machine in {state} cannot be used ({error}). {remedy}") from None

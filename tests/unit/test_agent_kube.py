@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -158,6 +162,31 @@ def test_the_drivers_files_where_there_is_none(tmp_path: Path, driver: str) -> N
     assert mounts["/usr/lib64/libnvidia-ml.so.1"] == f"{prefix}/usr/lib/x86_64-linux-gnu/libnvidia-ml.so.565.57.01"
     assert f"{library}/libnvidia-nvvm.so.4" in mounts
     assert mounts["/usr/bin/nvidia-smi"] == f"{prefix}/usr/bin/nvidia-smi"
+
+
+@pytest.mark.parametrize("driver", ["", "run/nvidia/driver"])
+def test_an_agent_takes_the_nodes_libraries_where_its_container_has_none(tmp_path: Path, driver: str) -> None:
+    lib = host(tmp_path, driver) / driver / "usr/lib/x86_64-linux-gnu"
+    found = gpus.agents_libraries(tmp_path, loads=lambda _: False)
+    assert found == (lib / "libnvidia-ml.so.565.57.01", str(lib / "libcuda.so.565.57.01"))
+    assert gpus.agents_libraries(tmp_path, loads=lambda _: True) == (None, "libcuda.so.1"), "NVIDIA's runtime gave it some"
+    assert gpus.agents_libraries(tmp_path / "bare", loads=lambda _: False) == (None, "libcuda.so.1")
+
+
+def test_nvml_is_loaded_by_such_a_path(tmp_path: Path) -> None:
+    """The simulated driver's library in the place of a real one, under a name that no loader would look for."""
+    built = Path(gpus.__file__).parents[1] / "_lib" / "sim" / "libnvidia-ml.so.1"
+    library = tmp_path / "libnvidia-ml.so.565.57.01"
+    shutil.copy(built, library)
+    program = (
+        "import sys; from pathlib import Path; from nbgpu_agent.nvml import Nvml; print(Nvml(Path(sys.argv[1]), False).driver_version)"
+    )
+    env = {**os.environ, "NBGPU_SIM_STATE": str(tmp_path / "state"), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", program, str(library)], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("580"), done.stderr
+    library.write_text("no library")
+    done = subprocess.run([sys.executable, "-c", program, str(library)], env=env, capture_output=True, text=True, check=False)
+    assert "cannot be loaded" in done.stderr
 
 
 def test_no_way_to_give_a_gpu_is_said(tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ and all of NVIDIA's business is left to it. Elsewhere the device files and the d
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,6 +37,19 @@ PROGRAMS = ("usr/bin/nvidia-smi",)
 log = logging.getLogger("nbgpu.agent")
 
 
+HOST = Path("/proc/1/root")
+"""The node's root file system, as an agent with the host's pids sees it."""
+NVML, CUDA = "libnvidia-ml.so.1", "libcuda.so.1"
+
+
+def _loads(name: str) -> bool:
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return False
+    return True
+
+
 class NoDriverFiles(NbgpuError):
     """There is no way to give a container this GPU."""
 
@@ -56,7 +70,7 @@ class Gpus:
         The node's root file system as the agent sees it.
     """
 
-    def __init__(self, simulated: bool, directories: Sequence[Path] = (), host: Path = Path("/proc/1/root")):
+    def __init__(self, simulated: bool, directories: Sequence[Path] = (), host: Path = HOST):
         self._simulated = simulated
         self._directories = directories
         self._host = host
@@ -75,6 +89,22 @@ class Gpus:
         if theirs is not None:
             return (theirs,), {}
         return (), driver_edits(device, self._host)
+
+
+def agents_libraries(host: Path = HOST, loads: Callable[[str], bool] = _loads) -> tuple[Path | None, str]:
+    """Return (NVML's library, libcuda's name) for the agent itself: None and its own where NVIDIA's runtime has put them there.
+
+    Elsewhere they are the node's own files, which an agent with the host's pids sees.
+    """
+    if loads(NVML):
+        return None, CUDA
+    nvml, cuda = (_on_host(host, name.removesuffix("1")) for name in (NVML, CUDA))
+    return nvml, str(cuda) if cuda is not None else CUDA
+
+
+def _on_host(host: Path, prefix: str) -> Path | None:
+    directories = (host / root / directory for root in DRIVER_ROOTS for directory in LIBRARY_DIRS)
+    return next((found for directory in directories if (found := _versioned(directory, prefix)) is not None), None)
 
 
 def vendor_device(device: Device, directories: Sequence[Path]) -> str | None:
