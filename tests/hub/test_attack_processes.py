@@ -90,7 +90,7 @@ def test_a_process_whose_first_thread_ended_is_still_there(agent: AgentProcess, 
     pid = one.run(LEADER_GONE)
     since = time.time()
     try:
-        assert Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+        until(lambda: Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z", 1, "the end of its first thread")
         assert told(agent, last, "unlimited", mallory.id, since)["data"]["pid"] == pid
         one.close()
         agent.delete(mallory.id)

@@ -171,6 +171,7 @@ def test_all_of_it_by_keyboard(hub: Hub, enter: Callable[..., Page], calm_pool: 
     tab_to(page, "^Start$")
     page.keyboard.press("Enter")
     expect(line).to_contain_text("1st in line")
+    expect(page.locator(".nbgpu-smaller:visible")).to_be_visible()
     tab_to(page, "^Take 16.6 % of a GPU now$")
     calm_pool.small_free = False  # in this moment somebody else was faster
     page.keyboard.press("Enter")

@@ -172,10 +172,14 @@ def new_id() -> str:
     return uuid.uuid4().hex
 
 
-def served(place: Place, pool: Pool, user: str = "ada", **wish: object) -> str:
-    """Return the request of a pod that runs."""
+def served(place: Place, pool: Pool, user: str = "ada", *, soon: bool = False, **wish: object) -> str:
+    """Return the request of a pod that runs; `soon`: the room for it may still have to be published."""
     request = new_id()
-    pool.granted(request, user, **wish)
+    if soon:
+        assert pool.ask(request, user, **wish).status_code == 200
+        until(lambda: pool.state(request) == "reserved", why="for room")
+    else:
+        pool.granted(request, user, **wish)
     assert pool.bind(request).status_code == 200
     place.pod(request)
     until(lambda: place.phase(request) == "Running", why="for the pod")

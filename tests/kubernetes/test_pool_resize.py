@@ -68,7 +68,7 @@ def test_a_slice_shrinks_and_grows(place: Place, pool: Pool, agent: Agent) -> No
     assert pool.resize(request, memory_milli=250, compute_milli=250).status_code == 200
     settled(pool, request, 20, 250)
     assert place.consumed(request) == (40 * GIB, 500), "an allocated claim stays as it is"
-    other = served(place, pool, compute_milli=750)  # which the scheduler lets in by what is published now
+    other = served(place, pool, soon=True, compute_milli=750)  # which the scheduler lets in by what is published now
     refused = pool.resize(request, compute_milli=500)
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, "no-room")
     pool.give_back(other)
