@@ -70,9 +70,10 @@ class Line:
         """Ask what smaller share is free, if the last answer is old."""
         if time.monotonic() - self._looked < LOOK_SECONDS:
             return
-        self._looked, self._free = time.monotonic(), None
+        self._looked, free = time.monotonic(), None
         with suppress(NbgpuError, asyncio.TimeoutError):
-            self._free = await asyncio.wait_for(self._ask(pool), _ASK_SECONDS)
+            free = await asyncio.wait_for(self._ask(pool), _ASK_SECONDS)
+        self._free = free  # until then the last answer is shown
 
     async def _ask(self, pool: PoolClient) -> Free | None:
         request = self.grant.request

@@ -365,7 +365,7 @@ class GPUSliceMixin(_Spawner):
             line.grant = grant
             if self._gpu_progress.readers:
                 await line.look(self.pool)
-            self._gpu_progress.tell(*waiting.event(line.place(), self.gpu_url("leave"), self.gpu_url("smaller")))
+            self._tell_line(line)
             if time.monotonic() - start > wait_seconds:
                 raise Unavailable(waiting.no_room(wish, wait_seconds, grant), code="no-room")
             with suppress(asyncio.TimeoutError):
@@ -425,11 +425,15 @@ class GPUSliceMixin(_Spawner):
         """Let the next start of this server begin with what is granted to it already."""
         self._gpu_given, self._gpu_request_id, self._gpu_bound = granted, granted.request_id, False
 
+    def _tell_line(self, line: Line) -> None:
+        self._gpu_progress.tell(*waiting.event(line.place(), self.gpu_url("leave"), self.gpu_url("smaller")))
+
     async def gpu_queue_page(self, token: str) -> str:
         """Return the queue page's part of the hub's page."""
         line = self._gpu_line
         if line is not None:
             await line.look(self.pool)
+            self._tell_line(line)  # the page's script reads all events: the last one says what the page says
         return waiting.page(line.place() if line is not None else None, self.gpu_url("leave"), self.gpu_url("smaller"), token)
 
     @property
