@@ -103,8 +103,7 @@ def agents_libraries(host: Path = HOST, loads: Callable[[str], bool] = _loads) -
 
 
 def _on_host(host: Path, prefix: str) -> Path | None:
-    directories = (host / root / directory for root in DRIVER_ROOTS for directory in LIBRARY_DIRS)
-    return next((found for directory in directories if (found := _versioned(directory, prefix)) is not None), None)
+    return next((found for root in DRIVER_ROOTS if (found := _library(host / root, prefix)) is not None), None)
 
 
 def vendor_device(device: Device, directories: Sequence[Path]) -> str | None:
@@ -168,7 +167,7 @@ def _minor(device: Device, host: Path) -> int:
 
 def _driver_mounts(host: Path, root: str) -> Iterator[Json]:
     for prefix in LIBRARIES:
-        found = next((path for directory in LIBRARY_DIRS if (path := _versioned(host / root / directory, prefix)) is not None), None)
+        found = _library(host / root, prefix)
         if found is None:
             continue
         source = f"/{found.relative_to(host)}"
@@ -178,6 +177,11 @@ def _driver_mounts(host: Path, root: str) -> Iterator[Json]:
     for name in PROGRAMS:
         if (host / root / name).is_file():
             yield bind(f"/{Path(root) / name}", f"/{name}")
+
+
+def _library(root: Path, prefix: str) -> Path | None:
+    """Return a library of the driver under a root, from the first directory that has it."""
+    return next((found for directory in LIBRARY_DIRS if (found := _versioned(root / directory, prefix)) is not None), None)
 
 
 def _versioned(directory: Path, prefix: str) -> Path | None:
