@@ -45,49 +45,50 @@ class AvailabilityHandler(APIHandler):
         self.write(json.dumps(state.as_json()))
 
 
-class LeaveHandler(BaseHandler):
-    """``POST /hub/nbgpu/leave?user=&server=``: end a start that waits for a GPU."""
+class QueueHandler(BaseHandler):
+    """What a button of the queue page posts to: for the server's user, or who may start and stop that user's servers."""
 
     @web.authenticated
     async def post(self) -> None:
-        """Leave, then go back to the start page."""
+        """Do it, then go to the page where that server is now."""
         user_name = self.get_argument("user", "", strip=False) or self.current_user.name  # pyright: ignore[reportOptionalMemberAccess]
-        await self._leave(user_name=user_name, server_name=self.get_argument("server", "", strip=False))
+        await self._for(user_name=user_name, server_name=self.get_argument("server", "", strip=False))
 
     @needs_scope("servers")
-    async def _leave(self, user_name: str, server_name: str) -> None:
+    async def _for(self, user_name: str, server_name: str) -> None:
         user = self.find_user(user_name)
         if user is None or server_name not in user.spawners:
             raise web.HTTPError(404, "No such server")
-        spawner: Any = user.spawners[server_name]
-        if isinstance(spawner, GPUSliceMixin) and spawner.leave_gpu_queue() and spawner._spawn_future:
-            await asyncio.wait([spawner._spawn_future], timeout=5)
-        page = "spawn" if not spawner.active else "spawn-pending"
+        page = await self.act(user, server_name, user.spawners[server_name])
         self.redirect(url_path_join(self.hub.base_url, page, user.escaped_name, url_escape_path(server_name)))
 
+    async def act(self, user: Any, server_name: str, spawner: Any) -> str:
+        """Do what the button says; return the hub's page to go to."""
+        raise NotImplementedError
 
-class SmallerHandler(BaseHandler):
+
+class LeaveHandler(QueueHandler):
+    """``POST /hub/nbgpu/leave?user=&server=``: end a start that waits for a GPU."""
+
+    async def act(self, user: Any, server_name: str, spawner: Any) -> str:
+        """Leave, then go back to the start page."""
+        if isinstance(spawner, GPUSliceMixin) and spawner.leave_gpu_queue() and spawner._spawn_future:
+            await asyncio.wait([spawner._spawn_future], timeout=5)
+        return "spawn" if not spawner.active else "spawn-pending"
+
+
+class SmallerHandler(QueueHandler):
     """``POST /hub/nbgpu/smaller?user=&server=`` with ``choice``: start with a smaller share, in place of what is waited for."""
 
-    @web.authenticated
-    async def post(self) -> None:
+    async def act(self, user: Any, server_name: str, spawner: Any) -> str:
         """Take it, then go to the page of the start that waits on or begins."""
-        user_name = self.get_argument("user", "", strip=False) or self.current_user.name  # pyright: ignore[reportOptionalMemberAccess]
-        await self._take(user_name=user_name, server_name=self.get_argument("server", "", strip=False))
-
-    @needs_scope("servers")
-    async def _take(self, user_name: str, server_name: str) -> None:
-        user = self.find_user(user_name)
-        if user is None or server_name not in user.spawners:
-            raise web.HTTPError(404, "No such server")
         options = options_of(self.get_body_argument("choice", ""))
         if options is None:
             raise web.HTTPError(400, "choice must be a JSON object of option names and values")
-        spawner: Any = user.spawners[server_name]
         if isinstance(spawner, GPUSliceMixin):
             with suppress(NbgpuError):  # its page says why; it waits on
                 await self._start_instead(user, server_name, options, await spawner.take_instead(options), spawner)
-        self.redirect(url_path_join(self.hub.base_url, "spawn-pending", user.escaped_name, url_escape_path(server_name)))
+        return "spawn-pending"
 
     async def _start_instead(self, user: Any, server_name: str, options: dict[str, Any], granted: Request, waiting: Any) -> None:
         """End the start that waited and begin the one that has its share; a share that no start gets goes back to the pool."""
