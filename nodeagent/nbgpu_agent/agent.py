@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import time
@@ -18,7 +17,7 @@ from . import procs, slicedir
 from .backend import DriverLimits
 from .books import Conflict, check_fits, check_kernel_limit, check_slice, resized
 from .cgroups import Cgroups
-from .events import EventLog, Signal, first_id
+from .events import Changes, EventLog
 from .live import LiveSlice
 from .native import Native, UseRow
 from .parking import Parking
@@ -33,6 +32,8 @@ from .turns import Turns
 log = logging.getLogger("nbgpu.agent")
 GATHER_SECONDS = 0.03
 """Changes within so long after the first are one answer to those who wait for changes."""
+ANSWERED_SECONDS = 0.3
+"""The same for changes whose cause has had its answer: a start is two of them, and telling it anew would only slow it down."""
 
 
 class NoSuchSlice(NbgpuError):
@@ -95,8 +96,7 @@ class Agent:
         self.actions: dict[tuple[str, str], int] = {}
         """What the watchdog did, by the kind of finding and what was done."""
         self._old_cgroups: list[Path] = []
-        self.generation = first_id()
-        self.changed = Signal()
+        self.changed = Changes()
         self.on_slice_added: Callable[[LiveSlice], None] = lambda _: None
         self.on_slice_ended: Callable[[LiveSlice], None] = lambda _: None
         self.last_look: Callable[[LiveSlice], None] = lambda _: None
@@ -188,7 +188,7 @@ class Agent:
         record = Record(slice=wanted, uid=uid, state="prepared", created=time.time(), boot_id=procs.boot_id(), claim=claim)
         live = self._start(directory, record)
         slicedir.write_record(directory, live.record)
-        self.touch()
+        self.touch(ANSWERED_SECONDS)
         parts = ", ".join(f"GPU {d.index}: {format_memory(d.memory_bytes)}, {d.compute_milli} milli-GPU" for d in wanted.devices)
         log.info("prepared slice=%s owner=%s: %s, %s", live.id, live.owner, parts, wanted.mode)
         return self.launch(live)
@@ -212,7 +212,7 @@ class Agent:
         live = self.find(slice_id)
         if live.adopt(pid):
             log.info("adopted slice=%s owner=%s: process %d", live.id, live.owner, pid)
-            self.touch()
+            self.touch(ANSWERED_SECONDS)
             self.end_if_over(live)
         return live.as_model() if live.id in self.slices else self._ended_model(live)
 
@@ -278,10 +278,9 @@ class Agent:
         """Remove the cgroups of slices that ended, as soon as their last zombie is gone."""
         self._old_cgroups = [path for path in self._old_cgroups if not self.cgroups.remove(path)]
 
-    def touch(self) -> None:
-        """Something about the slices has changed: raise the generation, wake those who wait for it."""
-        self.generation += 1
-        self.changed.fire()
+    def touch(self, within_seconds: float = GATHER_SECONDS) -> None:
+        """Something about the slices has changed: those who wait for that hear of it within so long."""
+        self.changed.note(within_seconds)
 
     # ---- limits
 
@@ -401,17 +400,9 @@ class Agent:
 
     async def list_slices(self, after: int, wait_seconds: float) -> AgentSlices:
         """Return all slices, once the generation is above `after`, at the latest after `wait_seconds`."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + wait_seconds
-        if self.generation <= after and wait_seconds:
-            while self.generation <= after and (left := deadline - loop.time()) > 0:
-                if not await self.changed.wait(left):
-                    break
-            else:
-                # what changes together is told together: answers cost more than changes
-                await asyncio.sleep(min(GATHER_SECONDS, max(0.0, deadline - loop.time())))
+        await self.changed.above(after, wait_seconds)
         slices = [live.as_model().model_copy(update={"idle": self.parking.model(live)}) for live in list(self.slices.values())]
-        return AgentSlices(generation=self.generation, slices=slices, devices=list(self.devices.values()))
+        return AgentSlices(generation=self.changed.generation, slices=slices, devices=list(self.devices.values()))
 
     def set_healthy(self, uuid: str, healthy: bool) -> None:
         """Note whether a device answers."""

@@ -59,6 +59,35 @@ def first_id() -> int:
     return int(time.time() * 1000)
 
 
+class Changes(Signal):
+    """Counts changes, and tells those who wait for more of them; what changes close together is told together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generation = first_id()
+        self._tell_at = 0.0
+        """When the latest change is told, by `time.monotonic`."""
+
+    def note(self, within_seconds: float) -> None:
+        """Something has changed, which those who wait shall hear of within so long."""
+        self.generation += 1
+        now = time.monotonic()
+        self._tell_at = now + within_seconds if self._tell_at <= now else min(self._tell_at, now + within_seconds)
+        self.fire()
+
+    async def above(self, generation: int, seconds: float) -> None:
+        """Wait until there are changes above `generation` and it is time to tell them, at most so long. Older ones are told at once."""
+        if self.generation > generation:
+            return
+        deadline = time.monotonic() + seconds
+        while (now := time.monotonic()) < deadline:
+            changed = self.generation > generation
+            if changed and self._tell_at <= now:
+                return
+            if not await self.wait((min(deadline, self._tell_at) if changed else deadline) - now):
+                return
+
+
 @dataclass
 class Flow:
     """How many events of one kind a slice may still make."""

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -60,7 +61,6 @@ class LiveSlice:
         self._cgroups = cgroups
         self._on_exit = on_exit
         self.ctl = CtlFile(directory)
-        self._mount_device = procs.device_of_mount(self.ctl.fd)
         fd = slicedir.open_use(directory)
         if fd is None:
             if record.state != "prepared":
@@ -93,6 +93,11 @@ class LiveSlice:
             self._watch(Process(root.pid, root.start_time))
         if record.roots:
             self.gather()  # an agent that was killed may have left them on the way
+
+    @cached_property
+    def _mount(self) -> str:
+        """Which file system its files are on, as lists of mounts tell it."""
+        return procs.device_of_mount(self.ctl.fd)
 
     @property
     def slice(self) -> Slice:
@@ -260,7 +265,7 @@ class LiveSlice:
 
         By the kernel's list of its mounts: a look at the path could end in a file system that the tenant serves, and never return.
         """
-        wanted = self._mount_device, self.directory.name
+        wanted = self._mount, self.directory.name
         return any((mount.device, Path(mount.root).name) == wanted for mount in procs.mounts(pid, CONTAINER_DIR))
 
     def over(self) -> bool:

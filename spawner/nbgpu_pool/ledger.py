@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-import httpx
-from pydantic import ValidationError
+import httpcore
 
 from nbgpu.errors import InvalidValue, NbgpuError, Unavailable
 from nbgpu.models import AgentSlice, AgentSlices, Idle, Launch, Slice
@@ -20,6 +20,7 @@ CALL_SECONDS = 10.0
 POLL_SECONDS = 10
 RETRY_SECONDS = 0.2
 RETRY_MOST_SECONDS = 2.0
+_AWAY = httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError
 
 
 class LedgerRefused(NbgpuError):
@@ -136,24 +137,18 @@ class AgentLedger:
     def __init__(self, socket: Path):
         self.who = "The GPU node"
         self._socket = socket
-        self._calls = self._client(CALL_SECONDS)
-        self._polls = self._client(POLL_SECONDS + CALL_SECONDS)
-
-    def _client(self, timeout: float) -> httpx.AsyncClient:
-        # no certificates and no proxies for a Unix socket: reading them takes longer than all the rest of the start
-        transport = httpx.AsyncHTTPTransport(uds=str(self._socket), verify=False)
-        return httpx.AsyncClient(transport=transport, base_url="http://agent", timeout=timeout, verify=False, trust_env=False)
+        # what httpx stands on, and all that a Unix socket needs: with httpx above it a call costs twice as much, and every start has two
+        self._agent = httpcore.AsyncConnectionPool(max_connections=100, max_keepalive_connections=20, uds=str(socket))
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._calls.aclose()
-        await self._polls.aclose()
+        await self._agent.aclose()
 
     async def prepare(self, wanted: Slice, uid: int | None) -> Launch:
         """`PUT /v1/slices/{slice_id}`."""
         answer = await self._ask("PUT", f"/v1/slices/{wanted.slice_id}", {"slice": wanted.model_dump(mode="json"), "uid": uid})
-        if answer.status_code >= 400:
-            raise LedgerRefused(_words(answer), status=409 if answer.status_code == 409 else 503)
+        if answer.status >= 400:
+            raise LedgerRefused(_words(answer), status=409 if answer.status == 409 else 503)
         return Launch.model_validate_json(answer.content)
 
     async def adopt(self, slice_id: str, pid: int | None) -> None:
@@ -161,15 +156,15 @@ class AgentLedger:
         if pid is None:
             raise InvalidValue("pid", None, "the id of the server's process: on one machine a slice is carried by a process")
         answer = await self._ask("POST", f"/v1/slices/{slice_id}/processes", {"pid": pid})
-        if answer.status_code >= 400:
-            raise NbgpuError(_words(answer), code="bind-failed", status=400 if answer.status_code < 404 else 409)
+        if answer.status >= 400:
+            raise NbgpuError(_words(answer), code="bind-failed", status=400 if answer.status < 404 else 409)
 
     async def release(self, slice_id: str) -> bool:
         """`DELETE /v1/slices/{slice_id}`."""
         answer = await self._ask("DELETE", f"/v1/slices/{slice_id}")
-        if answer.status_code >= 400:
+        if answer.status >= 400:
             raise Unavailable(_words(answer))
-        return bool(answer.json()["gone"])
+        return bool(json.loads(answer.content)["gone"])
 
     async def resize(self, wanted: Slice) -> None:
         """`PATCH /v1/slices/{slice_id}`."""
@@ -178,19 +173,19 @@ class AgentLedger:
             raise LedgerRefused("The agent takes the same limits on each of a slice's GPUs, and these GPUs differ.", status=409)
         limits = {"memory_bytes": first.memory_bytes, "compute_milli": first.compute_milli, "mode": wanted.mode}
         answer = await self._ask("PATCH", f"/v1/slices/{wanted.slice_id}", limits)
-        if answer.status_code >= 400:
-            raise LedgerRefused(_words(answer), status=409 if answer.status_code in (404, 409) else 503)
+        if answer.status >= 400:
+            raise LedgerRefused(_words(answer), status=409 if answer.status in (404, 409) else 503)
 
     async def park(self, slice_id: str, idle_seconds: float) -> None:
         """`POST /v1/slices/{slice_id}/park`."""
         answer = await self._ask("POST", f"/v1/slices/{slice_id}/park", {"idle_seconds": idle_seconds})
-        if answer.status_code >= 400:
+        if answer.status >= 400:
             raise LedgerRefused(_words(answer), status=409)
 
     async def restore(self, slice_id: str) -> None:
         """`POST /v1/slices/{slice_id}/restore`."""
         answer = await self._ask("POST", f"/v1/slices/{slice_id}/restore")
-        if answer.status_code >= 400:
+        if answer.status >= 400:
             raise LedgerRefused(_words(answer), status=409)
 
     async def move(self, old: Slice, new: Slice) -> None:
@@ -204,12 +199,13 @@ class AgentLedger:
         while True:
             begun = mark()
             try:
-                params = {} if after is None else {"after": after, "wait_seconds": POLL_SECONDS}
-                answer = await self._polls.get("/v1/slices", params=params)
-                answer.raise_for_status()
+                query = "" if after is None else f"?after={after}&wait_seconds={POLL_SECONDS}"
+                answer = await self._request("GET", f"/v1/slices{query}", None, POLL_SECONDS + CALL_SECONDS)
+                if answer.status >= 400:
+                    raise Unavailable(_words(answer))
                 found = AgentSlices.model_validate_json(answer.content)
-            except (httpx.HTTPError, ValidationError, ValueError, Unavailable) as error:
-                yield Unavailable(f"The node agent does not answer: {error or type(error).__name__}")
+            except (*_AWAY, ValueError, Unavailable) as error:
+                yield Unavailable(f"The node agent does not answer: {str(error) or type(error).__name__}")
                 after = None
                 await asyncio.sleep(pause)
                 pause = min(pause * 1.5, RETRY_MOST_SECONDS)
@@ -222,11 +218,17 @@ class AgentLedger:
             if fresh():
                 after = None
 
-    async def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+    async def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpcore.Response:
         try:
-            return await self._calls.request(method, path, json=body)
-        except httpx.HTTPError as error:
+            return await self._request(method, path, body, CALL_SECONDS)
+        except _AWAY as error:
             raise Unavailable("The GPU node does not answer at the moment; try again in a few seconds.", code="agent-away") from error
+
+    async def _request(self, method: str, path: str, body: dict[str, Any] | None, seconds: float) -> httpcore.Response:
+        content = b"" if body is None else json.dumps(body).encode()
+        headers: dict[bytes | str, bytes | str] = {"Host": "agent", "Content-Type": "application/json", "Content-Length": str(len(content))}
+        timeout = dict.fromkeys(("connect", "read", "write", "pool"), seconds)
+        return await self._agent.request(method, f"http://agent{path}", headers=headers, content=content, extensions={"timeout": timeout})
 
 
 def _seen(one: AgentSlice, now: float) -> Seen:
@@ -242,8 +244,8 @@ def _seen(one: AgentSlice, now: float) -> Seen:
     )
 
 
-def _words(answer: httpx.Response) -> str:
+def _words(answer: httpcore.Response) -> str:
     try:
-        return str(answer.json()["error"]["message"])
+        return str(json.loads(answer.content)["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        return f"the node agent answered {answer.status_code}"
+        return f"the node agent answered {answer.status}"

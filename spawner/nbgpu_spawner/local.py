@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pwd
 import shutil
@@ -90,8 +91,7 @@ class LocalGPUMixin(GPUSliceMixin):
             with self._held_back() as let_go:
                 where = await maybe_future(super().start())
                 await self.gpu_started()
-                self._save_address(where)
-                await self.bind_slice(self.gpu_server_pid())
+                await asyncio.gather(self.bind_slice(self.gpu_server_pid()), self._save_address(where))
                 let_go()
         except BaseException as error:
             # once the server lives, the hub stops it first: `run_post_stop_hook` releases then
@@ -129,8 +129,9 @@ class LocalGPUMixin(GPUSliceMixin):
             os.close(read_end)
             os.close(write_end)
 
-    def _save_address(self, where: Any) -> None:
+    async def _save_address(self, where: Any) -> None:
         """Let a hub that is killed from here on find the server again."""
+        await asyncio.sleep(0.001)  # saving holds this loop up: first the pool is asked
         if self.server is not None and isinstance(where, tuple):
             self.server.ip, self.server.port = where
         self.save_early_state()

@@ -250,7 +250,7 @@ import nbgpu_spawner.local as local
 if __import__("os").path.exists({flag!r}):  # the control: without what holds a server back
     import contextlib
     local.LocalGPUMixin._held_back = lambda self: contextlib.nullcontext(lambda: None)
-def save(self, where):
+async def save(self, where):
     open({there!r}, "w").write(str(self.pid))
     __import__("time").sleep(60)
 local.LocalGPUMixin._save_address = save
