@@ -128,7 +128,9 @@ def ask_for_size(page: Page, share: str) -> None:
 
 def size_granted(page: Page, share: str, memory: str) -> None:
     """Wait until the panel says that the slice got this size, and the status bar shows it."""
-    expect(page.locator("#nbgpu-panel .nbgpu-Resize").get_by_role("status")).to_contain_text(f"Granted: {share} GPU with {memory} of memory.")
+    expect(page.locator("#nbgpu-panel .nbgpu-Resize").get_by_role("status")).to_contain_text(
+        f"Granted: {share} GPU with {memory} of memory."
+    )
     expect(page.locator(".nbgpu-Status")).to_contain_text(f"of {memory}", timeout=10 * SECOND)
 
 
