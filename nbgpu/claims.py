@@ -217,17 +217,22 @@ def parse_quantity(value: object) -> int:
         return value
     if isinstance(value, str) and len(value) < 19 and value.isascii() and value.isdecimal():
         return int(value)  # as the pool writes them
+    return int(exact_quantity(value).to_integral_value(rounding="ROUND_CEILING"))
+
+
+def exact_quantity(value: object) -> Decimal:
+    """Return a quantity of Kubernetes (``"20Gi"``, ``"250m"``) as it is; ValueError when it is none, or is too large."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return Decimal(value)
     match = _QUANTITY.match(value) if isinstance(value, str) and len(value) <= 40 else None
     if match is None:
         raise ValueError(f"{value!r} is not a quantity")
     try:
         exact = Decimal(match[1]) * _SUFFIX.get(match[2] or "", Decimal(1))
-        return int(exact.to_integral_value(rounding="ROUND_CEILING")) if abs(exact) < 2**63 else _too_large(value)
+        if abs(exact) < 2**63:
+            return exact
     except InvalidOperation:
         raise ValueError(f"{value!r} is not a quantity") from None
-
-
-def _too_large(value: object) -> int:
     raise ValueError(f"{value!r} is too large")
 
 

@@ -116,6 +116,29 @@ def kernel_row(page: Page, notebook: str) -> Locator:
     return page.locator("#nbgpu-panel tbody").filter(has_text=notebook)
 
 
+def ask_for_size(page: Page, share: str) -> None:
+    """Ask for another size of the slice in the panel, which is open; the answer is `size_granted`'s or `size_refused`'s to wait for."""
+    form = page.get_by_role("form", name="Size of this slice")
+    if not form.is_visible():
+        page.locator("#nbgpu-panel").get_by_role("button", name="Change the size of this slice").click()
+    page.wait_for_timeout(2200)  # who asks again within two seconds is told to wait
+    form.get_by_label("Share of a GPU").fill(share)
+    form.get_by_role("button", name="Ask for it").click()
+
+
+def size_granted(page: Page, share: str, memory: str) -> None:
+    """Wait until the panel says that the slice got this size, and the status bar shows it."""
+    expect(page.locator("#nbgpu-panel .nbgpu-Resize").get_by_role("status")).to_contain_text(
+        f"Granted: {share} GPU with {memory} of memory."
+    )
+    expect(page.locator(".nbgpu-Status")).to_contain_text(f"of {memory}", timeout=10 * SECOND)
+
+
+def size_refused(page: Page, words: str) -> None:
+    """Wait until the form, which stays open, says why the slice keeps its size."""
+    expect(page.get_by_role("form", name="Size of this slice").get_by_role("alert")).to_have_text(words)
+
+
 def without_notices(page: Page) -> None:
     """Wait until no notice covers the page: they close by themselves."""
     expect(page.locator(".Toastify__toast")).to_have_count(0)

@@ -13,6 +13,7 @@ from .estimate import Estimate
 from .idle import makes_room
 from .quotas import Holding
 from .shapes import by_model, want_of
+from .unusable import out_of_service
 
 
 def answer(core: Core, query: AvailabilityQuery, now: float) -> list[Availability]:
@@ -78,6 +79,9 @@ class _Looker:
             return Availability(state="wait", reason=words, wait_seconds=starts, memory=memory, compute_milli=compute)
         if found is not None:
             return Availability(state="free", reason="free now", memory=memory, compute_milli=compute)
+        off = None if ghost.holder else out_of_service(core.books, want)
+        if off is not None:
+            return Availability(state="wait", reason=off, memory=memory, compute_milli=compute)
         settings = core.settings
         if not ghost.holder and not self.waiting and makes_room(core.books, settings.idle, settings.policy, ghost, self.now):
             words = "in use, but an idle notebook may make room for you within a minute"

@@ -174,6 +174,8 @@ class Books:
     entries: dict[str, Entry] = field(default_factory=dict[str, Entry])
     less: dict[str, Part] = field(default_factory=dict[str, Part])
     """By device, as in `Snapshot`."""
+    unusable: Mapping[str, str] = field(default_factory=dict[str, str])
+    """As in `Snapshot`."""
     buckets: Buckets = field(default_factory=lambda: Buckets({}))
     kinds: list[Device] = field(default_factory=list[Device])
     """One device of each model and size."""

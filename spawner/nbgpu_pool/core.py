@@ -20,6 +20,7 @@ from .idle import note_of
 from .queue import hopeless
 from .shapes import Want, memory_field, too_small, want_of
 from .state import Effects, Seen, Settings, Snapshot
+from .unusable import out_of_service
 
 STARTING = "The pool is starting: rebuilding the books from what runs. Try again in a few seconds."
 ENDED_KEPT = 10_000
@@ -178,7 +179,7 @@ class Core(Held):
         """Return why no device could ever hold a request, in words."""
         models = sorted({device.model for device in self.books.devices.values()})
         if not models:
-            return "There is no GPU here."
+            return "No node offers a GPU at the moment. If that lasts, tell the admin: nbgpu's agent has to run on nodes with GPUs."
         if model is not None and model not in models:
             return f"No GPU here is a {model}; there are: {', '.join(models)}."
         if device_count > 1:
@@ -288,6 +289,7 @@ class Core(Held):
         if rebuilt or not self.ready or not self.connected:
             self._changed()
         self.ready = self.connected = True
+        self.books.unusable = snapshot.unusable
         slices = snapshot.slices
         if snapshot.known is not None:
             kept = {} if snapshot.whole else self._last
@@ -376,7 +378,7 @@ class Core(Held):
             return f"waits for {entry.holder}: what is held now must be given back first"
         if entry.slice_id == self.parking_for:
             return "an idle notebook is being moved off the GPU to make room for you; that takes some seconds"
-        return "all GPUs that could hold it are in use"
+        return out_of_service(self.books, entry.want) or "all GPUs that could hold it are in use"
 
     def ghost(self, owner: Owner, groups: list[str], shape: Shape) -> Request:
         """Return the request that `owner` would make for a shape."""

@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from nbgpu.claim_limits import LIMITS_ANNOTATION, Limit, Limits, limits_annotation
+from nbgpu.claim_mark import is_marked, mark_patch
 from nbgpu.claims import DRIVER, SLICE_LABEL, BadObject, claim_for, claim_name, move_note, read_claim
 from nbgpu.errors import NbgpuError, Unavailable
 from nbgpu.kube import ApiServerAway, Conflict, Expired, Json, Kube, KubeError, NotAllowed, NotFound, Rejected, path
@@ -21,6 +22,7 @@ from nbgpu.kube_events import Reporter, reference
 from nbgpu.kube_reflector import Key, Reflector
 from nbgpu.models import Launch, Slice
 
+from .agents import LABELS, Agents, keep_agent
 from .coming import Coming
 from .kube_view import ClaimInfo, NodeInfo, PodInfo, Published, View, about, keep_claim, keep_node, keep_pod, keep_published
 from .ledger import LedgerRefused
@@ -63,6 +65,8 @@ class KubeLedger:
         Groups of nodes that would be started where they are asked for.
     hubs : mapping, optional
         Those that the pool serves, with patterns of the namespaces of their servers; claims of others are told of. None: any.
+    agents_in : str
+        Namespace of the pods of agents, the pool's own; empty: nothing is known of them.
     """
 
     def __init__(
@@ -74,10 +78,12 @@ class KubeLedger:
         may_act: Callable[[], bool] = lambda: True,
         coming: Sequence[Coming] = (),
         hubs: Mapping[str, Sequence[str]] | None = None,
+        agents_in: str = "",
     ):
         self.kube = kube
         self.who = "The Kubernetes API server"
-        self._coming, self._hubs = coming, hubs
+        self._coming, self._hubs, self._agents_in = coming, hubs, agents_in
+        self.agents = Agents()
         self._key = key
         self._ttl = ttl_seconds
         self._may_act = may_act
@@ -127,6 +133,7 @@ class KubeLedger:
         self._claims = Reflector(kube, path(RESOURCE, "resourceclaims"), keep_claim(view), changed=claim, told=hear)
         self._pods = Reflector(kube, path("v1", "pods"), keep_pod, labels=SLICE_LABEL, changed=pod, told=hear)
         self._all: list[Reflector[Any]] = [self._published, self._nodes, self._claims, self._pods]
+        self._agents = Reflector(kube, path("v1", "pods", self._agents_in), keep_agent, labels=LABELS) if self._agents_in else None
 
     # -- the pool's calls --------------------------------------------------------------------------------------------
 
@@ -147,8 +154,21 @@ class KubeLedger:
         except KubeError as error:
             del self._where[wanted.slice_id]
             raise LedgerRefused(error.message) from error
-        self._claims.note(made)
+        self._claims.note(await self._marked(made))
         return NOTHING
+
+    async def _marked(self, made: Json) -> Json:
+        """Mark a claim as made for a grant of this pool, where it is not yet; return it as it is then."""
+        if is_marked(made, self._key):
+            return made
+        meta = made["metadata"]
+        try:
+            where = path(RESOURCE, "resourceclaims", meta["namespace"], meta["name"])
+            return await self.kube.patch(where, mark_patch(made, self._key), uid=meta["uid"])
+        except (Conflict, NotFound) as error:
+            raise ApiServerAway(f"ResourceClaim {meta['name']} was there and is gone again; try again.") from error
+        except (NotAllowed, Rejected) as error:
+            raise LedgerRefused(error.message) from error
 
     async def _met(self, wanted: Slice, error: Conflict) -> Json:
         """Return the claim that has the name already."""
@@ -266,6 +286,7 @@ class KubeLedger:
         found = await self._get(f"{claims}/{name}")
         there = self._ours(found) if found is not None else None
         if found is not None and there is not None and there.slice == new:
+            await self._marked(found)
             await self._drop_note(new)
             return
         if found is not None and (there is None or there.slice != old or _is_bound(found)):
@@ -303,7 +324,7 @@ class KubeLedger:
             made = await self.kube.create(claims, claim_for(new, self._key))
         except Conflict as error:
             raise ApiServerAway("There is a claim already; looking again.") from error
-        self._claims.note(made)
+        self._claims.note(await self._marked(made))
         await self._drop_note(new)
 
     async def _drop_note(self, new: Slice) -> None:
@@ -341,8 +362,9 @@ class KubeLedger:
         self._reset()
         keeper = asyncio.create_task(self._keep(), name="keeper")
         try:
-            for one in (self._published, self._nodes, self._pods):
-                one.start()
+            for one in (self._published, self._nodes, self._pods, self._agents):
+                if one is not None:
+                    one.start()
             told_away, whole = False, True
             while True:
                 self._changed.clear()
@@ -352,7 +374,7 @@ class KubeLedger:
                     begun = time.monotonic()
                     view = self.view
                     begin, ids = mark(), frozenset(view.seen)
-                    yield Snapshot(begin, view.devices(), view.touched(), view.less(), view.coming(), ids, whole)
+                    yield Snapshot(begin, view.devices(), view.touched(), view.less(), view.coming(), ids, whole, view.unusable())
                     whole = False
                     if not fresh():
                         await asyncio.sleep(max(GATHER_SECONDS, BUSY_SHARE * (time.monotonic() - begun)))
@@ -369,7 +391,8 @@ class KubeLedger:
                 await self._changed.wait()
         finally:
             keeper.cancel()
-            await asyncio.gather(keeper, *(one.stop() for one in self._all), return_exceptions=True)
+            followed = [*self._all, *([self._agents] if self._agents is not None else [])]
+            await asyncio.gather(keeper, *(one.stop() for one in followed), return_exceptions=True)
 
     def _problem(self) -> Unavailable | None:
         for one in self._all:
@@ -388,6 +411,7 @@ class KubeLedger:
             await asyncio.sleep(KEEPER_SECONDS)
             try:
                 if self._problem() is None and self._may_act():
+                    self._look_for_agents(time.monotonic())
                     self._tell_problems()
                     self._tell_lost(time.monotonic())
                     await self._own()
@@ -399,6 +423,16 @@ class KubeLedger:
                 log.info("keeping house waits: %s", error.message)
             except Exception:
                 log.exception("keeping house failed")
+
+    def _look_for_agents(self, now: float) -> None:
+        """See which nodes have no agent; while that cannot be followed, none is said to be away."""
+        if self._agents is None or not self._agents.ready:
+            return
+        nodes = {one.node for one in self.view.published.values()}
+        away = self.agents.away(self._agents.items.values(), nodes, now) if self._agents.away is None else frozenset[str]()
+        if self.view.agents_away(away):
+            log.warning("agents that do not run: %s", ", ".join(sorted(away)) or "none any more")
+            self._changed.set()
 
     def _tell_problems(self) -> None:
         for kind, metadata, words in self.view.problems():
@@ -440,6 +474,10 @@ class KubeLedger:
 
     async def _finish_move(self, slice_id: str, key: Key, note: ClaimInfo) -> None:
         if slice_id in self.view.ids:
+            found = await self._get(_claim_path(key[0], slice_id))
+            there = self._ours(found) if found is not None else None
+            if found is not None and there is not None and there.slice == note.moves_to:
+                await self._marked(found)  # the pool before this one made it, and came no further
             await self._delete(key, note.uid)
         elif note.moves_to is not None and self.view.seen[slice_id].state == "running":
             log.info("finishing the move of %s to node=%s", slice_id, note.moves_to.node)

@@ -98,6 +98,7 @@ class Replica:
             may_act=self.leader.leads,
             coming=[group.group() for group in config.coming],
             hubs=hubs_namespaces(config),
+            agents_in=self._namespace,
         )
         service = Service(ledger, config.settings())
         service.start()

@@ -40,6 +40,7 @@ from nbgpu.claims import (
     read_move,
 )
 from nbgpu.models import Device, Slice
+from nbgpu.own_claims import share_problem
 from nbgpu.quantities import WHOLE_MILLI
 
 from .coming import Coming, devices_to_come
@@ -215,6 +216,8 @@ class View:
         self._went = False
         """Devices are no longer published: those that nobody holds can be forgotten."""
         self._less: dict[str, Part] = {}
+        self._unusable: dict[str, str] = {}
+        self._agents_away: frozenset[str] = frozenset()
         self._resized: set[Key] = set()
         """Claims that hold more or less than kube-scheduler counts."""
         self._warned: set[Key] = set()
@@ -278,6 +281,18 @@ class View:
         self.devices()
         return self._less
 
+    def unusable(self) -> dict[str, str]:
+        """Return by device that is not healthy why, as in `Snapshot`."""
+        self.devices()
+        return self._unusable
+
+    def agents_away(self, nodes: frozenset[str]) -> bool:
+        """Take over which nodes have no agent that answers; return whether that is news."""
+        if nodes == self._agents_away:
+            return False
+        self._agents_away, self._devices = nodes, None
+        return True
+
     def coming(self) -> list[Device]:
         """Return the devices of nodes that would be started where they are asked for."""
         self.devices()
@@ -288,7 +303,7 @@ class View:
             self._forget_devices()
         barred = {held for key in self._unread for held in self.claims[key].holds}
         found: dict[str, Device] = {}
-        self._less, self._doubles = {}, []
+        self._less, self._unusable, self._doubles = {}, {}, []
         held: dict[str, Part] = {}
         for key in self._resized:
             for uuid, part in self.claims[key].less:
@@ -301,8 +316,10 @@ class View:
                     words = f"Its device {device.uuid} is left out: node {found[device.uuid].node} publishes the same UUID."
                     self._doubles.append(("ResourceSlice", published.metadata, words))
                     continue
-                good = device.healthy and node is not None and node.ready and (device.node, device_name(device.uuid)) not in barred
-                found[device.uuid] = device if good == device.healthy else device.model_copy(update={"healthy": good})
+                why = self._why_not(device, node, barred)
+                found[device.uuid] = device if not why or not device.healthy else device.model_copy(update={"healthy": False})
+                if why:
+                    self._unusable[device.uuid] = why
                 more = held.get(device.uuid, Part(0, 0))
                 memory = device.usable_bytes + more.memory_bytes - offered.memory_bytes
                 milli = WHOLE_MILLI + more.compute_milli - offered.compute_milli
@@ -310,6 +327,18 @@ class View:
                     self._less[device.uuid] = Part(max(0, memory), max(0, milli))
         self._coming = devices_to_come(self._groups, self._members(found.values())) if self._groups else []
         return list(found.values())
+
+    def _why_not(self, device: Device, node: NodeInfo | None, barred: set[Key]) -> str:
+        """Return why a device takes nobody now; empty where it does."""
+        if node is None or not node.ready:
+            return f"node {device.node} is away or takes no new servers"
+        if device.node in self._agents_away:
+            return f"the agent of nbgpu on node {device.node} does not run"
+        if not device.healthy:
+            return f"GPU {device.index} of node {device.node} is not healthy"
+        if barred and (device.node, device_name(device.uuid)) in barred:
+            return f"what is held on GPU {device.index} of node {device.node} cannot be read"
+        return ""
 
     def _members(self, devices: Iterable[Device]) -> list[tuple[frozenset[tuple[str, str]], frozenset[str]]]:
         """Return of each node its labels and its GPUs' models."""
@@ -330,9 +359,11 @@ class View:
             return ClaimInfo(uid, version, None, owners, moves_to=None if deleted else moves_to)
         try:
             claim = read_claim(thing, self.by_name, self._key)
+            own = claim is None or not claim.sealed
+            strange = share_problem(thing) or "" if own else ""
             if claim is None:
-                return ClaimInfo(uid, version, None, owners, left_over=left_over(thing, self._key))
-            info = ClaimInfo(uid, version, claim, owners, slice=claim.slice)
+                return ClaimInfo(uid, version, None, owners, left_over=left_over(thing, self._key), warning=strange)
+            info = ClaimInfo(uid, version, claim, owners, slice=claim.slice, warning=strange)
             return self._limits(info, claim, thing) if _has_limits(thing) else info
         except BadObject as error:
             problem = error.message
@@ -349,7 +380,7 @@ class View:
         held = shares(thing, self.by_name)
         if len({one.uuid for one in held}) < len(held):  # nobody resizes such a one
             return info
-        warning, asked = "", None
+        warning, asked = info.warning, None
         if claim.sealed:
             try:
                 asked = read_limits(thing, self._key)

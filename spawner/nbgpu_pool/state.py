@@ -81,6 +81,8 @@ class Snapshot:
     """Ids of all slices, where `slices` are only those that may have changed since the snapshot before."""
     whole: bool = True
     """The ledger was not followed before it: what it had said is forgotten."""
+    unusable: Mapping[str, str] = field(default_factory=dict[str, str])
+    """By device that is not healthy: why, in words, where the ledger knows."""
 
     @cached_property
     def ids(self) -> frozenset[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
@@ -20,7 +21,7 @@ from nbgpu.models import Grant, GrantState, Request
 
 from .mixin import GPUSliceMixin, in_background
 from .options import Wish
-from .pod import carried_by, lives, name_slice, plain_part, why_unscheduled, with_slice
+from .pod import carried_by, lives, name_slice, plain_part, why_refused, why_unscheduled, with_slice
 from .profiles import Profile, custom_fields, for_groups
 
 LATE_SECONDS = 90.0
@@ -165,8 +166,10 @@ class KubeGPUMixin(_Mixed):
         try:
             made = await super()._make_create_pod_request(pod, request_timeout)
         except (ApiException, *_AWAY) as error:
-            if _is_refusal(error):
-                raise
+            if isinstance(error, ApiException) and _is_refusal(error):
+                self._gpu_creating = False
+                self.log.error("%s: Kubernetes refuses its pod: %s %s", self._log_name, error.status, _message_of(error))
+                raise self.refuse(NbgpuError(why_refused(error.body), code="pod-refused", status=503)) from None
             self.log.warning("%s: creating the pod failed, trying again: %s", self._log_name, _short_words(error))
             self._gpu_progress.tell("Kubernetes does not answer; trying again.", percent=20)
             made = False
@@ -322,6 +325,13 @@ class KubeGPUMixin(_Mixed):
 def _is_refusal(error: BaseException) -> bool:
     """Return whether the API server has answered that this cannot be: asking again would not help."""
     return isinstance(error, ApiException) and error.status is not None and error.status < 500
+
+
+def _message_of(error: ApiException) -> str:
+    """Return the API server's own words."""
+    with suppress(TypeError, ValueError, AttributeError):
+        return str(json.loads(error.body)["message"])[:1000]
+    return str(error.reason)
 
 
 def _short_words(error: BaseException) -> str:

@@ -97,6 +97,28 @@ def why_unscheduled(event: Mapping[str, Any] | None) -> str | None:
     return "No machine with a GPU takes your server now; it waits for one. If that lasts, ask your admin: the event above says why."
 
 
+_REFUSALS = (
+    ("error looking up service account", "it is set up to run as a service account that is not there"),
+    ("nbgpu.io on pods are written by the hub alone", "this hub runs under another service account than nbgpu's chart was told of"),
+    ("only the hub's own pods use it", "this hub runs under another service account than nbgpu's chart was told of"),
+    ("violates PodSecurity", "it is set up with something that Pod Security forbids here"),
+    ("exceeded quota", "a quota of Kubernetes for servers here is used up"),
+)
+
+
+def why_refused(body: object) -> str:
+    """Return what a user reads when the API server refuses their pod: its own words name service accounts, and are for the admin.
+
+    Parameters
+    ----------
+    body : object
+        Of the API server's answer.
+    """
+    told = str(body or "")
+    why = next((f": {words}" for word, words in _REFUSALS if word in told), "")
+    return f"Kubernetes does not take your server{why}. You cannot mend that: tell your admin. The hub's log has Kubernetes' words."
+
+
 def plain_part(note: str) -> str:
     """Return what the pool says of a pod that finds no node, without kube-scheduler's own words, which are none for users."""
     words = note.partition("Kubernetes said:")[0].strip().rstrip(".")

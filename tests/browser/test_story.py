@@ -14,6 +14,7 @@ from lab_pages import (
     ALLOCATE,
     CELLS,
     SECOND,
+    ask_for_size,
     in_lab,
     kernel_row,
     log_in,
@@ -21,11 +22,15 @@ from lab_pages import (
     press_start,
     run_cell,
     sign_in,
+    size_granted,
+    size_refused,
     start,
     stop,
     without_notices,
 )
 from playwright.sync_api import Browser, expect
+
+from nbgpu.quantities import GIB
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 
@@ -42,13 +47,19 @@ def holders(hub: Hub) -> set[str]:
     return {known["slice"]["owner"]["user"] for known in books(hub)["slices"]}
 
 
+def sizes(hub: Hub) -> dict[str, int]:
+    """Return the bytes of each user's slice, which is on one device."""
+    found = (known["slice"] for known in books(hub)["slices"])
+    return {one["owner"]["user"]: one["devices"][0]["memory_bytes"] for one in found}
+
+
 def waiting(hub: Hub) -> set[str]:
     """Return the users in the queue."""
     return {grant["request"]["owner"]["user"] for grant in books(hub)["queue"]}
 
 
 def test_a_notebook_with_a_quarter(chromium: Browser, hub: Hub) -> None:
-    """Start page, JupyterLab, the limits of the slice and of one notebook, and a kernel that is killed."""
+    """Start page, JupyterLab, the limits of the slice and of one notebook, a kernel that is killed, and another size of the slice."""
     ada = log_in(chromium, hub, "ada")
     quarter = ada.locator(".nbgpu-row[data-slug=quarter]")
     expect(quarter).to_contain_text("Free now")
@@ -112,6 +123,28 @@ def test_a_notebook_with_a_quarter(chromium: Browser, hub: Hub) -> None:
     assert "SUCCESS" in run_cell(ada, "print(driver.cuMemAlloc(6 * 1024**3)[0].name)")
     shot(ada, "5-after-the-kill")
     assert holders(hub) == {"ada"}
+
+    # the slice grows while its notebooks run, does not grow into a neighbour's part, and shrinks
+    smi = "!nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits"
+    ask_for_size(ada, "1/2")
+    size_granted(ada, "1/2", "39 GiB")
+    assert run_cell(ada, smi).split() == [str(39 * 1024)]
+    assert "SUCCESS" in run_cell(ada, "more = driver.cuMemAlloc(6 * 1024**3)\nprint(more[0].name)")  # refused a moment ago
+    dorothy = log_in(chromium, hub, "dorothy")
+    start(dorothy, "half")
+    wait_for("dorothy has the other half", lambda: sizes(hub) == {"ada": 39 * GIB, "dorothy": 39 * GIB}, 60)
+    ask_for_size(ada, "3/4")
+    size_refused(ada, "GPU 0 has 0 B of memory free, and 19.5 GiB more are asked for.")
+    without_notices(ada)
+    shot(ada, "5-resize-refused")
+    assert run_cell(ada, "driver.cuMemFree(more[1])\n" + smi).split() == [str(39 * 1024)]
+    ask_for_size(ada, "1/4")
+    size_granted(ada, "1/4", "19.5 GiB")
+    shot(ada, "5-resized")
+    assert run_cell(ada, smi).split() == [str(39 * 1024 // 2)]
+    assert "OUT_OF_MEMORY" in run_cell(ada, "print(driver.cuMemAlloc(6 * 1024**3)[0].name)")
+    assert sizes(hub) == {"ada": 39 * GIB // 2, "dorothy": 39 * GIB}
+    stop(dorothy, hub)
     stop(ada, hub)
 
 

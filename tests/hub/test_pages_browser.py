@@ -195,7 +195,11 @@ def test_nothing_is_lost_while_one_types_or_reads(hub: Hub, enter: Callable[...,
     """A refused value's error goes when the value is changed; the button that has the focus keeps it while the place changes."""
     calm_pool.full = True
     page = enter("ada")
+    clock = page.locator("#nbgpu-time")
+    shown = clock.inner_text()
     share = row(page, "custom").get_by_label("Share of a GPU")
+    expect(clock).not_to_have_text(shown)
+    assert [re.fullmatch(r"\d\d:\d\d:\d\d", one) is not None for one in (shown, clock.inner_text())] == [True, True]
     share.fill("7/2")
     page.keyboard.press("Enter")
     expect(page.locator(".invalid-feedback")).to_contain_text("Share of a GPU is '7/2'")
@@ -222,6 +226,27 @@ def test_nothing_is_lost_while_one_types_or_reads(hub: Hub, enter: Callable[...,
     shot(page, hub, "an-idle-notebook-is-moved")
     calm_pool.admit()
     is_started(hub, "ada")
+
+
+@ONE_HUB
+@pytest.mark.parametrize("scripts", [True, False], ids=["", "without JavaScript"])
+def test_what_was_refused_is_seen(hub: Hub, enter: Callable[..., Page], calm_pool: FakePool, scripts: bool) -> None:
+    """On a window too low for the page: the field has the focus, it and its message are in view."""
+    page = enter("ada", height=420, scripts=scripts)
+    row(page, "custom").locator("input[type=radio]").check()
+    row(page, "custom").get_by_label("Share of a GPU").fill("7/2")
+    page.keyboard.press("Enter")
+    message = page.locator(".invalid-feedback")
+    expect(message).to_contain_text("Share of a GPU is '7/2'")
+    share = row(page, "custom").get_by_label("Share of a GPU")
+    expect(share).to_be_focused()
+    expect(share).to_be_in_viewport(ratio=1)
+    expect(message).to_be_in_viewport(ratio=1)
+    page.screenshot(path=str(SHOTS / f"page-refused-low-{'scripts' if scripts else 'plain'}-hub{hub.version[0]}.png"))
+    expect(page.locator(".spawn-error-msg")).to_have_count(0 if scripts else 1)
+    page.keyboard.press("Control+Home")
+    page.evaluate("scrollTo(0, 0)")
+    expect(message).not_to_be_in_viewport()  # the control: it lies below the fold
 
 
 @ONE_HUB

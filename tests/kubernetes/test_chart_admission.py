@@ -105,6 +105,14 @@ def by_list() -> Json:
     return found
 
 
+def with_share(found: Json, compute: str | int) -> Json:
+    """Return the claim, for so much of a GPU's time."""
+    [request] = found["spec"]["devices"]["requests"]
+    for asked in [request["exactly"]] if "exactly" in request else request["firstAvailable"]:
+        asked["capacity"] = {"requests": {"compute": compute}}
+    return found
+
+
 def other_class(found: Json) -> Json:
     """Return the claim, for the class of somebody else's devices."""
     found["spec"]["devices"]["requests"][0]["exactly"]["deviceClassName"] = "gpu.example.com"
@@ -330,14 +338,11 @@ class TestForeignClaims:
     @pytest.mark.parametrize(
         ("kind", "thing"),
         [
-            ("claim", claim()),
-            ("claim", by_list()),
-            ("claim", claim("strict")),
-            ("template", template()),
-            ("pod", using("mine")),
-            ("pod", extended()),
+            ("claim", claim()), ("claim", by_list()), ("claim", claim("strict")), ("template", template()), ("pod", using("mine")),
+            ("claim", with_share(claim(), "250")), ("claim", with_share(claim(), "1k")), ("claim", with_share(by_list(), "2")),
+            ("claim", with_share(other_class(claim()), "0.25")), ("pod", extended()),
         ],
-    )
+    )  # fmt: skip
     def test_allowed(self, open: Place, kind: str, thing: Json) -> None:
         assert open.make("editor", kind, thing) == (201, "")
 
@@ -354,6 +359,14 @@ class TestForeignClaims:
         status, message = open.make("editor", kind, thing)
         assert status == 403, message
         assert "nbgpu" in message
+
+    @pytest.mark.parametrize("compute", ["0.25", "250m", "1", "250.5", 1])
+    def test_a_fraction_is_not_taken_for_a_thousandth(self, open: Place, compute: str | int) -> None:
+        asked = with_share(claim(), compute)
+        for kind, thing in (("claim", asked), ("claim", with_share(by_list(), compute)), ("template", template(of=asked))):
+            status, message = open.make("editor", kind, thing)
+            assert status == 403, message
+            assert '"250" is a quarter (0.25, 25 %)' in message
 
     def test_the_example_that_is_shipped(self, open: Place) -> None:
         for thing in yaml.safe_load_all((ROOT / "deploy" / "examples" / "pod-with-a-claim.yaml").read_text()):

@@ -19,11 +19,13 @@ import httpx
 import pytest
 import yaml
 from chart_kit import ROOT, Api, Json, image, kill, namespace, until
-from lab_pages import SECOND, log_in, new_notebook, run_cell, start
+from lab_pages import SECOND, ask_for_size, log_in, new_notebook, run_cell, size_granted, size_refused, start
 from playwright.sync_api import Browser, Page, expect
 from prometheus_client.parser import text_string_to_metric_families
 from stack_kit import DEVICE_BYTES, GIB, Stack, stack
 from z2jh_kit import Hub, without_nbgpu
+
+from nbgpu.claims import parse_quantity
 
 pytestmark = [pytest.mark.kubernetes, pytest.mark.browser, pytest.mark.timeout(600)]
 
@@ -174,6 +176,26 @@ def test_a_second_user_and_the_queue(chromium: Browser, nbgpu: Stack, hub: Hub, 
     lin.context.close()
 
 
+def test_another_size_from_the_panel(nbgpu: Stack, pages: dict[str, Page]) -> None:
+    """Ada's quarter, beside Grace's half, is not made three quarters; it is made half while her notebook runs, and a quarter again."""
+    ada = pages["ada"]
+    ask_for_size(ada, "3/4")
+    size_refused(ada, "GPU 0 has 19.5 GiB of memory free, and 39 GiB more are asked for.")
+    shot(ada, "4-resize-refused")
+    limit_holds(ada)
+    for share, memory, quarters in (("1/2", "39 GiB", 2), ("1/4", "19.5 GiB", 1)):
+        ask_for_size(ada, share)
+        size_granted(ada, share, memory)
+        shot(ada, f"4-resized-to-{quarters}-quarters")
+        seen = json.loads(run_cell(ada, "print(json.dumps(seen()))"))
+        assert (seen["driver"], seen["nvml"], seen["smi"]) == (quarters * QUARTER_BYTES,) * 3, seen
+        until("the limits in force at the claim", lambda n=quarters: reported(nbgpu.claims()) == {n * QUARTER_BYTES}, 20, nbgpu.log)
+        # what kube-scheduler counts of a claim stays; the node publishes as much less as the slice has grown
+        until("the room that is left", lambda n=quarters: published(nbgpu) == DEVICE_BYTES - (n - 1) * QUARTER_BYTES, 20, nbgpu.log)
+    limit_holds(ada)
+    nbgpu.check(claims=2)
+
+
 def test_stopping_frees_the_claim(nbgpu: Stack, hub: Hub, pages: dict[str, Page]) -> None:
     """Grace's half is free when her pod is gone."""
     grace = pages.pop("grace")
@@ -296,6 +318,17 @@ def words(api: Api, where: str, pod: str) -> str:
     status = api.done("GET", f"/api/v1/namespaces/{where}/pods/{pod}")["status"]
     assert status["phase"] in ("Pending", "Running"), (status, api.log(where, pod))
     return next((line for line in api.log(where, pod).splitlines() if line.startswith('{"driver"')), "")
+
+
+def reported(claims: list[Json]) -> set[int]:
+    """Return the bytes that the agent says are in force, of claims whose limits were changed."""
+    return {one["data"]["memory_bytes"] for claim in claims for one in claim.get("status", {}).get("devices", [])}
+
+
+def published(nbgpu: Stack) -> int:
+    """Return the bytes that may be allocated of the node's GPU."""
+    [capacity] = [one["capacity"]["memory"]["value"] for found in nbgpu.resource_slices() for one in found["spec"]["devices"]]
+    return parse_quantity(capacity)
 
 
 def used(nbgpu: Stack, owner: dict[str, str]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from nbgpu.models import Grant, GrantState, Launch, LaunchGrant, Owner, Request,
 from nbgpu_spawner.kube import KubeGPUSpawner
 from nbgpu_spawner.options import wish_from
 from nbgpu_spawner.pod import carried_by, lives, name_slice, plain_part, why_unscheduled, with_slice
+from nbgpu_spawner.refusal import GPURefusal
 
 REQUEST_ID = "0123456789abcdef0123456789abcdef"
 OWNER = Owner(hub="h", user="Ada L.", server="two")
@@ -311,14 +313,40 @@ def test_a_slice_that_went_with_the_first_pod_is_replaced(monkeypatch: pytest.Mo
     asyncio.run(go())
 
 
-def test_what_the_api_server_refuses_for_good_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (
+            'pods "jupyter-ada" is forbidden: error looking up service account jhub/nope: serviceaccount "nope" not found',
+            ": it is set up to run as a service account that is not there",
+        ),
+        (
+            "ValidatingAdmissionPolicy 'nbgpu-pods' denied: annotations of nbgpu.io on pods are written by the hub alone",
+            ": this hub runs under another service account than nbgpu's chart was told of",
+        ),
+        ('pods "jupyter-ada" is forbidden: exceeded quota: jhub', ": a quota of Kubernetes for servers here is used up"),
+        ("something else in jhub", ""),
+    ],
+)
+def test_what_the_api_server_refuses_for_good_is_said_in_plain_words_and_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch, said: str, words: str
+) -> None:
     async def go() -> None:
         made, _ = spawner(monkeypatch)
         made.gpu_fraction = 0.25
-        creating(monkeypatch, ApiException(status=403, reason="exceeded quota"))
+        refused = ApiException(status=403, reason="Forbidden")
+        refused.body = json.dumps({"kind": "Status", "message": said})
+        creating(monkeypatch, refused)
+        logged = []
+        monkeypatch.setattr(made.log, "error", lambda words, *more: logged.append(words % more))
         pod = await made.get_pod_manifest()
-        with pytest.raises(ApiException):
+        with pytest.raises(GPURefusal) as caught:
             await made._make_create_pod_request(pod, 3)
+        assert (caught.value.status_code, caught.value.reason) == (503, "gpu-pod-refused")
+        assert caught.value.jupyterhub_message.startswith(f"Kubernetes does not take your server{words}. You cannot mend that: tell your")
+        assert not any(part in caught.value.jupyterhub_message for part in ("403", "Forbidden", "jhub", "{"))
+        assert len(logged) == 1
+        assert said in logged[0]
 
     asyncio.run(go())
 

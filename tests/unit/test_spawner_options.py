@@ -238,10 +238,23 @@ def test_everything_on_the_page_is_escaped() -> None:
 
 
 @pytest.mark.parametrize(("field", "once"), [("gpu_fraction", True), ("gpu_count", False), ("profile", False)])
-def test_a_refusal_at_its_field_is_not_said_above_the_form_too(field: str, once: bool) -> None:
-    """The hub's own paragraph stays where no field of the page has the message (here one GPU: nobody is asked how many)."""
+def test_a_refusal_is_said_at_its_field_which_has_the_focus(field: str, once: bool) -> None:
+    """The hub's own paragraph is all there is where no field of the page has the message (here one GPU: nobody is asked how many)."""
     page = form.render(state(), {}, "/x", form.Refused({"profile": "custom"}, "It is wrong.", field))
-    assert ("It is wrong." in page, ".spawn-error-msg { display: none; }" in page) == (once, once)
+    assert [page.count(one) for one in ("It is wrong.", 'aria-invalid="true"', " autofocus")] == [int(once)] * 3
+
+
+@pytest.mark.parametrize("other", [True, False])
+def test_a_refused_option_of_a_profile_is_said_at_its_field(other: bool) -> None:
+    option = {"display_name": "Image", "choices": {"a": {}}, "unlisted_choice": {"enabled": other}}
+    listed = [{"display_name": "P", "slug": "p", "profile_options": {"image": option}}, {"display_name": "Q", "slug": "q"}]
+    shown = state(profile_list=listed, answers=[])
+    page = form.render(shown, {}, "/x", form.Refused({"profile": "p", "image": "z"}, "It is wrong.", "image"))
+    assert [page.count(one) for one in ("It is wrong.", 'aria-invalid="true"', " autofocus", 'id="profile-option-p--image-error"')] == [
+        1
+    ] * 4
+    (wrong,) = [line for line in page.splitlines() if "aria-invalid" in line and "is-invalid" in line]
+    assert ("unlisted" in wrong) == other
 
 
 def test_one_profile_is_always_checked() -> None:
