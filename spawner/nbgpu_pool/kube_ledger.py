@@ -14,7 +14,6 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from nbgpu.claim_limits import LIMITS_ANNOTATION, Limit, Limits, limits_annotation
-from nbgpu.claim_mark import is_marked, mark_patch
 from nbgpu.claims import DRIVER, SLICE_LABEL, BadObject, claim_for, claim_name, move_note, read_claim
 from nbgpu.errors import NbgpuError, Unavailable
 from nbgpu.kube import ApiServerAway, Conflict, Expired, Json, Kube, KubeError, NotAllowed, NotFound, Rejected, path
@@ -154,21 +153,8 @@ class KubeLedger:
         except KubeError as error:
             del self._where[wanted.slice_id]
             raise LedgerRefused(error.message) from error
-        self._claims.note(await self._marked(made))
+        self._claims.note(made)
         return NOTHING
-
-    async def _marked(self, made: Json) -> Json:
-        """Mark a claim as made for a grant of this pool, where it is not yet; return it as it is then."""
-        if is_marked(made, self._key):
-            return made
-        meta = made["metadata"]
-        try:
-            where = path(RESOURCE, "resourceclaims", meta["namespace"], meta["name"])
-            return await self.kube.patch(where, mark_patch(made, self._key), uid=meta["uid"])
-        except (Conflict, NotFound) as error:
-            raise ApiServerAway(f"ResourceClaim {meta['name']} was there and is gone again; try again.") from error
-        except (NotAllowed, Rejected) as error:
-            raise LedgerRefused(error.message) from error
 
     async def _met(self, wanted: Slice, error: Conflict) -> Json:
         """Return the claim that has the name already."""
@@ -286,7 +272,6 @@ class KubeLedger:
         found = await self._get(f"{claims}/{name}")
         there = self._ours(found) if found is not None else None
         if found is not None and there is not None and there.slice == new:
-            await self._marked(found)
             await self._drop_note(new)
             return
         if found is not None and (there is None or there.slice != old or _is_bound(found)):
@@ -324,7 +309,7 @@ class KubeLedger:
             made = await self.kube.create(claims, claim_for(new, self._key))
         except Conflict as error:
             raise ApiServerAway("There is a claim already; looking again.") from error
-        self._claims.note(await self._marked(made))
+        self._claims.note(made)
         await self._drop_note(new)
 
     async def _drop_note(self, new: Slice) -> None:
@@ -474,10 +459,6 @@ class KubeLedger:
 
     async def _finish_move(self, slice_id: str, key: Key, note: ClaimInfo) -> None:
         if slice_id in self.view.ids:
-            found = await self._get(_claim_path(key[0], slice_id))
-            there = self._ours(found) if found is not None else None
-            if found is not None and there is not None and there.slice == note.moves_to:
-                await self._marked(found)  # the pool before this one made it, and came no further
             await self._delete(key, note.uid)
         elif note.moves_to is not None and self.view.seen[slice_id].state == "running":
             log.info("finishing the move of %s to node=%s", slice_id, note.moves_to.node)

@@ -30,7 +30,6 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 
-from nbgpu.claim_mark import mark_patch
 from nbgpu.claims import DRIVER, as_body, claim_for, device_name
 from nbgpu.models import Device, Owner, Slice, SliceDevice
 
@@ -399,13 +398,7 @@ class Place:
             Indexes of GPUs of the node.
         """
         body = claim_for(self.slice(compute_milli, memory_bytes, device, mode, user), key)
-        return self.mark(self.api.done("POST", self._path("resourceclaims"), body), key)
-
-    def mark(self, made: Json, key: bytes = KEY) -> str:
-        """Mark a claim as the pool does that made it, and return its name."""
-        name = made["metadata"]["name"]
-        self.api.done("PATCH", self._path("resourceclaims", name), mark_patch(made, key), content="application/merge-patch+json")
-        return name
+        return self.api.done("POST", self._path("resourceclaims"), body)["metadata"]["name"]
 
     def slice(
         self, compute_milli: int, memory_bytes: int | None = None, device: int | Sequence[int] = 0, mode: str = "burst", user: str = "ada"

@@ -254,17 +254,3 @@ def test_the_agent_is_small(node: Node, place: Place) -> None:
     print(f"agent_rss_mb {rss:.0f} with 4 slices")
     assert rss <= AGENT_RSS_MB
     assert Path(node.runtime / "claims.json").stat().st_size > 100
-
-
-def test_a_claim_of_the_pool_made_once_more_word_by_word(node: Node, place: Place) -> None:
-    """Somebody has kept it, its mark too, and makes it again when it is gone. The control: every claim that `place.claim` makes."""
-    claim = place.claim(250)
-    kept = place.get_claim(claim)
-    assert kept is not None
-    place.delete_claim(claim)
-    until("the end of the first", lambda: place.get_claim(claim) is None)
-    meta = {name: kept["metadata"][name] for name in ("name", "labels", "annotations")}
-    place.api.done("POST", place._path("resourceclaims"), {**kept, "metadata": meta, "status": {}})
-    place.pod(claim)
-    until("the agent to refuse it", lambda: [one for one in place.events(claim) if "it may be a copy" in one], 40)
-    assert node.slices() == {}

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from nbgpu.claim_limits import in_force, shares, with_limits
-from nbgpu.claim_mark import is_marked
 from nbgpu.claims import API_VERSION, DRIVER, BadObject, Claim, device_name, read_claim
 from nbgpu.errors import NbgpuError, Unavailable
 from nbgpu.kube import Kube, NotFound, path
@@ -52,10 +51,6 @@ class NotPrepared(NbgpuError):
 
 class Occupied(NotPrepared):
     """Processes of an earlier pod still run: it may be otherwise soon."""
-
-
-class Unmarked(NotPrepared):
-    """The pool has made a claim and not said yet that it is this very one: that comes at once."""
 
 
 class NodeClaims:
@@ -147,7 +142,7 @@ class NodeClaims:
                 entry = self.checkpoint.claims.get(uid)
                 if isinstance(error, Unavailable) and entry is not None and self.live(uid) is not None:
                     return entry.parts  # it was allocated when it was prepared, and cannot have changed
-                soon = isinstance(error, (Conflict, Occupied, Unmarked, Unavailable)) and time.monotonic() < deadline
+                soon = isinstance(error, (Conflict, Occupied, Unavailable)) and time.monotonic() < deadline
                 if claim is not None:
                     about = reference(API_VERSION, "ResourceClaim", claim["metadata"])
                     self._reporter.say(about, "WaitsForRoom" if soon else "NotPrepared", error.message, "Normal" if soon else "Warning")
@@ -205,10 +200,6 @@ class NodeClaims:
                 f"ResourceClaim {name} was not made by nbgpu's pool, and its administrator allows no others here "
                 "(chart: agent.foreignClaims). Start a server from the hub instead."
             )
-        if found.sealed and found.uid not in self.checkpoint.claims and not (marked := is_marked(claim, self.key)):
-            error = NotPrepared if marked is False else Unmarked
-            words = "has the words of one of nbgpu's pool, and the pool has not said that it made this very claim: it may be a copy."
-            raise error(f"ResourceClaim {name} {words} Start a server from the hub instead.")
         strange = None if found.sealed else share_problem(claim)
         if strange is not None:
             raise NotPrepared(f"ResourceClaim {name} is not prepared: {strange}")
