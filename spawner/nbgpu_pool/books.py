@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from nbgpu.models import Device, GrantState, Owner, Request, Slice, SliceDevice
 
-from .buckets import Buckets, of_each_kind
-from .placement import Place, Room, order
+from .placement import Buckets, Place, Room, of_each_kind, order
 from .quotas import Holding, total
 from .shapes import MAX_DEVICES, Part, Want, by_model, want_of
+
+if TYPE_CHECKING:
+    from .placement.valued import Valued
 
 HOLDING = frozenset({GrantState.reserved, GrantState.bound, GrantState.releasing})
 """States in which a slice counts on its devices."""
@@ -177,6 +180,8 @@ class Books:
     unusable: Mapping[str, str] = field(default_factory=dict[str, str])
     """As in `Snapshot`."""
     buckets: Buckets = field(default_factory=lambda: Buckets({}))
+    valued: Valued | None = None
+    """Rooms by value, where that is the rule (`by_value`)."""
     kinds: list[Device] = field(default_factory=list[Device])
     """One device of each model and size."""
     free_milli: int = 0
@@ -192,6 +197,12 @@ class Books:
     """And all of a user among these."""
     _costs: dict[Want, Part | None] = field(default_factory=dict[Want, "Part | None"])
 
+    def by_value(self) -> None:
+        """From now on `valued` is kept, and learns from all requests."""
+        from .placement.valued import Valued  # needs NumPy
+
+        self.valued = Valued(self.rooms)
+
     def ordered_rooms(self) -> list[Room]:
         """Return the rooms in the fixed order of placement."""
         return self._here
@@ -205,6 +216,8 @@ class Books:
         self.entries[entry.slice_id] = entry
         if entry.state == GrantState.queued:
             self._queued.add(entry.slice_id)
+        if self.valued is not None:
+            self.valued.arrived(entry.want)
         owner = entry.request.owner
         self._of_user.setdefault((owner.hub, owner.user), set()).add(entry.slice_id)
 
@@ -245,7 +258,7 @@ class Books:
             if entry.holds:
                 self._count(entry, 1)
         self.free_milli = sum(_free(room) for room in self._here)
-        self.buckets = Buckets(self.rooms)
+        self._sort()
         self.kinds = list({(device.model, device.usable_bytes): device for device in self.devices.values()}.values())
         kinds = of_each_kind(self.rooms.values())
         self._empty = [Room.empty(room.device.model_copy(update={"healthy": True})) for room in kinds]
@@ -260,7 +273,12 @@ class Books:
         try:
             yield
         finally:
-            self.buckets = Buckets(self.rooms)
+            self._sort()
+
+    def _sort(self) -> None:
+        self.buckets = Buckets(self.rooms)
+        if self.valued is not None:
+            self.valued = type(self.valued)(self.rooms, self.valued)
 
     def empty_of_each_kind(self) -> list[Room]:
         """Return what one node of each kind would have if it were empty and healthy."""
@@ -302,6 +320,8 @@ class Books:
     def _book(self, entry: Entry, sign: int) -> None:
         for node in self._count(entry, sign):
             self.buckets.changed(node)
+            if self.valued is not None:
+                self.valued.changed(node)
 
     def _count(self, entry: Entry, sign: int) -> set[str]:
         nodes: set[str] = set()

@@ -13,6 +13,7 @@ Example
         ada: {limit: 2, memory: "120 GiB", guarantee: 1/2}
       groups:
         students: {limit: 4, guarantee: 1, per_user: 1/4}
+    placement: {rule: best-fit}           # or `value`: docs/placement.md
     queue: {total: 1000, per_user: 5, overtake_count: 50, overtake_seconds: 900}
     idle: {after_seconds: 1800, least_memory: 4 GiB, protect_groups: [staff]} # one machine: docs/idle.md
     coming:                               # Kubernetes: nodes that an autoscaler starts when a pod asks for one
@@ -41,6 +42,7 @@ from nbgpu.quantities import MIB, WHOLE_MILLI, parse_memory
 from .auth import Principal, Token
 from .coming import Coming
 from .idle import IdlePolicy
+from .placement import Policy
 from .queue import Fairness
 from .quotas import Limits, Quotas
 from .state import Settings
@@ -130,6 +132,13 @@ class QueueConfig(Closed):
     """And for how long."""
 
 
+class PlacementConfig(Closed):
+    """Where requests go (docs/placement.md)."""
+
+    rule: Literal["best-fit", "value"] = "best-fit"
+    """``value``: where least is lost of what others are likely to ask for, learnt from the requests."""
+
+
 class IdleConfig(Closed):
     """When an idle slice's GPU memory is moved to the host, so that others can use what it holds (docs/idle.md)."""
 
@@ -217,6 +226,7 @@ class Config(Closed):
     smallest_memory: Annotated[int, BeforeValidator(_memory)] = 512 * MIB
     """Least memory of a slice on each of its GPUs: a program's CUDA context takes some hundred MiB of it, by GPU and driver."""
     quotas: QuotaConfig = QuotaConfig()
+    placement: PlacementConfig = PlacementConfig()
     queue: QueueConfig = QueueConfig()
     idle: IdleConfig = IdleConfig()
     """One machine only."""
@@ -244,6 +254,7 @@ class Config(Closed):
             queue_ttl_seconds=self.queue_ttl_seconds,
             session_guess_seconds=self.session_guess_seconds,
             smallest_bytes=self.smallest_memory,
+            policy=Policy(by_value=self.placement.rule == "value"),
             idle=IdlePolicy(
                 self.idle.after_seconds,
                 self.idle.least_memory or 0,

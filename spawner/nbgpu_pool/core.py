@@ -39,6 +39,8 @@ class Core(Held):
         super().__init__()
         self.settings = settings or Settings()
         self.books = Books()
+        if self.settings.policy.by_value:
+            self.books.by_value()
         self.sessions = Kinds(self.settings.session_guess_seconds)
         self.ended: OrderedDict[str, Entry] = OrderedDict()
         self.cancelled_early: OrderedDict[str, tuple[str | None, float]] = OrderedDict()

@@ -129,6 +129,9 @@ class Pass:
         return found or self._here(want, barred, cap) or self._to_come(want, cap)
 
     def _here(self, want: Want, barred: Set[str], cap: Part | None) -> Place | None:
+        found = self.books.valued.place(want, barred, cap) if self.books.valued is not None else None
+        if found is not None:
+            return found
         if want.device_count == 1:
             return self.books.buckets.place(want, barred, cap, self.policy, coming=False)
         return place(self.rooms, want, barred=barred, cap=cap, policy=self.policy)

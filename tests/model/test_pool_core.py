@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -20,6 +20,7 @@ from nbgpu.models import Device, GrantState, Owner, Request, Slice
 from nbgpu.quantities import GIB
 from nbgpu_pool.books import Entry
 from nbgpu_pool.core import Core
+from nbgpu_pool.placement import Policy
 from nbgpu_pool.queue import Fairness
 from nbgpu_pool.quotas import Limits, Quotas
 from nbgpu_pool.state import Seen, Settings, Snapshot
@@ -307,6 +308,20 @@ QUICK = settings(max_examples=EXAMPLES, stateful_step_count=40, deadline=None, s
 @pytest.mark.timeout(120)
 def test_books_and_ledger_agree_whatever_happens() -> None:
     run_state_machine_as_test(PoolMachine, settings=QUICK)
+
+
+class ByValue(Core):
+    """Places by value instead of best fit."""
+
+    def __init__(self, settings: Settings):
+        super().__init__(replace(settings, policy=Policy(by_value=True)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_books_and_ledger_agree_whatever_the_rule() -> None:
+    machine = type("ByValueMachine", (PoolMachine,), {"make_core": staticmethod(ByValue)})
+    run_state_machine_as_test(machine, settings=settings(QUICK, max_examples=max(EXAMPLES // 5, 1)))
 
 
 class FreesEarly(Core):

@@ -12,8 +12,7 @@ from nbgpu.errors import InvalidValue
 from nbgpu.models import Device, Request, Shape
 from nbgpu.quantities import GIB, MIB
 from nbgpu_pool.books import Books
-from nbgpu_pool.buckets import Buckets
-from nbgpu_pool.placement import DEFAULT_POLICY, Policy, Room, family, nearest, place
+from nbgpu_pool.placement import DEFAULT_POLICY, Buckets, Policy, Room, family, nearest, place
 from nbgpu_pool.queue import hopeless
 from nbgpu_pool.shapes import Part, Want, by_model, resolve, want_of
 

@@ -13,7 +13,7 @@ from nbgpu.claims import is_coming
 from nbgpu.models import Device
 from nbgpu.quantities import WHOLE_MILLI
 
-from .shapes import Part, Want, resolve
+from ..shapes import Part, Want, resolve
 
 _EIGHTH_MILLI = 125
 _THIRDS = frozenset({333, 334, 666, 667, 166, 167, 83, 84})
@@ -72,6 +72,8 @@ class Policy:
     """Knobs of the placement; the benchmark and the tests turn them off."""
 
     keep_thirds_apart: bool = True
+    by_value: bool = False
+    """The rule `ours` (`valued`) instead of best fit."""
 
 
 DEFAULT_POLICY = Policy()

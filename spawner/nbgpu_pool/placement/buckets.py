@@ -1,6 +1,6 @@
 """Rooms by what is left of them: of thousands of devices only a few dozen differ, so that a place is found without looking at each.
 
-The same place as `placement.place` finds, for one device: a test compares them.
+The same place as `best_fit.place` finds, for one device: a test compares them.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Set
 from typing import NamedTuple
 
-from .placement import Place, Policy, Room, score
-from .shapes import Part, Want, resolve
+from ..shapes import Part, Want, resolve
+from .best_fit import Place, Policy, Room, score
 
 
 class State(NamedTuple):
