@@ -18,6 +18,10 @@ from .notices import Notices
 
 Json = dict[str, Any]
 NO_SLICE: Json = {"slice_id": None}
+EVENTS_PAUSE_SECONDS = 0.5
+"""Before the next question for events where one brought none: an agent answers when there is news; one that does not wait is asked so often."""
+_JUNK = (AttributeError, KeyError, OverflowError, TypeError, ValueError)
+"""What comes of an answer that is none of an agent's."""
 
 
 class Sampler:
@@ -113,11 +117,12 @@ class Sampler:
             self._tell(str(usage.get("slice_id")), sessions)
             idle = sessions.keys() - {kernel["kernel_id"] for kernel in usage["kernels"]}
             limits = await self.client.get("/v1/kernels") if idle else {}
-            self._usage = {**usage, "kernels": join(usage["kernels"], sessions, limits)}
-            for notice in self._happened.look(self._usage):
+            sampled = {**usage, "kernels": join(usage["kernels"], sessions, limits)}
+            for notice in self._happened.look(sampled):
                 self.notices.add(notice)
+            self._usage = sampled
             self._heard(True)
-        except NbgpuError:
+        except (NbgpuError, *_JUNK):
             self._heard(False)
         return {**self._usage, "agent": self.agent, "last_event": self.notices.last_id}
 
@@ -138,17 +143,21 @@ class Sampler:
         while True:
             try:
                 events = await self.client.get(f"/v1/events?after={after}&wait_seconds=25", wait_seconds=25)
+                fresh = False
                 for event in events:
                     mark = (int(event["id"]), float(event["time"]))
                     after = max(after, mark[0])
                     if mark not in seen:
                         seen.append(mark)
                         self.notices.add(await self._named(event))
+                        fresh = True
+                if not fresh:
+                    await asyncio.sleep(EVENTS_PAUSE_SECONDS)
             except NbgpuError:
                 # the agent that comes back may be a new one that counts from one again
                 after = 0
                 await asyncio.sleep(1)
-            except (TypeError, KeyError, ValueError):
+            except _JUNK:
                 await asyncio.sleep(1)
 
     async def _named(self, event: Json) -> Json:
