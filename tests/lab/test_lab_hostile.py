@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 from fake_slice_agent import FakeAgent
 from lab_helpers import until
 from tornado.httpclient import HTTPClientError
+from tornado.netutil import bind_sockets
 
+from nbgpu_lab import hub
 from nbgpu_lab.client import SliceClient
 from nbgpu_lab.extension import SCHEMA_ID
 from nbgpu_lab.notices import Notices
@@ -111,3 +114,24 @@ async def test_an_agent_that_answers_at_once_is_not_asked_without_end(agent: Fak
     following.cancel()
     assert 1 <= agent.count("/v1/events") <= 5
     assert len(notices.after(0)) == int(repeated)
+
+
+async def test_a_hub_that_is_slow_may_have_done_it(agent: FakeAgent, jp_fetch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing says that the slice stays as it is: the hub has heard, and may do it yet."""
+    [deaf] = bind_sockets(0, "127.0.0.1", family=socket.AF_INET)
+    monkeypatch.setenv("JUPYTERHUB_API_URL", f"http://127.0.0.1:{deaf.getsockname()[1]}/hub/api")
+    monkeypatch.setenv("JUPYTERHUB_API_TOKEN", "the-servers")
+    monkeypatch.setenv("JUPYTERHUB_USER", "ada")
+    monkeypatch.setattr(hub, "ANSWER_SECONDS", 0.3)
+
+    async def words() -> str:
+        with pytest.raises(HTTPClientError) as refused:
+            await jp_fetch("nbgpu/api/resize", method="POST", body='{"gpu_fraction": "1/2"}')
+        assert refused.value.code == 503
+        return refusal(refused.value)["message"]
+
+    try:
+        assert "may change yet" in await words()
+    finally:
+        deaf.close()
+    assert "stays as it is" in await words(), "control: nobody has heard"
