@@ -12,7 +12,7 @@ from nbgpu.errors import NbgpuError, Unavailable
 
 from .client import SliceClient
 from .happened import Happened
-from .kernels import UNKNOWN
+from .kernels import UNKNOWN, in_a_sentence
 from .limits import NO_LIMIT, ORIGINS, Source
 from .notices import Notices
 
@@ -166,7 +166,7 @@ class Sampler:
         session = (await self._sessions()).get(kernel_id, {}) if kernel_id else {}
         name, message = session.get("name"), event["message"]
         if name and kernel_id:
-            message = message.replace(f"Notebook kernel {kernel_id[:8]}…", name)
+            message = message.replace(f"Notebook kernel {kernel_id[:8]}…", in_a_sentence(name))
         return {**event, "message": message, "name": name, "path": session.get("path")}
 
 

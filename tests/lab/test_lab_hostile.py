@@ -135,3 +135,13 @@ async def test_a_hub_that_is_slow_may_have_done_it(agent: FakeAgent, jp_fetch: A
     finally:
         deaf.close()
     assert "stays as it is" in await words(), "control: nobody has heard"
+
+
+async def test_a_name_turns_no_sentence_round(agent: FakeAgent, jp_fetch: Any) -> None:
+    name = "\u202egpj.\u2066x\u2069ipynb"
+    body = json.dumps({"name": name, "type": "notebook", "path": "a.ipynb", "kernel": {"name": "python3"}})
+    kernel_id = json.loads((await jp_fetch("api/sessions", method="POST", body=body)).body)["kernel"]["id"]
+    agent.tell("refused", f"Notebook kernel {kernel_id[:8]}… was refused 1 GiB.", kernel_id=kernel_id)
+    await until(lambda: agent.count("/v1/events?after=1"))
+    (told,) = json.loads((await jp_fetch("nbgpu/api/events")).body)
+    assert told["message"] == "gpj.xipynb was refused 1 GiB."
