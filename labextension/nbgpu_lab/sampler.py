@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 from nbgpu.errors import NbgpuError, Unavailable
@@ -19,7 +20,9 @@ from .notices import Notices
 Json = dict[str, Any]
 NO_SLICE: Json = {"slice_id": None}
 EVENTS_PAUSE_SECONDS = 0.5
-"""Before the next question for events where one brought none: an agent answers when there is news; one that does not wait is asked so often."""
+"""Before the next question for events where one brought none: an agent answers when there is news; another is asked so often."""
+_LAST_TIME = 8.64e12
+"""The last that a page's ``Date`` knows."""
 _JUNK = (AttributeError, KeyError, OverflowError, TypeError, ValueError)
 """What comes of an answer that is none of an agent's."""
 
@@ -145,12 +148,13 @@ class Sampler:
                 events = await self.client.get(f"/v1/events?after={after}&wait_seconds=25", wait_seconds=25)
                 fresh = False
                 for event in events:
-                    mark = (int(event["id"]), float(event["time"]))
-                    after = max(after, mark[0])
-                    if mark not in seen:
-                        seen.append(mark)
-                        self.notices.add(await self._named(event))
-                        fresh = True
+                    with suppress(*_JUNK):  # those behind it are told
+                        mark = _mark(event)
+                        after = max(after, mark[0])
+                        if mark not in seen:
+                            seen.append(mark)
+                            self.notices.add(await self._named(event))
+                            fresh = True
                 if not fresh:
                     await asyncio.sleep(EVENTS_PAUSE_SECONDS)
             except NbgpuError:
@@ -168,6 +172,14 @@ class Sampler:
         if name and kernel_id:
             message = message.replace(f"Notebook kernel {kernel_id[:8]}…", in_a_sentence(name))
         return {**event, "message": message, "name": name, "path": session.get("path")}
+
+
+def _mark(event: Json) -> tuple[int, float]:
+    """Return what tells an agent's event from others, also of an agent before. Raises ValueError for a time that no page can show."""
+    when = float(event["time"])
+    if not 0 <= when <= _LAST_TIME:
+        raise ValueError("no such time")
+    return int(event["id"]), when
 
 
 def join(kernels: list[Json], sessions: dict[str, Json], limits: dict[str, Json]) -> list[Json]:
