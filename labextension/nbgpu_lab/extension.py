@@ -14,6 +14,7 @@ from jupyter_client.provisioning.factory import KernelProvisionerFactory
 
 from nbgpu.errors import NbgpuError
 from nbgpu.kernel_names import write_names
+from nbgpu.logs import one_line
 
 from .client import SliceClient
 from .handlers import routes
@@ -123,7 +124,13 @@ def _emit_notices(serverapp: Any) -> None:
     """Send every notice to the server's event log as well."""
     serverapp.event_logger.register_event_schema(_SCHEMA)
 
-    SERVER.listeners.append(lambda notice: serverapp.event_logger.emit(schema_id=SCHEMA_ID, data=notice))
+    def emit(notice: Json) -> None:
+        try:
+            serverapp.event_logger.emit(schema_id=SCHEMA_ID, data=notice)
+        except Exception as error:  # not of the schema, or a listener's: whoever tells of the next one goes on
+            serverapp.log.warning("nbgpu: a notice was not sent as an event: %s", one_line(str(error)[:200]))
+
+    SERVER.listeners.append(emit)
 
 
 async def _keep_busy_server(sampler: Sampler, settings: dict[str, Any]) -> None:

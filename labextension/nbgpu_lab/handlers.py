@@ -62,7 +62,7 @@ class SliceHandler(APIHandler):
         body = self.request.body
         try:
             asked = json.loads(body) if len(body) <= _MAX_BODY_BYTES else None
-        except ValueError:
+        except (ValueError, RecursionError):
             asked = None
         if not isinstance(asked, dict):
             raise InvalidValue("body", body[:40].decode("utf-8", "replace"), allowed)

@@ -7,6 +7,8 @@ from typing import Any
 
 from nbgpu.quantities import format_memory, format_time
 
+from .kernels import in_a_sentence
+
 Json = dict[str, Any]
 THROTTLED_PART = 0.95
 THROTTLED_SECONDS = 60.0
@@ -74,7 +76,7 @@ def memory_bytes(kernel: Json) -> int:
 
 def title(kernel: Json) -> str:
     """Return what a kernel is called in a sentence."""
-    return kernel.get("name") or f"Notebook kernel {kernel['kernel_id'][:8]}…"
+    return in_a_sentence(kernel.get("name") or "") or f"Notebook kernel {kernel['kernel_id'][:8]}…"
 
 
 def notice(kind: str, message: str, kernel: Json, **data: int) -> Json:

@@ -8,12 +8,14 @@ from typing import Any
 from urllib.parse import urlencode
 
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
+from tornado.simple_httpclient import HTTPStreamClosedError, HTTPTimeoutError
 
 from nbgpu.errors import NbgpuError, Unavailable
 
 NEEDED = ("JUPYTERHUB_API_URL", "JUPYTERHUB_API_TOKEN", "JUPYTERHUB_USER")
 ANSWER_SECONDS = 20.0
 _NO_ANSWER = "JupyterHub does not answer, so the slice stays as it is. Try again in a minute."
+_NO_ANSWER_YET = "JupyterHub has not answered in time. The slice may change yet: look at its size before you ask again."
 
 
 def offered() -> bool:
@@ -48,6 +50,8 @@ async def resize(asked: dict[str, Any]) -> Any:
     )
     try:
         return json.loads((await AsyncHTTPClient().fetch(request)).body)
+    except (HTTPTimeoutError, HTTPStreamClosedError) as error:  # it was asked
+        raise Unavailable(_NO_ANSWER_YET) from error
     except HTTPClientError as error:
         raise _refusal(error) from None
     except (OSError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from datetime import datetime, timezone
 from typing import Any
@@ -11,6 +12,13 @@ from jupyter_core.utils import ensure_async
 Json = dict[str, Any]
 UNKNOWN: Json = {"name": None, "path": None, "type": None, "state": None, "state_seconds": None, "kernel_name": None, "language": None}
 """What is said of a kernel that the server does not know (any more), and of processes that are no kernel's."""
+
+_TURNS = re.compile("[\u202a-\u202e\u2066-\u2069\x00-\x1f\x7f-\x9f]")
+
+
+def in_a_sentence(name: str) -> str:
+    """Return a name without what would turn the sentence around it to another direction, or break it; letters stay, of any script."""
+    return _TURNS.sub("", name)
 
 
 async def kernels_of(serverapp: Any) -> dict[str, Json]:

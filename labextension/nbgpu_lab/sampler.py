@@ -6,18 +6,25 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 from nbgpu.errors import NbgpuError, Unavailable
 
 from .client import SliceClient
 from .happened import Happened
-from .kernels import UNKNOWN
+from .kernels import UNKNOWN, in_a_sentence
 from .limits import NO_LIMIT, ORIGINS, Source
 from .notices import Notices
 
 Json = dict[str, Any]
 NO_SLICE: Json = {"slice_id": None}
+EVENTS_PAUSE_SECONDS = 0.5
+"""Before the next question for events where one brought none: an agent answers when there is news; another is asked so often."""
+_LAST_TIME = 8.64e12
+"""The last that a page's ``Date`` knows."""
+_JUNK = (AttributeError, KeyError, OverflowError, TypeError, ValueError)
+"""What comes of an answer that is none of an agent's."""
 
 
 class Sampler:
@@ -113,11 +120,12 @@ class Sampler:
             self._tell(str(usage.get("slice_id")), sessions)
             idle = sessions.keys() - {kernel["kernel_id"] for kernel in usage["kernels"]}
             limits = await self.client.get("/v1/kernels") if idle else {}
-            self._usage = {**usage, "kernels": join(usage["kernels"], sessions, limits)}
-            for notice in self._happened.look(self._usage):
+            sampled = {**usage, "kernels": join(usage["kernels"], sessions, limits)}
+            for notice in self._happened.look(sampled):
                 self.notices.add(notice)
+            self._usage = sampled
             self._heard(True)
-        except NbgpuError:
+        except (NbgpuError, *_JUNK):
             self._heard(False)
         return {**self._usage, "agent": self.agent, "last_event": self.notices.last_id}
 
@@ -138,17 +146,22 @@ class Sampler:
         while True:
             try:
                 events = await self.client.get(f"/v1/events?after={after}&wait_seconds=25", wait_seconds=25)
+                fresh = False
                 for event in events:
-                    mark = (int(event["id"]), float(event["time"]))
-                    after = max(after, mark[0])
-                    if mark not in seen:
-                        seen.append(mark)
-                        self.notices.add(await self._named(event))
+                    with suppress(*_JUNK):  # those behind it are told
+                        mark = _mark(event)
+                        after = max(after, mark[0])
+                        if mark not in seen:
+                            seen.append(mark)
+                            self.notices.add(await self._named(event))
+                            fresh = True
+                if not fresh:
+                    await asyncio.sleep(EVENTS_PAUSE_SECONDS)
             except NbgpuError:
                 # the agent that comes back may be a new one that counts from one again
                 after = 0
                 await asyncio.sleep(1)
-            except (TypeError, KeyError, ValueError):
+            except _JUNK:
                 await asyncio.sleep(1)
 
     async def _named(self, event: Json) -> Json:
@@ -157,8 +170,16 @@ class Sampler:
         session = (await self._sessions()).get(kernel_id, {}) if kernel_id else {}
         name, message = session.get("name"), event["message"]
         if name and kernel_id:
-            message = message.replace(f"Notebook kernel {kernel_id[:8]}…", name)
+            message = message.replace(f"Notebook kernel {kernel_id[:8]}…", in_a_sentence(name))
         return {**event, "message": message, "name": name, "path": session.get("path")}
+
+
+def _mark(event: Json) -> tuple[int, float]:
+    """Return what tells an agent's event from others, also of an agent before. Raises ValueError for a time that no page can show."""
+    when = float(event["time"])
+    if not 0 <= when <= _LAST_TIME:
+        raise ValueError("no such time")
+    return int(event["id"]), when
 
 
 def join(kernels: list[Json], sessions: dict[str, Json], limits: dict[str, Json]) -> list[Json]:

@@ -9,7 +9,6 @@ import { ITranslator, nullTranslator } from '@jupyterlab/translation';
 import { Signal } from '@lumino/signaling';
 
 import { actionsPlugin } from './actions';
-import type { INotice } from './api';
 import { sliceIcon } from './icons';
 import { NotebookKeeper } from './keep';
 import { SliceModel } from './model';
@@ -39,7 +38,7 @@ const modelPlugin: JupyterFrontEndPlugin<ISliceModel> = {
     shareModel(model);
     services.events.stream.connect((_, event) => {
       if ((event.schema_id as unknown) === SCHEMA_ID) {
-        model.hear(event as unknown as INotice);
+        model.hear();
       }
     });
     void settings?.load(MODEL_PLUGIN).then(loaded => {

@@ -20,6 +20,8 @@ import type { ISliceModel, IStale } from './tokens';
 const KEPT_NOTICES = 100;
 /** A hole in the history that is worth a request: the page was hidden, or the server away. */
 const GAP_SECONDS = 5;
+/** Between a question and one for news. */
+const LEAST_MS = 1000;
 /** A server that does not answer is asked this seldom in the end. */
 const MOST_MS = 10_000;
 
@@ -30,7 +32,7 @@ export class SliceModel implements ISliceModel {
     this._poll = new Poll({
       name: 'nbgpu-lab:usage',
       auto: options.auto ?? true,
-      factory: () => this.tick(),
+      factory: () => this._turn(),
       frequency: { interval: 1000, backoff: true, max: MOST_MS },
       standby: 'when-hidden'
     });
@@ -100,38 +102,49 @@ export class SliceModel implements ISliceModel {
   }
 
   dispose(): void {
+    clearTimeout(this._soon);
     this._poll.dispose();
     Signal.clearData(this);
   }
 
   async refresh(): Promise<void> {
-    await this._poll.refresh();
+    await this._askNow();
     await this._poll.tick;
   }
 
   async setLimit(kernelId: string, limit: IWrittenLimit): Promise<void> {
     await this._api.setLimit(kernelId, limit);
-    void this._poll.refresh();
+    void this._askNow();
   }
 
   async resume(pid: number): Promise<void> {
     await this._api.resume(pid);
-    void this._poll.refresh();
+    void this._askNow();
   }
 
   async resize(asked: IWrittenSize): Promise<IResizeAnswer> {
     const answer = await this._api.resize(asked);
-    void this._poll.refresh();
+    void this._askNow();
     return answer;
   }
 
-  /** Tell of a notice that came with the server's event stream: sooner than the next poll. */
-  hear(notice: INotice): void {
-    const fresh = this._keep([notice]);
-    if (fresh.length > 0) {
-      fresh.forEach(one => this._noticed.emit(one));
-      this._changed.emit();
-    }
+  /**
+   * The server's event stream says that there is news. What it is the server is asked, once a second at most: whoever has the server's
+   * token may write to that stream, a kernel too, and not into the server's own list.
+   */
+  hear(): void {
+    this._newsWaits = true;
+    this._soon ??= setTimeout(
+      () => {
+        this._soon = undefined;
+        if (this._newsWaits) {
+          void this.tick()
+            .catch(() => null) // the poll says that nobody answers
+            .then(() => this._newsWaits && this.hear()); // it came after a question that is answered now
+        }
+      },
+      Math.max(0, this._askedAt + LEAST_MS - Date.now())
+    );
   }
 
   /** Settings changed. */
@@ -153,7 +166,20 @@ export class SliceModel implements ISliceModel {
     return this._asking;
   }
 
+  private _askNow(): Promise<void> {
+    this._newsAt = 0;
+    return this._poll.refresh();
+  }
+
+  /** The poll's question, unless news was asked for just before. */
+  private async _turn(): Promise<void> {
+    if (Date.now() - this._newsAt > LEAST_MS / 2) {
+      await this.tick();
+    }
+  }
+
   private async _tick(): Promise<void> {
+    this._askedAt = Date.now();
     try {
       await this._ask();
       this._trouble = '';
@@ -168,7 +194,10 @@ export class SliceModel implements ISliceModel {
   }
 
   private async _ask(): Promise<void> {
-    if (this._usage && this._agent.ok) {
+    if (this._newsWaits) {
+      this._newsWaits = false;
+      this._newsAt = Date.now();
+    } else if (this._usage && this._agent.ok) {
       const seconds = this._holeInHistory();
       if (seconds > 0) {
         await this._fillHistory(seconds);
@@ -251,7 +280,9 @@ export class SliceModel implements ISliceModel {
       }
     }
     const fresh = this._keep(answer.events ?? []);
-    this._lastEvent = Math.max(this._lastEvent, answer.last_event ?? 0);
+    const last = answer.last_event ?? this._lastEvent;
+    // below: another server, whose clock is behind the last one's
+    this._lastEvent = last < this._lastEvent ? 0 : last;
     if (!first) {
       fresh.forEach(notice => this._noticed.emit(notice));
     }
@@ -290,6 +321,10 @@ export class SliceModel implements ISliceModel {
   private _refused = false;
   private _notices: INotice[] = [];
   private _lastEvent = 0;
+  private _newsWaits = false;
+  private _newsAt = 0;
+  private _askedAt = 0;
+  private _soon: ReturnType<typeof setTimeout> | undefined;
   private _lastTime = 0;
   private _timeBefore = 0;
   private _historySeconds = HISTORY_SECONDS;

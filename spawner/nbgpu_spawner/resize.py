@@ -130,7 +130,7 @@ class ResizeHandler(APIHandler):
     def _body(self) -> Any:
         try:
             return json.loads(self.request.body) if len(self.request.body) <= _MOST_BYTES else None
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
 
 

@@ -42,6 +42,8 @@ const notice = (id: number): INotice => ({
   message: `refusal ${id}`
 });
 
+const later = (ms: number) => new Promise(resolve => setTimeout(resolve, ms));
+
 let api: FakeApi;
 let model: SliceModel;
 let noticed: number[];
@@ -116,14 +118,65 @@ test('notices of the time before the page opened are listed, not told', async ()
   expect(model.notices.map(({ id }) => id)).toEqual([1, 2]);
 });
 
-test('a notice is told once, whichever way it comes first', async () => {
-  await model.tick();
-  model.hear(notice(7));
-  api.next = { ...answer(101), events: [notice(7), notice(8)], last_event: 8 };
+test('the event stream says that there is news; what it is, the server says', async () => {
   await model.tick();
   await model.tick();
-  model.hear(notice(8));
-  expect(noticed).toEqual([7, 8]);
+  api.next = { ...answer(101), events: [notice(7)], last_event: 7 };
+  model.hear();
+  expect(noticed).toEqual([]);
+  await later(1100);
+  expect(noticed).toEqual([7]);
+  await model.tick();
+  expect(noticed).toEqual([7]);
+});
+
+test('a flood in the event stream is one question a second, beside which none is asked', async () => {
+  await model.tick();
+  await model.tick();
+  api.asked = [];
+  for (let i = 0; i < 1000; i++) {
+    model.hear();
+  }
+  await later(1100);
+  for (let i = 0; i < 1000; i++) {
+    model.hear();
+  }
+  await model.poll.refresh(); // the poll's own turn, just after
+  await model.poll.tick;
+  expect(api.asked).toEqual(['usage 0']);
+  await later(1100);
+  expect(api.asked).toEqual(['usage 0', 'usage 0']);
+});
+
+test('what a person waits for is asked at once, just after news too', async () => {
+  await model.tick();
+  await model.tick();
+  model.hear();
+  await later(1100);
+  api.asked = [];
+  await model.refresh();
+  expect(api.asked).toEqual(['usage 0']);
+});
+
+test('news is asked for before a hole in the history', async () => {
+  await model.tick();
+  model.hear();
+  await later(1100);
+  expect(api.asked).toEqual(['usage 0', 'usage 0']);
+});
+
+test('a server that was started anew with a clock behind is asked for all that it has', async () => {
+  api.next = { ...answer(100), events: [notice(9000)], last_event: 9000 };
+  await model.tick();
+  await model.tick();
+  api.asked = [];
+  api.next = { ...answer(101), last_event: 12 };
+  await model.tick();
+  api.next = { ...answer(102), events: [notice(12)], last_event: 12 };
+  await model.tick();
+  expect(api.asked).toEqual(['usage 9000', 'usage 0']);
+  expect(noticed).toEqual([12]);
+  expect(model.notices.map(({ id }) => id)).toContain(12);
 });
 
 test('asks for what came after the last answer', async () => {
