@@ -7,6 +7,8 @@
   time of an update in the page's main thread (``render_60_cpu_ms``: script, style and layout), which a busy machine does not change;
 * ``requests_per_s``, ``requests_hidden``: questions to nbgpu's API in so many seconds, with panel and status bar in view, and with the
   page hidden; beside it what JupyterLab asks of its own (``lab_requests_per_s``);
+* ``agent_requests_per_s_1_tab``, ``agent_requests_per_s_100_tabs``: how often the Jupyter server asks the slice's agent what is used while
+  one page, or a hundred, ask the server once a second;
 * ``bundle_gzip_kb``: all that JupyterLab loads of the extension, each file gzipped; ``monitor_gzip_kb``: the widget of a cell.
 """
 
@@ -33,10 +35,12 @@ for folder in (ROOT, ROOT / "tests" / "lab"):
 
 from agent_pixel import BUILT, START_SECONDS, chromium, jupyterlab, why_not  # noqa: E402
 from fake_slice_agent import FakeAgent  # noqa: E402
+from tornado.httpclient import AsyncHTTPClient  # noqa: E402
 
 MONITOR = BUILT.parent / "monitor"
 SECOND = 1000
 SETTLE_SECONDS = 3
+TABS = 100
 RENDER = """async ([kernels, updates, plainly]) => {
     const model = globalThis[Symbol.for('nbgpu.slice.model')];
     await model.poll.stop();
@@ -97,15 +101,15 @@ HIDE = """() => {
 
 
 @contextmanager
-def stand_in() -> Iterator[str]:
-    """Serve a slice; give its socket."""
+def stand_in() -> Iterator[FakeAgent]:
+    """Serve a slice."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     with tempfile.TemporaryDirectory(prefix="nbgpu-bench-ui-", dir="/tmp") as place:
         agent = FakeAgent(f"{place}/api.sock")
         asyncio.run_coroutine_threadsafe(agent.start(), loop).result(5)
-        yield agent.socket_path
+        yield agent
         asyncio.run_coroutine_threadsafe(_end(agent), loop).result(5)
     loop.call_soon_threadsafe(loop.stop)
 
@@ -141,6 +145,27 @@ def asked(page: Any, seconds: float) -> tuple[list[float], int]:
     return ours, len(others)
 
 
+async def agent_requests(agent: FakeAgent, address: str, tabs: int, seconds: float) -> float:
+    """Return how often a second the server asks the agent what is used, while so many pages ask the server once a second, in turn."""
+    client = AsyncHTTPClient(force_instance=True, max_clients=tabs)
+
+    async def page(number: int) -> None:
+        await asyncio.sleep(number / tabs)
+        while True:
+            await client.fetch(f"{address}/nbgpu/api/usage?after=0", headers={"Authorization": "token bench"})
+            await asyncio.sleep(1)
+
+    pages = asyncio.gather(*map(page, range(tabs)))
+    await asyncio.sleep(1)
+    before, began = agent.count("/v1/usage"), time.monotonic()
+    await asyncio.wait([pages], timeout=seconds)
+    rate = (agent.count("/v1/usage") - before) / (time.monotonic() - began)
+    if pages.done():
+        await pages  # it has failed
+    pages.cancel()
+    return round(rate, 3)
+
+
 def cpu_seconds(session: Any) -> float:
     """Return what the page's main thread has computed, in CPU time."""
     told = {one["name"]: one["value"] for one in session.send("Performance.getMetrics")["metrics"]}
@@ -149,9 +174,18 @@ def cpu_seconds(session: Any) -> float:
 
 def measure(kernels: int, updates: int, seconds: float) -> dict[str, Any]:
     """Measure in one JupyterLab."""
+    with stand_in() as agent, jupyterlab(agent.socket_path) as address:
+        server = address.split("/lab?")[0]
+        of_one, of_many = (asyncio.run(agent_requests(agent, server, tabs, seconds)) for tabs in (1, TABS))
+        found = {"agent_requests_per_s_1_tab": of_one, f"agent_requests_per_s_{TABS}_tabs": of_many}
+        return found | measure_page(address, kernels, updates, seconds)
+
+
+def measure_page(address: str, kernels: int, updates: int, seconds: float) -> dict[str, Any]:
+    """Measure in one page."""
     from playwright.sync_api import sync_playwright  # pyright: ignore[reportMissingImports]
 
-    with stand_in() as socket_path, jupyterlab(socket_path) as address, sync_playwright() as playwright:
+    with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.goto(address, timeout=START_SECONDS * SECOND)
@@ -219,6 +253,8 @@ def main() -> None:
         ("requests, page in view", "requests_per_s", "/s", "<= 1"),
         ("JupyterLab's own", "lab_requests_per_s", "/s", "baseline"),
         ("requests, page hidden", "requests_hidden", "", "0"),
+        ("the server's to the agent, one page", "agent_requests_per_s_1_tab", "/s", "baseline"),
+        (f"the server's to the agent, {TABS} pages", f"agent_requests_per_s_{TABS}_tabs", "/s", "the same"),
         ("extension, gzipped", "bundle_gzip_kb", "kB", "<= 150"),
         ("widget of a cell, gzipped", "monitor_gzip_kb", "kB", ""),
     ]

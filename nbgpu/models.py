@@ -334,6 +334,8 @@ class Event(Model):
         "not-permitted",
         "limiter-only",
         "limit-changed",
+        "kernel-ended",
+        "throttled",
         "parked",
         "wanting",
         "restored",

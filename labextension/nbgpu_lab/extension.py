@@ -77,6 +77,7 @@ def _follow_kernels(serverapp: Any, sampler: Sampler) -> None:
     async def heard(logger: Any, schema_id: str, data: dict[str, Any]) -> None:
         if data.get("action") in ("start", "shutdown"):
             await asyncio.sleep(SESSION_SECONDS)
+            sampler.forget()
             await sampler.usage()
 
     try:

@@ -86,7 +86,7 @@ class UsageHandler(SliceHandler):
         if self.sampler is None:
             return NO_SLICE
         # "now", so that a page whose clock is another one can say when things were
-        usage = {**await self.sampler.usage(), "now": time.time(), "may_resize": hub.offered()}
+        usage = {**await self.sampler.usage(), "now": time.time(), "may_resize": hub.offered(), "last_event": self.notices.last_id}
         if self.get_query_argument("after", None) is None:
             return usage
         return {**usage, "events": self.notices.after(self.whole_number("after", 0, 0, 2**53))}

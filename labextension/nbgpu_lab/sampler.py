@@ -1,4 +1,4 @@
-"""One sampler per server: however many tabs ask, the agent hears at most two questions a second."""
+"""One sampler per server: however many tabs ask, the agent is asked once a second."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ from typing import Any
 from nbgpu.errors import NbgpuError, Unavailable
 
 from .client import SliceClient
-from .happened import Happened
 from .kernels import UNKNOWN, in_a_sentence
 from .limits import NO_LIMIT, ORIGINS, Source
 from .notices import Notices
 
 Json = dict[str, Any]
 NO_SLICE: Json = {"slice_id": None}
+EVERY_SECONDS = 1.0
+"""How often the agent is asked the same, however many pages ask here."""
+EARLY_SECONDS = 0.1
+"""A question may come so much too early: else a single page, whose seconds are not quite this server's, would now and then see its last
+answer once more. Those that do make the next one later: on average it stays at `EVERY_SECONDS`."""
+MOST_ANSWERS = 8
+MOST_NAMES = 1000
 EVENTS_PAUSE_SECONDS = 0.5
-"""Before the next question for events where one brought none: an agent answers when there is news; another is asked so often."""
+"""Before the next question for events where one brought none at once: an agent answers when there is news; another is asked so often."""
 _LAST_TIME = 8.64e12
 """The last that a page's ``Date`` knows."""
 _JUNK = (AttributeError, KeyError, OverflowError, TypeError, ValueError)
@@ -38,8 +44,8 @@ class Sampler:
         Returns the server's kernels: ``{kernel_id: {"name", "path", "type", "state", ...}}``.
     notices : Notices
         Where the agent's events go.
-    keep_seconds : float
-        How old an answer may be.
+    every_seconds : float
+        How often the agent is asked the same; an answer is at most that old.
     tell_names : callable, optional
         Called with the slice's id and the server's kernels whenever those have changed (`nbgpu.kernel_names`).
     """
@@ -50,21 +56,24 @@ class Sampler:
         sessions: Callable[[], Awaitable[dict[str, Json]]],
         notices: Notices,
         *,
-        keep_seconds: float = 0.5,
+        every_seconds: float = EVERY_SECONDS,
         clock: Callable[[], float] = time.monotonic,
         tell_names: Callable[[str, dict[str, Json]], object] | None = None,
     ):
         self.client = client
         self.notices = notices
         self.agent: Json = {"ok": True, "since": time.time()}
-        self._sessions = sessions
-        self._keep_seconds = keep_seconds
+        self._ask_sessions = sessions
+        self._every_seconds = every_seconds
         self._clock = clock
         self._tell_names = tell_names
         self._told: dict[str, Json] | None = None
-        self._happened = Happened()
+        self._names: dict[str, Json] = {}
+        """What kernels were called when last seen: an event may come when its kernel has gone."""
         self._usage: Json = NO_SLICE
-        self._kept: dict[str, tuple[float, Any]] = {}
+        self._kept: dict[str, Any] = {}
+        self._due: dict[str, float] = {}
+        """When each question may be asked again, by `clock`."""
         self._pending: dict[str, asyncio.Task[Any]] = {}
 
     async def usage(self) -> Json:
@@ -72,41 +81,48 @@ class Sampler:
 
         While the agent is away these are its last values, with ``agent: {"ok": false, "since": unix time}``.
         """
-        return await self._shared("usage", self._keep_seconds, self._sample)
+        return await self._shared("usage", self._sample)
 
     async def history(self, seconds: int) -> Json:
         """Return what the agent remembers of the last `seconds`. Raises `Unavailable` while it is away."""
-        return await self._shared(f"history {seconds}", 1.0, lambda: self.client.get(f"/v1/history?seconds={seconds}"))
+        return await self._shared(f"history {seconds}", lambda: self.client.get(f"/v1/history?seconds={seconds}"))
+
+    def forget(self) -> None:
+        """Something has changed: whoever asks next is answered anew."""
+        self._kept.clear()
+        self._due.clear()
 
     async def set_limit(self, kernel_id: str, limit: Json, source: Source = "panel") -> Json:
         """Ask the agent to limit a kernel; the next usage shows it, and where it comes from. Raises what the agent says."""
         answer = await self.client.put(f"/v1/kernels/{kernel_id}", limit)
         ORIGINS.remember(kernel_id, answer, source)
-        self._kept.clear()
+        self.forget()
         return answer
 
     async def resume(self, pid: int) -> Json:
         """Ask the agent to let a suspended process go on; the next usage shows it. Raises what the agent says."""
         answer = await self.client.post("/v1/resume", {"pid": pid})
-        self._kept.clear()
+        self.forget()
         return answer
 
-    async def _shared(self, key: str, keep_seconds: float, ask: Callable[[], Awaitable[Json]]) -> Json:
+    async def _shared(self, key: str, ask: Callable[[], Awaitable[Json]]) -> Json:
         """Return a recent answer, or join the question that is on its way, or ask."""
-        when, answer = self._kept.get(key, (-keep_seconds, None))
-        if answer is not None and self._clock() - when < keep_seconds:
-            return answer
+        now = self._clock()
+        if key in self._kept and now < self._due[key] - EARLY_SECONDS:
+            return self._kept[key]
         task = self._pending.get(key)
         if task is None:
+            self._due[key] = max(self._due.get(key, now) + self._every_seconds, now + self._every_seconds - EARLY_SECONDS)
             task = self._pending[key] = asyncio.ensure_future(self._ask(key, ask))
         return await asyncio.shield(task)
 
     async def _ask(self, key: str, ask: Callable[[], Awaitable[Json]]) -> Json:
         try:
             answer = await ask()
-            if len(self._kept) > 8:
-                self._kept.clear()
-            self._kept[key] = (self._clock(), answer)
+            if len(self._kept) > MOST_ANSWERS:
+                self.forget()
+            if key in self._due:  # else something has changed since it was asked
+                self._kept[key] = answer
             return answer
         finally:
             del self._pending[key]
@@ -120,14 +136,21 @@ class Sampler:
             self._tell(str(usage.get("slice_id")), sessions)
             idle = sessions.keys() - {kernel["kernel_id"] for kernel in usage["kernels"]}
             limits = await self.client.get("/v1/kernels") if idle else {}
-            sampled = {**usage, "kernels": join(usage["kernels"], sessions, limits)}
-            for notice in self._happened.look(sampled):
-                self.notices.add(notice)
-            self._usage = sampled
+            self._usage = {**usage, "kernels": join(usage["kernels"], sessions, limits)}
             self._heard(True)
         except (NbgpuError, *_JUNK):
             self._heard(False)
-        return {**self._usage, "agent": self.agent, "last_event": self.notices.last_id}
+        return {**self._usage, "agent": self.agent}
+
+    async def _sessions(self) -> dict[str, Json]:
+        """Return the server's kernels, and keep in mind what they are called."""
+        sessions = await self._ask_sessions()
+        for kernel_id, one in sessions.items():
+            self._names.pop(kernel_id, None)
+            self._names[kernel_id] = {"name": one.get("name"), "path": one.get("path")}
+        while len(self._names) > MOST_NAMES:
+            del self._names[next(iter(self._names))]
+        return sessions
 
     def _tell(self, slice_id: str, sessions: dict[str, Json]) -> None:
         names = {kernel_id: {"name": one.get("name"), "path": one.get("path")} for kernel_id, one in sessions.items()}
@@ -145,8 +168,8 @@ class Sampler:
         seen: deque[tuple[int, float]] = deque(maxlen=1000)
         while True:
             try:
+                asked, fresh = self._clock(), False
                 events = await self.client.get(f"/v1/events?after={after}&wait_seconds=25", wait_seconds=25)
-                fresh = False
                 for event in events:
                     with suppress(*_JUNK):  # those behind it are told
                         mark = _mark(event)
@@ -155,7 +178,7 @@ class Sampler:
                             seen.append(mark)
                             self.notices.add(await self._named(event))
                             fresh = True
-                if not fresh:
+                if not fresh and self._clock() - asked < EVENTS_PAUSE_SECONDS:
                     await asyncio.sleep(EVENTS_PAUSE_SECONDS)
             except NbgpuError:
                 # the agent that comes back may be a new one that counts from one again
@@ -167,11 +190,14 @@ class Sampler:
     async def _named(self, event: Json) -> Json:
         """Return an agent's event with the notebook's name where the agent, who knows ids only, says "Notebook kernel 1a2b3c4d…"."""
         kernel_id = event.get("kernel_id")
-        session = (await self._sessions()).get(kernel_id, {}) if kernel_id else {}
-        name, message = session.get("name"), event["message"]
-        if name and kernel_id:
+        if not kernel_id:
+            return event
+        await self._sessions()
+        known = self._names.get(kernel_id, {})
+        name, message = known.get("name"), event["message"]
+        if name:
             message = message.replace(f"Notebook kernel {kernel_id[:8]}…", in_a_sentence(name))
-        return {**event, "message": message, "name": name, "path": session.get("path")}
+        return {**event, "message": message, "name": name, "path": known.get("path")}
 
 
 def _mark(event: Json) -> tuple[int, float]:

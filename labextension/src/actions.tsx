@@ -14,7 +14,7 @@ import { formatMemory, kernelTotals } from './format';
 import { CALLS, EXPRESSION, freedWords, whyNotFree } from './free';
 import { kernelMenu } from './kernelmenu';
 import { news } from './news';
-import { ISliceModel } from './tokens';
+import { DOMAIN, ISliceModel } from './tokens';
 import { kernelName } from './words';
 
 const FREE = 'nbgpu:free-caches';
@@ -23,7 +23,7 @@ const ANSWER_MS = 20_000;
 /** Of what a kernel says of an error, so many characters are shown. */
 const MOST_WORDS = 200;
 /** The server shows what is used at most this old. */
-const SEEN_SECONDS = 0.7;
+const SEEN_SECONDS = 1.1;
 
 /** What can be done with one of this server's kernels, with the user's consent. */
 class Actions {
@@ -214,7 +214,7 @@ export const actionsPlugin: JupyterFrontEndPlugin<void> = {
     model: ISliceModel,
     translator: ITranslator | null
   ) => {
-    const trans = (translator ?? nullTranslator).load('nbgpu');
+    const trans = (translator ?? nullTranslator).load(DOMAIN);
     const actions = new Actions(app.serviceManager, model, trans);
     app.commands.addCommand(FREE, {
       label: ({ kernelId }) => {

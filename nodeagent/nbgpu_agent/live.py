@@ -361,8 +361,8 @@ class LiveSlice:
         """Return the memory that the slice uses on all its devices together."""
         return sum(self.memory_by_device())
 
-    def tick(self, wall: float, rows: list[UseRow]) -> None:
-        """Once a second: add a point to the history of what was just read."""
+    def tick(self, wall: float, rows: list[UseRow]) -> list[SlotUse]:
+        """Once a second: add a point to the history of what was just read; return what each slot uses."""
         now_ns = time.monotonic_ns()
         slots = self.slots(rows, now_ns)
         compute = compute_by_device(self.slice, slots, self.compute_doubts.seen)
@@ -371,6 +371,7 @@ class LiveSlice:
             for part, milli in zip(self.slice.devices, compute, strict=True):
                 self.busy_seconds[part.uuid] = self.busy_seconds.get(part.uuid, 0.0) + milli / 1000
         self.tenant.tick(rows, now_ns)
+        return slots
 
     def as_model(self) -> AgentSlice:
         """Return the slice as the API shows it."""

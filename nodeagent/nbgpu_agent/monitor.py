@@ -18,6 +18,7 @@ from nbgpu.words import times
 from . import layout
 from .agent import Agent, short
 from .cgroups import within
+from .happened import Happened
 from .live import LiveSlice
 from .native import UseRow
 from .nvml import DeviceSample, Nvml
@@ -77,6 +78,7 @@ class SliceMemory:
     """By device: what NVML saw of its processes at the last look."""
     calm: dict[str, Look] = field(default_factory=dict[str, Look])
     """By device: the last look, where it found nothing to do and nothing computes; the same look finds the same."""
+    happened: Happened = field(default_factory=Happened)
 
 
 class Monitor:
@@ -175,7 +177,7 @@ class Monitor:
         rows = agent.reap(live)
         agent.parking.tick(live, rows)
         if live.state != "prepared":
-            live.tick(wall, rows)
+            self._tell_happened(live, live.tick(wall, rows))
         if self._ticks % SIZE_TICKS == 0:
             live.tenant.check_size()
         if live.tenant.junk is not None:
@@ -184,6 +186,13 @@ class Monitor:
         if not live.has_root():
             agent.end_if_over(live)
         return rows
+
+    def _tell_happened(self, live: LiveSlice, slots: list[SlotUse]) -> None:
+        memory = self._memory.get(live.id)
+        if memory is None:
+            memory = self._memory[live.id] = SliceMemory()
+        for one in memory.happened.look(slots, live.record.kernel_limits, time.monotonic()):
+            self._agent.events.add(one.kind, "info", one.message, live.id, one.kernel_id, live.owner, **one.data)
 
     def _hostile(self, live: LiveSlice, what: str) -> None:
         memory = self._memory.setdefault(live.id, SliceMemory())

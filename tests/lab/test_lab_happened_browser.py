@@ -146,6 +146,8 @@ def test_a_kernel_that_ends_gives_its_memory_back_before_the_readers_eyes(lab: L
     page.locator(f'[data-kernel="{lab.kernels[0]}"]').get_by_text("8 GiB").first.wait_for()
     lab.agent.kernels.pop(lab.kernels[0])
     lab.agent.used_bytes -= 8 * GIB
+    ended = f"Notebook kernel {lab.kernels[0][:8]}… ended: the 8 GiB of GPU memory that it held are free again."
+    tell(lab, "kernel-ended", ended, {"freed_bytes": 8 * GIB}, kernel_id=lab.kernels[0], level="info")
     said = page.get_by_role("region", name="What happened").get_by_text("first.ipynb ended: the 8 GiB of GPU memory that it held are free")
     said.wait_for()
     assert page.locator(f'[data-kernel="{lab.kernels[0]}"]').get_by_text("8 GiB").count() == 0

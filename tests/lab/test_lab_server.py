@@ -13,12 +13,14 @@ from lab_helpers import until
 from tornado.httpclient import HTTPClientError
 
 from nbgpu.kernel_names import KernelName, read_names
+from nbgpu_agent.happened import Happened, Told
 from nbgpu_agent.procs import Process
 from nbgpu_agent.responses import action_message
+from nbgpu_agent.usage import SlotUse
 from nbgpu_lab import extension, limits, sampler
 from nbgpu_lab.client import SliceClient
 from nbgpu_lab.notices import Notices
-from nbgpu_lab.sampler import Sampler
+from nbgpu_lab.sampler import EVERY_SECONDS, Sampler
 
 
 async def usage(jp_fetch: Any, **query: str) -> Any:
@@ -38,13 +40,39 @@ async def test_many_tabs_cost_the_agent_no_more(agent: FakeAgent, jp_fetch: Any)
     assert {answer["devices"][0]["memory_used_bytes"] for answer in answers} == {3 * GIB}
     assert all(answer["agent"]["ok"] for answer in answers)
     # 100 answers may take longer than an answer is kept
-    assert agent.count("/v1/usage") <= 4
+    assert agent.count("/v1/usage") <= 3
 
 
-async def test_change_is_seen_within_a_second(agent: FakeAgent, jp_fetch: Any) -> None:
+async def asked_in_a_minute(agent: FakeAgent, tabs: int, **how: float) -> int:
+    """Return how often the agent is asked while so many pages ask the server once a second, each in its own moment."""
+    now = [0.0]
+    sampler = Sampler(SliceClient(agent.socket_path), no_kernels, Notices(), clock=lambda: now[0], **how)
+    before = agent.count("/v1/usage")
+    # a page waits a second after each answer
+    for now[0] in sorted(tab / tabs + 1.003 * turn for tab in range(tabs) for turn in range(60)):
+        await sampler.usage()
+    return agent.count("/v1/usage") - before
+
+
+async def test_a_hundred_tabs_cost_the_agent_what_one_does(agent: FakeAgent) -> None:
+    assert await asked_in_a_minute(agent, 1) == 60, "a page alone is always answered anew"
+    assert await asked_in_a_minute(agent, 100) <= 62
+    assert await asked_in_a_minute(agent, 100, every_seconds=0.5) > 110, "control"
+    assert await asked_in_a_minute(agent, 10, every_seconds=0) == 600, "control"
+
+
+async def test_what_has_changed_is_asked_for_anew(agent: FakeAgent, jp_fetch: Any) -> None:
+    """A limit that was just set is shown at once, whatever was answered a moment ago."""
+    agent.kernel("abc", GIB)
+    await usage(jp_fetch)
+    await jp_fetch("nbgpu/api/kernels/abc", method="PUT", body='{"memory": "5 GiB"}')
+    assert (await usage(jp_fetch))["kernels"][0]["limit"]["memory_bytes"] == 5 * GIB
+
+
+async def test_change_is_seen_after_a_second(agent: FakeAgent, jp_fetch: Any) -> None:
     await usage(jp_fetch)
     agent.used_bytes = 7 * GIB
-    deadline = asyncio.get_running_loop().time() + 1
+    deadline = asyncio.get_running_loop().time() + 1.5
     while (await usage(jp_fetch))["devices"][0]["memory_used_bytes"] != 7 * GIB:
         assert asyncio.get_running_loop().time() < deadline
         await asyncio.sleep(0.02)
@@ -64,18 +92,18 @@ async def test_polling_is_no_activity(agent: FakeAgent, jp_fetch: Any, jp_server
 async def test_agent_away_keeps_the_last_values(agent: FakeAgent, jp_fetch: Any) -> None:
     await usage(jp_fetch)
     await agent.stop()
-    await asyncio.sleep(0.6)
+    await asyncio.sleep(EVERY_SECONDS)
     answer = await usage(jp_fetch)
     assert answer["agent"]["ok"] is False
     assert answer["devices"][0]["memory_used_bytes"] == 3 * GIB
     since = answer["agent"]["since"]
-    await asyncio.sleep(0.6)
+    await asyncio.sleep(EVERY_SECONDS)
     assert (await usage(jp_fetch))["agent"]["since"] == since
     with pytest.raises(HTTPClientError) as refusal:
         await jp_fetch("nbgpu/api/history", params={"seconds": "60"})
     assert refusal.value.code == 503
     await agent.start()
-    await asyncio.sleep(0.6)
+    await asyncio.sleep(EVERY_SECONDS)
     assert (await usage(jp_fetch))["agent"]["ok"] is True
 
 
@@ -117,7 +145,7 @@ async def test_where_a_limit_comes_from_is_told(agent: FakeAgent, jp_fetch: Any,
     agent.kernel("abc", GIB)
 
     async def source() -> str | None:
-        await asyncio.sleep(0.6)
+        await asyncio.sleep(EVERY_SECONDS)
         return (await usage(jp_fetch))["kernels"][0]["limit_source"]
 
     assert await source() is None
@@ -229,6 +257,37 @@ async def test_an_event_names_its_notebook(agent: FakeAgent, jp_fetch: Any) -> N
     assert (unknown["name"], unknown["message"]) == (None, "Notebook kernel 12345678… was refused 1 GiB.")
 
 
+async def test_what_happens_while_no_page_looks_is_there_by_name(agent: FakeAgent, jp_fetch: Any, jp_serverapp: Any) -> None:
+    """A kernel ends with its notebook: the panel that is opened later lists it, and listeners got an event of the schema."""
+    heard: list[Any] = []
+
+    async def listen(logger: Any, schema_id: str, data: Any) -> None:
+        heard.append(data)
+
+    jp_serverapp.event_logger.add_listener(schema_id=extension.SCHEMA_ID, listener=listen)
+    name = "<b>ノート</b>.ipynb"
+    asked = {"path": name, "name": name, "type": "notebook", "kernel": {"name": "python3"}}
+    session = json.loads((await jp_fetch("api/sessions", method="POST", body=json.dumps(asked))).body)
+    kernel_id = session["kernel"]["id"]
+    await until(lambda: kernel_id in read_names("fakeslice"))
+    await jp_fetch("api", "sessions", session["id"], method="DELETE")
+    await until(lambda: read_names("fakeslice") == {})
+    (ended,) = ended_kernel(kernel_id, 8 * GIB)
+    agent.tell(ended.kind, ended.message, kernel_id=kernel_id, level="info")
+    await until(lambda: heard)
+    (event,) = json.loads((await jp_fetch("nbgpu/api/events")).body)
+    assert (event["kind"], event["name"], event["path"]) == ("kernel-ended", name, name)
+    assert event["message"] == f"{name} ended: the 8 GiB of GPU memory that it held are free again."
+    assert [one["message"] for one in heard] == [event["message"]]
+
+
+def ended_kernel(kernel_id: str, held_bytes: int) -> list[Told]:
+    """Return what the agent says of a kernel whose process has ended."""
+    happened = Happened()
+    happened.look([SlotUse(0, kernel_id, 4711, held_bytes, held_bytes, 0)], {}, 1)
+    return happened.look([], {}, 2)
+
+
 async def test_a_suspended_kernel_is_told_of_and_let_go_on(agent: FakeAgent, jp_fetch: Any) -> None:
     agent.suspend(4711, "some-kernel")
     usage = json.loads((await jp_fetch("nbgpu/api/usage")).body)
@@ -310,7 +369,7 @@ async def test_bad_queries(agent: FakeAgent, jp_fetch: Any) -> None:
 @pytest.mark.slow
 async def test_hanging_agent_does_not_hang_the_page(agent: FakeAgent, jp_fetch: Any) -> None:
     await usage(jp_fetch)
-    await asyncio.sleep(0.6)
+    await asyncio.sleep(EVERY_SECONDS)
     agent.delay_seconds = 30
     answer = await asyncio.wait_for(usage(jp_fetch), 4)
     assert answer["agent"]["ok"] is False

@@ -64,7 +64,8 @@ class Server:
         return self.call("nbgpu/api/usage?after=0")
 
     def kernel(self, kernel_id: str) -> Any:
-        return next(kernel for kernel in self.usage()["kernels"] if kernel["kernel_id"] == kernel_id)
+        """Return a kernel's use, at most a second old, once it is listed."""
+        return wait_for("the kernel", lambda: next((one for one in self.usage()["kernels"] if one["kernel_id"] == kernel_id), None), 5)
 
     def open(self, notebook: str) -> Kernel:
         session = {"name": notebook, "type": "notebook", "path": notebook, "kernel": {"name": "python3"}}
@@ -188,12 +189,12 @@ def test_the_example_on_a_quarter(server: Server) -> None:
     for _ in range(2):  # every cell can be run again
         kernel.run(code["allocate"])
         kernel.run(code["release"])
-    assert server.kernel(kernel.id)["launches"] > 0
+    wait_for("its launches", lambda: server.kernel(kernel.id)["launches"] > 0, 2)
 
 
 def test_limits_of_one_notebook(server: Server) -> None:
     code, kernel = cells(), server.open("capped.ipynb")
-    assert server.kernel(kernel.id)["limit"]["memory_bytes"] == 5 * GIB, server.call("nbgpu/api/events?after=0")
+    wait_for("the limit in its metadata", lambda: server.kernel(kernel.id)["limit"]["memory_bytes"] == 5 * GIB, 2)
     kernel.run(code["setup"])
     assert kernel.run(code["ask-driver"]).startswith("CUDA driver: 5 GiB, ")
     take = "blocks = [check(driver.cuMemAlloc(1024**3)) for _ in range(COUNT)]\n" + code["release"]
