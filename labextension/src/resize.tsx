@@ -30,7 +30,10 @@ export function Resize(props: IResizeProps): JSX.Element {
         type="button"
         className="nbgpu-Kernels-limit"
         aria-expanded={open}
-        onClick={() => setOpen(!open)}
+        onClick={() => {
+          setOpen(!open);
+          setTold(''); // the answer to an earlier wish says nothing of this one
+        }}
       >
         {trans.__('Change the size of this slice')}
         <editIcon.react tag="span" width="12px" />

@@ -330,7 +330,7 @@ def _is_refusal(error: BaseException) -> bool:
 def _message_of(error: ApiException) -> str:
     """Return the API server's own words."""
     with suppress(TypeError, ValueError, AttributeError):
-        return str(json.loads(error.body)["message"])[:1000]
+        return str(json.loads(error.body or "")["message"])[:1000]
     return str(error.reason)
 
 
