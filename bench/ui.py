@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +163,8 @@ async def agent_requests(agent: FakeAgent, address: str, tabs: int, seconds: flo
     if pages.done():
         await pages  # it has failed
     pages.cancel()
+    with suppress(asyncio.CancelledError):
+        await pages
     return round(rate, 3)
 
 

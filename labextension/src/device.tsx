@@ -43,7 +43,8 @@ export function Device(props: IDeviceProps): JSX.Element {
         name={trans.__('Memory')}
         value={formatMemoryOf(
           device.memory_used_bytes,
-          device.memory_limit_bytes
+          device.memory_limit_bytes,
+          trans
         )}
         percent={percent(device.memory_used_bytes, device.memory_limit_bytes)}
         kind="memory"

@@ -4,6 +4,7 @@
  */
 
 import type { IDeviceUsage, IKernelUsage } from './api';
+import type { Words } from './english';
 
 const MIB = 1024 ** 2;
 const GIB = 1024 ** 3;
@@ -34,11 +35,19 @@ export function formatMemory(bytes: number): string {
 }
 
 /** "3.2 of 19.5 GiB", "300 MiB of 19.5 GiB": each in its own unit, which is written once when they share it. */
-export function formatMemoryOf(usedBytes: number, limitBytes: number): string {
+export function formatMemoryOf(
+  usedBytes: number,
+  limitBytes: number,
+  trans: Words
+): string {
   const used = formatMemory(usedBytes);
   const limit = formatMemory(limitBytes);
   const [number, unit] = used.split(' ');
-  return `${limit.endsWith(` ${unit}`) ? number : used} of ${limit}`;
+  return trans.__(
+    '%1 of %2',
+    limit.endsWith(` ${unit}`) ? number : used,
+    limit
+  );
 }
 
 /** A share of one GPU: "1/4", "37.5 %". */

@@ -16,10 +16,11 @@ import { logPlugin, noticesPlugin } from './notices';
 import { shareModel } from './page';
 import { SlicePanel } from './panel';
 import { onChange, whenPresent } from './present';
+import { keepRange } from './range';
 import { sliceApi } from './request';
 import { runningPlugin } from './running';
 import { StatusItem } from './status';
-import { CommandIDs, ISliceModel } from './tokens';
+import { CommandIDs, DOMAIN, ISliceModel } from './tokens';
 
 export { ISliceModel } from './tokens';
 
@@ -31,11 +32,15 @@ const modelPlugin: JupyterFrontEndPlugin<ISliceModel> = {
   description: 'Follows the GPU slice of this Jupyter server.',
   autoStart: true,
   provides: ISliceModel,
-  optional: [ISettingRegistry],
-  activate: (app: JupyterFrontEnd, settings: ISettingRegistry | null) => {
+  optional: [ISettingRegistry, ITranslator],
+  activate: (
+    app: JupyterFrontEnd,
+    settings: ISettingRegistry | null,
+    translator: ITranslator | null
+  ) => {
     const services = app.serviceManager;
     const model = new SliceModel({ api: sliceApi(services.serverSettings) });
-    shareModel(model);
+    shareModel(model, (translator ?? nullTranslator).load(DOMAIN));
     services.events.stream.connect((_, event) => {
       if ((event.schema_id as unknown) === SCHEMA_ID) {
         model.hear();
@@ -52,6 +57,7 @@ const modelPlugin: JupyterFrontEndPlugin<ISliceModel> = {
         });
       loaded.changed.connect(configure);
       configure();
+      keepRange(model, loaded);
     });
     return model;
   }
@@ -69,7 +75,7 @@ const panelPlugin: JupyterFrontEndPlugin<void> = {
     palette: ICommandPalette | null,
     translator: ITranslator | null
   ) => {
-    const trans = (translator ?? nullTranslator).load('nbgpu');
+    const trans = (translator ?? nullTranslator).load(DOMAIN);
     whenPresent(model, () => {
       const keeper = new NotebookKeeper(
         () => app.shell.widgets('main'),
@@ -120,7 +126,7 @@ const statusPlugin: JupyterFrontEndPlugin<void> = {
     if (!statusBar) {
       return; // Notebook 7 has none
     }
-    const trans = (translator ?? nullTranslator).load('nbgpu');
+    const trans = (translator ?? nullTranslator).load(DOMAIN);
     const item = new StatusItem(
       model,
       trans,

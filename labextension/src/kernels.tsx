@@ -165,7 +165,7 @@ function Kernel(props: IKernelProps): JSX.Element {
               <warningIcon.react tag="span" width="14px" />
               {trans.__(
                 'Over its limit (%1): it keeps what it holds and is given no more until it frees some.',
-                formatMemoryOf(over.usedBytes, over.limitBytes)
+                formatMemoryOf(over.usedBytes, over.limitBytes, trans)
               )}
             </div>
           </td>

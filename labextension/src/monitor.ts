@@ -1,6 +1,7 @@
 /** The front end of `nbgpu.SliceMonitor()`, bundled into one file for anywidget. The page asks its Jupyter server, never the kernel. */
 
 import type { IDeviceUsage, IKernelUsage, ISliceApi, IUsage } from './api';
+import type { Words } from './english';
 import {
   formatFraction,
   formatMemory,
@@ -12,13 +13,14 @@ import {
 import { suspendedOf, withSuspended } from './suspended';
 import { HISTORY_SECONDS, type ISample, linePoints } from './history';
 import { SliceModel } from './model';
-import { follow, OwnModel } from './page';
+import { follow, OwnModel, sharedWords } from './page';
 import type { ISliceModel } from './tokens';
+import { clock, kernelName, sliceName } from './words';
 
 const WARN_PERCENT = 90;
 const BOX = { width: 600, height: 40, seconds: HISTORY_SECONDS };
 
-/** Where the page's Jupyter server is and how to be let in, for pages without our extension. */
+/** Where the page's Jupyter server is and how to be let in, for pages without our extension (nor its words: they are English). */
 function pageApi(): ISliceApi {
   let config: { baseUrl?: string; token?: string } = {};
   try {
@@ -90,13 +92,17 @@ function bar(
   return row;
 }
 
-function sparkline(samples: readonly ISample[], top: number): SVGElement {
+function sparkline(
+  samples: readonly ISample[],
+  top: number,
+  trans: Words
+): SVGElement {
   const space = 'http://www.w3.org/2000/svg';
   const svg = document.createElementNS(space, 'svg');
   svg.setAttribute('viewBox', `0 0 ${BOX.width} ${BOX.height}`);
   svg.setAttribute('preserveAspectRatio', 'none');
   svg.setAttribute('role', 'img');
-  svg.setAttribute('aria-label', 'Memory in the last 10 minutes');
+  svg.setAttribute('aria-label', trans.__('Memory in the last 10 minutes'));
   const values = samples.map(({ time, memory }) => ({ time, value: memory }));
   const line = document.createElementNS(space, 'polyline');
   const points = linePoints(values, { ...BOX, top });
@@ -107,7 +113,8 @@ function sparkline(samples: readonly ISample[], top: number): SVGElement {
 
 function deviceRows(
   device: IDeviceUsage,
-  samples: readonly ISample[]
+  samples: readonly ISample[],
+  trans: Words
 ): Element[] {
   const used = device.memory_used_bytes;
   const limit = device.memory_limit_bytes;
@@ -117,41 +124,60 @@ function deviceRows(
     element(
       'div',
       'nbgpu-monitor-quiet',
-      `GPU ${device.index} · ${device.model}`
+      `${trans.__('GPU %1', device.index)} · ${device.model}`
     ),
-    bar('Memory', formatMemoryOf(used, limit), percent(used, limit), 'memory'),
-    bar('Compute', `${busy} % of ${share} GPU`, busy, 'compute'),
-    sparkline(samples, limit)
+    bar(
+      trans.__('Memory'),
+      formatMemoryOf(used, limit, trans),
+      percent(used, limit),
+      'memory'
+    ),
+    bar(
+      trans.__('Compute'),
+      trans.__('%1 % of %2 GPU', busy, share),
+      busy,
+      'compute'
+    ),
+    sparkline(samples, limit, trans)
   ];
 }
 
 function kernelLine(
   kernel: IKernelUsage,
   usage: IUsage,
-  ownId: string
+  ownId: string,
+  trans: Words
 ): string {
   const used = formatMemory(kernelTotals(kernel).usedBytes);
   const cap = kernel.limit.memory_bytes;
-  const name =
-    kernel.kernel_id === null
-      ? 'Other processes'
-      : (kernel.name ?? kernel.kernel_id.slice(0, 8));
-  const mine = kernel.kernel_id === ownId ? ' (this notebook)' : '';
-  const limit = cap === null ? '' : ` of its own limit of ${formatMemory(cap)}`;
-  const over = overLimit(kernel, usage.devices) ? ', over' : '';
-  const held = suspendedOf(kernel, usage).length > 0 ? ', suspended' : '';
-  return `${name}${mine}: ${used}${limit}${over}${held}`;
+  const name = kernelName(kernel, trans);
+  const who =
+    kernel.kernel_id === ownId ? trans.__('%1 (this notebook)', name) : name;
+  const held =
+    cap === null
+      ? used
+      : trans.__('%1 of its own limit of %2', used, formatMemory(cap));
+  const words = [held];
+  if (overLimit(kernel, usage.devices)) {
+    words.push(trans.__('over'));
+  }
+  if (suspendedOf(kernel, usage).length > 0) {
+    words.push(trans.__('suspended'));
+  }
+  return `${who}: ${words.join(', ')}`;
 }
 
 function sliceParts(
   usage: IUsage,
   model: ISliceModel,
-  ownId: string
+  ownId: string,
+  trans: Words
 ): Element[] {
-  const share = formatFraction(usage.devices[0].compute_limit_milli);
-  const many = usage.devices.length > 1 ? `${usage.devices.length} × ` : '';
-  const gpu = usage.simulated ? 'simulated GPU' : 'GPU';
-  const title = `${many}${share} ${gpu}, ${usage.mode}`;
+  const name = sliceName(usage, trans);
+  const title =
+    usage.mode === 'strict'
+      ? trans.__('%1, strict', name)
+      : trans.__('%1, burst', name);
   const list = element('ul');
   withSuspended(usage)
     .filter(
@@ -161,36 +187,39 @@ function sliceParts(
         suspendedOf(kernel, usage).length
     )
     .forEach(kernel =>
-      list.append(element('li', '', kernelLine(kernel, usage, ownId)))
+      list.append(element('li', '', kernelLine(kernel, usage, ownId, trans)))
     );
   return [
     element('div', 'nbgpu-monitor-title', title),
     ...usage.devices.flatMap(device =>
-      deviceRows(device, model.history.of(device.uuid))
+      deviceRows(device, model.history.of(device.uuid), trans)
     ),
     list
   ];
 }
 
 function draw(root: HTMLElement, model: ISliceModel, ownId: string): void {
+  const trans = sharedWords();
   const parts: Element[] = [];
   const note = (text: string) =>
     parts.push(element('p', 'nbgpu-monitor-note', text));
   if (model.trouble) {
-    note(`No news: ${model.trouble}.`);
+    note(trans.__('No news: %1.', model.trouble));
   } else if (model.absent) {
-    note('This server has no GPU slice.');
+    note(trans.__('This server has no GPU slice.'));
   } else if (!model.agent.ok) {
-    const since = new Date(model.agent.since * 1000).toLocaleTimeString();
-    note(`No news from the node agent since ${since}.`);
+    const since = clock(model.agent.since);
+    note(trans.__('No news from the node agent since %1.', since));
   }
   if (model.usage?.lent) {
     note(
-      'Others may use this GPU while the server is idle. Run a cell to get it back.'
+      trans.__(
+        'Others may use this GPU while the server is idle. Run a cell to get it back.'
+      )
     );
   }
   if (model.usage) {
-    parts.push(...sliceParts(model.usage, model, ownId));
+    parts.push(...sliceParts(model.usage, model, ownId, trans));
   }
   root.replaceChildren(...parts);
 }
@@ -204,7 +233,7 @@ export default {
   render({ model, el }: IRendered): () => void {
     const root = element('div', 'nbgpu-monitor');
     root.setAttribute('role', 'group');
-    root.setAttribute('aria-label', 'GPU slice');
+    root.setAttribute('aria-label', sharedWords().__('GPU slice'));
     el.append(root);
     return follow(own, slice => draw(root, slice, model.get('kernel_id')));
   }

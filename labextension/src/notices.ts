@@ -9,7 +9,7 @@ import { ITranslator, nullTranslator } from '@jupyterlab/translation';
 import { logNotices } from './log';
 import { news } from './news';
 import { Notifier } from './notifier';
-import { CommandIDs, ISliceModel } from './tokens';
+import { CommandIDs, DOMAIN, ISliceModel } from './tokens';
 
 const PANEL = 'nbgpu-panel';
 
@@ -37,7 +37,7 @@ export const noticesPlugin: JupyterFrontEndPlugin<void> = {
     new Notifier({
       model,
       notifications: Notification,
-      trans: (translator ?? nullTranslator).load('nbgpu'),
+      trans: (translator ?? nullTranslator).load(DOMAIN),
       news,
       openPanel: () => void app.commands.execute(CommandIDs.showPanel),
       panelInView: () => panelInView(app)
@@ -58,7 +58,7 @@ export const logPlugin: JupyterFrontEndPlugin<void> = {
     translator: ITranslator | null
   ) => {
     if (loggers) {
-      logNotices(model, loggers, (translator ?? nullTranslator).load('nbgpu'));
+      logNotices(model, loggers, (translator ?? nullTranslator).load(DOMAIN));
     }
   }
 };

@@ -1,18 +1,25 @@
 /** One model for everything on a page that shows the slice: the extension's where it is, else one of the monitors' own. */
 
+import { ENGLISH, type Words } from './english';
 import type { ISliceModel } from './tokens';
 
 const SHARED = Symbol.for('nbgpu.slice.model');
-type Page = { [SHARED]?: ISliceModel };
+const WORDS = Symbol.for('nbgpu.slice.words');
+type Page = { [SHARED]?: ISliceModel; [WORDS]?: Words };
 
-/** Give the page the model to use from now on. */
-export function shareModel(model: ISliceModel): void {
-  (globalThis as Page)[SHARED] = model;
+/** Give the page the model and the words to use from now on. */
+export function shareModel(model: ISliceModel, words: Words): void {
+  Object.assign(globalThis, { [SHARED]: model, [WORDS]: words });
 }
 
 /** The page's model; null where no extension of ours runs. */
 export function sharedModel(): ISliceModel | null {
   return (globalThis as Page)[SHARED] ?? null;
+}
+
+/** The words of the page's language; English where no extension of ours runs. */
+export function sharedWords(): Words {
+  return (globalThis as Page)[WORDS] ?? ENGLISH;
 }
 
 /** A model that lives as long as somebody follows it. */

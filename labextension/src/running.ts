@@ -11,7 +11,7 @@ import { Signal } from '@lumino/signaling';
 import { holders, type IHolder } from './holders';
 import { sliceIcon } from './icons';
 import { onChange, whenPresent } from './present';
-import { CommandIDs, ISliceModel } from './tokens';
+import { CommandIDs, DOMAIN, ISliceModel } from './tokens';
 
 /** The section of the Running panel with the kernels that hold GPU memory. */
 class GpuKernels implements IRunningSessions.IManager {
@@ -22,10 +22,10 @@ class GpuKernels implements IRunningSessions.IManager {
   ) {
     const read = () => JSON.stringify(holders(_model.usage));
     onChange(_model, read, () => this._changed.emit());
-    this.name = _trans.__('GPU Memory');
-    this.shutdownLabel = _trans.__('Shut Down Kernel');
-    this.shutdownAllLabel = _trans.__('Shut Down All');
-    this.shutdownAllConfirmationText = _trans.__(
+    this.name = this._trans.__('GPU Memory');
+    this.shutdownLabel = this._trans.__('Shut Down Kernel');
+    this.shutdownAllLabel = this._trans.__('Shut Down All');
+    this.shutdownAllConfirmationText = this._trans.__(
       'Shut down all kernels that hold GPU memory? All their variables are lost.'
     );
   }
@@ -94,7 +94,7 @@ export const runningPlugin: JupyterFrontEndPlugin<void> = {
     managers: IRunningSessionManagers | null,
     translator: ITranslator | null
   ) => {
-    const trans = (translator ?? nullTranslator).load('nbgpu');
+    const trans = (translator ?? nullTranslator).load(DOMAIN);
     if (managers) {
       whenPresent(model, () => managers.add(new GpuKernels(app, model, trans)));
     }

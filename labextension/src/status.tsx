@@ -55,7 +55,8 @@ export class StatusItem extends ReactWidget {
     const { device, level } = nearest(usage, model.warnPercent);
     const memory = formatMemoryOf(
       device.memory_used_bytes,
-      device.memory_limit_bytes
+      device.memory_limit_bytes,
+      trans
     );
     const compute = trans.__('%1 % busy', device.utilization_percent);
     const text = `${sliceName(usage, trans)}: ${memory}, ${compute}`;

@@ -64,6 +64,9 @@ export const ISliceModel = new Token<ISliceModel>(
   'The use of the GPU slice that this Jupyter server holds.'
 );
 
+/** Of the message catalogue (`nbgpu_lab/locale`). */
+export const DOMAIN = 'nbgpu_lab';
+
 export namespace CommandIDs {
   export const showPanel = 'nbgpu:show-panel';
 }

@@ -9,6 +9,7 @@ import type {
   IResizeAnswer,
   IUsage
 } from './api';
+import type { Words } from './english';
 import {
   formatDuration,
   formatFraction,
@@ -21,7 +22,7 @@ import { HISTORY_SECONDS, HOUR_SECONDS } from './history';
 import type { IStale } from './tokens';
 
 /** "1/4 GPU", "2 × 1/4 GPU", with the word "simulated" where it belongs. */
-export function sliceName(usage: IUsage, trans: TranslationBundle): string {
+export function sliceName(usage: IUsage, trans: Words): string {
   const share = formatFraction(usage.devices[0].compute_limit_milli);
   const part =
     usage.devices.length > 1 ? `${usage.devices.length} × ${share}` : share;
@@ -64,10 +65,7 @@ export function nearest(
   return { device, level };
 }
 
-export function kernelName(
-  kernel: IKernelUsage,
-  trans: TranslationBundle
-): string {
+export function kernelName(kernel: IKernelUsage, trans: Words): string {
   if (kernel.kernel_id === null) {
     return trans.__('Other processes');
   }

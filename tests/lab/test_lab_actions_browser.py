@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_slice_agent import GIB
-from test_lab_browser import BUILT, LONG, SHOTS, Lab, asked_in, fill_slice, open_lab
+from test_lab_browser import BUILT, LONG, SHOTS, Lab, asked_in, fill_slice, open_lab, put_settings, wait_for
 from test_lab_browser import lab as lab  # fixtures
 from test_lab_browser import page as page
 from test_lab_happened_browser import shot
@@ -32,13 +30,6 @@ def clean(lab: Lab) -> Iterator[None]:
     fill_slice(lab)
     yield
     lab.agent.kernels.clear()
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 15) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "not within the deadline"
-        time.sleep(0.02)
 
 
 def run_cell(page: Any, code: str, prints: str) -> None:
@@ -142,10 +133,6 @@ def test_the_running_panel_lists_who_holds_memory(lab: Lab, page: Any) -> None:
     page.get_by_text("8 GiB · first.ipynb").wait_for(state="detached")
     section.get_by_text(f"4 GiB · {LONG}").click()
     page.locator(".lm-TabBar-tab.jp-mod-current").filter(has_text=LONG[:10]).first.wait_for()
-
-
-def put_settings(lab: Lab, **settings: object) -> None:
-    lab.call("lab/api/settings/nbgpu-lab:model", {"raw": json.dumps(settings)}, method="PUT")
 
 
 def test_settings(lab: Lab, page: Any) -> None:

@@ -16,13 +16,14 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_slice_agent import GIB, FakeAgent
+from pseudo_language import write_pack
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = ROOT / "labextension" / "nbgpu_lab" / "labextension"
@@ -66,7 +67,8 @@ def environment(base: Path, sock: str) -> dict[str, str]:
     config = base / "config"
     shutil.copytree(ROOT / "labextension" / "jupyter-config", config / "jupyter_server_config.d")
     (config / "jupyter_server_config.json").write_text((config / "jupyter_server_config.d" / "nbgpu_lab.json").read_text())
-    python_path = os.pathsep.join([str(ROOT), str(ROOT / "labextension"), os.environ.get("PYTHONPATH", "")])
+    write_pack(base / "languages")  # nobody reads it who does not choose it
+    python_path = os.pathsep.join(map(str, [ROOT, ROOT / "labextension", base / "languages", os.environ.get("PYTHONPATH", "")]))
     env = {**os.environ, "PYTHONPATH": python_path, "NBGPU_SOCKET": sock, "JUPYTER_PATH": str(base)}
     return {**env, "JUPYTER_CONFIG_DIR": str(config), "JUPYTER_DATA_DIR": str(base / "data"), "HOME": str(base)}
 
@@ -96,6 +98,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     log = (base / "server.log").open("w")
     options = ["--allow-root", "--no-browser", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=secret"]
     options += [f"--ServerApp.root_dir={notebooks}", "--LabApp.news_url=", "--LabApp.expose_app_in_browser=True"]
+    options += ["--JupyterNotebookApp.expose_app_in_browser=True"]
     command = [sys.executable, "-m", "jupyterlab", *options]
     server = subprocess.Popen(command, env=environment(base, sock), stdout=log, stderr=log)
     running = Lab(f"http://127.0.0.1:{port}", "secret", agent, loop, [])
@@ -156,6 +159,17 @@ def fill_slice(lab: Lab) -> None:
     agent.kernel(None, GIB // 2)
     agent.limits[lab.kernels[1]] = {"memory_bytes": 5 * GIB, "compute_milli": None}
     agent.used_bytes, agent.used_milli = 12 * GIB + GIB // 2, 180
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 15) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "not within the deadline"
+        time.sleep(0.02)
+
+
+def put_settings(lab: Lab, **settings: object) -> None:
+    lab.call("lab/api/settings/nbgpu-lab:model", {"raw": json.dumps(settings)}, method="PUT")
 
 
 def open_lab(page: Any, lab: Lab, theme: str) -> None:

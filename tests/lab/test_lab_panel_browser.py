@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pseudo_language
 import pytest
 from fake_slice_agent import GIB
-from test_lab_browser import BUILT, LONG, SHOTS, Lab, asked_in, fill_slice, open_lab
+from test_lab_browser import BUILT, LONG, REFUSAL, SHOTS, Lab, asked_in, fill_slice, open_lab, put_settings, wait_for
 from test_lab_browser import lab as lab  # a fixture
 from test_lab_browser import page as page  # a fixture
 
@@ -145,6 +146,15 @@ def test_kernels_and_history(lab: Lab, page: Any) -> None:
     panel.get_by_text("1 min ago").wait_for()
     lab.call(f"api/kernels/{lab.kernels[0]}/interrupt", {})
 
+    # what was chosen is the user's, and there after a reload
+    try:
+        wait_for(lambda: lab.call("lab/api/settings/nbgpu-lab:model")["settings"].get("historySeconds") == 60)
+        open_lab(page, lab, THEMES[0])
+        panel.get_by_text("1 min ago").wait_for()
+        assert panel.get_by_role("radio", name="1 min").is_checked()
+    finally:
+        put_settings(lab)
+
 
 def test_a_limit_is_kept_in_the_notebook(lab: Lab, page: Any) -> None:
     open_lab(page, lab, THEMES[0])
@@ -248,6 +258,39 @@ def test_who_does_not_answer_is_said_and_what_is_old_is_grey(lab: Lab, page: Any
     page.wait_for_timeout(4 * SECOND)
     assert page.evaluate("slow.most") == 1
     page.evaluate("slow.ms = 0")
+
+
+def test_every_word_is_in_the_readers_language(lab: Lab, page: Any) -> None:
+    """With a language pack that has our catalogue: what is still English has gone past the translator, or is missing in the catalogue."""
+    lab.agent.used_bytes = 19 * GIB + GIB // 2
+    lab.agent.kernel(lab.kernels[1], 6 * GIB, refusals=1)
+    lab.agent.suspend(4711, lab.kernels[1])
+    lab.call(pseudo_language.SETTINGS, {"raw": json.dumps({"locale": pseudo_language.LOCALE})}, method="PUT")
+    known = ("first.ipynb", LONG, ODD, "Simulated H100 80GB", "Python 3 (ipykernel)", lab.agent.suspended[0]["reason"], REFUSAL)
+    try:
+        page.goto(f"{lab.url}/lab/tree/first.ipynb?token={lab.token}&reset")
+        page.locator(".jp-Notebook .jp-Cell .cm-content").first.click()
+        page.keyboard.press("Control+Enter")
+        page.locator(".nbgpu-monitor li").first.wait_for()
+        lab.tell(kernel_id=lab.kernels[1])
+        toast = page.locator(".Toastify__toast").filter(has_text="refused an allocation")  # the message is the agent's
+        toast.get_by_role("button", name=pseudo_language.pseudo("Show panel")).wait_for()
+        page.locator(".nbgpu-Status").click()
+        row = page.locator(f'#nbgpu-panel [data-kernel="{lab.kernels[1]}"]')
+        row.locator(".nbgpu-Kernels-limit").click()
+        page.locator(".nbgpu-Resize button").first.click()
+        row.locator(".nbgpu-KernelMenu").click()
+        page.locator(".lm-Menu-item").first.wait_for()
+        texts = page.evaluate(pseudo_language.TEXTS, "#nbgpu-panel, .nbgpu-StatusItem, .nbgpu-monitor, .lm-Menu")
+        page.screenshot(path=SHOTS / "panel-pseudo-language.png")
+        assert len(texts) > 60
+        assert pseudo_language.plain(texts, *known) == []
+        form = lab.call("lab/api/settings/nbgpu-lab:model")["schema"]
+        of_settings = [one[name] for one in (form, *form["properties"].values()) for name in ("title", "description")]
+        assert pseudo_language.plain(of_settings) == []
+    finally:
+        lab.call(pseudo_language.SETTINGS, {"raw": "{}"}, method="PUT")
+        lab.agent.suspended = []
 
 
 def test_nothing_for_axe_to_find(lab: Lab, page: Any) -> None:

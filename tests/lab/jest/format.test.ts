@@ -1,3 +1,4 @@
+import { ENGLISH } from '../../../labextension/src/english';
 import {
   formatDuration,
   formatFraction,
@@ -23,7 +24,7 @@ test.each(words.memory as [number, string][])(
 test.each(words.memory_of as [number, number, string][])(
   '%d of %d bytes read as %s',
   (used, limit, text) => {
-    expect(formatMemoryOf(used, limit)).toBe(text);
+    expect(formatMemoryOf(used, limit, ENGLISH)).toBe(text);
   }
 );
 

@@ -1,5 +1,6 @@
 import type { ISliceApi } from '../../../labextension/src/api';
 import { SliceModel } from '../../../labextension/src/model';
+import { ENGLISH } from '../../../labextension/src/english';
 import { follow, OwnModel, shareModel } from '../../../labextension/src/page';
 import { answer } from './usage';
 
@@ -22,7 +23,8 @@ function model(): SliceModel {
   return one;
 }
 
-const share = (one: SliceModel | undefined) => shareModel(one as SliceModel);
+const share = (one: SliceModel | undefined) =>
+  shareModel(one as SliceModel, ENGLISH);
 const draw = (one: unknown) => drawn.push(one as SliceModel);
 
 beforeEach(() => {
