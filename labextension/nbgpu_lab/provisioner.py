@@ -91,7 +91,7 @@ def read_metadata(notebook: str) -> object:
     """
     path = Path(notebook)
     try:
-        if path.suffix != ".ipynb" or path.stat().st_size > _MAX_NOTEBOOK_BYTES:
+        if path.suffix != ".ipynb" or not path.is_file() or path.stat().st_size > _MAX_NOTEBOOK_BYTES:
             return None
         content = path.read_bytes()
         if b'"nbgpu"' not in content:

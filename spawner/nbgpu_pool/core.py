@@ -77,21 +77,29 @@ class Core(Held):
         """
         want = want_of(request)
         self._need_ready()
-        known = self.entry(request.request_id)
-        if known is not None:
-            return self._again(known, request, now)
-        early = self.cancelled_early.get(request.request_id)
-        if early is not None and early[0] in (None, request.owner.hub):
-            del self.cancelled_early[request.request_id]
-            entry = Entry(request, want, 0, now, state=GrantState.gone, withdrawn=True, reason="cancelled before it arrived", ended=now)
-            self._remember(entry)
-            return self.grant(entry, now)
+        answered = self._answered(request, now)
+        if answered is not None:
+            return answered
         self._admit(request)
         self._number += 1
         entry = Entry(request, want, self._number, now, expires=now + self.settings.queue_ttl_seconds)
         self.books.add(entry)
         self._serve(now)
         self._changed()
+        return self.grant(entry, now)
+
+    def _answered(self, request: Request, now: float) -> Grant | None:
+        """Return the answer to a request that came before, or that its hub has given up before it came; None: it is new."""
+        known = self.entry(request.request_id)
+        if known is not None:
+            return self._again(known, request, now)
+        early = self.cancelled_early.get(request.request_id)
+        if early is None or early[0] not in (None, request.owner.hub):
+            return None
+        del self.cancelled_early[request.request_id]
+        reason = "cancelled before it arrived"
+        entry = Entry(request, want_of(request), 0, now, state=GrantState.gone, withdrawn=True, reason=reason, ended=now)
+        self._remember(entry)
         return self.grant(entry, now)
 
     def _again(self, known: Entry, request: Request, now: float) -> Grant:
@@ -122,9 +130,9 @@ class Core(Held):
         """
         want = want_of(request)
         self._need_ready()
-        known = self.entry(request.request_id)
-        if known is not None:
-            return self._again(known, request, now)
+        answered = self._answered(request, now)
+        if answered is not None:
+            return answered
         if self.leaving(request.owner, old.slice_id) is None:
             raise _wrong_state(old, "given up for another")
         self._admit(request, old)

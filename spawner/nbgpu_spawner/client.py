@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
@@ -88,6 +89,7 @@ class PoolClient:
         self._starts, self._others = (SimpleAsyncHTTPClient(force_instance=True, max_clients=AT_ONCE, resolver=resolver) for _ in range(2))
         self._timeout = timeout_seconds
         self._devices: tuple[float, list[DeviceBooks]] | None = None
+        self._asking: asyncio.Task[list[DeviceBooks]] | None = None
 
     async def acquire(self, request: Request) -> Grant:
         """Ask for a slice. Asking again with the same request id returns the same grant."""
@@ -134,11 +136,21 @@ class PoolClient:
         return _read(_AVAILABILITY, await self._call("POST", "/v1/availability", query.model_dump(mode="json")))
 
     async def devices(self, max_age_seconds: float = 5.0) -> list[DeviceBooks]:
-        """Return the pool's devices, at most `max_age_seconds` old."""
-        now = time.monotonic()
-        if self._devices is None or now - self._devices[0] > max_age_seconds:
-            self._devices = (now, _read(_DEVICES, await self._call("GET", "/v1/devices")))
-        return self._devices[1]
+        """Return the pool's devices, at most `max_age_seconds` old; whoever asks meanwhile joins the question that is on its way."""
+        if self._devices is not None and time.monotonic() - self._devices[0] <= max_age_seconds:
+            return self._devices[1]
+        if self._asking is None:
+            self._asking = asyncio.ensure_future(self._ask_for_devices())
+        return await asyncio.shield(self._asking)
+
+    async def _ask_for_devices(self) -> list[DeviceBooks]:
+        asked = time.monotonic()
+        try:
+            found = _read(_DEVICES, await self._call("GET", "/v1/devices"))
+        finally:
+            self._asking = None
+        self._devices = (asked, found)
+        return found
 
     async def _call(self, method: str, path: str, body: Any = None) -> bytes:
         request = HTTPRequest(

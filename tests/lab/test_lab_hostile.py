@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -137,6 +141,19 @@ async def test_a_hub_that_is_slow_may_have_done_it(agent: FakeAgent, jp_fetch: A
     finally:
         deaf.close()
     assert "stays as it is" in await words(), "control: nobody has heard"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "endless"])
+def test_a_notebook_that_is_no_file_is_not_read(tmp_path: Path, kind: str) -> None:
+    """Reading it would hold the kernel's start for ever, or fill the server's memory: a repository may bring such a link."""
+    notebook = tmp_path / "a.ipynb"
+    if kind == "pipe":
+        os.mkfifo(notebook)
+    else:
+        notebook.symlink_to("/dev/zero")
+    code = f"from nbgpu_lab.provisioner import read_metadata; print(read_metadata({str(notebook)!r}))"
+    limited = ["sh", "-c", f'ulimit -v 2000000; exec {sys.executable} -c "$0"', code]
+    assert subprocess.run(limited, capture_output=True, text=True, timeout=10).stdout == "None\n"
 
 
 async def test_a_name_turns_no_sentence_round(agent: FakeAgent, jp_fetch: Any) -> None:

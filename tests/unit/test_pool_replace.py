@@ -101,6 +101,21 @@ def test_only_ones_own_waiting_request_is_given_up() -> None:
     assert pool.state(old.request.request_id) == GrantState.queued
 
 
+def test_one_that_was_given_up_before_it_arrived_takes_no_place() -> None:
+    """Its hub has stopped waiting for the answer: what would be granted nobody would have, and the place would be lost."""
+    pool = Pool()
+    pool.started(750, user="grace")
+    old = pool.ask(500, user="ada")
+    late = smaller(pool, old, 250)
+    assert pool.core.cancel(late.request_id, "h", pool.now) is None
+    got = replace(pool, old, late)
+    assert (got.state, got.reason) == (GrantState.gone, "cancelled before it arrived")
+    assert pool.state(old.request.request_id) == GrantState.queued, "it waits on"
+    strangers = smaller(pool, old, 250)
+    pool.core.cancel(strangers.request_id, "another-hub", pool.now)
+    assert replace(pool, old, strangers).state == GrantState.reserved, "control: that was another hub's word"
+
+
 def test_who_waits_while_an_idle_notebook_is_moved_is_told_so() -> None:
     pool = IdlePool()
     ada = pool.running(1000, "ada")
