@@ -67,7 +67,7 @@ def test_command(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(ROOT / "bench" / "packing.py"), *words], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert {"allocated_percent", "allocated_percent_sorted", "fgd_percent", "fgd_percent_shuffled", "refused_by_class"} <= set(found)
+    assert {"allocated_percent", "allocated_percent_sorted", "fgd_percent", "fgd_percent_sorted", "refused_by_class"} <= set(found)
     assert found["refused_by_class"]["ours"].keys() == {"cpu", "shared", "1", "2-4", "8"}
     assert len(found["policies"]["ours"]["hash"]) == 12
     assert json.loads(out.read_text())["traces"]["requests"]["allocated_percent"] == found["allocated_percent"]

@@ -54,7 +54,8 @@ def typical(needs: Iterable[Need], one: int, percent: int = 95) -> dict[Need, in
     for need in needs:
         shape = shape_of(need)
         counts[shape] = counts.get(shape, 0) + 1
-    total, found, covered = sum(counts.values()), {}, 0
+    found: dict[Need, int] = {}
+    total, covered = sum(counts.values()), 0
     for shape, count in sorted(counts.items(), key=lambda item: -item[1]):
         if covered * 100 >= total * percent:
             break

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -237,11 +237,11 @@ class Fleet:
         self.clock += 1
         self.changed[row] = self.clock
 
-    def _left(self, where: object, free_milli: Ints, free_bytes: Ints) -> Ints:
+    def _left(self, where: Any, free_milli: Ints, free_bytes: Ints) -> Ints:
         """Return what can still be used of devices that have so much left; `where` says which they are."""
-        size_milli, size_bytes = self.size_milli[where], self.size_bytes[where]  # type: ignore[index]
+        size_milli, size_bytes = self.size_milli[where], self.size_bytes[where]
         left = np.minimum(free_milli, free_bytes * size_milli // np.maximum(size_bytes, 1))
-        return np.where(self.fixed[where] & (free_milli < size_milli), 0, np.maximum(left, 0))  # type: ignore[index]
+        return np.where(self.fixed[where] & (free_milli < size_milli), 0, np.maximum(left, 0))
 
     def accepts(self, models: frozenset[str] | None) -> Bools:
         """Return for each model whether it is one of `models`."""
@@ -294,17 +294,21 @@ class Fleet:
         if not self.mixed:
             return self._places(asked, *self._tightest(which, nodes, ok, asked.device_count))
         parts = [self._tightest(which, nodes, ok & (self.model[nodes] == model), asked.device_count) for model in range(len(self.models))]
-        which, nodes, devices = (np.concatenate(column) for column in zip(*parts, strict=True))
+        which, nodes = np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+        devices = np.concatenate([part[2] for part in parts])
         place = np.lexsort((devices[:, 0], nodes, which))
         return self._places(asked, which[place], nodes[place], devices[place])
 
     def _tightest(self, which: Ints, nodes: Ints, ok: Bools, count: int) -> tuple[Ints, Ints, Ints]:
-        width = ok.shape[1]
+        width = int(ok.shape[1])
         enough = np.flatnonzero(np.count_nonzero(ok, axis=1) >= count)
-        which, nodes, ok = which[enough], nodes[enough], ok[enough]
+        which, nodes = which[enough], nodes[enough]
+        fits: Bools = ok[enough]
         if not len(nodes):
             return which, nodes, np.zeros((0, count), np.int64)
-        key = np.where(ok, self.left[nodes] * width + np.arange(width), PLENTY)
+        key = np.full(fits.shape, PLENTY, np.int64)
+        number: Ints = np.arange(width, dtype=np.int64)
+        np.copyto(key, self.left[nodes] * width + number, where=fits)
         return which, nodes, np.argsort(key, axis=1, kind="stable")[:, :count]
 
     def _places(self, asked: Asked, which: Ints, nodes: Ints, devices: Ints) -> Places:

@@ -46,16 +46,18 @@ def worth(shares: Mapping[int, int]) -> Ints:
 
 def _prices(units: Ints, amounts: Floats, capacity: int) -> Floats:
     """Return the dual price of each size, in devices."""
-    cuts = np.diag((capacity // units).astype(np.float64))  # [size, cut]: how often a cut has the size
+    cuts: Floats = np.zeros((len(units), len(units)), np.float64)
+    """[size, cut]: how often a cut has the size."""
+    np.fill_diagonal(cuts, capacity // units)
     for _ in range(_MOST_STEPS):
-        prices = np.linalg.solve(cuts.T, np.ones(len(units)))
+        prices: Floats = np.linalg.solve(np.transpose(cuts), np.ones(len(units))).astype(np.float64)
         best, counts = _knapsack(units, prices, capacity)
         if best[-1] <= 1 + _SMALL:
             break
         used, into = np.linalg.solve(cuts, amounts), np.linalg.solve(cuts, counts)
         rates = np.where(into > _SMALL, np.maximum(used, 0) / np.where(into > _SMALL, into, 1), np.inf)
         cuts[:, int(np.argmin(rates))] = counts
-    return np.maximum(np.linalg.solve(cuts.T, np.ones(len(units))), 0)
+    return np.maximum(np.linalg.solve(np.transpose(cuts), np.ones(len(units))), 0)
 
 
 def _knapsack(units: Ints, prices: Floats, capacity: int) -> tuple[Floats, Floats]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from nbgpu.quantities import WHOLE_MILLI
 
-from .fleet import Fleet, Ints, Need, Places, kinds_of
+from .fleet import Fleet, Ints, Kind, Need, Places, kinds_of
 
 BITS = 28
 ONE = 1 << BITS
@@ -54,7 +54,7 @@ class Values:
         self.cpu_limits = cpu_limits
         kinds = kinds_of(self.shapes)
         number = {kind: index for index, kind in enumerate(kinds)}
-        self.kind: Ints = np.array([number[shape.device_count, shape.compute_milli, shape.models] for shape in self.shapes], np.int64)
+        self.kind: Ints = np.array([number[Kind(shape.device_count, shape.compute_milli, shape.models)] for shape in self.shapes], np.int64)
         self.cpu: Ints = np.array([shape.cpu_milli for shape in self.shapes], np.int64)
         self.device_count: Ints = np.array([kind.device_count for kind in kinds], np.int64)
         self.total: Ints = np.array([kind.device_count * kind.compute_milli for kind in kinds], np.int64)
@@ -63,9 +63,10 @@ class Values:
         self.room: Ints = (left >= parts).astype(np.int64)
         """[left of a device, kind]: whether it has room for one part."""
         self.worth: Ints = self.room * left
-        accepted = [fleet.accepts(kind.models) for kind in kinds]
-        self.accepts: Ints = np.array(accepted, np.int64).reshape(len(kinds), len(fleet.models)).T.copy()
+        self.accepts: Ints = np.zeros((len(fleet.models), len(kinds)), np.int64)
         """[model, kind]"""
+        for column, kind in enumerate(kinds):
+            self.accepts[:, column] = fleet.accepts(kind.models)
         self._every = np.arange(len(kinds))
         self._cpus = np.unique(self.cpu)
         most = int(self._cpus[-1]) if len(self._cpus) else 0
