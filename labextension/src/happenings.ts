@@ -17,7 +17,7 @@ export interface IHappening {
 
 /**
  * What a notice is about. A limit that is set below what is held is told twice by the agent (changed, and over), and so is a process
- * that the watchdog has caught (what it did, and what was done): each is one thing to a person.
+ * that the watchdog has caught (what it did, and what was done): each is one thing to a person. Each change of a limit begins another.
  */
 export function thingOf(notice: INotice): string {
   const kernel = notice.kernel_id ?? '';
@@ -48,7 +48,7 @@ export function happenings(notices: readonly INotice[]): IHappening[] {
     const times = Math.max(1, Number(notice.data?.count) || 1);
     const before = open.get(thing);
     const near = before && notice.time - before.latest.time <= TOGETHER_SECONDS;
-    if (before && near) {
+    if (before && near && notice.kind !== 'limit-changed') {
       const same = before.latest.kind === notice.kind;
       before.times = same ? before.times + times : times;
       before.latest = notice;

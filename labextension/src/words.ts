@@ -219,6 +219,6 @@ export function answerWords(
     : trans.__('as asked');
   const what = answer.in_force
     ? trans.__('Granted: %1.', size)
-    : trans.__('Granted: %1. It takes a moment until it is in force.', size);
+    : trans.__('Granted: %1. It is in force once it is shown above.', size);
   return answer.note ? `${what} ${answer.note}` : what;
 }

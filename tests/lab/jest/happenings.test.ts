@@ -29,6 +29,17 @@ test('a limit below what is held is one thing, though it is told twice', () => {
   ]);
 });
 
+test('a limit that is changed three times was changed three times', () => {
+  const changes = ['1/2', '1/8', '1/4'].map(message =>
+    notice('limit-changed', { message })
+  );
+  expect(happenings(changes).map(one => one.latest.message)).toEqual([
+    '1/4',
+    '1/8',
+    '1/2'
+  ]);
+});
+
 test('what a process did and what was done with it are one thing', () => {
   const data = { pid: 4711 };
   const done = notice('suspended', { data, time: 110 });

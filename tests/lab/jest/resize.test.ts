@@ -10,7 +10,7 @@ test.each([
   ],
   [
     { in_force: false, devices, note: 'It moves.' },
-    'Granted: 1/2 GPU with 39 GiB of memory. It takes a moment until it is in force. It moves.'
+    'Granted: 1/2 GPU with 39 GiB of memory. It is in force once it is shown above. It moves.'
   ],
   [{ in_force: true, devices: [], note: null }, 'Granted: as asked.']
 ])('%j reads as %s', (answer, words) => {
