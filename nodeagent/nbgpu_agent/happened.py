@@ -26,12 +26,14 @@ class Told(NamedTuple):
     data: dict[str, int]
 
 
-class KernelSeen(NamedTuple):
-    """One kernel at one look; `compute_milli` of the device that it uses most."""
+class KernelSeen:
+    """One kernel at one look."""
 
-    memory_bytes: int
-    compute_milli: int
-    pids: frozenset[int]
+    __slots__ = ("memory_bytes", "pids")
+
+    def __init__(self) -> None:
+        self.memory_bytes = 0
+        self.pids: set[int] = set()
 
 
 class Happened:
@@ -50,7 +52,9 @@ class Happened:
             return []
         self._last = slots
         kernels = _kernels(slots)
-        found = [*self._ended(kernels), *self._throttled(kernels, limits, now)]
+        found = list(self._ended(kernels)) if self._held else []
+        if limits or self._full_since or self._told:
+            found += self._throttled(slots, kernels, limits, now)
         self._held = {kernel_id: kernel for kernel_id, kernel in kernels.items() if kernel.memory_bytes}
         return found
 
@@ -64,36 +68,50 @@ class Happened:
                 message = f"{title(kernel_id)} ended: the {format_memory(freed)} of GPU memory that it held are free again."
                 yield Told("kernel-ended", kernel_id, message, {"freed_bytes": freed})
 
-    def _throttled(self, kernels: Mapping[str, KernelSeen], limits: Mapping[str, KernelLimit], now: float) -> Iterator[Told]:
+    def _throttled(
+        self, slots: Sequence[SlotUse], kernels: Mapping[str, KernelSeen], limits: Mapping[str, KernelLimit], now: float
+    ) -> Iterator[Told]:
         """Kernels whose own compute limit has slowed them for a while."""
         for known in (self._full_since, self._told):
             for gone in known.keys() - kernels.keys():
                 del known[gone]
         for kernel_id, limit in limits.items():
-            kernel = kernels.get(kernel_id, GONE)
-            if limit.compute_milli is None or kernel.compute_milli < THROTTLED_PART * limit.compute_milli:
+            used_milli = 0 if limit.compute_milli is None else _most_milli(slots, kernel_id)
+            if limit.compute_milli is None or used_milli < THROTTLED_PART * limit.compute_milli:
                 self._full_since.pop(kernel_id, None)
                 continue
             since = self._full_since.setdefault(kernel_id, now)
             if now - since >= THROTTLED_SECONDS and now - self._told.get(kernel_id, -AGAIN_SECONDS) >= AGAIN_SECONDS:
                 self._told[kernel_id] = now
                 used = f"{title(kernel_id)} has used all of its own compute limit ({format_time(limit.compute_milli)}) for a minute"
-                data = {"limit_milli": limit.compute_milli, "used_milli": kernel.compute_milli}
+                data = {"limit_milli": limit.compute_milli, "used_milli": used_milli}
                 yield Told("throttled", kernel_id, f"{used}. Raise the limit to make it faster.", data)
 
 
-GONE = KernelSeen(0, 0, frozenset())
+GONE = KernelSeen()
 
 
 def _kernels(slots: Sequence[SlotUse]) -> dict[str, KernelSeen]:
     """Return the kernels that have slots; programs that are no kernel's come and go."""
-    seen: dict[str, tuple[int, dict[int, int], set[int]]] = {}
+    seen: dict[str, KernelSeen] = {}
     for slot in slots:
         if slot.kernel_id:
-            memory, compute, pids = seen.get(slot.kernel_id) or (0, dict[int, int](), set[int]())
-            compute[slot.device] = compute.get(slot.device, 0) + slot.compute_milli
-            seen[slot.kernel_id] = memory + slot.memory_bytes, compute, pids | ({slot.pid} if slot.pid else set[int]())
-    return {name: KernelSeen(memory, max(compute.values()), frozenset(pids)) for name, (memory, compute, pids) in seen.items()}
+            kernel = seen.get(slot.kernel_id)
+            if kernel is None:
+                kernel = seen[slot.kernel_id] = KernelSeen()
+            kernel.memory_bytes += slot.memory_bytes
+            if slot.pid:
+                kernel.pids.add(slot.pid)
+    return seen
+
+
+def _most_milli(slots: Sequence[SlotUse], kernel_id: str) -> int:
+    """Return what a kernel uses of the device that it uses most."""
+    by_device: dict[int, int] = {}
+    for slot in slots:
+        if slot.kernel_id == kernel_id:
+            by_device[slot.device] = by_device.get(slot.device, 0) + slot.compute_milli
+    return max(by_device.values(), default=0)
 
 
 def title(kernel_id: str) -> str:
