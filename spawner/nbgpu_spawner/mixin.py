@@ -404,7 +404,7 @@ class GPUSliceMixin(_Spawner):
             wish = wish_of(await self.check_gpu_options(options), options, self._gpu_configured)
             if wish is None:
                 raise InvalidValue("choice", options.get("profile"), "a share of a GPU: to start without one, leave the queue")
-            if self._gpu_request_id is None or self._gpu_line is None:
+            if self._gpu_request_id is None or self._gpu_line is None or self._gpu_taken:
                 raise NbgpuError("Your server waits for nothing any more.", code="state", status=409)
             request, old = self.gpu_request(wish, uuid.uuid4().hex), self._gpu_request_id
             self._gpu_taken = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
 
@@ -150,6 +151,25 @@ def test_a_server_may_ask_for_another_size_of_its_own_slice_only(hub: Hub, ada: 
         assert milli() == [250, 500]
         junk = hub.api("POST", "nbgpu/resize?user=grace", {"gpu_fraction": "7"}, tokens["grace"])
         assert (junk.status_code, junk.json()["error"]["field"]) == (400, "gpu_fraction")
+        for body in (
+            "[" * 1500,
+            "NaN",
+            '{"gpu_fraction": -1}',
+            '{"gpu_fraction": NaN}',
+            '{"gpu_memory": 1e999}',
+            '{"gpu_fraction": {"a": []}}',
+        ):
+            junk = httpx.post(
+                f"{hub.url}api/nbgpu/resize?user=grace", content=body, headers={"Authorization": f"token {tokens['grace']}"}, timeout=10
+            )
+            assert (junk.status_code, junk.json()["error"]["code"]) == (400, "invalid"), body
+        asked = len(calm_pool.calls)
+        calm_pool.refuse = None
+        time.sleep(2.1)  # the pause is over
+        with ThreadPoolExecutor(20) as threads:
+            answers = [one.status_code for one in threads.map(lambda _: resize(hub, tokens["grace"], "grace"), range(50))]
+        assert sorted(answers) == [200] + [429] * 49, "50 at once are one"
+        assert sum(call.endswith("/resize") for call in calm_pool.calls[asked:]) == 1
         with calm_pool.lock:
             theirs = next(one for one in calm_pool.grants.values() if one["request"]["owner"]["user"] == "grace")
             theirs["request"]["owner"] = {"hub": "jupyterhub", "user": "mallory", "server": ""}

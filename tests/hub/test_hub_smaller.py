@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -98,6 +99,25 @@ def test_a_pool_that_is_away_costs_nobody_their_place(hub: Hub, ada: Browser, ca
     assert still_waits(hub, calm_pool)
     calm_pool.admit()
     hub.ready("ada")
+    assert len(calm_pool.held()) == 1
+
+
+def test_two_clicks_take_one(hub: Hub, ada: Browser, calm_pool: FakePool) -> None:
+    """At once, while the pool is slow: the second asks for nothing, and takes nothing from the first."""
+    token = ada.token(ada.http.get("home").text)
+    before = len(calm_pool.calls)
+    calm_pool.stall_seconds = 0.4
+
+    def click(_: int) -> int:
+        return ada.http.post("nbgpu/smaller", data={"_xsrf": token, "choice": SMALL}, follow_redirects=False).status_code
+
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            assert list(threads.map(click, range(4))) == [302] * 4
+    finally:
+        calm_pool.stall_seconds = 0.0
+    assert hub.ready("ada")["user_options"] == {"profile": "eighth"}
+    assert sum(call.endswith("/replace") for call in calm_pool.calls[before:]) == 1
     assert len(calm_pool.held()) == 1
 
 
