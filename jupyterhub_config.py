@@ -50,7 +50,9 @@ def bring_example(spawner):
 
 c.Spawner.pre_spawn_hook = bring_example
 c.GPUSliceMixin.gpu_fraction = "1/4"  # what a new user's start page begins with; without it: CPU only
-c.Spawner.args = ["--allow-root"] if os.geteuid() == 0 else []
+c.Spawner.args = ["--LabApp.news_url=None"]  # JupyterLab's question whether one wants its news would lie over the panel
+if os.geteuid() == 0:
+    c.Spawner.args.append("--allow-root")
 # -- end of the demo
 
 # What the start page offers, in the format of KubeSpawner's profile_list (without it: CPU only, 1/8, 1/4, 1/2, a whole GPU, custom):
