@@ -32,6 +32,12 @@ def test_a_program_sees_its_slice_and_a_killed_kernel_gives_it_back(server: Serv
     said = kernel.run("get_ipython().run_line_magic('gpu', ''); print(get_ipython().find_line_magic('gpu').__module__)")
     assert said == "nbgpu_lab.magic\n"
 
+    def seen() -> bool:
+        """Whether the agent, which looks once a second, has seen what the kernel holds."""
+        (device,) = server.call("nbgpu/api/history?seconds=5")["devices"].values()
+        return device["memory_used_bytes"][-1] >= held
+
+    wait_for("a look of the agent", seen, 10)
     before = server.usage()["last_event"]
     kernel.client.execute("import os; os.kill(os.getpid(), 9)")
 
