@@ -312,11 +312,15 @@ def test_the_pool_is_away(hub: Hub, enter: Callable[..., Page], calm_pool: FakeP
     expect(page.locator("#nbgpu-problem")).to_contain_text("The GPU pool does not answer, so no GPU can be given now.")
     expect(row(page, "quarter").locator("input[type=radio]")).to_be_checked()
     shot(page, hub, "form-pool-away")
-    calm_pool.stall_seconds = 0.0
     start(page, "quarter")
-    expect(page.get_by_text("The pool is starting.").first).to_be_visible()
+    expect(page.get_by_role("alert").filter(has_text="Your server did not start")).to_be_visible()
+    expect(page.get_by_role("heading", name="Your server is starting")).to_be_hidden()
+    expect(page.locator("#progress-message")).to_contain_text("The GPU pool does not answer, so no GPU can be given now.")
+    expect(page.get_by_role("button", name="Stop Server")).to_be_hidden()
+    shot(page, hub, "start-pool-away")
+    calm_pool.stall_seconds = 0.0
     calm_pool.fail_next.clear()
-    page.goto(hub.url + "spawn")
+    page.get_by_role("link", name="Choose again").click()
     expect(row(page, "quarter").locator("input[type=radio]")).to_be_checked()
     expect(page.locator("#nbgpu-problem")).to_be_hidden()
 
