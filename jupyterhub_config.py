@@ -42,6 +42,10 @@ def bring_example(spawner):
     """Give every user a copy of the example, which the server opens first."""
     home = homes / spawner.user.name
     home.mkdir(parents=True, exist_ok=True)
+    quiet = home / ".jupyter/lab/user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+    if not quiet.exists():  # JupyterLab's question whether one wants its news would lie over the panel
+        quiet.parent.mkdir(parents=True, exist_ok=True)
+        quiet.write_text('{"fetchNews": "false"}\n')
     if example.exists():
         if not (home / example.name).exists():
             shutil.copy(example, home)
@@ -50,9 +54,7 @@ def bring_example(spawner):
 
 c.Spawner.pre_spawn_hook = bring_example
 c.GPUSliceMixin.gpu_fraction = "1/4"  # what a new user's start page begins with; without it: CPU only
-c.Spawner.args = ["--LabApp.news_url=None"]  # JupyterLab's question whether one wants its news would lie over the panel
-if os.geteuid() == 0:
-    c.Spawner.args.append("--allow-root")
+c.Spawner.args = ["--allow-root"] if os.geteuid() == 0 else []
 # -- end of the demo
 
 # What the start page offers, in the format of KubeSpawner's profile_list (without it: CPU only, 1/8, 1/4, 1/2, a whole GPU, custom):
