@@ -24,13 +24,11 @@ from typing import Annotated, Any, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .claims import DRIVER, BadObject, object_name, parse_quantity
+from .loose import Json, as_dict, as_list
 from .models import Bytes, Device, Milli, Mode, Name, Slice
 
 LIMITS_ANNOTATION = "nbgpu.io/limits"
 WHOLE_MILLI = 1000
-
-
-Json = dict[str, Any]
 
 
 class Limit(BaseModel):
@@ -142,7 +140,7 @@ def read_limits(claim: Json, key: bytes | None) -> Wanted | None:
 
 def latest_number(claim: Json) -> int:
     """Return the number of the limits that the agent has dealt with last; 0 where it has dealt with none."""
-    return max((data.number for _, data in _reports(_list(_dict(claim.get("status")).get("devices")))), default=0)
+    return max((data.number for _, data in _reports(as_list(as_dict(claim.get("status")).get("devices")))), default=0)
 
 
 # -- what is in force
@@ -189,9 +187,9 @@ def shares(claim: Json, devices: Mapping[tuple[str, str], Device], *, known_only
         Its allocation is malformed, or on a device that nobody published.
     """
     try:
-        status = _dict(claim.get("status"))
-        results = [_Result.model_validate(one) for one in _list(_dict(_dict(status.get("allocation")).get("devices")).get("results"))]
-        reported = dict(_reports(_list(status.get("devices"))))
+        status = as_dict(claim.get("status"))
+        results = [_Result.model_validate(one) for one in as_list(as_dict(as_dict(status.get("allocation")).get("devices")).get("results"))]
+        reported = dict(_reports(as_list(status.get("devices"))))
         known = [one for one in results if one.driver == DRIVER and (not known_only or (one.pool, one.device) in devices)]
         return [_share(one, devices, reported) for one in known]
     except ValueError as error:  # pydantic's too
@@ -327,11 +325,3 @@ def _by_device(limits: Iterable[tuple[str, Limit]]) -> dict[str, Limit]:
             )
         found[uuid] = limit
     return found
-
-
-def _dict(value: object) -> Json:
-    return cast("Json", value) if isinstance(value, dict) else {}
-
-
-def _list(value: object) -> list[Any]:
-    return cast("list[Any]", value) if isinstance(value, list) else []

@@ -6,8 +6,9 @@ import re
 
 from .claims import DRIVER
 from .cli_doctor import Check
-from .cluster_look import COMPONENT, ENFORCE, Cluster, as_dict, as_dicts, granted
+from .cluster_look import COMPONENT, ENFORCE, Cluster, granted
 from .kube import Json
+from .loose import as_dict, as_dicts
 from .quantities import WHOLE_MILLI, format_memory
 from .words import counted
 

@@ -7,13 +7,14 @@ import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 from .claim_limits import in_force, shares, with_limits
 from .claims import DRIVER, OWNER_ANNOTATION, SLICE_LABEL, BadObject, device_name, devices_of, read_claim
 from .errors import NbgpuError
 from .kube import Json, Kube, NotAllowed, NotFound, path
 from .kube_check import cluster_problem
+from .loose import as_dict, as_dicts
 from .models import Device, Owner, Slice
 
 RESOURCE = "resource.k8s.io/v1"
@@ -207,16 +208,6 @@ def granted(cluster: Cluster) -> dict[str, tuple[int, int, int]]:
             memory, milli, count = sums.get(part.uuid, (0, 0, 0))
             sums[part.uuid] = memory + part.memory_bytes, milli + part.compute_milli, count + 1
     return sums
-
-
-def as_dict(value: Any) -> Json:
-    """Return an object of JSON, empty for what is none."""
-    return cast("Json", value) if isinstance(value, dict) else {}
-
-
-def as_dicts(value: Any) -> list[Json]:
-    """Return a list of objects of JSON, empty for what is none."""
-    return [as_dict(one) for one in cast("list[Any]", value)] if isinstance(value, list) else []
 
 
 def need_cluster() -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from decimal import Decimal
-from typing import Any, cast
 
 from .claims import DRIVER, exact_quantity
+from .loose import Json, as_dict, as_dicts
 from .quantities import WHOLE_MILLI, format_share
 
 LEAST_MILLI = 2
 """Least share of a claim of one's own: who writes 1 means a whole GPU."""
-Json = dict[str, Any]
 
 
 def share_problem(claim: Json) -> str | None:
@@ -26,7 +25,7 @@ def share_problem(claim: Json) -> str | None:
     for asked in _requests(claim):
         if asked.get("deviceClassName") != DRIVER:
             continue
-        value = _dict(_dict(asked.get("capacity")).get("requests")).get("compute")
+        value = as_dict(as_dict(asked.get("capacity")).get("requests")).get("compute")
         if value is None:
             continue
         try:
@@ -56,14 +55,6 @@ def _plain(exact: Decimal) -> str:
 
 def _requests(claim: Json) -> list[Json]:
     found: list[Json] = []
-    for one in _list(_dict(_dict(claim.get("spec")).get("devices")).get("requests")):
-        found += [_dict(_dict(one).get("exactly")), *map(_dict, _list(_dict(one).get("firstAvailable")))]
+    for one in as_dicts(as_dict(as_dict(claim.get("spec")).get("devices")).get("requests")):
+        found += [as_dict(one.get("exactly")), *as_dicts(one.get("firstAvailable"))]
     return found
-
-
-def _dict(value: object) -> Json:
-    return cast("Json", value) if isinstance(value, dict) else {}
-
-
-def _list(value: object) -> list[Any]:
-    return cast("list[Any]", value) if isinstance(value, list) else []
