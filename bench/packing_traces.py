@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import csv
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from nbgpu_pool.placement.fleet import Gpu, Need, Node
 
 MIB = 1024**2
+T = TypeVar("T")
+
+
+def _read(path: Path, what: str, make: Callable[[dict[str, str]], T]) -> list[T]:
+    """Make something of each row. ValueError, with the line, for one of which nothing can be made."""
+    with path.open(newline="") as lines:
+        rows = csv.DictReader(lines)
+        found: list[T] = []
+        for row in rows:
+            try:
+                found.append(make(row))
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path}, line {rows.line_num}: no {what}: {error!r}") from None
+    return found
 
 
 def read_nodes(path: Path) -> list[Node]:
@@ -19,16 +35,11 @@ def read_nodes(path: Path) -> list[Node]:
     ValueError
         With the line.
     """
-    with path.open(newline="") as lines:
-        rows = csv.DictReader(lines)
-        found: list[Node] = []
-        for row in rows:
-            try:
-                gpus = [Gpu(row["model"])] * int(row["gpu"])
-                found.append(Node(gpus, int(row["cpu_milli"]), int(row["memory_mib"]) * MIB))
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {rows.line_num}: no node: {error!r}") from None
-    return found
+    return _read(path, "node", _node)
+
+
+def _node(row: dict[str, str]) -> Node:
+    return Node([Gpu(row["model"])] * int(row["gpu"]), int(row["cpu_milli"]), int(row["memory_mib"]) * MIB)
 
 
 def read_needs(path: Path) -> list[Need]:
@@ -39,18 +50,14 @@ def read_needs(path: Path) -> list[Need]:
     ValueError
         With the line.
     """
-    with path.open(newline="") as lines:
-        rows = csv.DictReader(lines)
-        found: list[Need] = []
-        for row in rows:
-            try:
-                count = int(row["num_gpu"])
-                milli = int(row["gpu_milli"]) if count else 0
-                models = frozenset((row.get("gpu_spec") or "").split("|")) - {""} if count else frozenset[str]()
-                found.append(Need(count, milli, 0, int(row["cpu_milli"]), int(row["memory_mib"]) * MIB, models or None))
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {rows.line_num}: no request: {error!r}") from None
-    return found
+    return _read(path, "request", _need)
+
+
+def _need(row: dict[str, str]) -> Need:
+    count = int(row["num_gpu"])
+    milli = int(row["gpu_milli"]) if count else 0
+    models = frozenset((row.get("gpu_spec") or "").split("|")) - {""} if count else frozenset[str]()
+    return Need(count, milli, 0, int(row["cpu_milli"]), int(row["memory_mib"]) * MIB, models or None)
 
 
 def made_up_nodes(scale: int = 1) -> list[Node]:
