@@ -13,7 +13,7 @@ from .estimate import Estimate
 from .idle import makes_room
 from .quotas import Holding
 from .shapes import by_model, want_of
-from .unusable import out_of_service
+from .unusable import impossible, out_of_service
 
 
 def answer(core: Core, query: AvailabilityQuery, now: float) -> list[Availability]:
@@ -59,7 +59,7 @@ class _Looker:
         core = self.core
         parts = by_model(want, core.books.kinds)
         if not core.can_ever(want):
-            return Availability(state="impossible", reason=core.impossible(want.model, want.device_count))
+            return Availability(state="impossible", reason=impossible(core.books, want.model, want.device_count))
         allowed = core.too_small(want)
         if allowed is not None:
             return Availability(state="impossible", reason=f"too small; it must be {allowed}")

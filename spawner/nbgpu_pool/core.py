@@ -20,7 +20,7 @@ from .idle import note_of
 from .queue import hopeless
 from .shapes import Want, memory_field, too_small, want_of
 from .state import Effects, Seen, Settings, Snapshot
-from .unusable import out_of_service
+from .unusable import impossible, out_of_service
 
 STARTING = "The pool is starting: rebuilding the books from what runs. Try again in a few seconds."
 ENDED_KEPT = 10_000
@@ -154,7 +154,7 @@ class Core(Held):
     def _admit(self, request: Request, but: Entry | None = None) -> None:
         want = want_of(request)
         if not self.can_ever(want):
-            raise Refused(self.impossible(request.model, request.device_count), code="impossible")
+            raise Refused(impossible(self.books, request.model, request.device_count), code="impossible")
         allowed = self.too_small(want)
         if allowed is not None:
             field = memory_field(want)
@@ -184,17 +184,6 @@ class Core(Held):
     def too_small(self, want: Want) -> str | None:
         """Return what `want` must be where a program could hardly start in it; None where it is enough."""
         return too_small(want, self.books.kinds, self.settings.smallest_bytes)
-
-    def impossible(self, model: str | None, device_count: int) -> str:
-        """Return why no device could ever hold a request, in words."""
-        models = sorted({device.model for device in self.books.devices.values()})
-        if not models:
-            return "No node offers a GPU at the moment. If that lasts, tell the admin: nbgpu's agent has to run on nodes with GPUs."
-        if model is not None and model not in models:
-            return f"No GPU here is a {model}; there are: {', '.join(models)}."
-        if device_count > 1:
-            return f"No node here has {device_count} GPUs with that much each."
-        return "No GPU here has that much."
 
     def cancel(self, request_id: str, hub: str | None, now: float) -> Entry | None:
         """Give a request up, whatever its state; of an unknown id remember that it is not wanted.

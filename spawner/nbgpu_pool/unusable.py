@@ -1,4 +1,4 @@
-"""Why a request does not fit though there is room: it is on a GPU that takes nobody now. Pure."""
+"""Why no GPU can be had, in words: none could ever hold a request, or those with room take nobody now. Pure."""
 
 from __future__ import annotations
 
@@ -26,3 +26,15 @@ def out_of_service(books: Books, want: Want) -> str | None:
         if off and len(fit) >= want.device_count:
             return f"out of service: {books.unusable.get(off[0], UNKNOWN)}"
     return None
+
+
+def impossible(books: Books, model: str | None, device_count: int) -> str:
+    """Return why no device could ever hold a request, in words."""
+    models = sorted({device.model for device in books.devices.values()})
+    if not models:
+        return "No node offers a GPU at the moment. If that lasts, tell the admin: nbgpu's agent has to run on nodes with GPUs."
+    if model is not None and model not in models:
+        return f"No GPU here is a {model}; there are: {', '.join(models)}."
+    if device_count > 1:
+        return f"No node here has {device_count} GPUs with that much each."
+    return "No GPU here has that much."
