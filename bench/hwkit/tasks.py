@@ -230,18 +230,26 @@ class Tasks:
         steps.append((time.monotonic_ns(), launched))
         return {"steps": steps, "slowest_launch_ms": slowest / 1e6}
 
-    def short(self, start: int, end: int, rounds: int, pause_ms: float) -> dict[str, Any]:
-        """One small GPU kernel and a wait, again and again: how long each took, as who types in a notebook feels it."""
+    def short(self, start: int, end: int, rounds: int, pause_ms: float, blocks: int = 1) -> dict[str, Any]:
+        """One small GPU kernel and a wait, again and again: how long each took, as who types in a notebook feels it.
+
+        Returns
+        -------
+        dict
+            ``ms``: from the launch to the answer; ``launch_ms``: of it in the launch, where the gate is.
+        """
         gpu = self._gpu
         _sleep_until(start)
         took: list[float] = []
+        launched: list[float] = []
         while time.monotonic_ns() < end:
             begun = time.monotonic_ns()
-            gpu.launch("work_arg_ns", rounds)
+            gpu.launch("work_arg_ns", rounds, blocks=blocks)
+            launched.append((time.monotonic_ns() - begun) / 1e6)
             gpu.wait()
             took.append((time.monotonic_ns() - begun) / 1e6)
             time.sleep(pause_ms / 1e3)
-        return {"ms": took}
+        return {"ms": took, "launch_ms": launched}
 
     def timed(self, start: int, rounds: int, blocks: int, count: int) -> dict[str, Any]:
         """Return what events say that each of some GPU kernels took, ms."""

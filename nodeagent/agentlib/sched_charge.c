@@ -55,7 +55,7 @@ static bool pays_share(const SchedSlice *s) {
 /* It may compute: nobody says that it has nothing to do and is kept from submitting. */
 static bool is_let_in(const SchedSlice *s) { return s->phase == PHASE_OPEN || s->phase == PHASE_DRAIN || s->seen.busy; }
 
-/* Nobody waits for its turn to end: it pays nothing, and whoever works beside it has but a part of the GPU. */
+/* Nobody waits for its turn to end: it owes nobody anything, and whoever works beside it has but a part of the GPU. */
 static bool has_for_free(const SchedSlice *s) { return s->phase == PHASE_OPEN && s->seen.busy && !pays_share(s); }
 
 static void pay(SchedSlice *s, uint64_t vt_ns, uint64_t bucket_ns) {
@@ -63,6 +63,14 @@ static void pay(SchedSlice *s, uint64_t vt_ns, uint64_t bucket_ns) {
     s->charged_ns += vt_ns;
     if (s->strict)
         s->bucket_ns -= (int64_t)bucket_ns;
+}
+
+/* Time that nobody else wanted or used: those who are idle meanwhile fall behind as if they had waited, so that who comes to work a little, and
+ * less than its share, is let in at once each time. It costs its slice nothing: where others wait for theirs it begins from there. */
+static void pass_free(SchedSlice *s, uint64_t ns) {
+    const int64_t vt = (int64_t)(ns * WHOLE / s->weight_milli);
+    s->vt += vt;
+    s->goal += vt;
 }
 
 /* Nobody saves up more than two turns. */
@@ -84,13 +92,15 @@ void sched_rebase(SchedDevice *d) {
 
 /* Slices let in together share the time between them: in what they owe each other, not in what a strict one may take, or somebody who never
  * says that it is done would lend it time. Work behind a closed gate that nobody waits for is paid in full by whose it is, and makes nobody
- * else's time cheaper. Time that nobody else wanted is free to a burst slice. */
+ * else's time cheaper. Time that nobody else wanted is free to a burst slice (`pass_free`). */
 void sched_charge(SchedDevice *d, uint64_t now) {
     if (now <= d->now)
         return;
-    uint64_t passed = now - d->now, sharing = 0;
-    for (uint32_t i = 0; i < d->high; i++)
+    uint64_t passed = now - d->now, sharing = 0, busy = 0;
+    for (uint32_t i = 0; i < d->high; i++) {
         sharing += d->slice[i].joined && (pays_share(&d->slice[i]) || has_for_free(&d->slice[i]));
+        busy += d->slice[i].joined && d->slice[i].seen.busy;
+    }
     for (uint32_t i = 0; i < d->high; i++) {
         SchedSlice *s = &d->slice[i];
         if (!s->joined)
@@ -101,6 +111,8 @@ void sched_charge(SchedDevice *d, uint64_t now) {
             pay(s, passed / sharing, passed);
         else if (s->phase == PHASE_OUT && s->seen.busy)
             pay(s, passed, passed);
+        else if (busy == 1 && has_for_free(s))
+            pass_free(s, passed);
         if (s->strict)
             cap_bucket(d, s);
         if (is_active(s))

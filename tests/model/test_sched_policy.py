@@ -101,6 +101,24 @@ def test_newcomer_does_not_wait_and_does_not_take_over(policy: c.CDLL) -> None:
             assert shares[1] == pytest.approx(33.3, abs=4)
 
 
+@pytest.mark.parametrize("trainers", [1, 2])
+@pytest.mark.parametrize(("kernel_ms", "pause_ms"), [(0.2, 3), (0.2, 20), (1, 10), (3, 20)])
+def test_small_work_beside_a_trainer_that_was_alone_is_let_in_at_once(policy: c.CDLL, trainers: int, kernel_ms: float, pause_ms: float) -> None:
+    """A GPU kernel and a pause, in a slice of 30 % that is not used up by that."""
+    with model(policy, Load(300, kernel_ms, gap_ms=pause_ms), *[Load(700 // trainers)] * trainers) as m:
+        m.run(0.3)
+        [small], waits, waited = m.slices[0], [], 0
+        for _ in range(20_000):
+            m.tick()
+            if small.want(m.now):
+                waited += 1
+            elif waited:
+                waits.append(waited)
+                waited = 0
+        assert len(waits) > 50
+        assert max(waits) <= 4, f"ticks of 0.1 ms at the gate: {sorted(waits)}"
+
+
 def test_sync_heavy_slice_gets_its_share(policy: c.CDLL) -> None:
     with model(policy, Load(750), Load(250, kernel_ms=1, gap_ms=0.1)) as m:
         m.run(0.5)
