@@ -290,9 +290,10 @@ static uint64_t advance(int d, Busy *b) {
         if (nbgpu_kernel_gated(d)) /* turns of slices change hands when all is done: that will be rung */
             nbgpu_ring();
     }
+    /* Each look takes the driver's lock from whoever launches: where nobody waits, seldom. */
     const bool close_watch = nbgpu_contended(d) || LOAD(slot->want);
     double next = close_watch ? remaining / 4 : remaining / 2;
-    const double least = close_watch ? 0.05 * (double)MS : 0.1 * (double)MS, most = close_watch ? 0.25 * (double)MS : 1.0 * (double)MS;
+    const double least = close_watch ? 0.05 * (double)MS : 0.5 * (double)MS, most = close_watch ? 0.25 * (double)MS : 1.0 * (double)MS;
     return (uint64_t)(next < least ? least : next > most ? most : next);
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from .runtime import StartError
 log = logging.getLogger("nbgpu.agent")
 DEFAULT_RESERVE_BYTES = 2 * GIB
 SAMPLE_MOST_US = 2_000_000
-"""The agent asks once a second."""
+"""The agent asks once a second: who was not told of for longer had a pause."""
 
 
 def driver_present() -> bool:
@@ -67,19 +67,20 @@ def busy_milli(samples: Iterable[UtilSample]) -> dict[int, int]:
     return {pid: total * 10 // count for pid, (total, count) in sums.items()}
 
 
-def computed_ns(samples: Iterable[UtilSample], seen_us: int) -> dict[int, int]:
+def computed_ns(samples: Iterable[UtilSample], seen_us: int, known: Mapping[int, int]) -> dict[int, int]:
     """Return each process's GPU time since `seen_us`, the newest stamp before; nothing where there was none.
 
     A sample stands for the time since the next older stamp, whosever that was: too little rather than too much where the stamps of the
-    processes differ. NVML says nothing of a pause longer than `SAMPLE_MOST_US`.
+    processes differ. It is the mean since then, but of a process that NVML did not tell of then, of a part of that time that nobody knows:
+    so the first sample of a process (`known` has the newest stamp of each before), or one after a pause of `SAMPLE_MOST_US`, counts for nothing.
     """
     samples = _plausible(samples)
     stamps = sorted({sample.stamp_us for sample in samples if sample.stamp_us > seen_us})
     since = dict(zip(stamps, [seen_us, *stamps], strict=False))
     found: dict[int, int] = {}
     for sample in samples:
-        if seen_us and sample.stamp_us in since:
-            length_us = min(sample.stamp_us - since[sample.stamp_us], SAMPLE_MOST_US)
+        if seen_us and sample.stamp_us in since and sample.stamp_us - known.get(sample.pid, -SAMPLE_MOST_US) < SAMPLE_MOST_US:
+            length_us = sample.stamp_us - since[sample.stamp_us]
             found[sample.pid] = found.get(sample.pid, 0) + length_us * sample.percent * 10
     return found
 
@@ -109,6 +110,8 @@ class Nvml:
         self._nvml: Any = pynvml
         self._lists = Lists(pynvml)
         self._seen: dict[str, int] = {}
+        self._known: dict[str, dict[int, int]] = {}
+        """By device: the newest stamp of each process that NVML told of, us."""
         self._handles: dict[str, Any] = {}
         self.count = 0
         """GPUs that the driver shows, chosen or not."""
@@ -204,8 +207,12 @@ class Nvml:
             if error.value in (nvml.NVML_ERROR_NOT_FOUND, nvml.NVML_ERROR_NOT_SUPPORTED):
                 return {}, {}
             raise
-        self._seen[uuid] = max([seen, *(sample.stamp_us for sample in told)])
-        return busy_milli(told), computed_ns(told, seen)
+        known = self._known.get(uuid, {})
+        computed = computed_ns(told, seen, known)
+        self._seen[uuid] = seen = max([seen, *(sample.stamp_us for sample in told)])
+        stamps = known | {sample.pid: sample.stamp_us for sample in sorted(told, key=lambda sample: sample.stamp_us)}
+        self._known[uuid] = {pid: stamp for pid, stamp in stamps.items() if seen - stamp < SAMPLE_MOST_US}
+        return busy_milli(told), computed
 
 
 def select(devices: list[Device], selector: str, lost: Collection[int] = ()) -> list[Device]:
