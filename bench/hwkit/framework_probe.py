@@ -76,7 +76,7 @@ def probe_jax(limit: int) -> tuple[int | None, Callable[[], bool], Callable[[], 
 
 
 def probe_numba(limit: int) -> tuple[int, Callable[[], bool], Callable[[], Any], type[BaseException], Callable[[], None]]:
-    """Numba; on the simulated driver, which executes nothing, only copies."""
+    """Numba; only copies where it can't compile: on the simulated driver, which executes nothing, and where Numba and NumPy do not go together."""
     import numpy
     from numba import cuda
     from numba.cuda.cudadrv.driver import CudaAPIError
@@ -91,6 +91,11 @@ def probe_numba(limit: int) -> tuple[int, Callable[[], bool], Callable[[], Any],
     data = cuda.to_device(numpy.zeros(4096, dtype=numpy.float32))
     total = cuda.current_context().get_memory_info()[1]
     compiled = None if simulated else cuda.jit(add_one)
+    try:
+        if compiled is not None:
+            compiled[16, 256](data)
+    except AttributeError:  # of NumPy's, in an older Numba
+        compiled = None
 
     def step() -> None:
         if compiled is not None:
@@ -100,7 +105,7 @@ def probe_numba(limit: int) -> tuple[int, Callable[[], bool], Callable[[], Any],
     def right() -> bool:
         before = data.copy_to_host()[0]
         step()
-        return float(data.copy_to_host()[0]) == before + (not simulated)
+        return float(data.copy_to_host()[0]) == before + (compiled is not None)
 
     return int(total), right, lambda: cuda.device_array(limit + MIB, dtype=numpy.uint8), CudaAPIError, step
 

@@ -368,6 +368,7 @@ def nvml_delays(kit: Kit) -> dict[str, Any]:
         "age_when_first_seen_ms": {"median": median(ages), "p90": percentile(ages, 0.9)},
         "percent_while_all_busy": {"median": median(percents), "least": min(percents, default=None)},
     }
+    found["new_processes"] = _samples_of_new_processes(kit)
     late, age = max(delays), median(ages)
     kit.fact(
         "nvml-memory-delay",
@@ -383,3 +384,47 @@ def nvml_delays(kit: Kit) -> dict[str, Any]:
         f"says {median(percents)} % of a process that is always busy",
     )
     return found
+
+
+def _samples_of_new_processes(kit: Kit) -> dict[str, Any]:
+    """Every answer that NVML gives while two processes come and compute, asked as the agent does, once a second, since the last stamp."""
+    nvml, rounds, looks = kit.nvml, max(1, int(1e6 / kit.calibrate()[0])), []
+    since, begun = int(time.time() * 1e6), time.monotonic()
+    steps: list[tuple[float, str]] = []
+
+    def look(seconds: float) -> None:
+        nonlocal since
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            time.sleep(max(0.0, min(1.0, until - time.monotonic())))
+            samples = nvml.samples(since)
+            now = int(time.time() * 1e6)
+            looks.append(
+                {
+                    "at": round(time.monotonic() - begun, 3),
+                    "since_ms_ago": (now - since) // 1000,
+                    "samples": [(sample.pid, (now - sample.us) // 1000, sample.percent) for sample in samples],
+                }
+            )
+            since = max([since, *(sample.us for sample in samples)])
+
+    def step(name: str) -> None:
+        steps.append((round(time.monotonic() - begun, 3), name))
+
+    pause = kit.pick(1.3, 0.3)
+    with kit.place("driver alone").groups([Spec(1000), Spec(1000)]) as groups:
+        look(2 * pause)
+        step("contexts")
+        workers = kit.ready(groups)
+        step("ready")
+        look(pause)
+        for who in (workers[:1], workers):
+            start = time.monotonic_ns() + 50_000_000
+            step(f"{len(who)} busy for {2 * pause} s")
+            for worker in who:
+                worker.send("busy", start=start, end=start + int(2 * pause * 1e9), rounds=rounds, blocks=kit.blocks, batch=4)
+            look(2 * pause)
+            for worker in who:
+                worker.receive(60)
+            look(pause)
+    return {"pids": [worker.pid for worker in workers], "steps": steps, "pid_age_ms_percent": looks}

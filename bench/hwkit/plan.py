@@ -48,6 +48,6 @@ SECTIONS = (
     Section("cost", "what a call costs", 45, cost),
     Section("small-work", "small work beside large", 30, small_work),
     Section("evasion", "a program that evades the limiter", 20, evasion),
-    Section("nvml", "how late NVML is", 20, nvml_delays),
+    Section("nvml", "how late NVML is", 35, nvml_delays),
     Section("hami-core", "the same work under HAMi-core", 180, hami_core),
 )
