@@ -73,6 +73,24 @@ def test_shares_hold_in_every_corner(lib: c.CDLL, name: str, gpus: list[Gpu]) ->
 
 
 @pytest.mark.parametrize("gpus", CORNERS.values(), ids=CORNERS)
+@pytest.mark.parametrize("name", policy_sweep.STRICT_BESIDE)
+def test_a_strict_slice_and_its_neighbour_get_theirs_in_every_corner(lib: c.CDLL, name: str, gpus: list[Gpu]) -> None:
+    """In each second: their turns come once in a period."""
+    assert not missed(strict_beside(lib, name, gpus))
+
+
+def strict_beside(lib: c.CDLL, name: str, gpus: list[Gpu]) -> list[dict[str, object]]:
+    return [policy_sweep.share_cell(lib, gpu, SHARES[name], k, windows=5, strict=True) for gpu in gpus for k in (1.0, 5.0)]
+
+
+def test_a_strict_slice_that_waits_for_its_neighbours_turn_is_found(tmp_path: Path) -> None:
+    """Turns then come in more than a period each, and a second holds now more of them and now fewer."""
+    faulty = build(tmp_path, {"= strict_is_due(d) ||": "= (strict_is_due(d) && false) ||"})
+    for name in policy_sweep.STRICT_BESIDE:
+        assert missed(strict_beside(faulty, name, policy_sweep.corners()))
+
+
+@pytest.mark.parametrize("gpus", CORNERS.values(), ids=CORNERS)
 def test_strict_long_kernels_and_visits_hold_in_every_corner(lib: c.CDLL, gpus: list[Gpu]) -> None:
     cells = [policy_sweep.strict_cell(lib, gpu, k, windows=5) for gpu in gpus for k in (1.0, 5.0)]
     cells += [policy_sweep.long_cell(lib, gpu, strict) for gpu in gpus for strict in (True, False)]
