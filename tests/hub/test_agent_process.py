@@ -386,6 +386,20 @@ def test_an_agent_tells_only_refusals_since_it_started(agent: AgentProcess, tena
     assert [event["data"]["count"] for event in told] == [1]
 
 
+def test_the_directory_of_a_kubernetes_agent_is_not_touched(agent: AgentProcess) -> None:
+    """Slices of pods would count there for ever: nobody here hears that a pod has ended."""
+    agent.stop()
+    entry = {"namespace": "team", "name": "ada", "slice_id": "0" * 32, "sealed": True, "parts": [], "spec": {}}
+    claims = agent.runtime / "claims.json"
+    claims.write_text(json.dumps({"version": 1, "claims": {"some-uid": entry}}))
+    done = subprocess.run(agent.command(), env=agent.env, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 1
+    assert "Kubernetes agent: claims.json there names 1 claim of pods" in done.stderr
+    assert "Traceback" not in done.stderr
+    claims.write_text(json.dumps({"version": 1, "claims": {}}))
+    agent.start()
+
+
 def test_a_second_agent_says_who_is_there_and_takes_over_when_told(agent: AgentProcess) -> None:
     wanted = agent.slice(250)
     agent.put(wanted)
