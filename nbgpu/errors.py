@@ -28,6 +28,10 @@ class NbgpuError(Exception):
         self.status = status or self.status
         self.field = field
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows (IPython asks for it): the message, no stack."""
+        return [self.message]
+
     def as_json(self) -> dict[str, object]:
         """Return the body of an API's error answer: ``{"error": {code, message, field}}``."""
         error: dict[str, object] = {"code": self.code, "message": self.message}

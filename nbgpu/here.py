@@ -68,6 +68,16 @@ class SliceNumbers:
         return sum(device.memory_free_bytes for device in self.devices)
 
 
+def no_slice() -> NbgpuError:
+    """Return what is said where a program runs in none."""
+    return NbgpuError(
+        "No GPU slice here: this process was not started inside one. On a hub, stop the server (File > Hub Control Panel) and choose a "
+        "fraction at its start; in a terminal, start the program by `nbgpu run --gpu 1/4 -- ...`.",
+        code="no-slice",
+        status=404,
+    )
+
+
 def slice() -> SliceNumbers:
     """Return the slice that this program runs in, and what is used of it now.
 
@@ -78,7 +88,7 @@ def slice() -> SliceNumbers:
     """
     socket_path = os.environ.get("NBGPU_SOCKET")
     if not socket_path:
-        raise NbgpuError("No GPU slice here: this process was not started inside one.", code="no-slice", status=404)
+        raise no_slice()
     return numbers(SliceClient(socket_path, TIMEOUT_SECONDS).usage(), os.environ.get("NBGPU_KERNEL_ID"))
 
 

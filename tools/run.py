@@ -85,6 +85,31 @@ def be_alone(folder: Path, url: str) -> list[IO[str]]:
     return locks
 
 
+def be_nobodys_heir() -> None:
+    """Raise `Stop` where another installation's agent serves the runtime directory: the hub's own would end it and take its slices over."""
+    runtime = runtime_dir()
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(runtime / AGENT_SOCKET))
+        except OSError:
+            return
+        pid = int.from_bytes(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
+    program = program_of(pid)
+    if program != sys.executable:
+        raise Stop(
+            f"An nbgpu agent that is not this checkout's ({program or 'in a container'}, pid {pid}) serves {runtime}, and this would take its GPUs "
+            "over. Give this one a place of its own: make run NBGPU_RUNTIME_DIR=/tmp/nbgpu-2"
+        )
+
+
+def program_of(pid: int) -> str:
+    """Return the interpreter that a process was started by; nothing where that can't be seen."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
+    except OSError:
+        return ""
+
+
 def descendants() -> list[int]:
     """Return all living processes below this one. As a subreaper it inherits orphans, so none of them can escape the count."""
     parents: dict[int, int] = {}
@@ -298,6 +323,7 @@ def main() -> int:
         if not port_is_free(port):
             raise Stop(f"Port {port} is taken by another program. End that one, or take another port: make run PORT={port + 100}")
         locks = be_alone(folder, f"http://127.0.0.1:{port}/")
+        be_nobodys_heir()
         print("Starting JupyterHub ...", flush=True)
         hub, url = start(port, log)
         say(url, log)

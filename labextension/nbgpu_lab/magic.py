@@ -9,6 +9,7 @@ from html import escape
 from typing import Any
 
 from nbgpu.errors import NbgpuError
+from nbgpu.here import no_slice
 from nbgpu.quantities import format_memory, format_memory_of, format_share
 
 from .client import SliceClient
@@ -80,7 +81,7 @@ def _ask(method: str, path: str, body: object = None) -> Any:
     """Return the agent's answer, or the error that it is."""
     socket_path = os.environ.get("NBGPU_SOCKET")
     if not socket_path:
-        return NbgpuError("No GPU slice here: this process was not started inside one.", code="no-slice", status=404)
+        return no_slice()
     with ThreadPoolExecutor(1) as thread:
         try:
             return thread.submit(asyncio.run, SliceClient(socket_path).request(method, path, body)).result()

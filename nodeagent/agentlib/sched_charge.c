@@ -197,9 +197,10 @@ int64_t sched_is_behind(const SchedDevice *d, int index) {
     return fair_vt(d, index) - d->slice[index].vt - (int64_t)d->config.overlap_behind_ns;
 }
 
-/* A burst slice whose GPU kernels are longer than its turns comes back after as many periods as it took: strict slices can't make up for
- * it in any other way when all time is theirs. Where they have had theirs it need not wait. */
+/* A burst slice whose work outlasts its turns comes back after the whole periods that its goal then skips, and the one of its next turn:
+ * strict slices can't make up for it in any other way when all time is theirs. No sooner, for part of those periods has passed while its
+ * work drained, and strict turns may be a quarter longer than usual. Where strict slices have had theirs it need not wait. */
 bool sched_owes_strict(const SchedDevice *d, const SchedSlice *s) {
-    int64_t step = stride(d), beyond = s->vt - s->goal;
-    return beyond > step / 2 && (int64_t)(d->now - s->closed_at) < (int64_t)((double)d->period_ns * ((double)beyond / (double)step + 0.5));
+    int64_t skipped = nearest(s->vt - s->goal, stride(d)) / stride(d);
+    return skipped > 0 && d->now - s->closed_at < d->period_ns * (uint64_t)(skipped + 1);
 }

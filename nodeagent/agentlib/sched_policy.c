@@ -217,6 +217,16 @@ static uint64_t turn_left(const SchedDevice *d, const SchedSlice *s) {
     return used < d->config.min_turn_ns ? max_u64(ns, d->config.min_turn_ns - used) : ns;
 }
 
+/* A strict slice that had its whole turn waits, and its next period has begun. */
+static bool strict_is_due(const SchedDevice *d) {
+    for (uint32_t i = 0; i < d->high; i++) {
+        const SchedSlice *s = &d->slice[i];
+        if (s->strict && s->phase == PHASE_OUT && may_run(d, s) && s->dry_until > s->closed_at)
+            return true;
+    }
+    return false;
+}
+
 /* When the owner's turn is to end; 0 = no end. */
 static uint64_t plan_end(SchedDevice *d, int index) {
     SchedSlice *s = &d->slice[index];
@@ -227,7 +237,7 @@ static uint64_t plan_end(SchedDevice *d, int index) {
     if (!contested(d, index))
         return 0;
     if (!s->turn_end && s->open_since < d->now) { /* it had the device to itself until now */
-        bool ahead = sched_least_vt(d, index) <= s->vt;
+        bool ahead = strict_is_due(d) || sched_least_vt(d, index) <= s->vt;
         s->goal = ahead ? s->vt : goal_of(d, index);
         s->turn_most = latest_end(d, s);
         if (ahead)
@@ -249,9 +259,10 @@ static void run_dry(const SchedDevice *d, SchedSlice *s) {
     uint64_t p = d->period_ns, next = (s->dry_until / p + 1) * p;
     if (next + p < d->now)
         next = d->now / p * p;
-    int64_t then = s->bucket_ns + ((int64_t)next - (int64_t)d->now) * s->weight_milli / WHOLE, missing = strict_level(d, s) / 4 - then;
+    const uint64_t from = max_u64(next, d->now); /* where that period has begun already, what the bucket holds now counts */
+    int64_t then = s->bucket_ns + (int64_t)(from - d->now) * s->weight_milli / WHOLE, missing = strict_level(d, s) / 4 - then;
     if (missing > 0)
-        next += ((uint64_t)missing * WHOLE / s->weight_milli / p + 1) * p;
+        next = ((from + (uint64_t)missing * WHOLE / s->weight_milli) / p + 1) * p;
     s->dry_until = next;
     s->dry = d->now < next;
 }

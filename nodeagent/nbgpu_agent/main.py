@@ -232,6 +232,7 @@ async def _serve(options: Options) -> None:
             finally:
                 await kubernetes.stop()
         else:
+            _refuse_claims(runtime)
             await asyncio.to_thread(lock.acquire, options.takeover)
             agent, nvml = await _make(options, runtime)
             await _work(agent, nvml, ended, contextlib.nullcontext(), page)
@@ -240,6 +241,17 @@ async def _serve(options: Options) -> None:
     finally:
         page.close()
     lock.release()
+
+
+def _refuse_claims(runtime: Path) -> None:
+    """Refuse a directory where an agent of Kubernetes keeps claims: their pods may run, and nobody here would ever give them back."""
+    from .kube.checkpoint import FILE, Checkpoint
+
+    if (runtime / FILE).exists() and (claims := Checkpoint(runtime).claims):
+        raise StartError(
+            f"{runtime} is kept by this machine's Kubernetes agent: {FILE} there names {counted(len(claims), 'claim')} of pods. Choose another "
+            f"directory with --runtime-dir or $NBGPU_RUNTIME_DIR; or remove this one (rm -r {runtime}) if the machine has left its cluster."
+        )
 
 
 def _metrics_page(address: str | None, health_only: bool) -> MetricsPage:

@@ -43,7 +43,7 @@ OWED_TOLD_NS = 100_000_000
 BURST_SECONDS = 0.7
 REFUSALS_MOST = 1_000_000
 """Of one slot, between two looks: more is nothing that a program did."""
-REMEDY = "Free some or restart with a larger fraction."  # short: JupyterLab cuts a notice after 140 characters
+REMEDY = "Free some or get a larger slice."  # short: JupyterLab cuts a notice after 140 characters
 
 
 @dataclass

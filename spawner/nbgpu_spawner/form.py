@@ -15,6 +15,7 @@ import jinja2
 from nbgpu.errors import InvalidValue, NbgpuError
 from nbgpu.models import Availability, AvailabilityQuery, DeviceBooks, Owner
 from nbgpu.quantities import format_memory, format_share, format_time
+from nbgpu.words import rough_time
 
 from .client import NO_ANSWER, PoolClient
 from .options import LABELS, Wish
@@ -24,6 +25,8 @@ from .sizes import Free, choices, largest_free
 POLL_SECONDS = 2
 """How often an open page asks again: with the time of the answer (2 s, then it says that none comes) what it shows is at most 5 s old."""
 _ASK_SECONDS = 1.5
+
+WAIT = "You can start it and wait in line"
 
 RowState = Literal["always", "free", "wait", "forbidden", "impossible", "unknown", "custom"]
 MARKS: Mapping[str, str] = {
@@ -100,7 +103,14 @@ class StartState:
 
 
 async def ask(
-    pool: PoolClient, profiles: list[Profile], configured: Mapping[str, Any], owner: Owner, groups: list[str], isolates: bool
+    pool: PoolClient,
+    profiles: list[Profile],
+    configured: Mapping[str, Any],
+    owner: Owner,
+    groups: list[str],
+    *,
+    isolates: bool,
+    patience_seconds: float,
 ) -> StartState:
     """Return the start page's state as the pool sees it now; a pool that is away is said, not raised."""
     wishes = [_wish(profile, configured) for profile in profiles]
@@ -122,7 +132,9 @@ async def ask(
         problem = NO_ANSWER
     except NbgpuError as error:
         problem = error.message
-    return start_state(profiles, wishes, books, answers, free, problem=problem, isolates=isolates, now=time.time())
+    return start_state(
+        profiles, wishes, books, answers, free, problem=problem, isolates=isolates, patience_seconds=patience_seconds, now=time.time()
+    )
 
 
 def start_state(
@@ -134,6 +146,7 @@ def start_state(
     *,
     problem: str = "",
     isolates: bool = True,
+    patience_seconds: float | None = None,
     now: float = 0.0,
 ) -> StartState:
     """Return the start page's state.
@@ -148,9 +161,12 @@ def start_state(
         One for each `Wish`, in their order; None when the pool did not answer.
     free : Free, optional
         The largest share that is free, where none of the `wishes` is.
+    patience_seconds : float, optional
+        How long a start waits in line.
     """
     left = iter(answers or [])
-    rows = tuple(_row(profile, wish, left, answers is not None, books) for profile, wish in zip(profiles, wishes, strict=True))
+    line = f"{WAIT}, for {rough_time(patience_seconds)} at most." if patience_seconds else f"{WAIT}."
+    rows = tuple(_row(profile, wish, left, answers is not None, books, line) for profile, wish in zip(profiles, wishes, strict=True))
     nodes = [book.device.node for book in books]
     return StartState(
         rows=rows,
@@ -230,17 +246,17 @@ def _wish(profile: Profile, configured: Mapping[str, Any]) -> Wish | InvalidValu
 
 
 def _row(
-    profile: Profile, wish: Wish | InvalidValue | None, answers: Iterable[Availability], answered: bool, books: list[DeviceBooks]
+    profile: Profile, wish: Wish | InvalidValue | None, answers: Iterable[Availability], answered: bool, books: list[DeviceBooks], line: str
 ) -> Row:
     what, state, status = "", "always", "Always available"
     if profile.get("gpu_custom"):
-        state, status = "custom", _largest_free(books)
+        state, status = "custom", _largest_free(books, line)
     elif isinstance(wish, InvalidValue):
         state, status = "impossible", f"Set up wrongly, please tell the admin: {wish.message}"
     elif wish is not None:
         answer = next(iter(answers), None) if answered else None
         what = describe(wish, answer)
-        state, status = (answer.state, _status(answer)) if answer else ("unknown", "Nobody knows now whether it is free")
+        state, status = (answer.state, _status(answer, line)) if answer else ("unknown", "Nobody knows now whether it is free")
     return Row(
         slug=profile["slug"],
         name=profile["display_name"],
@@ -260,7 +276,7 @@ def _offer(free: Free) -> Row:
     )
 
 
-def _status(answer: Availability) -> str:
+def _status(answer: Availability, line: str) -> str:
     reason = answer.reason.strip().rstrip(".")
     if answer.state == "free":
         return "Free now"
@@ -268,18 +284,16 @@ def _status(answer: Availability) -> str:
         return f"Not for you: {reason}"
     if answer.state == "impossible":
         return f"Not possible here: {reason}"
-    return (
-        f"{reason[:1].upper()}{reason[1:]}. You can start it and wait in line." if reason else "In use. You can start it and wait in line."
-    )
+    return f"{reason[:1].upper()}{reason[1:]}. {line}" if reason else f"In use. {line}"
 
 
-def _largest_free(books: list[DeviceBooks]) -> str:
+def _largest_free(books: list[DeviceBooks], line: str) -> str:
     free = [
         (book.device.usable_bytes - book.memory_granted_bytes, 1000 - book.compute_granted_milli) for book in books if book.device.healthy
     ]
     free = [(memory, milli) for memory, milli in free if memory > 0 and milli > 0]
     if not free:
-        return "No GPU has room now. You can start it and wait in line." if books else "Nobody knows now what is free"
+        return f"No GPU has room now. {line}" if books else "Nobody knows now what is free"
     memory, milli = max(free)
     return f"The most that is free on one GPU now: {format_memory(memory)} and {_share(milli)} of its time"
 

@@ -14,7 +14,7 @@ from nbgpu.models import AvailabilityQuery, Grant
 from .client import PoolClient
 from .options import Wish
 from .profiles import Profile
-from .sizes import Free, choices, largest_free
+from .sizes import Free, any_smaller, choices, largest_free
 from .waiting import Place, place_of
 
 LOOK_SECONDS = 3.0
@@ -53,6 +53,7 @@ class Line:
         """Why the pool's last word may be old."""
         self._known = profiles, configured, options
         self._free: Free | None = None
+        self._any_smaller = False
         self._looked = float("-inf")
         self._notice, self._noticed = "", float("-inf")
 
@@ -64,7 +65,15 @@ class Line:
     def place(self) -> Place:
         """Return what to show."""
         notice = self._notice if time.monotonic() - self._noticed < NOTICE_SECONDS else ""
-        return place_of(self.wish, self.grant, self._free, patience_seconds=self.patience_seconds, problem=self.problem, notice=notice)
+        return place_of(
+            self.wish,
+            self.grant,
+            self._free,
+            any_smaller=self._any_smaller,
+            patience_seconds=self.patience_seconds,
+            problem=self.problem,
+            notice=notice,
+        )
 
     async def look(self, pool: PoolClient) -> None:
         """Ask what smaller share is free, if the last answer is old."""
@@ -81,4 +90,5 @@ class Line:
         shapes = [self.wish.shape, *(one.wish.shape for one in tried)]
         query = AvailabilityQuery(owner=request.owner, groups=request.groups, shapes=shapes, instead_of=request.request_id)
         first, *answers = await pool.availability(query)
+        self._any_smaller = any_smaller(tried, answers, (self.wish, first))
         return largest_free(tried, answers, than=(self.wish, first))

@@ -255,7 +255,8 @@ class GPUSliceMixin(_Spawner):
             profiles, problem = [], error.message
         if not profiles:
             return form.StartState(rows=(), time=time.time(), problem=problem, isolates=self.gpu_isolates)
-        return await form.ask(self.pool, profiles, self._gpu_configured, self.gpu_owner(), self.gpu_groups(), self.gpu_isolates)
+        who, wait = (self.gpu_owner(), self.gpu_groups()), self._wait_seconds()
+        return await form.ask(self.pool, profiles, self._gpu_configured, *who, isolates=self.gpu_isolates, patience_seconds=wait)
 
     # -- the grant's life
 
@@ -358,6 +359,9 @@ class GPUSliceMixin(_Spawner):
     async def _stand_in_line(self, wish: Wish, request: Request, grant: Grant, start: float) -> Grant:
         """Wait until a queued request is granted or has ended; tell where it stands."""
         wait_seconds = self._wait_seconds()
+        if wait_seconds < self.gpu_wait_timeout:
+            told = self._log_name, self.gpu_wait_timeout, self.start_timeout, wait_seconds, self.gpu_wait_timeout + START_MARGIN_SECONDS
+            self.log.warning("%s: gpu_wait_timeout is %i s, but start_timeout (%i s) leaves %i s for waiting; set start_timeout to %i or more", *told)
         line = Line(wish, grant, await self.gpu_profiles(), self._gpu_configured, self.user_options or {}, wait_seconds)
         self._gpu_line = line
         pause = 0.2
@@ -463,18 +467,7 @@ class GPUSliceMixin(_Spawner):
                 await asyncio.sleep(0.5)
 
     def _wait_seconds(self) -> float:
-        room = max(0, self.start_timeout - START_MARGIN_SECONDS)
-        if self.gpu_wait_timeout <= room:
-            return self.gpu_wait_timeout
-        self.log.warning(
-            "%s: gpu_wait_timeout is %i s, but start_timeout (%i s) leaves %i s for waiting; set start_timeout to %i or more",
-            self._log_name,
-            self.gpu_wait_timeout,
-            self.start_timeout,
-            room,
-            self.gpu_wait_timeout + START_MARGIN_SECONDS,
-        )
-        return room
+        return min(self.gpu_wait_timeout, max(0, self.start_timeout - START_MARGIN_SECONDS))
 
     async def bind_slice(self, pid: int | None) -> None:
         """Tell the pool that a server carries the grant."""

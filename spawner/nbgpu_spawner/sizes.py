@@ -100,6 +100,15 @@ def largest_free(asked: Sequence[Choice], answers: Sequence[Availability], than:
     return best
 
 
+def any_smaller(asked: Sequence[Choice], answers: Sequence[Availability], than: tuple[Wish, Availability]) -> bool:
+    """Return whether some of `asked`, free or not, is smaller than that and may be had one day."""
+    limit = _size(*than)
+    return any(
+        answer.state in ("free", "wait") and _smaller(_size(choice.wish, answer), limit)
+        for choice, answer in zip(asked, answers, strict=True)
+    )
+
+
 def _variants(profile: Profile, wanted: Mapping[str, Any], shares: Iterable[str]) -> Iterable[dict[str, Any]]:
     base = {"profile": profile["slug"]}
     if profile.get("gpu_custom"):

@@ -94,7 +94,14 @@ class Place:
 
 
 def place_of(
-    wish: Wish, grant: Grant, free: Free | None = None, *, patience_seconds: float | None = None, problem: str = "", notice: str = ""
+    wish: Wish,
+    grant: Grant,
+    free: Free | None = None,
+    *,
+    any_smaller: bool = False,
+    patience_seconds: float | None = None,
+    problem: str = "",
+    notice: str = "",
 ) -> Place:
     """Return where a request stands.
 
@@ -102,6 +109,8 @@ def place_of(
     ----------
     free : Free, optional
         The largest smaller share that can be had now.
+    any_smaller : bool
+        Whether there is a smaller share to ask for at all.
     patience_seconds : float, optional
         How long the hub lets a start wait.
     problem : str
@@ -112,7 +121,8 @@ def place_of(
     if problem:
         return Place(title, why=problem, limit=limit, notice=notice)
     if patience_seconds and grant.wait_seconds is not None and grant.wait_seconds > patience_seconds:
-        limit = f"This hub lets a start wait {rough_time(patience_seconds)}: this one may end in vain. A smaller share may come sooner."
+        limit = f"This hub lets a start wait {rough_time(patience_seconds)}: this one may end in vain."
+        limit += " A smaller share may come sooner." if any_smaller else ""
     place = f"{ordinal(grant.position)} in line" if grant.position else "in line"
     reason = (grant.reason or "").strip().rstrip(".")
     found = Place(

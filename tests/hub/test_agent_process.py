@@ -301,7 +301,7 @@ def test_a_refusal_is_told_within_a_second_and_a_burst_once_a_second(agent: Agen
     assert time.monotonic() - before < 1
     assert first[0]["message"] == (
         "Notebook kernel 3f2a0000… was refused 2 GiB: this server's slice of 19.5 GiB is full (19 GiB in use). "
-        "Free some or restart with a larger fraction."
+        "Free some or get a larger slice."
     )
     assert (first[0]["kernel_id"], first[0]["data"]["count"]) == ("3f2a0000-1111-2222", 1)
     for _ in range(200):
@@ -384,6 +384,20 @@ def test_an_agent_tells_only_refusals_since_it_started(agent: AgentProcess, tena
     one.do("refuse", 20 * GIB, layout.REFUSED_SLICE)
     told = until(lambda: [event for event in own.call("GET", "/v1/events?after=-1") if event["kind"] == "refused"], 3, "the new one")
     assert [event["data"]["count"] for event in told] == [1]
+
+
+def test_the_directory_of_a_kubernetes_agent_is_not_touched(agent: AgentProcess) -> None:
+    """Slices of pods would count there for ever: nobody here hears that a pod has ended."""
+    agent.stop()
+    entry = {"namespace": "team", "name": "ada", "slice_id": "0" * 32, "sealed": True, "parts": [], "spec": {}}
+    claims = agent.runtime / "claims.json"
+    claims.write_text(json.dumps({"version": 1, "claims": {"some-uid": entry}}))
+    done = subprocess.run(agent.command(), env=agent.env, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 1
+    assert "Kubernetes agent: claims.json there names 1 claim of pods" in done.stderr
+    assert "Traceback" not in done.stderr
+    claims.write_text(json.dumps({"version": 1, "claims": {}}))
+    agent.start()
 
 
 def test_a_second_agent_says_who_is_there_and_takes_over_when_told(agent: AgentProcess) -> None:

@@ -156,7 +156,7 @@ def test_what_a_program_was_refused_is_said_when_it_has_ended(place: Place, thro
     assert done.stdout == f"{OUT_OF_MEMORY}\n"
     lines = [line for line in done.stderr.splitlines() if line.startswith("nbgpu: ")]
     assert lines[1:] == [
-        "nbgpu: The program was refused 30 GiB: its slice of 19.5 GiB has 19.2 GiB left. Free some or restart with a larger fraction."
+        "nbgpu: The program was refused 30 GiB: its slice of 19.5 GiB has 19.2 GiB left. Free some or get a larger slice."
     ]
     expected = status if not through or status >= 0 else 128 - status
     assert done.returncode == expected

@@ -193,7 +193,7 @@ def test_the_page_without_javascript(hub: Hub, ada: Browser, calm_pool: FakePool
     ]
     page = " ".join(ada.form().split())
     assert "10 GiB, at least an eighth of the GPU&#39;s time" in page
-    assert "In use: 3 people wait, about 4 minutes. You can start it and wait in line." in page
+    assert "In use: 3 people wait, about 4 minutes. You can start it and wait in line, for " in page
     assert "Not for you: your quota is a &lt;quarter&gt; of a GPU" in page
     assert "Not possible here: no GPU is that large" in page
     assert 'value="half" required aria-describedby="nbgpu-4-what nbgpu-4-status" disabled' in page

@@ -151,3 +151,23 @@ def test_a_taken_port_is_one_clear_line(place: Path) -> None:
         assert f"Port {port} is taken by another program." in running.text
         assert "Traceback" not in running.text
         assert running.left() == {}
+
+
+def test_another_installations_agent_is_not_taken_over(place: Path) -> None:
+    """A hub ends the agent that serves its directory; this one may be a real installation's, or the chart's."""
+    runtime = place / "run"
+    runtime.mkdir(parents=True)
+    listen = f"import socket, time; s = socket.socket(socket.AF_UNIX); s.bind({str(runtime / 'agent.sock')!r}); s.listen(); time.sleep(100)"
+    other = subprocess.Popen(["/usr/bin/env", "python3", "-c", listen])
+    try:
+        until((runtime / "agent.sock").exists, 10, "somebody serves there")
+        running = Running(place, free_port())
+        assert running.process.wait(60) == 1
+        until(lambda: "NBGPU_RUNTIME_DIR=" in running.text, 5, "what to do")
+        assert f"pid {other.pid}) serves {runtime}" in running.text
+        assert "Traceback" not in running.text
+        assert other.poll() is None
+        assert running.left() == {}
+    finally:
+        other.kill()
+        other.wait()

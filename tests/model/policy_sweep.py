@@ -26,6 +26,7 @@ LATE_MS, LATE_SWITCH_MS = 0.25, 0.2
 """How late slices may be with stopping and with their rings where a switch costs no more than this: the two lose time alike."""
 KERNELS_MS = (1.0, 5.0)
 SHARES = {"50/50": (500, 500), "70/30": (700, 300), "10/20/30/40": (100, 200, 300, 400), "8 x 12.5": (125,) * 8}
+STRICT_BESIDE = {"50/50": "strict 50 beside 50", "70/30": "strict 30 beside 70"}
 MEAN_POINTS, WORST_POINTS, BUSY_RATIO = 1.0, 2.0, 0.99
 STRICT_POINTS, LATE_STRICT_POINTS = 0.5, 0.6
 LONG_LEAST, LONG_MOST = 24.0, 30.0
@@ -67,9 +68,10 @@ def play_shares(lib: c.CDLL, gpu: Gpu, works: list[Work], windows: int, limited:
     return Figures(statistics.mean(errors), max(errors), statistics.mean(sum(window) for window in shares))
 
 
-def share_cell(lib: c.CDLL, gpu: Gpu, millis: tuple[int, ...], kernel_ms: float, windows: int) -> dict[str, Any]:
-    """One scenario in one cell, with the driver alone beside it."""
+def share_cell(lib: c.CDLL, gpu: Gpu, millis: tuple[int, ...], kernel_ms: float, windows: int, strict: bool = False) -> dict[str, Any]:
+    """One scenario in one cell, with the driver alone beside it; `strict`: the last slice is."""
     works = [Work(milli, kernel_ms) for milli in millis]
+    works[-1] = dataclasses.replace(works[-1], strict=strict)
     ours = play_shares(lib, gpu, works, windows)
     alone = play_shares(lib, gpu, [Work(1000, kernel_ms)], 2, limited=False, warm_up=0.2)
     # The driver is fair between processes by itself: in the control the first slice of equals has three.
@@ -173,6 +175,8 @@ def sweep(lib: c.CDLL, gpus: list[Gpu], windows: int) -> dict[str, list[dict[str
     out: dict[str, list[dict[str, Any]]] = {}
     for name, millis in SHARES.items():
         out[name] = [share_cell(lib, gpu, millis, kernel_ms, windows) for gpu in gpus for kernel_ms in KERNELS_MS]
+    for name, strict_too in STRICT_BESIDE.items():
+        out[strict_too] = [share_cell(lib, gpu, SHARES[name], kernel_ms, windows, strict=True) for gpu in gpus for kernel_ms in KERNELS_MS]
     out["strict 30 alone"] = [strict_cell(lib, gpu, kernel_ms, windows) for gpu in gpus for kernel_ms in KERNELS_MS]
     out["100 ms kernels at 30"] = [long_cell(lib, gpu, strict) for gpu in gpus for strict in (True, False)]
     out["5 ms every 50 ms"] = [visit_cell(lib, gpu) for gpu in gpus]

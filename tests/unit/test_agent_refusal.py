@@ -34,7 +34,7 @@ def test_a_refusal_fits_a_notice_of_jupyterlab() -> None:
     for used in (19.3, 15.9):
         text = refusal_message("3f2a0000-1111", int(9.7 * GIB), 1, "slice", int(19.5 * GIB), int(used * GIB))
         shown = text.replace("Notebook kernel 3f2a0000…", "fractions.ipynb")
-        assert shown.endswith("larger fraction.")
+        assert shown.endswith("larger slice.")
         assert len(shown) <= 140, shown
 
 

@@ -82,6 +82,9 @@ def test_the_largest_free_share_of_a_custom_choice() -> None:
     assert dict(found.choice.options) == {"profile": "custom", "gpu_fraction": "1/6", "gpu_mode": "strict"}
     assert profiles.options_from_form({"profile": [found.choice.value]}) == dict(found.choice.options)
     assert sizes.largest_free(tried, [answer(125, "wait")] * len(tried)) is None
+    assert sizes.any_smaller(tried, [answer(125, "wait")] * len(tried), (wish(gpu_fraction="1/2"), answer(500, "wait")))
+    assert not sizes.any_smaller(tried, [answer(125, "wait")] * len(tried), (wish(gpu_fraction="1/8"), answer(125, "wait")))
+    assert not sizes.any_smaller(tried, [answer(125, "impossible")] * len(tried), (wish(gpu_fraction="1/2"), answer(500, "wait")))
 
 
 def test_what_exactly_fills_a_gpu_is_tried_too() -> None:
@@ -175,7 +178,9 @@ def test_the_words_of_the_queue() -> None:
     guess = waiting.place_of(wish(gpu_fraction=0.25), waiting_grant(wait_seconds=3600.0, wait_guessed=True), patience_seconds=600)
     assert "perhaps within 60 minutes" in guess.text
     assert guess.known.startswith("A guess: too few servers have ended here")
-    assert "may end in vain" in guess.limit, "it would wait longer than the hub lets it"
+    assert guess.limit.endswith("may end in vain."), "it would wait longer than the hub lets it, and there is nothing smaller"
+    long = waiting.place_of(wish(gpu_fraction=0.5), waiting_grant(wait_seconds=3600.0), any_smaller=True, patience_seconds=600)
+    assert long.limit.endswith("may end in vain. A smaller share may come sooner.")
     unknown = waiting.place_of(wish(gpu_fraction=0.25), waiting_grant(wait_seconds=None, position=None))
     assert unknown.text == "Waiting for a quarter of a GPU: in line, nobody can say yet how long."
     assert (unknown.known, unknown.limit) == ("", "")

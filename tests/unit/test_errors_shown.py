@@ -1,0 +1,17 @@
+"""What a person in a notebook sees of an error of nbgpu: its message, and nothing of our code."""
+
+from __future__ import annotations
+
+from IPython.core.interactiveshell import InteractiveShell
+from pytest import CaptureFixture, MonkeyPatch
+
+
+def test_a_notebook_without_a_slice_is_told_so_in_plain_words(monkeypatch: MonkeyPatch, capsys: CaptureFixture[str]) -> None:
+    monkeypatch.delenv("NBGPU_SOCKET", raising=False)
+    shell = InteractiveShell()
+    shell.run_cell("import nbgpu\nnbgpu.slice()")
+    said = "".join(capsys.readouterr())
+    assert said.startswith("No GPU slice here")
+    assert "choose a fraction" in said
+    assert "Traceback" not in said
+    assert "here.py" not in said
