@@ -80,6 +80,7 @@ def open_strange(page: Any, lab: Lab) -> Any:
 
 
 def test_the_monitor_is_live_without_its_kernel(lab: Lab, page: Any) -> None:
+    axe_kit = pytest.importorskip("axe_kit")
     SHOTS.mkdir(parents=True, exist_ok=True)
     fill_slice(lab)
     open_lab(page, lab, "JupyterLab Light")
@@ -88,9 +89,21 @@ def test_the_monitor_is_live_without_its_kernel(lab: Lab, page: Any) -> None:
     monitor.get_by_text("first.ipynb (this notebook): 8 GiB").wait_for()
     assert monitor.get_attribute("aria-label") == "GPU slice"
     assert monitor.evaluate("monitor => getComputedStyle(monitor).display") == "flex", "drawn without its style"
+
+    # while the kernel has no time for it
+    state = page.locator("#jp-main-statusbar")
+    for key in ("b", "Enter"):
+        page.keyboard.press(key)
+    page.keyboard.insert_text("import time; time.sleep(600)")
+    page.keyboard.press("Control+Enter")
+    state.get_by_text("| Busy").wait_for()
     lab.agent.kernel(lab.kernels[0], 9 * GIB)
     monitor.get_by_text("first.ipynb (this notebook): 9 GiB").wait_for()
-    axe_kit = pytest.importorskip("axe_kit")
+    assert state.get_by_text("| Busy").count() == 1
+    lab.call(f"api/kernels/{lab.kernels[0]}/interrupt", {}, method="POST")
+    state.get_by_text("| Idle").wait_for()
+
+    # in both themes
     for theme, name in (("JupyterLab Light", "light"), ("JupyterLab Dark", "dark")):
         page.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", theme)
         page.wait_for_timeout(300)
@@ -119,7 +132,7 @@ def test_a_strangers_notebook_runs_nothing(lab: Lab, page: Any) -> None:
         monitor.get_by_text("first.ipynb: 8 GiB").wait_for()
     assert page.locator(".nbgpu-monitor").get_by_text("this notebook").count() == 0
     assert page.locator(".nbgpu-monitor img, .nbgpu-monitor script").count() == 0
-    page.wait_for_timeout(5000)  # the control takes less
+    page.wait_for_timeout(5000)  # in the control it has run by now: once the kernel is idle
     assert page.evaluate("globalThis.stranger") is None
     assert errors == []
     page.screenshot(path=SHOTS / "lab-strange.png")
@@ -129,7 +142,7 @@ def test_with_widgets_it_does(with_widgets: Lab, page: Any) -> None:
     """Control: the notebook is one that acts where widgets are installed."""
     open_strange(page, with_widgets)
     assert {"@jupyter-widgets/jupyterlab-manager", "anywidget"} < set(page.evaluate(EXTENSIONS))
-    wait_for(lambda: page.evaluate("globalThis.stranger") == "was here", 5)
+    wait_for(lambda: page.evaluate("globalThis.stranger") == "was here", 30)
 
 
 def test_the_widget_alone_asks_for_itself(with_widgets: Lab, page: Any) -> None:
