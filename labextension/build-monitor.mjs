@@ -1,11 +1,11 @@
-// Bundles lib/monitor.js and what it needs into the one module that anywidget loads.
+// Bundles lib/widget.js and what it needs into the one module that anywidget loads.
 import { rspack } from '@rspack/core';
 import { fileURLToPath } from 'node:url';
 
 const compiler = rspack({
   mode: 'production',
   context: fileURLToPath(new URL('.', import.meta.url)),
-  entry: './lib/monitor.js',
+  entry: './lib/widget.js',
   devtool: false,
   experiments: { outputModule: true },
   output: {

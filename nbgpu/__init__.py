@@ -10,10 +10,8 @@ __all__ = ["SliceMonitor", "__version__"]  # pyright: ignore[reportUnsupportedDu
 
 def __getattr__(name: str) -> Any:
     if name == "SliceMonitor":
-        try:
-            from nbgpu_lab.widget import SliceMonitor  # pyright: ignore
-        except ImportError as error:
-            raise AttributeError(f"nbgpu.SliceMonitor needs the notebook part: pip install 'nbgpu[lab]' ({error})") from None
+        from nbgpu_lab.cell import SliceMonitor  # pyright: ignore
+
         return SliceMonitor  # pyright: ignore
     if name == "slice":  # not in __all__: a star import shall not hide Python's own
         from .here import slice

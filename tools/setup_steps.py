@@ -32,8 +32,8 @@ OTHER_HUB = "5.5.0"
 
 LEVELS = {
     "run": ["hub", "pool", "agent", "lab", "demo"],
-    "test": ["hub", "pool", "agent", "kubernetes", "lab", "demo", "test"],
-    "lint": ["hub", "pool", "agent", "kubernetes", "lab", "demo", "test", "lint"],
+    "test": ["hub", "pool", "agent", "kubernetes", "lab", "widget", "demo", "test"],
+    "lint": ["hub", "pool", "agent", "kubernetes", "lab", "widget", "demo", "test", "lint"],
 }
 """Which extras of pyproject.toml each level of the set-up installs; each level holds the ones before it."""
 
@@ -291,7 +291,8 @@ def steps(level: str) -> list[Step]:
     if (NATIVE / "build.py").is_file():
         plan.append(Step("C libraries", digest(NATIVE, tools), WORK / "setup" / "native.stamp", make_native, ["build tools"], NATIVE_OUT))
     if (LAB / "package.json").is_file():
-        sources = digest(lock, *(LAB / name for name in ("src", "style", "schema", "tsconfig.json", "jupyter-config")), python)
+        written = ("src", "style", "nbgpu_lab/monitor/monitor.css", "schema", "tsconfig.json", "jupyter-config")
+        sources = digest(lock, *(LAB / name for name in written), python)
         plan.append(Step("npm packages", lock, npm_stamp(level), make_node_modules, ["build tools"], level=level))
         plan.append(Step("front end", sources, LAB_OUT / ".nbgpu", make_front_end, ["npm packages"]))
     if level != "run":

@@ -1,4 +1,4 @@
-# An example of a user's image: JupyterLab with nbgpu's status bar, panel and widget, and NVML and the driver's API for Python (pynvml,
+# An example of a user's image: JupyterLab with nbgpu's status bar, panel and monitor, and NVML and the driver's API for Python (pynvml,
 # cuda.bindings), with which a notebook sees its slice without a framework. The limits need nothing of it: any image works.
 # Build from the checkout: docker build -f deploy/images/user.Dockerfile -t nbgpu-user .
 # JupyterLab's extension is taken as `make setup` built it; where it did not, npm builds it in here, and must reach its registry.

@@ -1,4 +1,4 @@
-"""The notebook side: Jupyter server extension, kernel provisioner, widget, and the prebuilt JupyterLab extension.
+"""The notebook side: Jupyter server extension, kernel provisioner, what a cell shows, and the prebuilt JupyterLab extension.
 
 Nothing heavy is imported here: every Jupyter server that finds the extension enabled imports this module.
 """

@@ -1,12 +1,16 @@
-"""``nbgpu.SliceMonitor()``: the slice, live, in a cell."""
+"""The monitor of a slice as a widget, for pages of a Jupyter server that do not have our extension: needs ``nbgpu[widget]``.
+
+JupyterLab and Notebook 7 need nothing of it. docs/security.md says what widgets in strangers' notebooks may do where it is installed.
+"""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import anywidget
 import traitlets
+
+from .cell import own_kernel_id
 
 _HERE = Path(__file__).with_name("monitor")
 if not (_HERE / "monitor.js").is_file():
@@ -14,10 +18,7 @@ if not (_HERE / "monitor.js").is_file():
 
 
 class SliceMonitor(anywidget.AnyWidget):
-    """Memory and compute of this server's GPU slice, live in a cell.
-
-    The page asks the Jupyter server, not the kernel: it goes on while a cell runs, and after the kernel has died.
-    """
+    """Memory and compute of this server's GPU slice, live in a cell; as ``nbgpu.SliceMonitor`` draws them."""
 
     _esm = _HERE / "monitor.js"
     _css = _HERE / "monitor.css"
@@ -26,14 +27,4 @@ class SliceMonitor(anywidget.AnyWidget):
 
     @traitlets.default("kernel_id")
     def _default_kernel_id(self) -> str:
-        return os.environ.get("NBGPU_KERNEL_ID") or _id_in_connection_file()
-
-
-def _id_in_connection_file() -> str:
-    """Return the kernel's id as its server named its connection file, ``kernel-<id>.json``; empty where there is none."""
-    try:
-        from ipykernel.connect import get_connection_file
-
-        return Path(get_connection_file()).stem.removeprefix("kernel-")
-    except (ImportError, RuntimeError):
-        return ""
+        return own_kernel_id()

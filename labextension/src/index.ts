@@ -9,6 +9,7 @@ import { ITranslator, nullTranslator } from '@jupyterlab/translation';
 import { Signal } from '@lumino/signaling';
 
 import { actionsPlugin } from './actions';
+import { monitorPlugin } from './cell';
 import { sliceIcon } from './icons';
 import { NotebookKeeper } from './keep';
 import { SliceModel } from './model';
@@ -151,6 +152,7 @@ const plugins: JupyterFrontEndPlugin<any>[] = [
   actionsPlugin,
   panelPlugin,
   statusPlugin,
+  monitorPlugin,
   noticesPlugin,
   logPlugin,
   runningPlugin

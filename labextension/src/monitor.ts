@@ -1,6 +1,9 @@
-/** The front end of `nbgpu.SliceMonitor()`, bundled into one file for anywidget. The page asks its Jupyter server, never the kernel. */
+/**
+ * What `nbgpu.SliceMonitor()` shows in a cell. The numbers and names are the page's model's; of what the notebook has only the kernel's id
+ * is taken, to compare it with. All of it is set as text.
+ */
 
-import type { IDeviceUsage, IKernelUsage, ISliceApi, IUsage } from './api';
+import type { IDeviceUsage, IKernelUsage, IUsage } from './api';
 import type { Words } from './english';
 import {
   formatFraction,
@@ -12,52 +15,59 @@ import {
 } from './format';
 import { suspendedOf, withSuspended } from './suspended';
 import { HISTORY_SECONDS, type ISample, linePoints } from './history';
-import { SliceModel } from './model';
-import { follow, OwnModel, sharedWords } from './page';
 import type { ISliceModel } from './tokens';
 import { clock, kernelName, sliceName } from './words';
+
+/** What a cell's output has of the monitor: `{"kernel_id": "…"}`, the kernel to mark as this notebook's. */
+export const MONITOR_MIME = 'application/vnd.nbgpu.monitor+json';
 
 const WARN_PERCENT = 90;
 const BOX = { width: 600, height: 40, seconds: HISTORY_SECONDS };
 
-/** Where the page's Jupyter server is and how to be let in, for pages without our extension (nor its words: they are English). */
-function pageApi(): ISliceApi {
-  let config: { baseUrl?: string; token?: string } = {};
-  try {
-    const told = document.getElementById('jupyter-config-data')?.textContent;
-    config = JSON.parse(told ?? '{}');
-  } catch {
-    // a page of its own making: its base URL is what is left
-  }
-  const path = config.baseUrl || document.body.dataset.baseUrl || '/';
-  const base = new URL(path, document.baseURI).href;
-  const headers: { [name: string]: string } = {};
-  if (config.token) {
-    headers.Authorization = `token ${config.token}`;
-  }
-  const ask = async (route: string): Promise<any> => {
-    const url = new URL(`nbgpu/api/${route}`, base).href;
-    const init = { headers, credentials: 'same-origin', cache: 'no-store' };
-    const answer = await fetch(url, init as RequestInit);
-    if (!answer.ok) {
-      throw new Error(
-        answer.status === 404
-          ? 'this Jupyter server has no nbgpu'
-          : `the Jupyter server answers ${answer.status}`
-      );
-    }
-    return answer.json();
-  };
-  return {
-    usage: after => ask(`usage?after=${after}`),
-    history: seconds => ask(`history?seconds=${seconds}`),
-    setLimit: () => Promise.reject(new Error('only the panel sets limits')),
-    resume: () => Promise.reject(new Error('only the panel resumes')),
-    resize: () => Promise.reject(new Error('only the panel resizes'))
-  };
+/** The kernel that an output names; empty where what it has is not ours: a notebook may come from anybody. */
+export function kernelIdIn(data: unknown): string {
+  const { kernel_id } = Object(data) as { kernel_id?: unknown };
+  return typeof kernel_id === 'string' ? kernel_id : '';
 }
 
-const own = new OwnModel(() => new SliceModel({ api: pageApi() }));
+/** What the monitor is drawn in. */
+export function monitorRoot(trans: Words): HTMLElement {
+  const root = element('div', 'nbgpu-monitor');
+  root.setAttribute('role', 'group');
+  root.setAttribute('aria-label', trans.__('GPU slice'));
+  return root;
+}
+
+/** Draw what the model has now. */
+export function drawMonitor(
+  root: HTMLElement,
+  model: ISliceModel,
+  ownId: string,
+  trans: Words
+): void {
+  const parts: Element[] = [];
+  const note = (text: string) =>
+    parts.push(element('p', 'nbgpu-monitor-note', text));
+  if (model.trouble) {
+    note(trans.__('No news: %1.', model.trouble));
+  } else if (model.absent) {
+    note(trans.__('This server has no GPU slice.'));
+  } else if (!model.agent.ok) {
+    const since = clock(model.agent.since);
+    note(trans.__('No news from the node agent since %1.', since));
+  }
+  if (model.usage?.lent) {
+    note(
+      trans.__(
+        'Others may use this GPU while the server is idle. Run a cell to get it back.'
+      )
+    );
+  }
+  if (model.usage) {
+    parts.push(...sliceParts(model.usage, model, ownId, trans));
+  }
+  root.replaceChildren(...parts);
+}
 
 function element(tag: string, className = '', text?: string): HTMLElement {
   const made = document.createElement(tag);
@@ -78,7 +88,7 @@ function bar(
   row.dataset.level =
     kind === 'memory' && filled >= WARN_PERCENT ? 'warning' : 'ok';
   const track = element('div', `nbgpu-monitor-track nbgpu-monitor-${kind}`);
-  const now = String(Math.min(100, filled));
+  const now = String(Math.max(0, Math.min(100, filled)));
   track.setAttribute('role', 'meter');
   track.setAttribute('aria-label', name);
   track.setAttribute('aria-valuemin', '0');
@@ -197,44 +207,3 @@ function sliceParts(
     list
   ];
 }
-
-function draw(root: HTMLElement, model: ISliceModel, ownId: string): void {
-  const trans = sharedWords();
-  const parts: Element[] = [];
-  const note = (text: string) =>
-    parts.push(element('p', 'nbgpu-monitor-note', text));
-  if (model.trouble) {
-    note(trans.__('No news: %1.', model.trouble));
-  } else if (model.absent) {
-    note(trans.__('This server has no GPU slice.'));
-  } else if (!model.agent.ok) {
-    const since = clock(model.agent.since);
-    note(trans.__('No news from the node agent since %1.', since));
-  }
-  if (model.usage?.lent) {
-    note(
-      trans.__(
-        'Others may use this GPU while the server is idle. Run a cell to get it back.'
-      )
-    );
-  }
-  if (model.usage) {
-    parts.push(...sliceParts(model.usage, model, ownId, trans));
-  }
-  root.replaceChildren(...parts);
-}
-
-interface IRendered {
-  model: { get(name: 'kernel_id'): string };
-  el: HTMLElement;
-}
-
-export default {
-  render({ model, el }: IRendered): () => void {
-    const root = element('div', 'nbgpu-monitor');
-    root.setAttribute('role', 'group');
-    root.setAttribute('aria-label', sharedWords().__('GPU slice'));
-    el.append(root);
-    return follow(own, slice => draw(root, slice, model.get('kernel_id')));
-  }
-};

@@ -1,3 +1,4 @@
 import './base.css';
 import './happened.css';
 import './actions.css';
+import '../nbgpu_lab/monitor/monitor.css';

@@ -55,6 +55,7 @@ def test_one_kernels_caches_are_freed_by_keyboard(lab: Lab, page: Any, tmp_path:
     page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for()
     emptied = tmp_path / "emptied"
     run_cell(page, TORCH.replace("EMPTIED", str(emptied)), "ready")
+    page.locator(f'[data-kernel="{lab.kernels[0]}"]').get_by_text("idle").wait_for()  # the panel learns of it once a second
     open_menu(page, "first.ipynb")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import subprocess
+import sys
 
+import nbconvert
+import nbformat
 import pytest
 from fake_slice_agent import GIB, FakeAgent
 
 import nbgpu
 from nbgpu.errors import NbgpuError
 from nbgpu_lab import magic
+from nbgpu_lab.cell import MIME
 
 
 async def test_summary(agent: FakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,9 +68,36 @@ def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: object)
     assert "does not answer" in magic.summary().text
 
 
-def test_monitor_knows_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_monitors_know_their_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nbgpu_lab.widget import SliceMonitor  # what `nbgpu[widget]` is for
+
     monkeypatch.setenv("NBGPU_KERNEL_ID", "1a2b3c4d")
-    assert nbgpu.SliceMonitor().kernel_id == "1a2b3c4d"
+    assert nbgpu.SliceMonitor()._repr_mimebundle_()[MIME] == {"kernel_id": "1a2b3c4d"}
+    assert SliceMonitor().kernel_id == "1a2b3c4d"
+
+
+async def test_the_monitor_is_data_and_text(agent: FakeAgent) -> None:
+    """IPython sends it as it is, and who cannot draw it, as nbconvert, shows the numbers of then."""
+    from IPython.core.formatters import DisplayFormatter
+
+    agent.kernel("me", 2 * GIB)
+    data, metadata = await asyncio.to_thread(DisplayFormatter().format, nbgpu.SliceMonitor())
+    assert (set(data), metadata) == ({MIME, "text/plain"}, {})
+    first, second = data["text/plain"].splitlines()
+    assert re.fullmatch(r"GPU slice at \d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S+", first)
+    assert second == "GPU 0 (Simulated H100 80GB): 3 of 20 GiB used, compute 40 % of a quarter"
+    cell = nbformat.v4.new_code_cell("nbgpu.SliceMonitor()", outputs=[nbformat.v4.new_output("display_data", data)])
+    page, _ = nbconvert.HTMLExporter().from_notebook_node(nbformat.v4.new_notebook(cells=[cell]))
+    assert second in page
+    assert MIME not in page
+
+
+def test_the_monitor_needs_no_widgets() -> None:
+    """A Python without anywidget and ipywidgets, in which their import fails."""
+    code = "import sys; sys.modules |= dict.fromkeys(('anywidget', 'ipywidgets', 'traitlets')); import nbgpu; "
+    code += f"print(nbgpu.SliceMonitor()._repr_mimebundle_()[{MIME!r}])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("{'kernel_id': "), done.stderr
 
 
 def test_keep_says_what_came_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
