@@ -259,8 +259,9 @@ static void run_dry(const SchedDevice *d, SchedSlice *s) {
     uint64_t p = d->period_ns, next = (s->dry_until / p + 1) * p;
     if (next + p < d->now)
         next = d->now / p * p;
-    const uint64_t from = max_u64(next, d->now); /* where that period has begun already, what the bucket holds now counts */
-    int64_t then = s->bucket_ns + (int64_t)(from - d->now) * s->weight_milli / WHOLE, missing = strict_level(d, s) / 4 - then;
+    /* Where that period has long begun, somebody's long GPU kernels cost it that time: what the bucket holds now counts. */
+    const uint64_t from = d->now > next + p / 4 ? d->now : next;
+    int64_t then = s->bucket_ns + ((int64_t)from - (int64_t)d->now) * s->weight_milli / WHOLE, missing = strict_level(d, s) / 4 - then;
     if (missing > 0)
         next = ((from + (uint64_t)missing * WHOLE / s->weight_milli) / p + 1) * p;
     s->dry_until = next;

@@ -85,9 +85,8 @@ def strict_beside(lib: c.CDLL, name: str, gpus: list[Gpu]) -> list[dict[str, obj
 
 def test_a_strict_slice_that_waits_for_its_neighbours_turn_is_found(tmp_path: Path) -> None:
     """Turns then come in more than a period each, and a second holds now more of them and now fewer."""
-    faulty = build(tmp_path, {"= strict_is_due(d) ||": "= (strict_is_due(d) && false) ||", "pass_free(s, passed);": "(void)pass_free;"})
-    for name in policy_sweep.STRICT_BESIDE:
-        assert missed(strict_beside(faulty, name, policy_sweep.corners()))
+    faulty = build(tmp_path, {"= strict_is_due(d) ||": "= (strict_is_due(d) && false) ||"})
+    assert missed(strict_beside(faulty, "70/30", CORNERS["slices stop by themselves"]))
 
 
 @pytest.mark.parametrize("gpus", CORNERS.values(), ids=CORNERS)
@@ -191,8 +190,15 @@ def test_a_fault_where_slices_stop_by_themselves_is_found(tmp_path: Path, name: 
 # What outlasts its turn beside a strict slice that has all other time: it stops only when its gate is closed, or its GPU kernels are long.
 # With the fault the strict slice gets 2 to 4 points too little.
 OUTLASTING = {
-    "runs on": (Work(87, 2.0, liar=RUNS_ON), True, {"d->period_ns * (uint64_t)(skipped + 1)": "d->period_ns * (uint64_t)skipped"}),
-    "long kernels": (Work(87, 40.0), False, {"from = max_u64(next, d->now);": "from = next;"}),
+    "runs on": (
+        Work(87, 2.0, liar=RUNS_ON),
+        True,
+        {
+            "d->period_ns * (uint64_t)(skipped + 1)": "d->period_ns * (uint64_t)skipped",
+            "= strict_is_due(d) ||": "= (strict_is_due(d) && false) ||",  # either of the two is enough here
+        },
+    ),
+    "long kernels": (Work(87, 40.0), False, {"? d->now : next;": "? next : next;"}),
 }
 
 
