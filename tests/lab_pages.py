@@ -55,7 +55,6 @@ def in_lab(page: Page) -> None:
     """Wait for JupyterLab with the example."""
     page.wait_for_url(re.compile(r".*/user/.*/lab.*"), timeout=120 * SECOND)
     page.wait_for_selector(".jp-Notebook", timeout=120 * SECOND)
-    _no_news(page)
     expect(page.locator("#jp-main-statusbar")).to_contain_text("| Idle", timeout=120 * SECOND)
 
 
@@ -63,14 +62,17 @@ def new_notebook(page: Page) -> None:
     """Wait for JupyterLab with no notebook open, and make one with a Python kernel that is ready."""
     page.wait_for_url(re.compile(r".*/user/.*/lab.*"), timeout=120 * SECOND)
     page.locator(".jp-LauncherCard[data-category=Notebook]").first.click(timeout=120 * SECOND)
-    _no_news(page)
+    no_news(page)
     page.wait_for_selector(".jp-Notebook")
     expect(page.locator("#jp-main-statusbar")).to_contain_text("| Idle", timeout=120 * SECOND)
 
 
-def _no_news(page: Page) -> None:
-    news = page.locator(".Toastify__toast").filter(has_text="Jupyter news").get_by_role("button", name="No", exact=True)
-    news.click()
+NEWS = "Would you like to get notified about official Jupyter news?"
+
+
+def no_news(page: Page) -> None:
+    """Say no to JupyterLab, which asks every new user whose settings do not say it."""
+    page.locator(".Toastify__toast").filter(has_text=NEWS).get_by_role("button", name="No", exact=True).click()
 
 
 def stop(page: Page, hub: Site) -> None:

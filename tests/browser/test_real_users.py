@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from browser_hub import ROOT, Hub, running_hub, shot
 from browser_kit import wait_for
-from lab_pages import ALLOCATE, SECOND, in_lab, kernel_row, log_in, run_cell, start
+from lab_pages import ALLOCATE, SECOND, in_lab, kernel_row, log_in, no_news, run_cell, start
 from playwright.sync_api import Browser, expect
 
 from nbgpu.client import AgentClient
@@ -146,6 +146,7 @@ def test_two_users_of_the_machine_side_by_side(chromium: Browser, hub: Hub, user
     start(grace, "eighth")
     for page in pages.values():
         in_lab(page)
+        no_news(page)
         page.locator(".nbgpu-Status").click()
         page.wait_for_selector("#nbgpu-panel:visible")
     agent = AgentClient(hub.runtime / "agent.sock")
