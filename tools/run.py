@@ -97,8 +97,8 @@ def be_nobodys_heir() -> None:
     program = program_of(pid)
     if program != sys.executable:
         raise Stop(
-            f"An nbgpu agent that is not this checkout's ({program or 'in a container'}, pid {pid}) serves {runtime}, and this would take its GPUs "
-            "over. Give this one a place of its own: make run NBGPU_RUNTIME_DIR=/tmp/nbgpu-2"
+            f"An nbgpu agent that is not this checkout's ({program or 'in a container'}, pid {pid}) serves {runtime}, and this would take "
+            "its GPUs over. Give this one a place of its own: make run NBGPU_RUNTIME_DIR=/tmp/nbgpu-2"
         )
 
 

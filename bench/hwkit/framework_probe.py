@@ -76,7 +76,7 @@ def probe_jax(limit: int) -> tuple[int | None, Callable[[], bool], Callable[[], 
 
 
 def probe_numba(limit: int) -> tuple[int, Callable[[], bool], Callable[[], Any], type[BaseException], Callable[[], None]]:
-    """Numba; only copies where it can't compile: on the simulated driver, which executes nothing, and where Numba and NumPy do not go together."""
+    """Numba; only copies where it can't compile: on the simulated driver, which executes nothing, and beside a NumPy too new for it."""
     import numpy
     from numba import cuda
     from numba.cuda.cudadrv.driver import CudaAPIError

@@ -72,7 +72,8 @@ def computed_ns(samples: Iterable[UtilSample], seen_us: int, known: Mapping[int,
 
     A sample stands for the time since the next older stamp, whosever that was: too little rather than too much where the stamps of the
     processes differ. It is the mean since then, but of a process that NVML did not tell of then, of a part of that time that nobody knows:
-    so the first sample of a process (`known` has the newest stamp of each before), or one after a pause of `SAMPLE_MOST_US`, counts for nothing.
+    so the first sample of a process (`known` has the newest stamp of each before), or one after a pause of `SAMPLE_MOST_US`, counts for
+    nothing.
     """
     samples = _plausible(samples)
     stamps = sorted({sample.stamp_us for sample in samples if sample.stamp_us > seen_us})

@@ -361,7 +361,9 @@ class GPUSliceMixin(_Spawner):
         wait_seconds = self._wait_seconds()
         if wait_seconds < self.gpu_wait_timeout:
             told = self._log_name, self.gpu_wait_timeout, self.start_timeout, wait_seconds, self.gpu_wait_timeout + START_MARGIN_SECONDS
-            self.log.warning("%s: gpu_wait_timeout is %i s, but start_timeout (%i s) leaves %i s for waiting; set start_timeout to %i or more", *told)
+            self.log.warning(
+                "%s: gpu_wait_timeout is %i s, but start_timeout (%i s) leaves %i s for waiting; set start_timeout to %i or more", *told
+            )
         line = Line(wish, grant, await self.gpu_profiles(), self._gpu_configured, self.user_options or {}, wait_seconds)
         self._gpu_line = line
         pause = 0.2

@@ -155,9 +155,7 @@ def test_what_a_program_was_refused_is_said_when_it_has_ended(place: Place, thro
     done = place.call("run", "--gpu", "1/4", "--", *program, "30", end)
     assert done.stdout == f"{OUT_OF_MEMORY}\n"
     lines = [line for line in done.stderr.splitlines() if line.startswith("nbgpu: ")]
-    assert lines[1:] == [
-        "nbgpu: The program was refused 30 GiB: its slice of 19.5 GiB has 19.2 GiB left. Free some or get a larger slice."
-    ]
+    assert lines[1:] == ["nbgpu: The program was refused 30 GiB: its slice of 19.5 GiB has 19.2 GiB left. Free some or get a larger slice."]
     expected = status if not through or status >= 0 else 128 - status
     assert done.returncode == expected
     fits = place.call("run", "--gpu", "1/4", "--", *program, "3", end)

@@ -103,7 +103,9 @@ def test_newcomer_does_not_wait_and_does_not_take_over(policy: c.CDLL) -> None:
 
 @pytest.mark.parametrize("trainers", [1, 2])
 @pytest.mark.parametrize(("kernel_ms", "pause_ms"), [(0.2, 3), (0.2, 20), (1, 10), (3, 20)])
-def test_small_work_beside_a_trainer_that_was_alone_is_let_in_at_once(policy: c.CDLL, trainers: int, kernel_ms: float, pause_ms: float) -> None:
+def test_small_work_beside_a_trainer_that_was_alone_is_let_in_at_once(
+    policy: c.CDLL, trainers: int, kernel_ms: float, pause_ms: float
+) -> None:
     """A GPU kernel and a pause, in a slice of 30 % that is not used up by that."""
     with model(policy, Load(300, kernel_ms, gap_ms=pause_ms), *[Load(700 // trainers)] * trainers) as m:
         m.run(0.3)

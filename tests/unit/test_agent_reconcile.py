@@ -24,8 +24,8 @@ def test_a_process_that_was_idle_is_not_taken_to_have_computed_all_the_time() ->
 
 
 def test_the_first_sample_of_a_process_says_nothing_of_the_time_before_it() -> None:
-    """A driver's one sample is the mean since the last question, of a new process that since it came: on an H200 that was taken for a second of
-    work that nobody had let it do, and an honest slice paid for it."""
+    """A driver's one sample is the mean since the last question, of a new process that since it came: on an H200 that was taken for a
+    second of work that nobody had let it do, and an honest slice paid for it."""
     start = 5_000_000
     assert computed_ns([UtilSample(1, 90, start + 1_900_000)], start, {}) == {}
     late = start + 1_900_000

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from IPython.core.interactiveshell import InteractiveShell
-from pytest import CaptureFixture, MonkeyPatch
 
 
-def test_a_notebook_without_a_slice_is_told_so_in_plain_words(monkeypatch: MonkeyPatch, capsys: CaptureFixture[str]) -> None:
+def test_a_notebook_without_a_slice_is_told_so_in_plain_words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("NBGPU_SOCKET", raising=False)
     shell = InteractiveShell()
     shell.run_cell("import nbgpu\nnbgpu.slice()")
