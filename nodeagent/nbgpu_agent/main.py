@@ -250,8 +250,8 @@ def _refuse_claims(runtime: Path) -> None:
     if (runtime / FILE).exists() and (claims := Checkpoint(runtime).claims):
         raise StartError(
             f"{runtime} is kept by this machine's Kubernetes agent: {FILE} there names {counted(len(claims), 'claim')} of pods. "
-            f"Choose another directory with --runtime-dir or $NBGPU_RUNTIME_DIR; or remove this one (rm -r {runtime}) if the machine is in no "
-            "cluster any more."
+            f"Choose another directory with --runtime-dir or $NBGPU_RUNTIME_DIR; or remove this one (rm -r {runtime}) if the machine is in "
+            "no cluster any more."
         )
 
 
