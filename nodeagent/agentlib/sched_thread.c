@@ -275,6 +275,18 @@ static bool ask_next(NbgpuSched *s, Device *gpu) {
     return asked;
 }
 
+/* ...and so is whoever gets the turn in its place. */
+static void decide(NbgpuSched *s, Device *gpu) {
+    int owner;
+    sched_step(&gpu->policy, now_ns());
+    do {
+        owner = gpu->policy.owner;
+        if (!ask_next(s, gpu))
+            return;
+        sched_step(&gpu->policy, now_ns());
+    } while (gpu->policy.owner != owner);
+}
+
 static bool has_parts(const Entry *e, uint32_t index) { return e->first != index || e->next != ENTRIES; }
 
 /* The gate of a slice's part was another before: a turn that began, or ended, does so on the slice's other devices. */
@@ -317,9 +329,7 @@ static void heed_peers(NbgpuSched *s, Entry *e, uint64_t now) {
 static void settle(NbgpuSched *s, Device *gpu) {
     for (int round = 0; round < SETTLE_ROUNDS; round++) {
         bool again = false;
-        sched_step(&gpu->policy, now_ns());
-        if (ask_next(s, gpu))
-            sched_step(&gpu->policy, now_ns());
+        decide(s, gpu);
         for (uint32_t i = 0; i < s->high; i++) {
             Entry *e = &s->entry[i];
             if (!e->used || e->gpu != gpu)

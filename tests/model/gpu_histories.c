@@ -273,8 +273,8 @@ static void calm(History *h) {
     calm_down(m);
     uint64_t until = m->now + CALM_SETTLE_NS;
     do {
-        m->due = true; /* the policy charges when it looks, and is asked only when something happens */
         play(h, 4 * m->policy.period_ns);
+        sched_charge(&m->policy, m->now); /* by itself it charges when something happens: buckets would be as they were a turn ago */
     } while (h->out->found == FOUND_NOTHING && (storm_runs(m) || apart(m) > SETTLED_PERIODS) && m->now < until);
     if (h->out->found == FOUND_NOTHING && m->now >= until)
         found(h, FOUND_DEBT, -1, apart(m));
@@ -285,6 +285,7 @@ static void calm(History *h) {
         play(h, CALM_NS / 10);
         period_ns = m->policy.period_ns > period_ns ? m->policy.period_ns : period_ns;
     }
+    sched_charge(&m->policy, m->now);
     if (h->out->found == FOUND_NOTHING)
         check_shares(h, before, CALM_NS, period_ns);
 }

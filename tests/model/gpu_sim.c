@@ -231,6 +231,17 @@ static bool ask_next(Sim *m) {
     return asked;
 }
 
+static void decide(Sim *m) {
+    int owner;
+    sched_step(&m->policy, m->now);
+    do {
+        owner = m->policy.owner;
+        if (!ask_next(m))
+            return;
+        sched_step(&m->policy, m->now);
+    } while (m->policy.owner != owner);
+}
+
 /* Returns whether a gate was closed or got an end: its slice has been looked at again. */
 static bool write_gates(Sim *m) {
     bool again = false;
@@ -294,9 +305,7 @@ static void hear_rings(Sim *m) {
         m->beat_at = m->now + m->policy.config.heartbeat_ns;
     m->due |= look_at_those_heard(m, beat);
     for (int round = 0; round < SETTLE_ROUNDS && (m->due || m->now >= m->policy.wake_at); round++) {
-        sched_step(&m->policy, m->now);
-        if (ask_next(m))
-            sched_step(&m->policy, m->now);
+        decide(m);
         m->steps++;
         m->due = write_gates(m);
     }

@@ -45,6 +45,22 @@ def test_several_devices_are_the_tightest_of_one_node_and_one_model() -> None:
     assert places(fleet, Need(9, 100)) == []
 
 
+def test_places_of_several_devices_come_by_their_tightest_device() -> None:
+    """So the first of equals is as the fixed order has it, and not by the models' names."""
+    fleet = Fleet([Node([Gpu("B"), Gpu("A"), Gpu("A"), Gpu("B")])])
+    assert places(fleet, Need(2, 100)) == [(0, [0, 3]), (0, [1, 2])]
+    fleet.take(Spot(0, (3,)), Need(1, 400))
+    assert places(fleet, Need(2, 100)) == [(0, [1, 2]), (0, [3, 0])]
+
+
+def test_devices_of_different_sizes_with_as_much_free_are_not_alike() -> None:
+    fleet = Fleet([Node([Gpu("A", 1000), Gpu("A", 1000, size_milli=500)])])
+    fleet.take(Spot(0, (0,)), Need(1, 750, 840))
+    fleet.take(Spot(0, (1,)), Need(1, 250, 840))
+    assert fleet.left.tolist() == [[160, 80]]
+    assert places(fleet, Need(1, 50)) == [(0, [0]), (0, [1])]
+
+
 def test_labels_and_models() -> None:
     zone = frozenset({("zone", "x")})
     fleet = Fleet([Node([Gpu("A")]), Node([Gpu("B")], labels=zone | {("disk", "fast")}), Node([Gpu("A")], labels=zone)])

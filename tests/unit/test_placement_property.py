@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from math import isqrt
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nbgpu_pool.placement.chooser import Chooser
@@ -81,7 +81,7 @@ class Plain:
             alike = sorted(group, key=lambda index: (left[index], index))
             if len(alike) >= need.device_count:
                 found.append(tuple(alike[: need.device_count]))
-        return found
+        return sorted(found)  # by the first device, whatever the models are called
 
     def value(self, node: int, left: list[int], cpu: int, weights: dict[Need, int], cpu_limits: bool) -> int:
         """Twice V."""
@@ -141,7 +141,11 @@ class Plain:
         return found
 
 
+B_A_A_B = Node([Gpu(model) for model in "BAAB"])
+
+
 @settings(max_examples=50, deadline=None)
+@example([B_A_A_B], [(Need(2, 100), 2)], False)  # equals, of which the model that comes first is not on the first device
 @given(st.lists(nodes, min_size=1, max_size=5), st.lists(st.tuples(needs, st.integers(0, 3)), max_size=25), st.booleans())
 def test_incremental_equals_plain(described: list[Node], steps: list[tuple[Need, int]], fgd: bool) -> None:
     fleet, plain = Fleet(described), Plain(described)

@@ -75,7 +75,9 @@ class Chooser:
         return found[1] if found is not None else None
 
     def best(self, need: Need, barred: Bools | None = None) -> tuple[int, Spot] | None:
-        """Return the best score and its place, of equals that on the first node, and there the first device; None: it fits nowhere.
+        """Return the best score and its place, of equals that on the first node, and there that whose first device is first.
+
+        None: it fits nowhere. Which devices come first: `Fleet.fitting`.
 
         Parameters
         ----------

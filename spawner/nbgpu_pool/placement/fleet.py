@@ -86,7 +86,7 @@ class Taken(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where needs fit: one entry for each place, by need, then node, then device."""
+    """Where needs fit: one entry for each place, by need, then node, then (first) device."""
 
     which: Ints
     """[place]: which of the needs."""
@@ -229,7 +229,8 @@ class Fleet:
     def _renew(self, row: int) -> None:
         self.left[row] = self._left(row, self.free_milli[row], self.free_bytes[row])
         held = (self.held[row] > 0).astype(np.int64)
-        look = (self.free_milli[row], self.free_bytes[row], self.size_bytes[row], self.model[row], self.fixed[row], *held.T)
+        size = self.size_milli[row], self.size_bytes[row]
+        look = (self.free_milli[row], self.free_bytes[row], *size, self.model[row], self.fixed[row], *held.T)
         seen: set[tuple[int, ...]] = set()
         for column, key in enumerate(zip(*(array.tolist() for array in look), strict=True)):
             self.alike[row, column] = key in seen
@@ -269,7 +270,7 @@ class Fleet:
         """Return where needs fit on the nodes `rows`, which rise.
 
         A node comes once for each device that differs from its others; for needs of several devices once for each model, with the devices
-        that have least left.
+        that have least left, tightest first. Of two places on a node that comes first whose first device does.
 
         Parameters
         ----------
