@@ -29,11 +29,11 @@ class Pool:
             model = models[number] if models else "A"
             device = Device(uuid=str(number), index=number % node_size, model=model, node=node, memory_bytes=80 * GIB, reserve_bytes=0)
             room = Room.empty(device)
-            for place, milli in enumerate(sizes):
+            for order, milli in enumerate(sizes):
                 part = resolve(want(milli), device)
                 assert part is not None
                 room.take(part)
-                self.held.setdefault(device.uuid, []).append((f"{number}.{place}", part))
+                self.held.setdefault(device.uuid, []).append((f"{number}.{order}", part))
             self.rooms.append(room)
 
     def hint(self, asked: Want, **more: object) -> Move | None:
@@ -119,14 +119,16 @@ def test_a_move_is_found_exactly_where_there_is_one(held: list[list[int]], milli
     if found is None:
         return
     source, (target, part) = pool.rooms[int(found.source)], found.to[0]
-    assert (found.slice_id, part) in pool.held[found.source] and target is not source
+    assert (found.slice_id, part) in pool.held[found.source]
+    assert target is not source
     source.give_back(part)
     assert target.fits(part)
     target.take(part)
     for room, need in found.lets_in:
         assert room.fits(need)
         room.take(need)
-    assert len(found.lets_in) == count and len({room.device.node for room, _ in found.lets_in}) == 1
+    assert len(found.lets_in) == count
+    assert len({room.device.node for room, _ in found.lets_in}) == 1
 
 
 def _any_move(pool: Pool, asked: Want) -> bool:

@@ -41,7 +41,7 @@ class _Chance(NamedTuple):
     """Of each device, by the request."""
     beside: list[Room]
     """Where the request's other parts go."""
-    fit: tuple[int, int]
+    fit: tuple[int, int, int]
     """How well the request fits then, as `score`."""
 
 
@@ -107,19 +107,18 @@ def _chances(rooms: Iterable[Room], held: Held, want: Want, barred: Set[str], po
         if len(fitting) < want.device_count - 1:
             continue
         for room in alike:
-            for slice_id, part in () if room.fits(asked) else held.get(room.device.uuid, ()):
-                kind = _kind(room), part, alike[0].device.node if fitting else None
-                if kind not in seen and not _covers(part, asked):
+            short_milli, short_bytes = asked.compute_milli - room.free_milli, asked.memory_bytes - room.free_bytes
+            for slice_id, part in held.get(room.device.uuid, ()):
+                enough = part.compute_milli >= short_milli and part.memory_bytes >= short_bytes
+                if not enough or room in fitting or (part.compute_milli >= asked.compute_milli and part.memory_bytes >= asked.memory_bytes):
+                    continue
+                kind = _kind(room), part, room.device.node if fitting else None
+                if kind not in seen:
                     seen.add(kind)
                     after = replace(room)
                     after.give_back(part)
-                    if after.fits(asked):
-                        found.append(_Chance(slice_id, room, part, asked, fitting, score(after, asked, policy)))
+                    found.append(_Chance(slice_id, room, part, asked, fitting, score(after, asked, policy)))
     return found
-
-
-def _covers(part: Part, asked: Part) -> bool:
-    return part.compute_milli >= asked.compute_milli and part.memory_bytes >= asked.memory_bytes
 
 
 def _kind(room: Room) -> tuple[object, ...]:
