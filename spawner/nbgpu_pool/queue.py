@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 from dataclasses import dataclass
+from functools import cached_property
 
 from nbgpu.quantities import WHOLE_MILLI
 
@@ -132,9 +133,16 @@ class Pass:
         found = self.books.valued.place(want, barred, cap) if self.books.valued is not None else None
         if found is not None:
             return found
+        return self._fitting(want, barred, cap)
+
+    def _fitting(self, want: Want, barred: Set[str], cap: Part | None) -> Place | None:
         if want.device_count == 1:
             return self.books.buckets.place(want, barred, cap, self.policy, coming=False)
         return place(self.rooms, want, barred=barred, cap=cap, policy=self.policy)
+
+    @cached_property
+    def _healthy(self) -> set[str]:
+        return {room.device.uuid for room in self.rooms if room.device.healthy}
 
     def _to_come(self, want: Want, cap: Part | None) -> Place | None:
         return place(self.coming, want, cap=cap, policy=self.policy) if self.coming else None
@@ -159,11 +167,10 @@ class Pass:
             if cost is not None:
                 self.tally.reserve(entry.request.owner, self.quotas.counted(entry.request.groups), cost)
             return
-        healthy = {room.device.uuid for room in self.rooms if room.device.healthy}
-        if not entry.earmark or not healthy.issuperset(entry.earmark) or self.barred.intersection(entry.earmark):
+        if not entry.earmark or not self._healthy.issuperset(entry.earmark) or self.barred.intersection(entry.earmark):
             entry.earmark = nearest(self.rooms, entry.want, barred=self.barred)
         self.barred.update(entry.earmark)
-        if cost is not None and place(self.rooms, entry.want, barred=self.barred - set(entry.earmark)) is not None:
+        if cost is not None and self._fitting(entry.want, self.barred - set(entry.earmark), None) is not None:
             # It fits, but for others' guarantees: what comes free adds up for it instead of going to smaller ones.
             self.kept_milli += min(cost.compute_milli, WHOLE_MILLI * len(self.rooms))
 

@@ -100,6 +100,15 @@ def test_thirds_and_halves_keep_apart_while_there_is_room() -> None:
     assert where(place(rooms([500], []), want(333), policy=Policy(keep_thirds_apart=False))) == ["a0"], "control"
 
 
+def test_the_last_idle_devices_are_not_opened_while_there_is_another_place() -> None:
+    """One of 20 is idle: sizes mix rather; a whole device is what it is kept for, and it is better than nothing."""
+    pool = [[500], *[[1000]] * 18, []]
+    assert where(place(rooms(*pool), want(333))) == ["a0"]
+    assert where(place(rooms(*pool), want(333), policy=Policy(keep_last_idle=False))) == ["c3"], "control"
+    assert where(place(rooms(*pool[:-2], [], []), want(333))) == ["c2"], "two are idle"
+    assert where(place(rooms(*pool), want(1000))) == where(place(rooms(*pool), want(750))) == ["c3"]
+
+
 def test_an_idle_device_is_opened_where_fewest_are_idle() -> None:
     found = rooms([], [], [1000], [1000], [], [], [], [], node_size=4)
     assert where(place(found, want(1000))) == ["a0"]

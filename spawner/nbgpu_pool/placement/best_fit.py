@@ -1,4 +1,4 @@
-"""Where a request goes: best fit, sizes that do not tile kept apart, whole devices and whole nodes kept whole.
+"""Where a request goes: best fit, sizes that do not tile kept apart, the last idle devices and whole nodes kept whole.
 
 Integers in every comparison and one fixed order for ties (node, index, uuid): the same books give the same place.
 """
@@ -72,11 +72,15 @@ class Policy:
     """Knobs of the placement; the benchmark and the tests turn them off."""
 
     keep_thirds_apart: bool = True
+    keep_last_idle: bool = True
+    """Mix sizes that do not tile rather than open one of the last idle devices (`scarce`)."""
     by_value: bool = False
     """The rule `ours` (`valued`) instead of best fit."""
 
 
 DEFAULT_POLICY = Policy()
+LAST_IDLE = 20
+"""Idle devices are the last ones where no more than one in so many is idle."""
 Place = list[tuple[Room, Part]]
 Order = tuple[str, int, str]
 
@@ -106,15 +110,24 @@ def place(
         Most that a part may take of one device (a quota): where GiB are asked for, a larger GPU costs a smaller share.
     """
     best: tuple[tuple[int, ...], Place] | None = None
+    here = [room for room in rooms if not room.coming]
+    last = scarce(sum(room.part_count == 0 and room.free_milli > 0 and room.device.healthy for room in here), len(here))
     for _, group in groupby(rooms, key=lambda room: room.device.node):
         node = list(group)
-        found = _on_node(node, want, barred, cap, policy)
+        found = _on_node(node, want, barred, cap, policy, last)
         if found is not None and (best is None or found[0] < best[0]):
             best = found
     return best[1] if best else None
 
 
-def _on_node(node: Sequence[Room], want: Want, barred: Set[str], cap: Part | None, policy: Policy) -> tuple[tuple[int, ...], Place] | None:
+def scarce(idle: int, devices: int) -> bool:
+    """Return whether so few of the devices are idle that who asks for a whole one will soon find none."""
+    return idle * LAST_IDLE <= devices
+
+
+def _on_node(
+    node: Sequence[Room], want: Want, barred: Set[str], cap: Part | None, policy: Policy, last_idle: bool
+) -> tuple[tuple[int, ...], Place] | None:
     candidates: list[tuple[tuple[int, ...], int, Room, Part]] = []
     part: Part | None = None
     last: tuple[str, int] | None = None
@@ -128,7 +141,7 @@ def _on_node(node: Sequence[Room], want: Want, barred: Set[str], cap: Part | Non
             last, part = (device.model, device.usable_bytes), resolve(want, device)
         if part is None or not room.fits(part) or (cap is not None and not _within(part, cap)):
             continue
-        candidates.append((score(room, part, policy), number, room, part))
+        candidates.append((score(room, part, policy, last_idle), number, room, part))
     if len(candidates) < want.device_count:
         return None
     if want.device_count == 1:
@@ -154,15 +167,17 @@ def _of_one_model(
     return [group[:count] for group in models.values() if len(group) >= count]
 
 
-def score(room: Room, part: Part, policy: Policy) -> tuple[int, int]:
-    """Return how well `part` fits a room, the less the better: whether sizes mix that do not tile, and what would be left."""
-    kind = family(part.compute_milli)
-    mixes = policy.keep_thirds_apart and (
-        (kind == 3 and room.binary_count > 0) or (kind == 1 and room.thirds_count > 0 and part.compute_milli < WHOLE_MILLI)
-    )
+def score(room: Room, part: Part, policy: Policy, last_idle: bool = False) -> tuple[int, int, int]:
+    """Return how well `part` fits a room, the less the better.
+
+    Whether it opens one of the last idle devices, whether sizes mix that do not tile, and what would be left.
+    """
+    kind, less = family(part.compute_milli), part.compute_milli < WHOLE_MILLI
+    opens = last_idle and policy.keep_last_idle and less and room.part_count == 0
+    mixes = policy.keep_thirds_apart and ((kind == 3 and room.binary_count > 0) or (kind == 1 and room.thirds_count > 0 and less))
     left_milli = room.free_milli - part.compute_milli
     left_memory_milli = (room.free_bytes - part.memory_bytes) * WHOLE_MILLI // room.device.usable_bytes
-    return int(mixes), left_milli + left_memory_milli
+    return int(opens), int(mixes), left_milli + left_memory_milli
 
 
 def _within(part: Part, cap: Part) -> bool:

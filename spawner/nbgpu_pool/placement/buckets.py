@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Set
 from typing import NamedTuple
 
 from ..shapes import Part, Want, resolve
-from .best_fit import Place, Policy, Room, score
+from .best_fit import Place, Policy, Room, scarce, score
 
 
 class State(NamedTuple):
@@ -44,6 +44,7 @@ class Buckets:
             self._nodes.setdefault(room.device.node, []).append(rank)
         self._state: list[State | None] = [None] * len(self._rooms)
         self._ranks: dict[State, list[int]] = {}
+        self._count = sum(not room.coming for room in self._rooms)
         for node in self._nodes:
             self.changed(node)
 
@@ -84,6 +85,8 @@ class Buckets:
         """Return the best place for `want`, of one device."""
         out = {self._rank[uuid] for uuid in barred if uuid in self._rank}
         best: tuple[tuple[int, ...], int, Part] | None = None
+        idle = sum(len(ranks) for state, ranks in self._ranks.items() if state.idle_count and not state.coming)
+        last_idle = scarce(idle, self._count)
         for state, ranks in self._ranks.items():
             first = self._rooms[ranks[0]]
             part = resolve(want, first.device)
@@ -91,7 +94,7 @@ class Buckets:
                 continue
             if cap is not None and (part.memory_bytes > cap.memory_bytes or part.compute_milli > cap.compute_milli):
                 continue
-            value = *score(first, part, policy), state.idle_count
+            value = *score(first, part, policy, last_idle), state.idle_count
             if best is not None and value > best[0]:
                 continue
             rank = next((one for one in ranks if one not in out), None)

@@ -15,6 +15,7 @@ import numpy as np
 
 from nbgpu.quantities import WHOLE_MILLI
 
+from .best_fit import scarce
 from .demand import Demand
 from .fleet import Fleet, Ints, Need, Places
 from .remainders import worth
@@ -25,8 +26,11 @@ class Rule(Protocol):
     """What the chooser asks."""
 
     name: str
-    version: int
-    """Another one: all earlier scores are void."""
+
+    @property
+    def version(self) -> int:
+        """Another one: scores of any other are void."""
+        ...
 
     def arrived(self, need: Need) -> None:
         """Learn that somebody asks, before a place is chosen."""
@@ -47,17 +51,24 @@ def hash_of(rule: Rule) -> str:
 
 
 class BestFit:
-    """What leaves least on the devices that it takes; sizes that do not tile apart; idle devices from nodes with the fewest.
+    """What leaves least on the devices that it takes; sizes that do not tile apart; the last idle devices kept.
 
     The same as `best_fit.place` for needs of one device: a test compares them.
     """
 
     name = "best fit"
-    version = 0
 
-    def __init__(self, fleet: Fleet, *, keep_thirds_apart: bool = True):
+    def __init__(self, fleet: Fleet, *, keep_thirds_apart: bool = True, keep_last_idle: bool = True):
         self.fleet = fleet
         self.keep_thirds_apart = keep_thirds_apart
+        self.keep_last_idle = keep_last_idle
+
+    @property
+    def version(self) -> int:
+        """Whether idle devices are the last ones: all scores change with it."""
+        there = self.fleet.size_milli > 0
+        idle = there & (self.fleet.held[..., 0] == 0) & (self.fleet.free_milli > 0)
+        return int(self.keep_last_idle and scarce(int(idle.sum()), int(there.sum())))
 
     def arrived(self, need: Need) -> None:
         """Learn nothing."""
@@ -72,11 +83,12 @@ class BestFit:
         left = places.free_after + places.bytes_after * WHOLE_MILLI // np.maximum(fleet.size_bytes[where], 1)
         opens = (held[..., 0] == 0).any(axis=1)
         idle = ((fleet.held[nodes, :, 0] == 0) & (fleet.size_milli[nodes] > 0)).sum(axis=1)
-        return -((mixes.sum(axis=1) * self.keep_thirds_apart << 40) + (left.sum(axis=1) << 12) + np.where(opens, idle, 0))
+        kept = ((held[..., 0] == 0) & (places.total_milli < places.devices.shape[1] * WHOLE_MILLI)[:, None]).sum(axis=1) * self.version
+        return -((kept << 46) + (mixes.sum(axis=1) * self.keep_thirds_apart << 40) + (left.sum(axis=1) << 12) + np.where(opens, idle, 0))
 
     def describe(self) -> Mapping[str, object]:
         """Return the parameters."""
-        return {"keep_thirds_apart": self.keep_thirds_apart}
+        return {"keep_thirds_apart": self.keep_thirds_apart, "keep_last_idle": self.keep_last_idle}
 
 
 class Fgd:
