@@ -101,7 +101,7 @@ def _chances(rooms: Iterable[Room], held: Held, want: Want, barred: Set[str], po
         asked = resolve(want, alike[0].device)
         if asked is None:
             continue
-        fitting = sorted((room for room in alike if room.fits(asked)), key=lambda room: score(room, asked, policy))
+        fitting = _best_first(alike, asked, policy)
         if len(fitting) >= want.device_count:
             return []
         if len(fitting) < want.device_count - 1:
@@ -119,6 +119,10 @@ def _chances(rooms: Iterable[Room], held: Held, want: Want, barred: Set[str], po
                     after.give_back(part)
                     found.append(_Chance(slice_id, room, part, asked, fitting, score(after, asked, policy)))
     return found
+
+
+def _best_first(rooms: Iterable[Room], part: Part, policy: Policy) -> list[Room]:
+    return sorted((room for room in rooms if room.fits(part)), key=lambda room: score(room, part, policy))
 
 
 def _kind(room: Room) -> tuple[object, ...]:
