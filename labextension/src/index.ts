@@ -4,6 +4,7 @@ import type {
 } from '@jupyterlab/application';
 import { ICommandPalette } from '@jupyterlab/apputils';
 import { ISettingRegistry } from '@jupyterlab/settingregistry';
+import { IStateDB } from '@jupyterlab/statedb';
 import { IStatusBar } from '@jupyterlab/statusbar';
 import { ITranslator, nullTranslator } from '@jupyterlab/translation';
 import { Signal } from '@lumino/signaling';
@@ -18,6 +19,7 @@ import { shareModel } from './page';
 import { SlicePanel } from './panel';
 import { onChange, whenPresent } from './present';
 import { keepRange } from './range';
+import { reopen } from './reopen';
 import { sliceApi } from './request';
 import { runningPlugin } from './running';
 import { StatusItem } from './status';
@@ -69,12 +71,13 @@ const panelPlugin: JupyterFrontEndPlugin<void> = {
   description: 'A side panel with the GPU slice, its kernels and their limits.',
   autoStart: true,
   requires: [ISliceModel],
-  optional: [ICommandPalette, ITranslator],
+  optional: [ICommandPalette, ITranslator, IStateDB],
   activate: (
     app: JupyterFrontEnd,
     model: ISliceModel,
     palette: ICommandPalette | null,
-    translator: ITranslator | null
+    translator: ITranslator | null,
+    state: IStateDB | null
   ) => {
     const trans = (translator ?? nullTranslator).load(DOMAIN);
     whenPresent(model, () => {
@@ -108,6 +111,11 @@ const panelPlugin: JupyterFrontEndPlugin<void> = {
         command: CommandIDs.showPanel,
         category: trans.__('GPU')
       });
+      if (state) {
+        void app.restored.then(() =>
+          reopen(panel, state, () => app.shell.activateById(panel.id))
+        );
+      }
     });
   }
 };

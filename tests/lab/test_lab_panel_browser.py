@@ -305,3 +305,28 @@ def test_nothing_for_axe_to_find(lab: Lab, page: Any) -> None:
         page.wait_for_timeout(300)
         assert axe_kit.violations(page, "#nbgpu-panel") == [], each
         assert axe_kit.violations(page, ".nbgpu-StatusItem") == [], each
+
+
+def test_the_panel_is_open_again_where_it_was_open(lab: Lab, page: Any) -> None:
+    """JupyterLab restores what it knows; the panel is there only once the server has said that it has a slice."""
+    fill_slice(lab)
+    panel, tab = page.get_by_role("region", name="GPU slice"), page.locator('.jp-SideBar.jp-mod-right [data-id="nbgpu-panel"]')
+
+    def kept() -> Any:
+        return page.expect_response(lambda answer: "/api/workspaces/" in answer.url and answer.request.method == "PUT")
+
+    def again() -> None:
+        page.goto(f"{lab.url}/lab/tree/first.ipynb?token={lab.token}")
+        page.locator(".nbgpu-Status").wait_for()
+
+    with kept():
+        open_lab(page, lab, "JupyterLab Light")
+    again()
+    panel.wait_for()
+    page.locator(".jp-Notebook .jp-Cell").first.wait_for()
+    with kept():
+        tab.click()
+    again()
+    tab.wait_for()
+    page.wait_for_timeout(2 * SECOND)  # it would have opened by then
+    assert not panel.is_visible()

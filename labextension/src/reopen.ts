@@ -1,0 +1,30 @@
+import type { IStateDB } from '@jupyterlab/statedb';
+import { MessageLoop } from '@lumino/messaging';
+import type { Widget } from '@lumino/widgets';
+
+const KEY = 'nbgpu-lab:panel';
+
+/**
+ * Open a side panel again that was open when the page was left.
+ *
+ * JupyterLab's own restorer comes too early for it: the panel is there only once the server has said that it has a slice.
+ */
+export async function reopen(
+  panel: Widget,
+  state: IStateDB,
+  show: () => void
+): Promise<void> {
+  const last = (await state.fetch(KEY).catch(() => undefined)) as
+    | { open?: unknown }
+    | undefined;
+  MessageLoop.installMessageHook(panel, (_, message) => {
+    if (message.type === 'after-show' || message.type === 'before-hide') {
+      const open = message.type === 'after-show';
+      state.save(KEY, { open }).catch(() => undefined); // it is a comfort, and no more
+    }
+    return true;
+  });
+  if (last?.open === true && panel.isAttached && !panel.isVisible) {
+    show();
+  }
+}
