@@ -3,11 +3,13 @@
  * `tests/data/memory_words.json` holds both to it.
  */
 
-import type { IDeviceUsage, IKernelUsage } from './api';
+import type { IDeviceUsage, IKernelUsage, IUsage } from './api';
 import type { Words } from './english';
 
 const MIB = 1024 ** 2;
 const GIB = 1024 ** 3;
+/** Less is what a driver's own rounding and a moment's delay make. */
+const UNSEEN_LEAST = 64 * MIB;
 
 const FRACTIONS: { [milli: number]: string } = {
   1000: '1',
@@ -120,6 +122,18 @@ export function overLimit(
     }
   }
   return null;
+}
+
+/** Bytes that the driver sees the slice hold beyond what its kernels say: programs that the limiter is not in. */
+export function unseenBytes(usage: IUsage): number {
+  return usage.devices.reduce((sum, device) => {
+    const told = usage.kernels
+      .flatMap(kernel => kernel.devices)
+      .filter(one => one.uuid === device.uuid)
+      .reduce((held, one) => held + one.memory_used_bytes, 0);
+    const unseen = device.memory_used_bytes - told;
+    return sum + (unseen >= UNSEEN_LEAST ? unseen : 0);
+  }, 0);
 }
 
 /** What a kernel holds on all devices of the slice. */

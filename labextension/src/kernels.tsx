@@ -9,7 +9,8 @@ import {
   formatMemoryOf,
   kernelTotals,
   overLimit,
-  percent
+  percent,
+  unseenBytes
 } from './format';
 import { warningIcon } from './icons';
 import { KernelMenuButton } from './kernelmenu';
@@ -34,39 +35,62 @@ export function Kernels(props: IKernelsProps): JSX.Element {
   const [editing, setEditing] = React.useState<string | null>(null);
   if (kernels.length === 0) {
     return (
-      <p className="nbgpu-quiet">
-        {trans.__('No kernel runs on this server.')}
-      </p>
+      <>
+        <p className="nbgpu-quiet">
+          {trans.__('No kernel runs on this server.')}
+        </p>
+        <Unseen usage={usage} trans={trans} />
+      </>
     );
   }
   return (
-    <table className="nbgpu-Kernels">
-      <caption className="nbgpu-hidden">
-        {trans.__('Kernels of this server and what they hold')}
-      </caption>
-      <thead>
-        <tr>
-          <th scope="col">{trans.__('Memory')}</th>
-          <th scope="col">{trans.__('Compute')}</th>
-          <th scope="col">{trans.__('Limit')}</th>
-        </tr>
-      </thead>
-      {kernels.map(kernel => (
-        <Kernel
-          key={kernel.kernel_id ?? ''}
-          kernel={kernel}
-          devices={usage.devices}
-          suspended={suspendedOf(kernel, usage)}
-          mayResume={usage.may_resume ?? false}
-          trans={trans}
-          editing={kernel.kernel_id !== null && editing === kernel.kernel_id}
-          edit={on => setEditing(on ? kernel.kernel_id : null)}
-          setLimit={props.setLimit}
-          resume={props.resume}
-        />
-      ))}
-    </table>
+    <>
+      <table className="nbgpu-Kernels">
+        <caption className="nbgpu-hidden">
+          {trans.__('Kernels of this server and what they hold')}
+        </caption>
+        <thead>
+          <tr>
+            <th scope="col">{trans.__('Memory')}</th>
+            <th scope="col">{trans.__('Compute')}</th>
+            <th scope="col">{trans.__('Limit')}</th>
+          </tr>
+        </thead>
+        {kernels.map(kernel => (
+          <Kernel
+            key={kernel.kernel_id ?? ''}
+            kernel={kernel}
+            devices={usage.devices}
+            suspended={suspendedOf(kernel, usage)}
+            mayResume={usage.may_resume ?? false}
+            trans={trans}
+            editing={kernel.kernel_id !== null && editing === kernel.kernel_id}
+            edit={on => setEditing(on ? kernel.kernel_id : null)}
+            setLimit={props.setLimit}
+            resume={props.resume}
+          />
+        ))}
+      </table>
+      <Unseen usage={usage} trans={trans} />
+    </>
   );
+}
+
+/** What no row has: a program that was started without the limiter. */
+function Unseen(props: {
+  usage: IUsage;
+  trans: TranslationBundle;
+}): JSX.Element | null {
+  const bytes = unseenBytes(props.usage);
+  return bytes > 0 ? (
+    <p className="nbgpu-Kernels-over">
+      <warningIcon.react tag="span" width="14px" />
+      {props.trans.__(
+        "%1 more are held by programs of this server without nbgpu's limiter. Start them without changing LD_PRELOAD, or stop them.",
+        formatMemory(bytes)
+      )}
+    </p>
+  ) : null;
 }
 
 interface IKernelProps {
