@@ -15,8 +15,9 @@
 #define LOST_NS (5 * MS)
 /* Of the longest P since the slice began to wait: others' turns, half as long again at most, and between them what outlasts them. */
 #define STARVED_PERIODS 2
-/* Who does not stop by itself at its turn's end has 5 ms more, and 2 ms outstanding then. */
-#define RUNS_ON_NS (7 * MS)
+/* Who does not stop by itself at its turn's end has 5 ms more, and two GPU kernels, or one and 2 ms, outstanding then. */
+#define RUNS_ON_NS (5 * MS)
+#define OUTSTANDING_NS (2 * MS)
 /* One has had its turn of the period and another has not, when somebody looks. */
 #define SETTLED_PERIODS 1.1
 
@@ -224,7 +225,8 @@ static double apart(const Sim *m) {
     for (uint32_t i = 0; i < m->slices; i++) {
         const SimSlice *s = &m->slice[i];
         const SchedSlice *p = &m->policy.slice[s->id];
-        uint64_t beyond = s->load.kernel_ns + (s->load.liar == SIM_RUNS_ON ? RUNS_ON_NS : 0);
+        const uint64_t kernel_ns = s->load.kernel_ns, more_ns = kernel_ns > OUTSTANDING_NS ? kernel_ns : OUTSTANDING_NS;
+        uint64_t beyond = kernel_ns + (s->load.liar == SIM_RUNS_ON ? RUNS_ON_NS + more_ns : 0);
         int64_t one = (int64_t)(beyond * WHOLE_MILLI / (s->load.milli ? s->load.milli : 1));
         if (!s->joined)
             continue;
