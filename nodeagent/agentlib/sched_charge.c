@@ -76,8 +76,10 @@ static void pass_free(SchedSlice *s, uint64_t ns) {
 /* Nobody saves up more than two turns. */
 static void cap_bucket(const SchedDevice *d, SchedSlice *s) {
     int64_t full = strict_level(d, s) + strict_share(d, s);
-    if (s->bucket_ns > full)
-        s->bucket_ns = full;
+    if (s->bucket_ns <= full)
+        return;
+    s->spilled_ns += (uint64_t)(s->bucket_ns - full);
+    s->bucket_ns = full;
 }
 
 void sched_rebase(SchedDevice *d) {

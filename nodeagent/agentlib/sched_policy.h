@@ -70,6 +70,7 @@ typedef struct {
     SchedPhase phase;
     int64_t vt;           /* ns of device time per unit of weight */
     int64_t bucket_ns;    /* strict: time it may still take; below 0 = debt */
+    uint64_t spilled_ns;  /* strict: time that its bucket could not hold */
     bool dry;             /* strict: spent its bucket, waits for a turn's worth */
     bool overran;         /* its work outlasted its turn by two periods and still runs, beside the next one */
     bool woke;            /* it began to want out of idleness and has had no turn since */

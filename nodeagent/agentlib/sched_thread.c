@@ -275,16 +275,18 @@ static bool ask_next(NbgpuSched *s, Device *gpu) {
     return asked;
 }
 
-/* ...and so is whoever gets the turn in its place. */
+/* ...and so is whoever gets the turn in its place, or is let in beside it. */
 static void decide(NbgpuSched *s, Device *gpu) {
-    int owner;
+    const SchedDevice *policy = &gpu->policy;
+    int owner, guest;
     sched_step(&gpu->policy, now_ns());
     do {
-        owner = gpu->policy.owner;
+        owner = policy->owner;
+        guest = policy->guest;
         if (!ask_next(s, gpu))
             return;
         sched_step(&gpu->policy, now_ns());
-    } while (gpu->policy.owner != owner);
+    } while (policy->owner != owner || policy->guest != guest);
 }
 
 static bool has_parts(const Entry *e, uint32_t index) { return e->first != index || e->next != ENTRIES; }

@@ -15,8 +15,9 @@
 #define LOST_NS (5 * MS)
 /* Of the longest P since the slice began to wait: others' turns, half as long again at most, and between them what outlasts them. */
 #define STARVED_PERIODS 2
-/* Who does not stop by itself at its turn's end has 5 ms more, and 2 ms outstanding then. */
-#define RUNS_ON_NS (7 * MS)
+/* Who does not stop by itself at its turn's end has 5 ms more, and two GPU kernels, or one and 2 ms, outstanding then. */
+#define RUNS_ON_NS (5 * MS)
+#define OUTSTANDING_NS (2 * MS)
 /* One has had its turn of the period and another has not, when somebody looks. */
 #define SETTLED_PERIODS 1.1
 
@@ -41,7 +42,7 @@ typedef struct {
 /* A slice when the time in which shares are looked at begins. */
 typedef struct {
     uint64_t busy_ns;
-    int64_t bucket_ns;
+    int64_t filled_ns;
 } Before;
 
 static uint64_t pick(Sim *m, uint64_t n) { return sim_random(m) % n; }
@@ -224,7 +225,8 @@ static double apart(const Sim *m) {
     for (uint32_t i = 0; i < m->slices; i++) {
         const SimSlice *s = &m->slice[i];
         const SchedSlice *p = &m->policy.slice[s->id];
-        uint64_t beyond = s->load.kernel_ns + (s->load.liar == SIM_RUNS_ON ? RUNS_ON_NS : 0);
+        const uint64_t kernel_ns = s->load.kernel_ns, more_ns = kernel_ns > OUTSTANDING_NS ? kernel_ns : OUTSTANDING_NS;
+        uint64_t beyond = kernel_ns + (s->load.liar == SIM_RUNS_ON ? RUNS_ON_NS + more_ns : 0);
         int64_t one = (int64_t)(beyond * WHOLE_MILLI / (s->load.milli ? s->load.milli : 1));
         if (!s->joined)
             continue;
@@ -240,7 +242,11 @@ static double apart(const Sim *m) {
     return most < least ? 0 : (double)(most - least - kernel) * m->policy.active_milli / WHOLE_MILLI / (double)m->policy.period_ns;
 }
 
-/* Shares of the time; of a burst slice those of what strict ones leave: what they spend of their buckets' savings, or save, is theirs too. */
+/* What its bucket holds, or could not hold (less, once P is shorter): it falls only by what the slice spends. */
+static int64_t filled(const SchedSlice *p) { return p->bucket_ns + (int64_t)p->spilled_ns; }
+
+/* Shares of the time; of a burst slice those of what strict ones leave: what they spend of their buckets' savings, or save, is theirs too. What
+ * a bucket could not hold they do not get: it is the burst ones', or the dues were less than all of the time. */
 static void check_shares(History *h, const Before *before, uint64_t ns, uint64_t period_ns) {
     Sim *m = h->sim;
     double strict = 0, burst = 0, saved_ns = 0;
@@ -249,7 +255,7 @@ static void check_shares(History *h, const Before *before, uint64_t ns, uint64_t
         if (!m->slice[i].joined)
             continue;
         *(p->strict ? &strict : &burst) += m->slice[i].load.milli;
-        saved_ns += p->strict ? (double)(p->bucket_ns - before[i].bucket_ns) : 0;
+        saved_ns += p->strict ? (double)(filled(p) - before[i].filled_ns) : 0;
     }
     double left = (WHOLE_MILLI - strict) / 10.0 + 100 * saved_ns / (double)ns;
     for (uint32_t i = 0; i < m->slices; i++) {
@@ -279,7 +285,7 @@ static void calm(History *h) {
     if (h->out->found == FOUND_NOTHING && m->now >= until)
         found(h, FOUND_DEBT, -1, apart(m));
     for (uint32_t i = 0; i < m->slices; i++)
-        before[i] = (Before){m->slice[i].busy_ns, m->policy.slice[m->slice[i].id].bucket_ns};
+        before[i] = (Before){m->slice[i].busy_ns, filled(&m->policy.slice[m->slice[i].id])};
     uint64_t period_ns = m->policy.period_ns; /* the longest: what is known of hosts changes it, and a turn at the edge of that too */
     for (uint64_t played = 0; played < CALM_NS; played += CALM_NS / 10) {
         play(h, CALM_NS / 10);

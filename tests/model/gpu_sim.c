@@ -232,14 +232,15 @@ static bool ask_next(Sim *m) {
 }
 
 static void decide(Sim *m) {
-    int owner;
+    int owner, guest;
     sched_step(&m->policy, m->now);
     do {
         owner = m->policy.owner;
+        guest = m->policy.guest;
         if (!ask_next(m))
             return;
         sched_step(&m->policy, m->now);
-    } while (m->policy.owner != owner);
+    } while (m->policy.owner != owner || m->policy.guest != guest);
 }
 
 /* Returns whether a gate was closed or got an end: its slice has been looked at again. */

@@ -233,8 +233,10 @@ def test_random_histories(lib: c.CDLL, rings: bool) -> None:
 # the judge's: it took buckets for what they had been a turn before.
 REMEMBERED = (1193, 2049, 7103, 11224, 17215, 33134, 47956, 50526, 52617, 52645, 64078, 80746, 93721)
 # Where rings are heard: who had rung in its turn that it is done was waited for 5 ms after its end; who does not stop by itself, and so
-# took most of a second turn, came back after one turn of a strict slice; a dead one got, unasked, the turn of one that did not want it.
-REMEMBERED_RINGS = (320, 325, 568, 619, 79679, 627483)
+# took most of a second turn, came back after one turn of a strict slice; a dead one got, unasked, the turn of one that did not want it, or
+# was let in beside that. In 3099930 it was the judge's: it took what strict ones' buckets could not hold, as P became shorter, for spent;
+# in 4243470 it took one GPU kernel, not two, for what somebody who does not stop by itself has outstanding when its gate closes.
+REMEMBERED_RINGS = (320, 325, 568, 619, 79679, 627483, 3030951, 3099930, 4243470)
 
 
 @pytest.mark.parametrize(("rings", "seeds"), [(False, REMEMBERED), (True, REMEMBERED_RINGS)], ids=MODES)
