@@ -15,8 +15,7 @@ export async function reopen(
   show: () => void
 ): Promise<void> {
   const last = (await state.fetch(KEY).catch(() => undefined)) as
-    | { open?: unknown }
-    | undefined;
+    { open?: unknown } | undefined;
   MessageLoop.installMessageHook(panel, (_, message) => {
     if (message.type === 'after-show' || message.type === 'before-hide') {
       const open = message.type === 'after-show';
