@@ -157,7 +157,7 @@ class Client:
     def _decode(self, status: int, data: bytes) -> Any:
         try:
             answer = json.loads(data) if data.strip() else None
-        except ValueError:
+        except (ValueError, RecursionError):
             answer = None if status < 300 else data.decode("utf-8", "replace")
         if status < 300:
             return answer

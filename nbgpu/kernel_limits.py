@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, cast
 
 from .errors import InvalidValue
+from .logs import one_line
 from .quantities import MIB, WHOLE_MILLI, format_memory, memory_share_bytes, parse_fraction, parse_memory
 
 LABELS = {"memory": "Memory limit", "compute": "Compute limit"}
@@ -41,7 +41,10 @@ def kernel_limit(asked: object, devices: list[dict[str, Any]], labels: Mapping[s
     words = cast("Mapping[str, Any]", asked)
     unknown = sorted(set(map(str, words)) - {"memory", "memory_bytes", "compute", "compute_milli"})
     if unknown:
-        raise InvalidValue(unknown[0], words[unknown[0]], "left out; memory and compute are the limits that a kernel has")
+        # a notebook's own word, shown in a sentence: not whole, nothing in it that turns or breaks the line
+        raise InvalidValue(
+            one_line(unknown[0][:40]), words.get(unknown[0]), "left out; memory and compute are the limits that a kernel has"
+        )
     return {
         "memory_bytes": _memory(words, min(int(device["memory_limit_bytes"]) for device in devices), labels["memory"]),
         "compute_milli": _compute(words, min(int(device["compute_limit_milli"]) for device in devices), labels["compute"]),
@@ -84,13 +87,7 @@ def _compute(asked: Mapping[str, Any], whole: int, label: str) -> int | None:
 def _number(name: str, value: object, most: int) -> int | None:
     if value is None:
         return None
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not math.isfinite(value)
-        or value != int(value)
-        or not 0 <= value <= most
-    ):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most or value != int(value):
         raise InvalidValue(name, value, f"a whole number from 0 to {most}, or null")
     return int(value)
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 Notice = dict[str, Any]
+MESSAGE_MOST = 20_000
+"""Characters of a notice: a sentence of anybody's names fits, a page that draws it does not stand still."""
 
 
 class Notices:
@@ -23,7 +25,16 @@ class Notices:
         self.last_id = 0
 
     def add(self, event: Notice) -> Notice:
-        """Keep `event` (an agent's ``Event`` or one of our own) under a new id, and return it."""
+        """Keep `event` (an agent's ``Event`` or one of our own) under a new id, and return it.
+
+        Raises
+        ------
+        TypeError
+            Its message is no text: no page could show it.
+        """
+        message = event.get("message")
+        if not isinstance(message, str):
+            raise TypeError(f"a notice says {type(message).__name__}")
         self.last_id = max(self.last_id + 1, int(self._clock() * 1000))
         notice = {
             "time": self._clock(),
@@ -33,6 +44,7 @@ class Notices:
             "path": None,
             "data": {},
             **event,
+            "message": message if len(message) <= MESSAGE_MOST else f"{message[:MESSAGE_MOST]}…",
             "id": self.last_id,
         }
         self._kept.append(notice)

@@ -29,7 +29,7 @@ EVENTS_PAUSE_SECONDS = 0.5
 """Before the next question for events where one brought none at once: an agent answers when there is news; another is asked so often."""
 _LAST_TIME = 8.64e12
 """The last that a page's ``Date`` knows."""
-_JUNK = (AttributeError, KeyError, OverflowError, TypeError, ValueError)
+_JUNK = (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
 """What comes of an answer that is none of an agent's."""
 
 
@@ -130,7 +130,7 @@ class Sampler:
     async def _sample(self) -> Json:
         try:
             usage = await self.client.get("/v1/usage")
-            if not isinstance(usage, dict) or "kernels" not in usage:
+            if not isinstance(usage, dict) or "kernels" not in usage or not usage.get("devices"):
                 raise Unavailable("The GPU's node agent sent no usage.")
             sessions = await self._sessions()
             self._tell(str(usage.get("slice_id")), sessions)

@@ -124,7 +124,7 @@ export function overLimit(
   return null;
 }
 
-/** Bytes that the driver sees the slice hold beyond what its kernels say: programs that the limiter is not in. */
+/** Bytes that the driver sees the slice hold beyond what its kernels account for. */
 export function unseenBytes(usage: IUsage): number {
   return usage.devices.reduce((sum, device) => {
     const told = usage.kernels

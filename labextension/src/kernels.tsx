@@ -86,7 +86,7 @@ function Unseen(props: {
     <p className="nbgpu-Kernels-over">
       <warningIcon.react tag="span" width="14px" />
       {props.trans.__(
-        "%1 more are held by programs of this server without nbgpu's limiter. Start them without changing LD_PRELOAD, or stop them.",
+        "%1 more are held than the kernels account for: by a program without nbgpu's limiter (LD_PRELOAD was changed), or by code and buffers of the driver.",
         formatMemory(bytes)
       )}
     </p>
