@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -245,9 +245,12 @@ async def _serve(options: Options) -> None:
 
 def _refuse_claims(runtime: Path) -> None:
     """Refuse a directory where an agent of Kubernetes keeps claims: their pods may run, and nobody here would ever give them back."""
-    from .kube.checkpoint import FILE, Checkpoint
+    from .kube.checkpoint import FILE, claims_in
 
-    if (runtime / FILE).exists() and (claims := Checkpoint(runtime).claims):
+    claims: Sized = ()
+    with contextlib.suppress(OSError, ValueError):  # its own agent keeps one that can't be read, and says so
+        claims = claims_in(runtime)
+    if claims:
         raise StartError(
             f"{runtime} is kept by this machine's Kubernetes agent: {FILE} there names {counted(len(claims), 'claim')} of pods. "
             f"Choose another directory with --runtime-dir or $NBGPU_RUNTIME_DIR; or remove this one (rm -r {runtime}) if the machine is in "

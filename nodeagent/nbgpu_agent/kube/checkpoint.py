@@ -46,6 +46,14 @@ class _File(Model):
     claims: dict[str, Entry] = Field(default_factory=dict[str, Entry])
 
 
+def claims_in(runtime: Path) -> dict[str, Entry]:
+    """Return the claims that a runtime directory's file names, by uid; nothing is changed. OSError, ValueError: it can't be read."""
+    try:
+        return _File.model_validate_json((runtime / FILE).read_text()).claims
+    except FileNotFoundError:
+        return {}
+
+
 class Checkpoint:
     """All claims of this node, by uid. `claims` changes only through `put` and `drop`."""
 
@@ -53,9 +61,7 @@ class Checkpoint:
         self._path = runtime / FILE
         self.claims: dict[str, Entry] = {}
         try:
-            self.claims = _File.model_validate_json(self._path.read_text()).claims
-        except FileNotFoundError:
-            pass
+            self.claims = claims_in(runtime)
         except (OSError, ValueError) as error:
             # What it said is in the slices' own records too, but for what the kubelet asks for again.
             bad = self._path.with_name(f"{FILE}.bad")
