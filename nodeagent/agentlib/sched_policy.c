@@ -139,6 +139,7 @@ void sched_observe(SchedDevice *d, int index, SchedSeen seen, uint64_t now) {
     if (seen.want && !is_active(s) && s->phase == PHASE_OUT) {
         sched_cap_lag(d, index);
         s->woke = true;
+        s->woke_at = now;
     }
     if (seen.edges != s->seen.edges) {
         s->spent_until = 0;
@@ -399,11 +400,14 @@ static void settle_buckets(SchedDevice *d) {
     }
 }
 
-/* Of two alike, who had fewer periods comes first; of two with as many, who had its turn longer ago: so the order stays the same, and with
- * it what falls into any window of time. A strict slice that is not dry is due. */
+/* Not since when it was idle: who waits would have to wait for everybody who comes. */
+static uint64_t waits_since(const SchedSlice *s) { return max_u64(s->closed_at, s->woke_at); }
+
+/* Of two alike, who had fewer periods comes first; of two with as many, who waits longer: so the order stays the same, and with it what falls
+ * into any window of time. A strict slice that is not dry is due. */
 static bool comes_before(const SchedDevice *d, const SchedSlice *a, const SchedSlice *b) {
     int64_t step = stride(d), x = a->strict ? 0 : nearest(a->vt, step), y = b->strict ? 0 : nearest(b->vt, step);
-    return x != y ? x < y : a->closed_at != b->closed_at ? a->closed_at < b->closed_at : a->vt < b->vt;
+    return x != y ? x < y : waits_since(a) != waits_since(b) ? waits_since(a) < waits_since(b) : a->vt < b->vt;
 }
 
 /* Who comes next: a burst slice or a strict one, whose turn is longer ago. Not whose last turn's work still computes: it would never be seen

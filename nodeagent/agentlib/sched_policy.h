@@ -75,6 +75,7 @@ typedef struct {
     bool overran;         /* its work outlasted its turn by `patience_ns` and still runs, beside the next one */
     bool was_idle;        /* nothing was outstanding when its turn began, or since: its word that something is can be believed */
     bool woke;            /* it began to want out of idleness and has had no turn since */
+    uint64_t woke_at;     /* that was then */
     uint64_t open_since;  /* of the present turn */
     uint64_t turn_end;    /* 0 = nobody else wants the device: no end */
     uint64_t drain_until; /* after this the next one is let in beside it */

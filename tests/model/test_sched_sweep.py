@@ -281,8 +281,9 @@ REMEMBERED = (1193, 2049, 7103, 11224, 17215, 33134, 47956, 50526, 52617, 52645,
 # Where rings are heard: who had rung in its turn that it is done was waited for 5 ms after its end; who does not stop by itself, and so
 # took most of a second turn, came back after one turn of a strict slice; a dead one got, unasked, the turn of one that did not want it, or
 # was let in beside that. In 3099930 it was the judge's: it took what strict ones' buckets could not hold, as P became shorter, for spent;
-# in 4243470 it took one GPU kernel, not two, for what somebody who does not stop by itself has outstanding when its gate closes.
-REMEMBERED_RINGS = (320, 325, 568, 619, 79679, 627483, 3030951, 3099930, 4243470)
+# in 4243470 it took one GPU kernel, not two, for what somebody who does not stop by itself has outstanding when its gate closes. In 4106536
+# one that came from a long pause had its turn before one that waited: it counted since its last turn, not since it came.
+REMEMBERED_RINGS = (320, 325, 568, 619, 79679, 627483, 3030951, 3099930, 4106536, 4243470)
 
 
 @pytest.mark.parametrize(("rings", "seeds"), [(False, REMEMBERED), (True, REMEMBERED_RINGS)], ids=MODES)
@@ -326,6 +327,7 @@ FAULTS = {
         FIRST_SEED,
     ),
     "waits for a ring from who has rung": ({"owner->quiet_since <= owner->open_since + SOON_NS;": "true;"}, {2}, True, REMEMBERED_RINGS[0]),
+    "lets who comes from a pause go before who waits": ({"max_u64(s->closed_at, s->woke_at)": "s->closed_at"}, {1}, True, 4106536),
 }
 
 
