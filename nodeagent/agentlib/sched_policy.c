@@ -299,8 +299,8 @@ static uint64_t quiet_until(const SchedDevice *d, const SchedSlice *s) {
     return s->quiet_since + (s->seen.want ? comes_within(d, s) : d->config.idle_grace_ns);
 }
 
-/* How long it is believed that work which outlasted its turn still computes. */
-static uint64_t believed_until(const SchedDevice *d, const SchedSlice *s) { return s->closed_at + d->config.whole_ns; }
+/* How long it is believed that work which outlasted its turn still computes: two GPU kernels of a second, with half of the GPU. */
+static uint64_t believed_until(const SchedDevice *d, const SchedSlice *s) { return s->closed_at + 4 * d->config.whole_ns; }
 
 static void settle_owner(SchedDevice *d) {
     if (d->owner == SCHED_NOBODY)

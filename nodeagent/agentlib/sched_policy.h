@@ -17,7 +17,7 @@
  *
  * Changing hands. The next gate opens when the work of the last turn is done, not sooner: next to each other the driver would switch to and fro
  * between the two, which costs more than the pause. Work that outlasts its turn by `patience_ns` (a GPU kernel can't be stopped) goes on
- * beside the next turn, and both pay half. Its slice has no other turn before that work is done, or a second has passed.
+ * beside the next turn, and both pay half. Its slice has no other turn before that work is done, or four seconds have passed.
  *
  * Reconciled. Whose words end its turn while its work still runs on is charged nothing for that work here; somebody who sees the GPU compute
  * (the agent, by NVML) compares with `held_ns` and has it pay the difference later (`sched_owe`).

@@ -104,7 +104,7 @@ TOO_LITTLE = {
 }
 ALWAYS_BELIEVED = {
     "s->overran = s->was_idle;": "s->overran = true;",
-    "{ return s->closed_at + d->config.whole_ns; }": "{ return d && s ? SCHED_NEVER : 0; }",
+    "{ return s->closed_at + 4 * d->config.whole_ns; }": "{ return d && s ? SCHED_NEVER : 0; }",
 }
 
 
