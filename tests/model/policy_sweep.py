@@ -31,9 +31,9 @@ MEAN_POINTS, WORST_POINTS, BUSY_RATIO = 1.0, 2.0, 0.99
 STRICT_POINTS, LATE_STRICT_POINTS = 0.5, 0.6
 LONG_LEAST, LONG_MOST = 24.0, 30.0
 LONG_BESIDE_MILLIS, LONG_BESIDE_KERNELS_MS = (300, 550), (20.0, 50.0, 100.0)
-LONG_BESIDE_LEAST = 0.8
-"""Of its share, for a strict slice beside GPU kernels so long: the part that LONG_LEAST is of LONG_MOST. And of that what the driver does
-not lose when it runs two in turn."""
+LONG_BESIDE_LEAST = 0.9
+"""Of its share, for a strict slice beside GPU kernels so long (where its own are, the part that LONG_LEAST is of LONG_MOST); and of that
+what the driver does not lose when it runs two in turn."""
 GATE_P99_MS, VISIT_RATIO, VISIT_BUSY = 1.0, 0.6, 0.97
 
 
@@ -147,7 +147,8 @@ def long_beside_cell(
     with Sim(lib, gpu, [works[0], beside], limited=False) as sim:
         control = sim.run(2)[0]
     due = milli / 10
-    least = due * LONG_BESIDE_LEAST * gpu.slice_ms / (gpu.slice_ms + gpu.switch_ms)
+    part = LONG_LEAST / LONG_MOST if own_ms > max(KERNELS_MS) else LONG_BESIDE_LEAST
+    least = due * part * gpu.slice_ms / (gpu.slice_ms + gpu.switch_ms)
     most = due + STRICT_POINTS + own_ms / seconds / 10  # one kernel may lie across the end
     return {
         "gpu": vars(gpu),
