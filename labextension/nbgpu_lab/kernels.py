@@ -36,9 +36,9 @@ async def kernels_of(serverapp: Any) -> dict[str, Json]:
     for session in await serverapp.session_manager.list_sessions():
         kernel = session.get("kernel") or {}
         if kernel.get("id") in kernels:
-            path = session["path"]
-            name = session["name"] or path.rsplit("/", 1)[-1]
-            kernels[kernel["id"]] |= {"name": name, "path": path, "type": session["type"]}
+            path = session["path"] if isinstance(session["path"], str) else None  # a client may have written anything there
+            name = session["name"] or (path or "").rsplit("/", 1)[-1] or kernel["name"]
+            kernels[kernel["id"]] |= {"name": str(name), "path": path, "type": session["type"]}
     return kernels
 
 
