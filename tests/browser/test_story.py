@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from browser_hub import Hub, shot
+from browser_hub import BUILT, Hub, shot
 from browser_kit import wait_for
 from lab_pages import (
     ALLOCATE,
@@ -35,6 +35,9 @@ from playwright.sync_api import Browser, expect
 from nbgpu.quantities import GIB
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
+
+ENTRY = """JSON.parse(document.getElementById('jupyter-config-data').textContent)
+    .federated_extensions.find(one => one.name === 'nbgpu-lab').load.split('/').at(-1)"""
 
 
 def books(hub: Hub) -> dict[str, list[dict[str, Any]]]:
@@ -81,6 +84,12 @@ def test_a_notebook_with_a_quarter(chromium: Browser, hub: Hub) -> None:
     shot(ada, "1-start-page")
     start(ada, "quarter")
     in_lab(ada)
+
+    # nothing is to be saved where nothing was done
+    ada.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for()
+    ada.wait_for_timeout(1000)
+    expect(ada.locator(".lm-DockPanel-tabBar .jp-mod-dirty")).to_have_count(0)
+    assert [path.name for path in BUILT.glob("static/remoteEntry.*.js")] == [ada.evaluate(ENTRY)], "the front end is this checkout's"
 
     # the status bar, the panel and every way of asking say the slice's number
     expect(ada.locator(".nbgpu-Status")).to_contain_text("of 19.5 GiB")
