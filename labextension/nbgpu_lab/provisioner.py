@@ -16,6 +16,7 @@ from nbgpu.logs import one_line
 
 from .client import SliceClient
 from .kernel_args import kernel_arguments
+from .kernels import starts
 from .limits import NO_LIMIT, ORIGINS
 from .notices import SERVER
 
@@ -36,9 +37,10 @@ class SliceProvisioner(LocalProvisioner):
         """Name the kernel in its environment, and limit it."""
         env = {**(kwargs.get("env") or os.environ), "NBGPU_KERNEL_ID": self.kernel_id}
         kwargs["env"] = env
-        socket_path = os.environ.get("NBGPU_SOCKET")
+        socket_path, notebook = os.environ.get("NBGPU_SOCKET"), env.get("JPY_SESSION_NAME", "")
         if socket_path:
-            await self._limit(SliceClient(socket_path), env.get("JPY_SESSION_NAME", ""), again=self._started)
+            starts(self.kernel_id, notebook, getattr(getattr(self.parent, "parent", None), "root_dir", ""))
+            await self._limit(SliceClient(socket_path), notebook, again=self._started)
         self._started = True
         if socket_path:
             more = await kernel_arguments(SliceClient(socket_path), self.kernel_spec.argv)

@@ -12,7 +12,7 @@ from typing import Any
 from nbgpu.errors import NbgpuError, Unavailable
 
 from .client import SliceClient
-from .kernels import UNKNOWN, in_a_sentence
+from .kernels import STARTED, UNKNOWN, in_a_sentence
 from .limits import NO_LIMIT, ORIGINS, Source
 from .notices import Notices
 
@@ -194,6 +194,8 @@ class Sampler:
             return event
         await self._sessions()
         known = self._names.get(kernel_id, {})
+        if known.get("path") is None:
+            known = STARTED.get(kernel_id, known)
         name, message = known.get("name"), event["message"]
         if name:
             message = message.replace(f"Notebook kernel {kernel_id[:8]}…", in_a_sentence(name))
