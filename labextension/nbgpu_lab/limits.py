@@ -16,6 +16,7 @@ class Origins:
 
     def __init__(self) -> None:
         self._set: dict[str, tuple[Limit, Source]] = {}
+        self._ended: dict[str, None] = {}
 
     def remember(self, kernel_id: str, limit: Limit, source: Source) -> None:
         """A limit was set, or with both None removed."""
@@ -25,8 +26,19 @@ class Origins:
             del self._set[next(iter(self._set))]
 
     def forget(self, kernel_id: str) -> None:
-        """The kernel has ended."""
+        """It has no limit of this server's."""
         self._set.pop(kernel_id, None)
+
+    def ended(self, kernel_id: str) -> None:
+        """The kernel has ended; its limit goes with it."""
+        self.forget(kernel_id)
+        self._ended[kernel_id] = None
+        while len(self._ended) > _MOST:
+            del self._ended[next(iter(self._ended))]
+
+    def has_ended(self, kernel_id: str | None) -> bool:
+        """Return whether the kernel has ended: nobody needs to hear that it has no limit any more."""
+        return kernel_id in self._ended
 
     def last(self, kernel_id: str) -> tuple[Limit, Source | None]:
         """Return what this server has set last, and from where."""

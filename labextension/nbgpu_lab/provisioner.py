@@ -52,7 +52,7 @@ class SliceProvisioner(LocalProvisioner):
         await super().cleanup(restart=restart)
         socket_path = os.environ.get("NBGPU_SOCKET")
         if socket_path and not restart:
-            ORIGINS.forget(self.kernel_id)
+            ORIGINS.ended(self.kernel_id)
             try:
                 await SliceClient(socket_path).put(f"/v1/kernels/{self.kernel_id}", NO_LIMIT)
             except NbgpuError as error:

@@ -176,6 +176,8 @@ class Sampler:
                         after = max(after, mark[0])
                         if mark not in seen:
                             seen.append(mark)
+                            if event["kind"] == "limit-changed" and ORIGINS.has_ended(event.get("kernel_id")):
+                                continue
                             self.notices.add(await self._named(event))
                             fresh = True
                 if not fresh and self._clock() - asked < EVENTS_PAUSE_SECONDS:

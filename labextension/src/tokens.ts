@@ -13,8 +13,8 @@ import type {
 import type { History } from './history';
 
 export interface IStale {
-  /** Nobody: the server answers, but not this page, whose login is over. */
-  who: 'server' | 'agent' | 'nobody';
+  /** Nobody: the server answers, but not this page, whose login is over. Stopped: JupyterHub says that the server does not run. */
+  who: 'server' | 'agent' | 'nobody' | 'stopped';
   /** Unix time, seconds. */
   since: number;
 }

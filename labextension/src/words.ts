@@ -140,7 +140,7 @@ export function rangeName(seconds: number, trans: TranslationBundle): string {
 }
 
 /** Who does not answer, and that what is shown is old. */
-export function staleWords(stale: IStale, trans: TranslationBundle): string {
+export function staleWords(stale: IStale, trans: Words): string {
   const since = clock(stale.since);
   switch (stale.who) {
     case 'agent':
@@ -151,6 +151,11 @@ export function staleWords(stale: IStale, trans: TranslationBundle): string {
     case 'server':
       return trans.__(
         'The Jupyter server does not answer since %1. What is shown is from then.',
+        since
+      );
+    case 'stopped':
+      return trans.__(
+        'This server was stopped. What is shown is from %1.',
         since
       );
     case 'nobody':
