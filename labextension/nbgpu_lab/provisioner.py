@@ -71,7 +71,7 @@ class SliceProvisioner(LocalProvisioner):
                 return  # set since, not by the notebook
             limit = NO_LIMIT if asked is None else kernel_limit(asked, (await client.get("/v1/usage"))["devices"])
             if limit != before:
-                ORIGINS.remember(self.kernel_id, await client.put(f"/v1/kernels/{self.kernel_id}", limit), "notebook")
+                ORIGINS.remember(self.kernel_id, await client.put(f"/v1/kernels/{self.kernel_id}", limit), "notebook", asked)
         except NbgpuError as error:
             self._tell(f"{name} asks in its metadata (nbgpu) for a limit that was not set: {error.message} {self._as_it_is()}")
         except Exception as error:

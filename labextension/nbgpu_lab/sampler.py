@@ -92,10 +92,13 @@ class Sampler:
         self._kept.clear()
         self._due.clear()
 
-    async def set_limit(self, kernel_id: str, limit: Json, source: Source = "panel") -> Json:
-        """Ask the agent to limit a kernel; the next usage shows it, and where it comes from. Raises what the agent says."""
+    async def set_limit(self, kernel_id: str, limit: Json, source: Source = "panel", asked: Json | None = None) -> Json:
+        """Ask the agent to limit a kernel; the next usage shows it, as it was asked for and where it comes from.
+
+        Raises what the agent says.
+        """
         answer = await self.client.put(f"/v1/kernels/{kernel_id}", limit)
-        ORIGINS.remember(kernel_id, answer, source)
+        ORIGINS.remember(kernel_id, answer, source, asked)
         self.forget()
         return answer
 
@@ -224,5 +227,6 @@ def join(kernels: list[Json], sessions: dict[str, Json], limits: dict[str, Json]
             idle: Json = {"kernel_id": kernel_id, "pids": [], "limit": limits.get(kernel_id, NO_LIMIT), "devices": []}
             joined.append({**idle, "refusals": 0, "launches": 0, "idle_seconds": None, **UNKNOWN, **session})
     for kernel in joined:
+        kernel["limit_part_milli"] = ORIGINS.part_milli(kernel["kernel_id"], kernel["limit"])
         kernel["limit_source"] = ORIGINS.source(kernel["kernel_id"], kernel["limit"])
     return sorted(joined, key=lambda kernel: (kernel["kernel_id"] is None, kernel["path"] or "~", kernel["kernel_id"] or ""))

@@ -14,7 +14,8 @@ import {
 } from './format';
 import { warningIcon } from './icons';
 import { KernelMenuButton } from './kernelmenu';
-import { LimitForm, limitTexts, type SetLimit } from './limitform';
+import { LimitForm, type SetLimit } from './limitform';
+import { limitTexts } from './limittexts';
 import { suspendedOf, suspendedWords, withSuspended } from './suspended';
 import { clock, kernelName, kindWords, sourceWords, stateWords } from './words';
 

@@ -7,6 +7,7 @@ import type {
   IAgentState,
   INotice,
   IResizeAnswer,
+  IRoom,
   ISliceApi,
   IUsage,
   IUsageAnswer,
@@ -126,6 +127,10 @@ export class SliceModel implements ISliceModel {
   async resume(pid: number): Promise<void> {
     await this._api.resume(pid);
     void this._askNow();
+  }
+
+  room(): Promise<IRoom> {
+    return this._api.room();
   }
 
   async resize(asked: IWrittenSize): Promise<IResizeAnswer> {

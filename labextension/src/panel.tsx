@@ -84,6 +84,7 @@ export class SlicePanel extends ReactWidget {
               <Resize
                 usage={usage}
                 trans={trans}
+                room={() => this._model.room()}
                 resize={asked => this._model.resize(asked)}
               />
             )}

@@ -43,6 +43,7 @@ function pageApi(): ISliceApi {
     history: seconds => ask(`history?seconds=${seconds}`),
     setLimit: () => Promise.reject(new Error('only the panel sets limits')),
     resume: () => Promise.reject(new Error('only the panel resumes')),
+    room: () => Promise.reject(new Error('only the panel resizes')),
     resize: () => Promise.reject(new Error('only the panel resizes'))
   };
 }

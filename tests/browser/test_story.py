@@ -157,6 +157,8 @@ def test_a_notebook_with_a_quarter(chromium: Browser, hub: Hub) -> None:
     dorothy = log_in(chromium, hub, "dorothy")
     start(dorothy, "half")
     wait_for("dorothy has the other half", lambda: sizes(hub) == {"ada": 39 * GIB, "dorothy": 39 * GIB}, 60)
+    ada.locator("#nbgpu-panel").get_by_role("button", name="Change the size of this slice").click()
+    expect(ada.locator(".nbgpu-Resize-room")).to_have_text("Free on GPU 0 now: 0 % of its time, 0 B of its memory.")
     ask_for_size(ada, "3/4")
     size_refused(ada, "GPU 0 has 0 B of memory free, and 19.5 GiB more are asked for.")
     without_notices(ada)
@@ -169,7 +171,14 @@ def test_a_notebook_with_a_quarter(chromium: Browser, hub: Hub) -> None:
     assert "OUT_OF_MEMORY" in run_cell(ada, "print(driver.cuMemAlloc(6 * 1024**3)[0].name)")
     assert sizes(hub) == {"ada": 39 * GIB // 2, "dorothy": 39 * GIB}
     stop(dorothy, hub)
-    stop(ada, hub)
+
+    # a server that is stopped is said to be stopped on the page that is left open, and nothing false is told
+    told = ada.locator("#nbgpu-panel .nbgpu-Happened li").count()
+    stop(sign_in(chromium, hub, "ada", "/hub/home"), hub)
+    expect(ada.locator(".nbgpu-Panel-away")).to_contain_text("This server was stopped.")
+    assert ada.locator("#nbgpu-panel .nbgpu-Happened li").count() <= told
+    without_notices(ada)
+    shot(ada, "6-stopped")
 
 
 def test_a_refused_value_can_be_mended(chromium: Browser, hub: Hub) -> None:

@@ -38,7 +38,10 @@ window.fetch = async (...asked) => {
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Grants up to half a GPU."""
+    """Grants up to half a GPU, of which a quarter is free."""
+
+    def do_GET(self) -> None:
+        self._say(200, {"devices": [{"uuid": "GPU-1", "index": 0, "free_bytes": 19 * GIB, "free_milli": 250}]})
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -50,6 +53,9 @@ class Hub(BaseHTTPRequestHandler):
         else:
             message = "Your quota is half a GPU: with this slice you would hold a whole one."
             status, answer = 403, {"error": {"code": "quota", "message": message}}
+        self._say(status, answer)
+
+    def _say(self, status: int, answer: object) -> None:
         body = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
@@ -211,6 +217,26 @@ def test_a_notebook_that_cannot_be_written_is_said(lab: Lab, page: Any) -> None:
     row.get_by_text("set here").wait_for()
 
 
+def test_a_part_of_the_time_is_shown_as_it_was_written(lab: Lab, page: Any) -> None:
+    """Ten percent of an eighth are 12.5 thousandths of the GPU: 12 are in force, which the form says."""
+    lab.agent.compute_milli = 125
+    try:
+        open_lab(page, lab, THEMES[0])
+        row = page.locator(f'#nbgpu-panel [data-kernel="{lab.kernels[1]}"]')
+        limit = row.get_by_role("button", name=re.compile("^Limit of"))
+        limit.click()
+        row.get_by_label("Compute limit").fill("10 %")
+        page.keyboard.press("Enter")
+        limit.get_by_text("10 %").wait_for()
+        assert lab.agent.limits[lab.kernels[1]]["compute_milli"] == 12
+        limit.click()
+        assert row.get_by_label("Compute limit").input_value() == "10 %"
+        row.get_by_text("12 of this slice's 125 are in force").wait_for()
+        pictures(page, "limit-rounded")
+    finally:
+        lab.agent.compute_milli = 250
+
+
 def test_another_size_of_the_slice(lab: Lab, page: Any) -> None:
     open_lab(page, lab, THEMES[0])
     panel = page.locator("#nbgpu-panel")
@@ -219,6 +245,7 @@ def test_another_size_of_the_slice(lab: Lab, page: Any) -> None:
     page.keyboard.press("Enter")
     form = panel.get_by_role("form", name="Size of this slice")
     assert form.get_by_label("Share of a GPU").input_value() == "1/4"
+    form.get_by_text("Free on GPU 0 now: 1/4 of its time, 19 GiB of its memory.").wait_for()
     form.get_by_label("Share of a GPU").fill("1")
     page.keyboard.press("Enter")
     form.get_by_role("alert").filter(has_text="Your quota is half a GPU").wait_for()

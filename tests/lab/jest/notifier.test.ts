@@ -177,5 +177,8 @@ test('things that do not follow fast are told apart', () => {
     happen('refused', { kernel_id: `kernel-${number}`, time: number });
     jest.advanceTimersByTime(30_000);
   }
-  expect([emitted, messages()]).toEqual([6, Array(6).fill('x.ipynb: refused.')]);
+  expect([emitted, messages()]).toEqual([
+    6,
+    Array(6).fill('x.ipynb: refused.')
+  ]);
 });
