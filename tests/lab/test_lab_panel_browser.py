@@ -4,6 +4,7 @@ who does not answer; by keyboard, in both themes. The agent and the hub are stan
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -113,7 +114,16 @@ def tab_to(page: Any, selector: str, most: int = 60) -> None:
 
 
 def metadata(lab: Lab, notebook: str) -> Any:
-    return lab.call(f"api/contents/{notebook}")["content"]["metadata"].get("nbgpu")
+    """Return what a notebook says of its limit, once its file, which the server writes in place, can be read."""
+    read: list[Any] = []
+
+    def found() -> bool:
+        with contextlib.suppress(ValueError):
+            read.append(json.loads((lab.notebooks / notebook).read_text())["metadata"].get("nbgpu"))
+        return bool(read)
+
+    wait_for(found)
+    return read[0]
 
 
 def test_kernels_and_history(lab: Lab, page: Any) -> None:
@@ -200,7 +210,8 @@ def test_a_limit_is_kept_in_the_notebook(lab: Lab, page: Any) -> None:
     closed.get_by_role("button", name=re.compile("^Limit of second")).click()
     closed.get_by_role("button", name="Remove").click()
     closed.get_by_text("from the notebook").wait_for(state="detached")
-    assert (metadata(lab, LONG), lab.kernels[1] in lab.agent.limits) == (None, False)
+    wait_for(lambda: metadata(lab, LONG) is None)  # it is saved once the limit is gone
+    assert lab.kernels[1] not in lab.agent.limits
 
 
 def test_a_notebook_that_cannot_be_written_is_said(lab: Lab, page: Any) -> None:
@@ -339,19 +350,22 @@ def test_the_panel_is_open_again_where_it_was_open(lab: Lab, page: Any) -> None:
     fill_slice(lab)
     panel, tab = page.get_by_role("region", name="GPU slice"), page.locator('.jp-SideBar.jp-mod-right [data-id="nbgpu-panel"]')
 
-    def kept() -> Any:
-        return page.expect_response(lambda answer: "/api/workspaces/" in answer.url and answer.request.method == "PUT")
+    def kept(is_open: bool) -> Any:
+        words = f'"nbgpu-lab:panel":{{"open":{str(is_open).lower()}}}'
+        return page.expect_response(
+            lambda answer: "/api/workspaces/" in answer.url and answer.request.method == "PUT" and words in (answer.request.post_data or "")
+        )
 
     def again() -> None:
         page.goto(f"{lab.url}/lab/tree/first.ipynb?token={lab.token}")
         page.locator(".nbgpu-Status").wait_for()
 
-    with kept():
+    with kept(True):
         open_lab(page, lab, "JupyterLab Light")
     again()
     panel.wait_for()
     page.locator(".jp-Notebook .jp-Cell").first.wait_for()
-    with kept():
+    with kept(False):
         tab.click()
     again()
     tab.wait_for()
