@@ -122,7 +122,7 @@ class Client:
                     event = line[6:].strip()
                 elif line.startswith("data:"):
                     data += line[5:].strip()
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
             raise self._away(error) from error
         finally:
             connection.close()

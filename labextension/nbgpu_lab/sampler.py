@@ -12,7 +12,7 @@ from typing import Any
 from nbgpu.errors import NbgpuError, Unavailable
 
 from .client import SliceClient
-from .kernels import UNKNOWN, in_a_sentence
+from .kernels import STARTED, UNKNOWN, in_a_sentence
 from .limits import NO_LIMIT, ORIGINS, Source
 from .notices import Notices
 
@@ -92,10 +92,13 @@ class Sampler:
         self._kept.clear()
         self._due.clear()
 
-    async def set_limit(self, kernel_id: str, limit: Json, source: Source = "panel") -> Json:
-        """Ask the agent to limit a kernel; the next usage shows it, and where it comes from. Raises what the agent says."""
+    async def set_limit(self, kernel_id: str, limit: Json, source: Source = "panel", asked: Json | None = None) -> Json:
+        """Ask the agent to limit a kernel; the next usage shows it, as it was asked for and where it comes from.
+
+        Raises what the agent says.
+        """
         answer = await self.client.put(f"/v1/kernels/{kernel_id}", limit)
-        ORIGINS.remember(kernel_id, answer, source)
+        ORIGINS.remember(kernel_id, answer, source, asked)
         self.forget()
         return answer
 
@@ -176,6 +179,8 @@ class Sampler:
                         after = max(after, mark[0])
                         if mark not in seen:
                             seen.append(mark)
+                            if event["kind"] == "limit-changed" and ORIGINS.has_ended(event.get("kernel_id")):
+                                continue
                             self.notices.add(await self._named(event))
                             fresh = True
                 if not fresh and self._clock() - asked < EVENTS_PAUSE_SECONDS:
@@ -194,6 +199,8 @@ class Sampler:
             return event
         await self._sessions()
         known = self._names.get(kernel_id, {})
+        if known.get("path") is None:
+            known = STARTED.get(kernel_id, known)
         name, message = known.get("name"), event["message"]
         if name:
             message = message.replace(f"Notebook kernel {kernel_id[:8]}…", in_a_sentence(name))
@@ -220,5 +227,6 @@ def join(kernels: list[Json], sessions: dict[str, Json], limits: dict[str, Json]
             idle: Json = {"kernel_id": kernel_id, "pids": [], "limit": limits.get(kernel_id, NO_LIMIT), "devices": []}
             joined.append({**idle, "refusals": 0, "launches": 0, "idle_seconds": None, **UNKNOWN, **session})
     for kernel in joined:
+        kernel["limit_part_milli"] = ORIGINS.part_milli(kernel["kernel_id"], kernel["limit"])
         kernel["limit_source"] = ORIGINS.source(kernel["kernel_id"], kernel["limit"])
     return sorted(joined, key=lambda kernel: (kernel["kernel_id"] is None, kernel["path"] or "~", kernel["kernel_id"] or ""))

@@ -40,6 +40,8 @@ export interface IKernelUsage {
   /** "Python 3 (ipykernel)". */
   kernel_name?: string | null;
   language?: string | null;
+  /** What part of the slice's time it was limited to, in thousandths, as it was written; null: nobody wrote one. */
+  limit_part_milli?: number | null;
   /** Where its limit comes from; null: it has none. */
   limit_source?: 'notebook' | 'panel' | 'command' | null;
 }
@@ -150,6 +152,11 @@ export interface IResizeAnswer {
   note: string | null;
 }
 
+/** What is free beside the slice, on each of its GPUs. */
+export interface IRoom {
+  devices: { index: number; free_bytes: number; free_milli: number }[];
+}
+
 /** What the model asks of the server; a test passes its own. */
 export interface ISliceApi {
   usage(after: number): Promise<IUsageAnswer>;
@@ -157,6 +164,8 @@ export interface ISliceApi {
   setLimit(kernelId: string, limit: IWrittenLimit): Promise<void>;
   /** Let a suspended process go on. */
   resume(pid: number): Promise<void>;
+  /** Ask what is free beside the slice. */
+  room(): Promise<IRoom>;
   /** Ask for another size of the slice. */
   resize(asked: IWrittenSize): Promise<IResizeAnswer>;
 }

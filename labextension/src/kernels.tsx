@@ -14,7 +14,8 @@ import {
 } from './format';
 import { warningIcon } from './icons';
 import { KernelMenuButton } from './kernelmenu';
-import { LimitForm, limitTexts, type SetLimit } from './limitform';
+import { LimitForm, type SetLimit } from './limitform';
+import { limitTexts } from './limittexts';
 import { suspendedOf, suspendedWords, withSuspended } from './suspended';
 import { clock, kernelName, kindWords, sourceWords, stateWords } from './words';
 
@@ -33,44 +34,42 @@ export function Kernels(props: IKernelsProps): JSX.Element {
   const { usage, trans } = props;
   const kernels = withSuspended(usage);
   const [editing, setEditing] = React.useState<string | null>(null);
-  if (kernels.length === 0) {
-    return (
-      <>
+  return (
+    <>
+      {kernels.length === 0 ? (
         <p className="nbgpu-quiet">
           {trans.__('No kernel runs on this server.')}
         </p>
-        <Unseen usage={usage} trans={trans} />
-      </>
-    );
-  }
-  return (
-    <>
-      <table className="nbgpu-Kernels">
-        <caption className="nbgpu-hidden">
-          {trans.__('Kernels of this server and what they hold')}
-        </caption>
-        <thead>
-          <tr>
-            <th scope="col">{trans.__('Memory')}</th>
-            <th scope="col">{trans.__('Compute')}</th>
-            <th scope="col">{trans.__('Limit')}</th>
-          </tr>
-        </thead>
-        {kernels.map(kernel => (
-          <Kernel
-            key={kernel.kernel_id ?? ''}
-            kernel={kernel}
-            devices={usage.devices}
-            suspended={suspendedOf(kernel, usage)}
-            mayResume={usage.may_resume ?? false}
-            trans={trans}
-            editing={kernel.kernel_id !== null && editing === kernel.kernel_id}
-            edit={on => setEditing(on ? kernel.kernel_id : null)}
-            setLimit={props.setLimit}
-            resume={props.resume}
-          />
-        ))}
-      </table>
+      ) : (
+        <table className="nbgpu-Kernels">
+          <caption className="nbgpu-hidden">
+            {trans.__('Kernels of this server and what they hold')}
+          </caption>
+          <thead>
+            <tr>
+              <th scope="col">{trans.__('Memory')}</th>
+              <th scope="col">{trans.__('Compute')}</th>
+              <th scope="col">{trans.__('Limit')}</th>
+            </tr>
+          </thead>
+          {kernels.map(kernel => (
+            <Kernel
+              key={kernel.kernel_id ?? ''}
+              kernel={kernel}
+              devices={usage.devices}
+              suspended={suspendedOf(kernel, usage)}
+              mayResume={usage.may_resume ?? false}
+              trans={trans}
+              editing={
+                kernel.kernel_id !== null && editing === kernel.kernel_id
+              }
+              edit={on => setEditing(on ? kernel.kernel_id : null)}
+              setLimit={props.setLimit}
+              resume={props.resume}
+            />
+          ))}
+        </table>
+      )}
       <Unseen usage={usage} trans={trans} />
     </>
   );

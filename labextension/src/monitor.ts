@@ -16,7 +16,7 @@ import {
 import { suspendedOf, withSuspended } from './suspended';
 import { HISTORY_SECONDS, type ISample, linePoints } from './history';
 import type { ISliceModel } from './tokens';
-import { clock, kernelName, sliceName } from './words';
+import { clock, kernelName, sliceName, staleWords } from './words';
 
 /** What a cell's output has of the monitor: `{"kernel_id": "…"}`, the kernel to mark as this notebook's. */
 export const MONITOR_MIME = 'application/vnd.nbgpu.monitor+json';
@@ -48,7 +48,9 @@ export function drawMonitor(
   const parts: Element[] = [];
   const note = (text: string) =>
     parts.push(element('p', 'nbgpu-monitor-note', text));
-  if (model.trouble) {
+  if (model.stale?.who === 'stopped') {
+    note(staleWords(model.stale, trans));
+  } else if (model.trouble) {
     note(trans.__('No news: %1.', model.trouble));
   } else if (model.absent) {
     note(trans.__('This server has no GPU slice.'));

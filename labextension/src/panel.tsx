@@ -3,6 +3,7 @@ import { ReactWidget, UseSignal } from '@jupyterlab/ui-components';
 import * as React from 'react';
 
 import type { IKernelUsage, IUsage, IWrittenLimit } from './api';
+import { Boundary } from './boundary';
 import { Device } from './device';
 import { Latest, WhatHappened } from './happened';
 import { sliceIcon } from './icons';
@@ -32,12 +33,12 @@ export class SlicePanel extends ReactWidget {
 
   protected render(): JSX.Element {
     return (
-      <>
+      <Boundary trans={this._trans}>
         <UseSignal signal={this._model.changed}>
           {() => this._renderNow()}
         </UseSignal>
         <Latest news={news} trans={this._trans} />
-      </>
+      </Boundary>
     );
   }
 
@@ -83,6 +84,7 @@ export class SlicePanel extends ReactWidget {
               <Resize
                 usage={usage}
                 trans={trans}
+                room={() => this._model.room()}
                 resize={asked => this._model.resize(asked)}
               />
             )}

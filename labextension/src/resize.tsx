@@ -2,14 +2,15 @@ import type { TranslationBundle } from '@jupyterlab/translation';
 import { editIcon } from '@jupyterlab/ui-components';
 import * as React from 'react';
 
-import type { IResizeAnswer, IUsage, IWrittenSize } from './api';
+import type { IResizeAnswer, IRoom, IUsage, IWrittenSize } from './api';
 import { Field } from './field';
 import { formatFraction } from './format';
-import { answerWords } from './words';
+import { answerWords, roomWords } from './words';
 
 interface IResizeProps {
   usage: IUsage;
   trans: TranslationBundle;
+  room: () => Promise<IRoom>;
   resize: (asked: IWrittenSize) => Promise<IResizeAnswer>;
 }
 
@@ -63,8 +64,20 @@ function ResizeForm(
   const [memory, setMemory] = React.useState('');
   const [error, setError] = React.useState('');
   const [waits, setWaits] = React.useState(false);
+  const [room, setRoom] = React.useState<IRoom>({ devices: [] });
   const first = React.useRef<HTMLInputElement>(null);
   React.useEffect(() => first.current?.focus(), []);
+  React.useEffect(() => {
+    let open = true;
+    // again after a refusal, which may be of what others have got since; a hub that does not say has the last word anyway
+    props
+      .room()
+      .then(now => open && setRoom(now))
+      .catch(() => open && setRoom({ devices: [] }));
+    return () => {
+      open = false;
+    };
+  }, [error]);
 
   const ask = async (): Promise<void> => {
     setWaits(true);
@@ -102,6 +115,13 @@ function ResizeForm(
         placeholder={trans.__('of that share')}
         change={setMemory}
       />
+      <div className="nbgpu-Resize-room" aria-live="polite">
+        {roomWords(room, trans).map(words => (
+          <p key={words} className="nbgpu-quiet">
+            {words}
+          </p>
+        ))}
+      </div>
       <p className="nbgpu-quiet">
         {trans.__(
           'Notebooks go on. Those that hold more than a smaller slice has keep it and are given no more.'

@@ -2,6 +2,7 @@ import type { TranslationBundle } from '@jupyterlab/translation';
 import { ReactWidget, UseSignal } from '@jupyterlab/ui-components';
 import * as React from 'react';
 
+import { Boundary } from './boundary';
 import { formatMemoryOf } from './format';
 import { sliceIcon, warningIcon } from './icons';
 import { lentLong, lentShort } from './lent';
@@ -28,9 +29,11 @@ export class StatusItem extends ReactWidget {
 
   protected render(): JSX.Element {
     return (
-      <UseSignal signal={this._model.changed}>
-        {() => this._renderNow()}
-      </UseSignal>
+      <Boundary trans={this._trans} short>
+        <UseSignal signal={this._model.changed}>
+          {() => this._renderNow()}
+        </UseSignal>
+      </Boundary>
     );
   }
 

@@ -7,6 +7,7 @@ import type {
   IKernelUsage,
   INotice,
   IResizeAnswer,
+  IRoom,
   IUsage
 } from './api';
 import type { Words } from './english';
@@ -140,7 +141,7 @@ export function rangeName(seconds: number, trans: TranslationBundle): string {
 }
 
 /** Who does not answer, and that what is shown is old. */
-export function staleWords(stale: IStale, trans: TranslationBundle): string {
+export function staleWords(stale: IStale, trans: Words): string {
   const since = clock(stale.since);
   switch (stale.who) {
     case 'agent':
@@ -151,6 +152,11 @@ export function staleWords(stale: IStale, trans: TranslationBundle): string {
     case 'server':
       return trans.__(
         'The Jupyter server does not answer since %1. What is shown is from then.',
+        since
+      );
+    case 'stopped':
+      return trans.__(
+        'This server was stopped. What is shown is from %1.',
         since
       );
     case 'nobody':
@@ -202,6 +208,18 @@ function cutInTheMiddle(name: string, length: number): string {
 /** "14:02:31" in the reader's own way. */
 export function clock(seconds: number): string {
   return new Date(seconds * 1000).toLocaleTimeString();
+}
+
+/** What is free beside the slice: "Free on GPU 0 now: 1/2 of its time, 39 GiB of its memory." */
+export function roomWords(room: IRoom, trans: TranslationBundle): string[] {
+  return room.devices.map(({ index, free_milli, free_bytes }) =>
+    trans.__(
+      'Free on GPU %1 now: %2 of its time, %3 of its memory.',
+      index,
+      formatFraction(free_milli),
+      formatMemory(free_bytes)
+    )
+  );
 }
 
 /** What became of a wish, in words: "Granted: 1/2 GPU with 39 GiB of memory." */

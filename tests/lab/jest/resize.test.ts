@@ -1,4 +1,4 @@
-import { answerWords } from '../../../labextension/src/words';
+import { answerWords, roomWords } from '../../../labextension/src/words';
 import { GIB, trans } from './usage';
 
 const devices = [{ index: 0, memory_bytes: 39 * GIB, compute_milli: 500 }];
@@ -15,4 +15,19 @@ test.each([
   [{ in_force: true, devices: [], note: null }, 'Granted: as asked.']
 ])('%j reads as %s', (answer, words) => {
   expect(answerWords(answer, trans)).toBe(words);
+});
+
+test('what is free is said of each GPU', () => {
+  const free = { free_milli: 250, free_bytes: 19.5 * GIB };
+  const none = { free_milli: 0, free_bytes: 0 };
+  const room = {
+    devices: [
+      { index: 0, ...free },
+      { index: 3, ...none }
+    ]
+  };
+  expect(roomWords(room, trans)).toEqual([
+    'Free on GPU 0 now: 1/4 of its time, 19.5 GiB of its memory.',
+    'Free on GPU 3 now: 0 % of its time, 0 B of its memory.'
+  ]);
 });
