@@ -40,6 +40,7 @@ function pageApi(): ISliceApi {
     usage: after => ask(`usage?after=${after}`),
     history: seconds => ask(`history?seconds=${seconds}`),
     setLimit: () => Promise.reject(new Error('only the panel sets limits')),
+    move: () => Promise.reject(new Error('only the panel moves kernels')),
     resume: () => Promise.reject(new Error('only the panel resumes')),
     resize: () => Promise.reject(new Error('only the panel resizes'))
   };
