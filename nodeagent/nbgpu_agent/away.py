@@ -173,6 +173,15 @@ class Away:
             return BUSY
         return None
 
+    def _too_much(self, live: LiveSlice, needed_bytes: int) -> str | None:
+        """Return why so much of a slice may not be moved to the host's memory: nobody has more there than on the GPU."""
+        most = sum(part.memory_bytes for part in live.slice.devices)
+        there = sum(entry.memory_bytes for entry in live.record.kernels_away.values())
+        if there + needed_bytes > most:
+            held = f"it holds {format_memory(needed_bytes)}, and {format_memory(there)} of this server are in host memory already"
+            return f"{held}: it may have as much there as its slice has, {format_memory(most)}"
+        return self._checkpoints.host_refusal(needed_bytes)
+
     async def suspend(self, live: LiveSlice, kernel_id: str) -> None:
         """Begin to move a kernel's GPU memory to the host; `model` tells how far it is. One that is there, or on the way, stays so.
 
@@ -195,7 +204,7 @@ class Away:
         if self._agent.slices.get(live.id) is not live:
             why = "its server has ended"
         elif why is None and not self._is_there(live, kernel_id):
-            why = self._why_not(live, live.tenant.read(), kernel_id) or self._checkpoints.host_refusal(sum(held))
+            why = self._why_not(live, live.tenant.read(), kernel_id) or self._too_much(live, sum(held))
         if why is None and any(key[0] == live.id for key in self._tasks):
             why = "another notebook of this server is on its way to or from the host: try again in a moment"
         if why is None and time.monotonic() < self._not_before.get(live.id, 0.0):

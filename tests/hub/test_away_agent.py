@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ import pytest
 from agent_harness import AgentProcess, missing_libraries, own_agent, until, usage
 from idle_kit import Notebook, idle_agent, open_notebook, refusal, smi_used_mib
 from idle_program import lunch_mib
+from test_idle_tricks import RESTORE, unlimited
 
 from nbgpu.errors import NbgpuError
 from nbgpu.models import KernelAway, Launch
@@ -60,12 +63,12 @@ class Pair:
     def ask(self, what: str, kernel_id: str = "kernel-a") -> Any:
         return self.ada.client.call("POST", f"/v1/kernels/{kernel_id}/{what}")
 
-    def try_(self, what: str) -> Any:
+    def try_(self, what: str, kernel_id: str = "kernel-a") -> Any:
         """Ask; refused for the moment: return what is said."""
         try:
-            return self.ask(what)
+            return self.ask(what, kernel_id)
         except NbgpuError as error:
-            if any(words in error.message for words in ("computes", "try again")):
+            if any(words in error.message for words in ("computes", "try again", "as much there")):
                 return error.message
             raise
 
@@ -229,6 +232,28 @@ def test_the_hosts_memory_is_bounded_over_slices_and_kernels(runtime: Path) -> N
     other.tell()
     assert "of host memory is left" in str(refusal(agent, wanted.slice_id)), "and a whole slice neither"
     other.close()
+    pair.close()
+    agent.close()
+
+
+def test_a_server_has_no_more_in_host_memory_than_its_slice_has(agent: AgentProcess) -> None:
+    pair = Pair(agent)
+    pair.suspend()
+    assert pair.other.do("more", pair.mib) == "0"
+    until(lambda: "as much there as its slice has" in str(pair.try_("suspend", "kernel-b")), 10, "it is refused")
+    pair.close()
+
+
+def test_who_restores_itself_is_found_beyond_its_slice(runtime: Path) -> None:
+    agent = idle_agent(AgentProcess(runtime), "--watchdog", "kill")
+    pair = Pair(agent)
+    time.sleep(2.5)
+    pair.suspend()
+    assert pair.other.do("more", pair.mib) == "0"
+    time.sleep(2.5)
+    subprocess.run([sys.executable, "-S", "-c", RESTORE, str(pair.ada.pid)], env=unlimited(pair.launch), check=True, timeout=20)
+    assert pair.ada.process.wait(8) == -9
+    assert pair.other.do("launch") == "launched", "not the one who has the room by right"
     pair.close()
     agent.close()
 
