@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import random
 import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +316,56 @@ def test_the_watchdog_blames_nobody_who_is_away_or_comes_back(runtime: Path) -> 
     time.sleep(3)
     assert pair.ada.do("sum") == pair.ada.sum
     assert {event["kind"] for event in agent.events()} <= {"suspended-by-user", "restored-memory", "refused"}
+    pair.close()
+    agent.close()
+
+
+def there_and_back(pair: Pair, between: Callable[[], None] = lambda: None) -> None:
+    """Once there and back, while the other notebook takes the room whenever it is given it."""
+    pair.suspend()
+    assert pair.other.do("more", pair.mib) == "0"
+    pair.ada.begin("sum")  # copies wait in the driver: nothing says that it is used
+    pair.other.do("less")
+    between()
+
+    def back() -> bool:
+        return pair.phase() == "here" or (pair.phase() == "parked" and pair.try_("resume") is None)
+
+    until(back, 30, "it is back", every=0.05)
+    assert pair.ada.end() == pair.ada.sum
+    assert pair.other.do("more", pair.mib) == "2", "never both"
+    until(lambda: usage(pair.launch).devices[0].memory_used_bytes > pair.mib * MIB, 5, "it counts")
+
+
+def test_there_and_back_again(agent: AgentProcess) -> None:
+    pair = Pair(agent, 1024)
+    for _ in range(5):
+        there_and_back(pair)
+    assert not [event for event in agent.events() if event["kind"] in ("lost", "over-limit")]
+    pair.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_there_and_back_again_while_the_agent_is_killed(runtime: Path) -> None:
+    seed = int(os.environ.get("NBGPU_TEST_SEED", "7"))
+    chance, found = random.Random(seed), Counter[str]()
+    agent = AgentProcess(runtime)
+    agent.env["NBGPU_SIM_TIME_SCALE"] = "10"  # 1 GiB takes 0.4 s
+    pair = Pair(idle_agent(agent), 1024)
+
+    def kill() -> None:
+        pair.try_("resume")
+        time.sleep(chance.random() * 0.8)
+        agent.kill()
+        record = json.loads((Path(pair.launch.slice_dir) / "slice.json").read_text())
+        found[record["kernels_away"].get("kernel-a", {"phase": "here"})["phase"]] += 1
+        idle_agent(agent)
+
+    for _ in range(int(os.environ.get("NBGPU_TEST_CYCLES", "12"))):
+        there_and_back(pair, kill)
+    print(f"seed {seed}: killed while it was {dict(found)}")
+    assert found["restoring"]
     pair.close()
     agent.close()
 
