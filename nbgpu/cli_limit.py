@@ -14,7 +14,7 @@ from .client import AgentClient, SliceClient
 from .errors import NbgpuError
 from .kernel_limits import kernel_limit, part_milli
 from .kernel_names import KernelName, read_names
-from .models import KernelLimit, KernelUsage, Usage
+from .models import KernelAway, KernelLimit, KernelUsage, Usage
 from .quantities import WHOLE_MILLI, format_memory, format_memory_of
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def kernels_table(usage: Usage, names: dict[str, KernelName]) -> RenderableType:
         for number, use in enumerate(kernel.devices):
             device, slice_limit = index.get(use.uuid, (-1, 0))
             limit = slice_limit if kernel.limit.memory_bytes is None else min(kernel.limit.memory_bytes, slice_limit)
-            held = memory_of(use.memory_used_bytes, limit)
+            held = memory_of(use.memory_used_bytes, limit) if kernel.away is None else away_words(kernel.away)
             cells = [format_memory(use.memory_peak_bytes), percent(use.compute_used_milli)]
             first = number == 0
             table.add_row(
@@ -236,6 +236,12 @@ def kernels_table(usage: Usage, names: dict[str, KernelName]) -> RenderableType:
 def memory_of(used_bytes: int, limit_bytes: int) -> str:
     """Return memory used of a limit for people, with the word when it is more."""
     return format_memory_of(used_bytes, limit_bytes) + (", over" if used_bytes > limit_bytes else "")
+
+
+def away_words(away: KernelAway) -> str:
+    """Return where a kernel's memory is that its user has moved, for people."""
+    where = {"parking": "on its way to host memory", "parked": "in host memory", "restoring": "on its way back"}
+    return f"{format_memory(away.memory_bytes)} {where[away.phase]}"
 
 
 def memory_words(limit: KernelLimit) -> str:

@@ -244,6 +244,18 @@ class KernelDeviceUsage(Model):
     compute_used_milli: Annotated[int, Field(ge=0)]
 
 
+class KernelAway(Model):
+    """A kernel whose GPU memory its user has moved to the host (docs/idle.md)."""
+
+    phase: Literal["parking", "parked", "restoring"]
+    """On its way there, there, on its way back."""
+    memory_bytes: Bytes
+    since: float
+    """Unix time, seconds."""
+    wanted_seconds: float | None = None
+    """How long it has waited for room to come back; None: nobody has used it since."""
+
+
 class KernelUsage(Model):
     """Use by one kernel with all its processes; `kernel_id` None stands for everything else in the slice."""
 
@@ -255,6 +267,8 @@ class KernelUsage(Model):
     launches: int
     idle_seconds: float | None
     """Since its last launch; None when it never launched."""
+    away: KernelAway | None = None
+    """None: its memory is on the GPU."""
 
 
 class Suspension(Model):
@@ -309,6 +323,8 @@ class Usage(Model):
     """The slice's owner may let them go on."""
     lent: Lent | None = None
     """None: it holds its GPU."""
+    may_suspend: bool = False
+    """Its kernels' GPU memory may be moved to the host (``POST /v1/kernels/{kernel_id}/suspend``)."""
 
 
 class Event(Model):
@@ -339,6 +355,10 @@ class Event(Model):
         "parked",
         "wanting",
         "restored",
+        "suspended-by-user",
+        "not-suspended",
+        "wanting-memory",
+        "restored-memory",
         "lost",
         "ended",
     ]

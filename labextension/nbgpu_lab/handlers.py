@@ -135,6 +135,18 @@ class KernelHandler(SliceHandler):
         return await sampler.set_limit(kernel_id, kernel_limit(asked, usage["devices"]), "notebook" if kept else "panel", asked)
 
 
+class MoveHandler(SliceHandler):
+    """``POST nbgpu/api/kernels/{kernel_id}/suspend`` or ``.../resume``: a kernel's GPU memory to the host's, and back."""
+
+    _track_activity = True
+
+    @web.authenticated
+    @authorized
+    @_answers
+    async def post(self, kernel_id: str, where: str) -> Any:
+        return await self.slice().move(kernel_id, where)
+
+
 class ResumeHandler(SliceHandler):
     """``POST nbgpu/api/resume``: ``{"pid": int}``, a suspended process that shall go on."""
 
@@ -183,5 +195,6 @@ def routes(base_url: str, sampler: Sampler | None, notices: Notices) -> list[tup
         ("resume", ResumeHandler),
         ("resize", ResizeHandler),
         (r"kernels/([A-Za-z0-9_.-]{1,39})", KernelHandler),
+        (r"kernels/([A-Za-z0-9_.-]{1,39})/(suspend|resume)", MoveHandler),
     ]
     return [(url_path_join(base_url, "nbgpu/api", path), handler, made_with) for path, handler in paths]

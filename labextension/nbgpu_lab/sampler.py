@@ -102,6 +102,12 @@ class Sampler:
         self.forget()
         return answer
 
+    async def move(self, kernel_id: str, where: str) -> Json | None:
+        """Ask the agent to ``suspend`` or ``resume`` a kernel; the next usage shows it. Raises what the agent says."""
+        answer = await self.client.post(f"/v1/kernels/{kernel_id}/{where}", {})
+        self.forget()
+        return answer
+
     async def resume(self, pid: int) -> Json:
         """Ask the agent to let a suspended process go on; the next usage shows it. Raises what the agent says."""
         answer = await self.client.post("/v1/resume", {"pid": pid})

@@ -10,14 +10,17 @@ import { MenuSvg } from '@jupyterlab/ui-components';
 import * as React from 'react';
 
 import type { IKernelUsage } from './api';
+import { whereTo } from './away';
 import { formatMemory, kernelTotals } from './format';
 import { CALLS, EXPRESSION, freedWords, whyNotFree } from './free';
 import { kernelMenu } from './kernelmenu';
 import { news } from './news';
+import { sliceApi } from './request';
 import { DOMAIN, ISliceModel } from './tokens';
 import { kernelName } from './words';
 
 const FREE = 'nbgpu:free-caches';
+const MOVE = 'nbgpu:move-kernel';
 const RESTART = 'nbgpu:restart-kernel';
 const ANSWER_MS = 20_000;
 /** Of what a kernel says of an error, so many characters are shown. */
@@ -120,6 +123,27 @@ class Actions {
     } catch (error) {
       const words = (error as Error).message;
       this._say(kernel, 'warning', trans.__('Not restarted: %1', words));
+    }
+  }
+
+  /** Whether its GPU memory may be moved to the host's, or back; null: neither. */
+  whereTo(kernelId: unknown): 'suspend' | 'resume' | null {
+    const mayMove = this._model.usage?.may_suspend ?? false;
+    return whereTo(this.find(kernelId), mayMove);
+  }
+
+  async move(kernelId: unknown): Promise<void> {
+    const kernel = this.find(kernelId);
+    const where = this.whereTo(kernelId);
+    if (!kernel || !where) {
+      return;
+    }
+    try {
+      const api = sliceApi(this._services.serverSettings);
+      await api.move(String(kernelId), where);
+      void this._model.refresh();
+    } catch (error) {
+      this._say(kernel, 'warning', (error as Error).message);
     }
   }
 
@@ -226,6 +250,17 @@ export const actionsPlugin: JupyterFrontEndPlugin<void> = {
       isEnabled: ({ kernelId }) => actions.whyNot(kernelId) === null,
       execute: ({ kernelId }) => actions.free(kernelId)
     });
+    app.commands.addCommand(MOVE, {
+      label: ({ kernelId }) =>
+        actions.whereTo(kernelId) === 'resume'
+          ? trans.__('Bring Back to the GPU')
+          : trans.__('Move to Host Memory'),
+      caption: trans.__(
+        "Its GPU memory is copied to the machine's own and is free for this server's other notebooks. It comes back unchanged."
+      ),
+      isVisible: ({ kernelId }) => actions.whereTo(kernelId) !== null,
+      execute: ({ kernelId }) => actions.move(kernelId)
+    });
     app.commands.addCommand(RESTART, {
       label: trans.__('Restart Kernel…'),
       isEnabled: ({ kernelId }) => actions.find(kernelId) !== undefined,
@@ -234,6 +269,7 @@ export const actionsPlugin: JupyterFrontEndPlugin<void> = {
     kernelMenu.open = (kernelId, anchor) => {
       const menu = new MenuSvg({ commands: app.commands });
       menu.addItem({ command: FREE, args: { kernelId } });
+      menu.addItem({ command: MOVE, args: { kernelId } });
       menu.addItem({ command: RESTART, args: { kernelId } });
       const { left, bottom } = anchor.getBoundingClientRect();
       menu.aboutToClose.connect(() => {

@@ -23,6 +23,17 @@ export interface IKernelDeviceUsage {
   compute_used_milli: number;
 }
 
+/** A kernel whose GPU memory its user has moved to the host's. */
+export interface IKernelAway {
+  /** On its way there, there, on its way back. */
+  phase: 'parking' | 'parked' | 'restoring';
+  memory_bytes: number;
+  /** Unix time, seconds. */
+  since: number;
+  /** How long it has waited for room to come back; null: nobody has used it since. */
+  wanted_seconds: number | null;
+}
+
 export interface IKernelUsage {
   /** Null stands for everything else in the slice: terminals, other programs. */
   kernel_id: string | null;
@@ -31,6 +42,8 @@ export interface IKernelUsage {
   refusals: number;
   launches: number;
   idle_seconds: number | null;
+  /** Null: its memory is on the GPU. */
+  away?: IKernelAway | null;
   name: string | null;
   path: string | null;
   type: string | null;
@@ -98,6 +111,8 @@ export interface IUsage {
   /** There is a hub that may be asked for another size. */
   may_resize?: boolean;
   lent?: ILent | null;
+  /** Kernels' GPU memory may be moved to the host's. */
+  may_suspend?: boolean;
 }
 
 /** The node agent: whether it answers, and since when that is so (Unix time, seconds). */
@@ -162,6 +177,8 @@ export interface ISliceApi {
   usage(after: number): Promise<IUsageAnswer>;
   history(seconds: number): Promise<IHistoryAnswer>;
   setLimit(kernelId: string, limit: IWrittenLimit): Promise<void>;
+  /** Move a kernel's GPU memory to the host's, or back. */
+  move(kernelId: string, where: 'suspend' | 'resume'): Promise<unknown>;
   /** Let a suspended process go on. */
   resume(pid: number): Promise<void>;
   /** Ask what is free beside the slice. */

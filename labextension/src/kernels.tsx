@@ -3,6 +3,7 @@ import { editIcon } from '@jupyterlab/ui-components';
 import * as React from 'react';
 
 import type { IDeviceUsage, IKernelUsage, ISuspension, IUsage } from './api';
+import { awayWords } from './away';
 import {
   formatDuration,
   formatMemory,
@@ -227,7 +228,11 @@ function About(props: {
   const words =
     kernel.kernel_id === null
       ? [trans.__('Terminals and programs')]
-      : [kindWords(kernel), stateWords(kernel, trans)].filter(Boolean);
+      : [
+          kindWords(kernel),
+          stateWords(kernel, trans),
+          awayWords(kernel, trans)
+        ].filter(Boolean);
   return words.length === 0 ? null : (
     <div
       className="nbgpu-Kernels-about nbgpu-quiet"

@@ -36,6 +36,10 @@ export function sliceApi(settings: ServerConnection.ISettings): ISliceApi {
         method: 'PUT',
         body: JSON.stringify(limit)
       }),
+    move: (kernelId, where) =>
+      request(`kernels/${encodeURIComponent(kernelId)}/${where}`, {
+        method: 'POST'
+      }),
     resume: pid =>
       request('resume', { method: 'POST', body: JSON.stringify({ pid }) }),
     room: () => request('resize'),

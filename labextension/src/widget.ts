@@ -42,6 +42,7 @@ function pageApi(): ISliceApi {
     usage: after => ask(`usage?after=${after}`),
     history: seconds => ask(`history?seconds=${seconds}`),
     setLimit: () => Promise.reject(new Error('only the panel sets limits')),
+    move: () => Promise.reject(new Error('only the panel moves kernels')),
     resume: () => Promise.reject(new Error('only the panel resumes')),
     room: () => Promise.reject(new Error('only the panel resizes')),
     resize: () => Promise.reject(new Error('only the panel resizes'))

@@ -9,7 +9,7 @@
 
 #include "../limiter/nbgpu_layout.h"
 
-#define NBGPU_AGENT_ABI 5u
+#define NBGPU_AGENT_ABI 6u
 #define NBGPU_EXPORT __attribute__((visibility("default")))
 
 NBGPU_EXPORT uint32_t nbgpu_agent_abi(void);
@@ -112,7 +112,7 @@ typedef struct {
     uint32_t refused_by;
     uint32_t want;
     uint32_t near;
-    uint32_t reserved;
+    uint32_t wants_back;
     uint64_t busy_since;
     uint64_t busy_ns;
     uint64_t launches;

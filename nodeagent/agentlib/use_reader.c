@@ -106,7 +106,7 @@ static void copy_memory(const NbgpuUseSlot *slot, NbgpuUseRow *row) {
 
 static void copy_compute(const NbgpuUseSlot *slot, NbgpuUseRow *row) {
     uint64_t launches = slot->launches;
-    bool good = slot->want <= WORDS_MAX && slot->near <= 1 && launches <= COUNT_MAX;
+    bool good = slot->want <= WORDS_MAX && slot->wants_back <= WORDS_MAX && slot->near <= 1 && launches <= COUNT_MAX;
     for (size_t i = 0; good && i < sizeof slot->launches_by_thread / sizeof(uint64_t); i++) {
         good = slot->launches_by_thread[i] <= COUNT_MAX;
         launches += slot->launches_by_thread[i]; /* 2^63 at most, checked before the next is added */
@@ -121,6 +121,7 @@ static void copy_compute(const NbgpuUseSlot *slot, NbgpuUseRow *row) {
     }
     row->want = slot->want;
     row->near = slot->near;
+    row->wants_back = slot->wants_back;
     row->busy_since = slot->busy_since;
     row->busy_ns = slot->busy_ns;
     row->launches = launches;

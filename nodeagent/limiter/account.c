@@ -13,9 +13,12 @@
 
 static uint64_t bounded(uint64_t bytes) { return bytes < NEVER_FITS ? bytes : NEVER_FITS; }
 
+bool nbgpu_on_host(uint32_t i, uint64_t owner) { return owner && __atomic_load_n(&nbgpu_ctl->away[i], __ATOMIC_SEQ_CST) == owner; }
+
 static uint64_t slot_total(uint32_t i, int device) {
     const NbgpuUseSlot *slot = &nbgpu_use->slot[i];
-    if (LOAD(slot->device) != (uint32_t)device || __atomic_load_n(&slot->owner, __ATOMIC_SEQ_CST) == 0)
+    const uint64_t owner = __atomic_load_n(&slot->owner, __ATOMIC_SEQ_CST);
+    if (LOAD(slot->device) != (uint32_t)device || owner == 0 || nbgpu_on_host(i, owner))
         return 0;
     uint64_t overhead = LOAD(nbgpu_ctl->overhead[i]);
     if (overhead > nbgpu_ctl->device[device].overhead_cap)

@@ -395,7 +395,7 @@ static void wake_helper(void) {
 
 /* ---- what the launches do ---- */
 
-void nbgpu_busy_begin(Launch *launch) {
+bool nbgpu_busy_begin(Launch *launch) {
     Busy *b = &nbgpu_busy[launch->device];
     NbgpuUseSlot *slot = nbgpu_device[launch->device].slot;
     pthread_mutex_lock(&b->lock);
@@ -409,6 +409,14 @@ void nbgpu_busy_begin(Launch *launch) {
         b->busy = true;
         __atomic_store_n(&slot->busy_since, now, __ATOMIC_SEQ_CST);
         MARK("busy-half");
+        /* Said first, looked second. The agent puts `away` first and looks second: it doesn't move what it sees busy. */
+        if (unlikely(nbgpu_away(launch->device))) {
+            b->busy = false;
+            __atomic_store_n(&slot->busy_since, 0, __ATOMIC_SEQ_CST);
+            nbgpu_publish(launch->device);
+            pthread_mutex_unlock(&b->lock);
+            return false;
+        }
     }
     b->drained_ns = 0;
     if (LOAD(slot->near))
@@ -431,6 +439,7 @@ void nbgpu_busy_begin(Launch *launch) {
     }
     b->launches++;
     pthread_mutex_unlock(&b->lock);
+    return true;
 }
 
 void nbgpu_busy_submitted(const Launch *launch, bool done) {

@@ -197,11 +197,16 @@ static int device_of_context(CUcontext context) {
     return device;
 }
 
+/* Before the driver is asked anything: it would not answer while the memory is away. A slice is parked on all its devices. */
+static void be_here(void) {
+    if (unlikely(LOAD(nbgpu_ctl->device[0].mem_limit) == 0) || unlikely(LOAD(nbgpu_ctl->kernels_away) != 0))
+        nbgpu_wait_in_parked();
+}
+
 int nbgpu_current(uint32_t *id) {
     CUcontext context = NULL;
     CUdevice device;
-    if (unlikely(LOAD(nbgpu_ctl->device[0].mem_limit) == 0)) /* a slice is parked on all its devices */
-        nbgpu_wait_in_parked();
+    be_here();
     if (unlikely(!HAVE(cuCtxGetCurrent)) || REAL(cuCtxGetCurrent)(&context) != CUDA_SUCCESS || !context)
         return -1;
     if (unlikely(context != last.context || last.epoch != epoch)) {
@@ -220,6 +225,7 @@ int nbgpu_current(uint32_t *id) {
 
 int nbgpu_stream_device(CUstream stream) {
     CUcontext context = NULL;
+    be_here();
     if ((uintptr_t)stream > 2 && HAVE(cuStreamGetCtx) && nbgpu_devices > 1 && REAL(cuStreamGetCtx)(stream, &context) == CUDA_SUCCESS) {
         const int device = device_of_context(context);
         if (device >= 0)

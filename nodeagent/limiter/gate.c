@@ -279,7 +279,8 @@ static void local_bucket(const Launch *launch) {
         nanosleep(&pause, NULL);
 }
 
-static void wait_turn(Launch *launch, NbgpuUseSlot *slot) {
+/* False: its memory has been moved to the host meanwhile. */
+static bool wait_turn(Launch *launch, NbgpuUseSlot *slot) {
     const int d = launch->device;
     const uint64_t start = nbgpu_now();
     const struct timespec limit = {0, GATE_WAIT_NS}, over = {0, TURN_OVER_NS};
@@ -311,19 +312,41 @@ static void wait_turn(Launch *launch, NbgpuUseSlot *slot) {
             }
         }
     } while (!dead && nbgpu_busy_wait_window(d) && in_the_way(d, &value));
-    nbgpu_busy_begin(launch); /* busy before it stops wanting: the slice is never seen idle in between */
+    const bool begun = nbgpu_busy_begin(launch); /* busy before it stops wanting: the slice is never seen idle in between */
     MARK("granted");
     __atomic_fetch_sub(&slot->want, 1, __ATOMIC_SEQ_CST);
     nbgpu_publish(d);
     __atomic_fetch_add(&slot->stall_ns, nbgpu_now() - start, __ATOMIC_RELAXED);
+    return begun;
 }
 
 static bool parked(int device) { return __atomic_load_n(&nbgpu_ctl->device[device].mem_limit, __ATOMIC_ACQUIRE) == 0; }
+
+bool nbgpu_away(int device) {
+    const NbgpuUseSlot *slot = nbgpu_device[device].slot;
+    if (likely(LOAD(nbgpu_ctl->kernels_away) == 0) || !slot)
+        return false;
+    const uint64_t owner = LOAD(slot->owner), word = __atomic_load_n(&nbgpu_ctl->away[slot - nbgpu_use->slot], __ATOMIC_SEQ_CST);
+    return word == owner || word == ~owner;
+}
+
+/* The kernel's memory was moved to the host (docs/idle.md). Not `want`: the slice's others need no turn for it. */
+static void wait_for_memory(int device, NbgpuUseSlot *slot) {
+    const struct timespec pause = {0, GATE_WAIT_NS};
+    nbgpu_hold_slots();
+    __atomic_fetch_add(&slot->wants_back, 1, __ATOMIC_SEQ_CST);
+    MARK("wants-back");
+    while (nbgpu_away(device))
+        nanosleep(&pause, NULL);
+    __atomic_fetch_sub(&slot->wants_back, 1, __ATOMIC_SEQ_CST);
+}
 
 /* A parked slice has a limit of 0 (docs/idle.md): who wants memory in it says so, and waits until the agent has brought it back. */
 void nbgpu_wait_until_back(int device) {
     NbgpuUseSlot *slot = nbgpu_device[device].slot;
     const struct timespec pause = {0, GATE_WAIT_NS};
+    if (unlikely(nbgpu_away(device)))
+        wait_for_memory(device, slot);
     if (likely(!parked(device)) || !slot)
         return;
     nbgpu_hold_slots();
@@ -351,6 +374,19 @@ bool nbgpu_capturing(CUstream stream, bool ptsz) {
     return HAVE(cuStreamIsCapturing) && REAL(cuStreamIsCapturing)(stream, &status) == CUDA_SUCCESS && status;
 }
 
+/* The slot is busy for this launch from here on. False: its memory was moved to the host while it came here. */
+static bool admit(Launch *launch, NbgpuUseSlot *slot) {
+    uint32_t value;
+    nbgpu_busy_wait_window(launch->device);
+    const uint64_t now = nbgpu_now();
+    touch(slot, now);
+    if (in_the_way(launch->device, &value))
+        return wait_turn(launch, slot);
+    if (nbgpu_scheduler_dead(now))
+        local_bucket(launch);
+    return nbgpu_busy_begin(launch);
+}
+
 static CUresult begin(Launch *launch, CUstream stream, bool ptsz, CUgraphExec exec) {
     *launch = (Launch){.stream = stream, .ptsz = ptsz, .exec = exec, .device = -1};
     if (nbgpu_capturing(stream, ptsz))
@@ -367,17 +403,8 @@ static CUresult begin(Launch *launch, CUstream stream, bool ptsz, CUgraphExec ex
         return CUDA_SUCCESS;
     launch->gated = true;
     launch->estimate_ns = nbgpu_busy_estimate(d, exec);
-    uint32_t value;
-    nbgpu_busy_wait_window(d);
-    const uint64_t now = nbgpu_now();
-    touch(slot, now);
-    if (in_the_way(d, &value)) {
-        wait_turn(launch, slot);
-    } else {
-        if (nbgpu_scheduler_dead(now))
-            local_bucket(launch);
-        nbgpu_busy_begin(launch);
-    }
+    while (unlikely(!admit(launch, slot)))
+        nbgpu_wait_until_back(d);
     MARK("launch-admitted");
     return CUDA_SUCCESS;
 }

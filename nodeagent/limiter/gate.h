@@ -40,7 +40,7 @@ Pass *nbgpu_own_pass(void); /* the calling thread's, NULL: it has none */
 void nbgpu_pass_thread_ends(Pass *pass);
 
 /* busy.c; all take the device's own lock */
-void nbgpu_busy_begin(Launch *launch);                      /* before the real call: the slot is busy from here */
+bool nbgpu_busy_begin(Launch *launch);                      /* before the real call: the slot is busy from here. False: nbgpu_away */
 void nbgpu_busy_submitted(const Launch *launch, bool done); /* after it; done: the driver took it */
 bool nbgpu_busy_wait_window(int device);                    /* true: waited */
 void nbgpu_busy_synced(int device, bool all, CUstream stream, bool ptsz, uint64_t launches_before);

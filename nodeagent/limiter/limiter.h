@@ -88,7 +88,9 @@ enum charge_kind { CHARGE_USED, CHARGE_CONTEXT };
 bool nbgpu_charge(int device, enum charge_kind kind, uint64_t bytes); /* false: refused, and said so in the slot */
 bool nbgpu_charge_quietly(int device, enum charge_kind kind, uint64_t bytes);
 bool nbgpu_charge_word(int device, uint64_t *word, uint64_t bytes); /* the same for any word that the sum contains */
-void nbgpu_wait_until_back(int device);                             /* while the slice is parked; else returns at once */
+bool nbgpu_on_host(uint32_t slot, uint64_t owner);                  /* the memory of a slot's process: it counts nothing */
+bool nbgpu_away(int device);                                        /* this process's memory is on the host, or on its way there or back */
+void nbgpu_wait_until_back(int device);                             /* while that is so, or the slice is parked; else returns at once */
 void nbgpu_wait_in_parked(void);
 void nbgpu_charge_forced(int device, uint64_t bytes); /* what is there already and can't be undone */
 void nbgpu_uncharge(int device, enum charge_kind kind, uint64_t bytes);

@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define NBGPU_VERSION 2u
+#define NBGPU_VERSION 3u
 #define NBGPU_CTL_MAGIC 0x314c54435047424eull
 #define NBGPU_USE_MAGIC 0x314553555047424eull
 #define NBGPU_DEVICES 16u
@@ -81,12 +81,14 @@ typedef struct {
     uint64_t heartbeat_ns;
     uint32_t reserved1;
     uint32_t kernels_limited;
-    uint8_t reserved0[24];
+    uint32_t kernels_away;
+    uint8_t reserved0[20];
     NbgpuCtlDevice device[16];
     NbgpuCtlKernel kernel[64];
     uint64_t overhead[256];
+    uint64_t away[256];
 } NbgpuCtl;
-_Static_assert(sizeof(NbgpuCtl) == 13376, "size of NbgpuCtl");
+_Static_assert(sizeof(NbgpuCtl) == 15424, "size of NbgpuCtl");
 _Static_assert(offsetof(NbgpuCtl, magic) == 0, "NbgpuCtl.magic");
 _Static_assert(offsetof(NbgpuCtl, version) == 8, "NbgpuCtl.version");
 _Static_assert(offsetof(NbgpuCtl, size) == 12, "NbgpuCtl.size");
@@ -94,10 +96,12 @@ _Static_assert(offsetof(NbgpuCtl, generation) == 16, "NbgpuCtl.generation");
 _Static_assert(offsetof(NbgpuCtl, heartbeat_ns) == 24, "NbgpuCtl.heartbeat_ns");
 _Static_assert(offsetof(NbgpuCtl, reserved1) == 32, "NbgpuCtl.reserved1");
 _Static_assert(offsetof(NbgpuCtl, kernels_limited) == 36, "NbgpuCtl.kernels_limited");
-_Static_assert(offsetof(NbgpuCtl, reserved0) == 40, "NbgpuCtl.reserved0");
+_Static_assert(offsetof(NbgpuCtl, kernels_away) == 40, "NbgpuCtl.kernels_away");
+_Static_assert(offsetof(NbgpuCtl, reserved0) == 44, "NbgpuCtl.reserved0");
 _Static_assert(offsetof(NbgpuCtl, device) == 64, "NbgpuCtl.device");
 _Static_assert(offsetof(NbgpuCtl, kernel) == 3136, "NbgpuCtl.kernel");
 _Static_assert(offsetof(NbgpuCtl, overhead) == 11328, "NbgpuCtl.overhead");
+_Static_assert(offsetof(NbgpuCtl, away) == 13376, "NbgpuCtl.away");
 
 typedef struct {
     uint64_t owner;
@@ -122,7 +126,8 @@ typedef struct {
     uint64_t last_launch_ns;
     uint64_t stall_ns;
     uint64_t copied_bytes;
-    uint64_t reserved1;
+    uint32_t wants_back;
+    uint32_t reserved1;
     uint64_t launches_by_thread[8];
 } NbgpuUseSlot;
 _Static_assert(sizeof(NbgpuUseSlot) == 256, "size of NbgpuUseSlot");
@@ -148,7 +153,8 @@ _Static_assert(offsetof(NbgpuUseSlot, launches) == 152, "NbgpuUseSlot.launches")
 _Static_assert(offsetof(NbgpuUseSlot, last_launch_ns) == 160, "NbgpuUseSlot.last_launch_ns");
 _Static_assert(offsetof(NbgpuUseSlot, stall_ns) == 168, "NbgpuUseSlot.stall_ns");
 _Static_assert(offsetof(NbgpuUseSlot, copied_bytes) == 176, "NbgpuUseSlot.copied_bytes");
-_Static_assert(offsetof(NbgpuUseSlot, reserved1) == 184, "NbgpuUseSlot.reserved1");
+_Static_assert(offsetof(NbgpuUseSlot, wants_back) == 184, "NbgpuUseSlot.wants_back");
+_Static_assert(offsetof(NbgpuUseSlot, reserved1) == 188, "NbgpuUseSlot.reserved1");
 _Static_assert(offsetof(NbgpuUseSlot, launches_by_thread) == 192, "NbgpuUseSlot.launches_by_thread");
 
 typedef struct {

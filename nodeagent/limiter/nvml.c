@@ -129,7 +129,7 @@ static unsigned live_processes(int device, nvmlProcessDetail_v1_t *out, unsigned
     for (uint32_t i = 0; i < high; i++) {
         const NbgpuUseSlot *slot = &nbgpu_use->slot[i];
         const uint64_t owner = LOAD(slot->owner), bytes = LOAD(slot->used) + LOAD(slot->context);
-        if (!owner || LOAD(slot->device) != (uint32_t)device || !bytes)
+        if (!owner || LOAD(slot->device) != (uint32_t)device || !bytes || nbgpu_on_host(i, owner))
             continue;
         if (count < room)
             out[count] =

@@ -28,7 +28,9 @@ static uint32_t shares_of(const NbgpuUseSlot *slot) {
 }
 
 static bool counts_on(const NbgpuUseSlot *slot, int device) {
-    return shares_of(slot) && LOAD(slot->device) == (uint32_t)device && __atomic_load_n(&slot->owner, __ATOMIC_SEQ_CST) != 0;
+    const uint64_t owner = __atomic_load_n(&slot->owner, __ATOMIC_SEQ_CST);
+    return shares_of(slot) && LOAD(slot->device) == (uint32_t)device && owner != 0 &&
+           !nbgpu_on_host((uint32_t)(slot - nbgpu_use->slot), owner);
 }
 
 static uint32_t high_water(void) {

@@ -287,6 +287,7 @@ static void clear_slot(NbgpuUseSlot *slot) {
     MARK("reap-half");
     __atomic_store_n(&slot->context, 0, __ATOMIC_SEQ_CST);
     __atomic_store_n(&slot->want, 0, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&slot->wants_back, 0, __ATOMIC_SEQ_CST);
     __atomic_store_n(&slot->busy_since, 0, __ATOMIC_SEQ_CST);
     __atomic_store_n(&slot->ready, 0, __ATOMIC_SEQ_CST);
     __atomic_store_n(&slot->owner, 0, __ATOMIC_SEQ_CST);

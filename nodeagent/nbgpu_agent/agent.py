@@ -14,10 +14,13 @@ from nbgpu.models import AgentSlice, AgentSlices, Backend, Device, KernelLimit, 
 from nbgpu.quantities import format_memory, format_time
 
 from . import procs, slicedir
+from .away import Away
 from .backend import DriverLimits
 from .books import Conflict, check_fits, check_kernel_limit, check_slice, resized
 from .cgroups import Cgroups
+from .checkpoint import Checkpoints
 from .events import Changes, EventLog
+from .happened import short
 from .live import LiveSlice
 from .native import Native, UseRow
 from .parking import Parking
@@ -89,8 +92,10 @@ class Agent:
         self.turns = Turns(native, devices)
         self.suspender = suspender or Suspender(GpuLock("", ""))
         self.events = EventLog()
-        self.parking = Parking(self, settings.cuda, settings.idle_host_bytes)
         self.slices: dict[str, LiveSlice] = {}
+        self.checkpoints = Checkpoints(settings.cuda, settings.idle_host_bytes, self._moved_bytes)
+        self.parking = Parking(self, self.checkpoints)
+        self.away = Away(self, self.checkpoints)
         self.driver_limits: DriverLimits | None = None
         """Where the driver can limit memory by cgroup: what sets its limits."""
         self.actions: dict[tuple[str, str], int] = {}
@@ -131,6 +136,7 @@ class Agent:
             "suspended": (),
             "limited": None,
             "parked": None,
+            "kernels_away": {},
             "use_since": 0,
         }
         if record.claim is not None:
@@ -143,11 +149,17 @@ class Agent:
         live = LiveSlice(directory, record, self.native, self.cgroups, self.slice_lost_process)
         live.on_gathered = lambda: self.hold(live)
         live.owner_resumes = self.settings.policy.owner_resumes
+        live.may_suspend = self.parking.offered and record.claim is None
         self.slices[live.id] = live
         self.write_limits(live)
         self.turns.add(live)
         self.on_slice_added(live)
         return live
+
+    def _moved_bytes(self) -> int:
+        """Return the host memory that is taken by what was moved there, or will be."""
+        parked = sum(live.record.parked.memory_bytes for live in self.slices.values() if live.record.parked is not None)
+        return parked + sum(one.memory_bytes for live in self.slices.values() for one in live.record.kernels_away.values())
 
     def write_limits(self, live: LiveSlice) -> None:
         """Write the limits that are in force where the slice's processes read them, and tell the driver."""
@@ -433,11 +445,6 @@ def limit_words(limit: KernelLimit) -> str:
     if limit.compute_milli is not None:
         amounts.append(format_time(limit.compute_milli))
     return f"is limited to {' and '.join(amounts)}" if amounts else "has no limit of its own any more"
-
-
-def short(kernel_id: str) -> str:
-    """Return a kernel's id for people: its first eight characters."""
-    return kernel_id if len(kernel_id) <= 9 else f"{kernel_id[:8]}…"
 
 
 def _in_front(path: str, others: str) -> str:

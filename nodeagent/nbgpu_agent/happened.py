@@ -8,7 +8,6 @@ from typing import Literal, NamedTuple
 from nbgpu.models import KernelLimit
 from nbgpu.quantities import format_memory, format_time
 
-from .agent import short
 from .usage import SlotUse
 
 THROTTLED_PART = 0.9
@@ -121,6 +120,11 @@ def _most_milli(slots: Sequence[SlotUse], kernel_id: str) -> int:
         if slot.kernel_id == kernel_id:
             by_device[slot.device] = by_device.get(slot.device, 0) + slot.compute_milli
     return max(by_device.values(), default=0)
+
+
+def short(kernel_id: str) -> str:
+    """Return a kernel's id for people: its first eight characters."""
+    return kernel_id if len(kernel_id) <= 9 else f"{kernel_id[:8]}…"
 
 
 def title(kernel_id: str) -> str:

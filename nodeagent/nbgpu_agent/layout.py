@@ -20,6 +20,14 @@ Who makes memory pays for it in `used`, and where it hands the memory out it say
 as long as one process of the slice keeps the memory alive, whether its maker lives, has freed it, died, or was never of this slice.
 A reader adds up all `used` first and looks at `held` afterwards; a writer takes `covered` away before it lowers `used`.
 
+A kernel whose memory is on the host
+------------------------------------
+``Ctl.away[slot]`` says it of the process that owns a slot, by its owner's word, so that it never means the next one. The word itself: its
+memory is on the host and counts nothing; the word's complement (`~owner`): it is on its way there or back and counts. Either way the
+process waits before its next allocation or launch, and says in ``slot.wants_back`` how many threads do: not in `want`, which would ask for
+turns. The word is set to "on the host" only after the memory was given back, and to its complement before the sum is looked at that says
+whether it may come back. Whoever knows nothing of `away` counts the slot: never too much is given.
+
 What `Use.want`, `near` and `idle` mean
 ---------------------------------------
 A slice may be many processes; the three words of a device sum up its live slots. They are a function of the slots, written by whichever
@@ -48,7 +56,7 @@ from __future__ import annotations
 import ctypes as c
 from typing import Any
 
-VERSION = 2
+VERSION = 3
 CTL_MAGIC = 0x314C5443_5047424E  # "NBGPCTL1"
 USE_MAGIC = 0x31455355_5047424E  # "NBGPUSE1"
 DEVICES = 16
@@ -114,10 +122,12 @@ class Ctl(c.LittleEndianStructure):
         ("heartbeat_ns", c.c_uint64),  # CLOCK_MONOTONIC of the scheduler's last sign of life
         ("reserved1", c.c_uint32),
         ("kernels_limited", c.c_uint32),  # how many kernels have a limit of compute; not 0: the others obey rest_gate
-        ("reserved0", c.c_uint8 * 24),
+        ("kernels_away", c.c_uint32),  # not 0: some word of away[] is set
+        ("reserved0", c.c_uint8 * 20),
         ("device", CtlDevice * DEVICES),
         ("kernel", CtlKernel * KERNELS),
         ("overhead", c.c_uint64 * SLOTS),  # bytes NVML sees of a slot's process beyond what is tracked, granted
+        ("away", c.c_uint64 * SLOTS),  # owner: its memory is on the host; ~owner: on its way there or back
     ]
 
 
@@ -153,7 +163,8 @@ class UseSlot(c.LittleEndianStructure):
         ),  # CLOCK_MONOTONIC, within 10 ms; ungated (GATE_NONE) at each thread's 64th launch and each synchronize
         ("stall_ns", c.c_uint64),  # waited at the gate, all threads together
         ("copied_bytes", c.c_uint64),  # host <-> device
-        ("reserved1", c.c_uint64),
+        ("wants_back", c.c_uint32),  # threads that wait for memory that is on the host
+        ("reserved1", c.c_uint32),
         ("launches_by_thread", c.c_uint64 * 8),  # each written by one thread at a time, without atomic operations
     ]
 

@@ -20,7 +20,7 @@ from .history import History
 from .native import Native, UseRow
 from .procs import Process
 from .reconcile import Account
-from .slicedir import CtlFile, Record, Root
+from .slicedir import AwayKernel, CtlFile, Record, Root
 from .tenant import Tenant
 from .usage import Doubts, SlotUse, compute_by_device, memory_by_device, slice_usage
 from .watch import Watch
@@ -72,6 +72,10 @@ class LiveSlice:
         """Who holds its memory: the limiter alone, or the driver too."""
         self.owner_resumes = False
         """Its owner may let suspended processes go on."""
+        self.may_suspend = False
+        """Its owner may move its kernels' memory to the host."""
+        self.coming_back: set[str] = set()
+        """Kernels on the host that count already, while it is looked at whether there is room for them."""
         self.on_gathered: Callable[[], None] = lambda: None
         """Called when its processes are in its cgroup, or cannot be brought there."""
         self.entries: list[int] = []
@@ -89,6 +93,7 @@ class LiveSlice:
         self._known: dict[int, Process] = {}
         self._granted = {slot for slot, size in enumerate(self.ctl.words.overhead) if size}
         self.ctl.set_kernels(record.kernel_limits)
+        self.write_away()
         for root in record.roots:
             self._watch(Process(root.pid, root.start_time))
         if record.roots:
@@ -317,6 +322,44 @@ class LiveSlice:
         self.save(kernel_limits=limits)
         self.ctl.set_kernels(limits)
 
+    # ---- kernels whose memory is on the host
+
+    def save_away(self, kernel_id: str, entry: AwayKernel | None, written: Callable[[], None] = lambda: None) -> None:
+        """Change what is recorded of a kernel whose memory is away, then tell the slice's processes; None: it is not any more.
+
+        Parameters
+        ----------
+        written : callable
+            Called in between.
+        """
+        others = {name: other for name, other in self.record.kernels_away.items() if name != kernel_id}
+        self.save(kernels_away=others if entry is None else others | {kernel_id: entry})
+        written()
+        self.write_away()
+
+    def write_away(self) -> None:
+        """Tell the slice's processes whose memory is on the host and does not count, and whose is on its way."""
+        words: dict[int, int] = {}
+        for kernel_id, entry in self.record.kernels_away.items():
+            there = entry.phase == "parked" and kernel_id not in self.coming_back
+            words |= {slot: owner if there else owner ^ (2**64 - 1) for slot, owner in entry.slots}
+        self.ctl.set_away(words)
+
+    def on_host(self, row: UseRow) -> bool:
+        """Return whether the memory of a slot's process is on the host, and counts nothing."""
+        words = self.ctl.words
+        return bool(words.kernels_away) and words.away[row.slot] == row.owner
+
+    def away(self, row: UseRow) -> bool:
+        """Return whether it is there, or on its way there or back."""
+        words = self.ctl.words
+        return bool(words.kernels_away) and words.away[row.slot] in (row.owner, row.owner ^ (2**64 - 1))
+
+    def counted_bytes(self, row: UseRow) -> int:
+        """Return what a slot counts by the limiter's rule, were it not away."""
+        words = self.ctl.words
+        return row.used + row.context + min(words.overhead[row.slot], words.device[row.device].overhead_cap)
+
     # ---- usage
 
     def slots(self, rows: list[UseRow], now_ns: int) -> list[SlotUse]:
@@ -326,7 +369,7 @@ class LiveSlice:
         away = {root.pid for root in parked.processes} if parked is not None and parked.phase == "parked" else set[int]()
         for row in rows:
             state = self.tenant.states[row.slot]
-            on_host = state.process is not None and state.process.pid in away
+            on_host = (state.process is not None and state.process.pid in away) or self.on_host(row)
             found.append(
                 SlotUse(
                     device=row.device,
@@ -348,7 +391,10 @@ class LiveSlice:
         slots = self.slots(self.tenant.read(), now_ns)
         limits, suspended = self.record.kernel_limits, [one.as_model() for one in self.record.suspended if not one.excused]
         seen = self.memory_doubts.seen, self.compute_doubts.seen
-        return slice_usage(self.full, slots, limits, *seen, self.backend, time.time(), now_ns, suspended, self.owner_resumes)
+        found = slice_usage(self.full, slots, limits, *seen, self.backend, time.time(), now_ns, suspended, self.owner_resumes)
+        away = {kernel_id: entry.as_model(found.time) for kernel_id, entry in self.record.kernels_away.items()}
+        kernels = [one.model_copy(update={"away": away.get(one.kernel_id or "")}) for one in found.kernels] if away else found.kernels
+        return found.model_copy(update={"kernels": kernels, "may_suspend": self.may_suspend})
 
     def memory_by_device(self, kernel_id: str | None = None) -> list[int]:
         """Return the memory that the slice, or one kernel of it, uses on each of its devices."""

@@ -350,6 +350,7 @@ async def _work(
     agent.on_slice_ended = removed
     agent.load()
     agent.parking.load()
+    agent.away.load()
     page.metrics = Metrics(agent, monitor)
     admin_app: App = admin_api.make_app(agent, page.metrics)  # pyright: ignore[reportAssignmentType]
     admin = Door(agent.settings.runtime / AGENT_SOCKET, admin_app, {}, ADMIN_BOUNDS)
@@ -369,6 +370,7 @@ async def _work(
         log.info("ending; slices that keep their limits: %d", len(agent.slices))
         await stop(watch)
         await agent.parking.close()
+        await agent.away.close()
         agent.end_waits()
         answering = set[asyncio.Task[Any]]().union(*(door.close() for door in (admin, *doors.values())))
         if answering:

@@ -86,6 +86,9 @@ class Metrics:
         suspended = GaugeMetricFamily("nbgpu_slice_suspended_processes", "Processes that the watchdog has stopped", labels=SLICE)
         driver = GaugeMetricFamily("nbgpu_slice_driver_limited", "1 when the driver too holds a slice's memory", labels=SLICE)
         parked = GaugeMetricFamily("nbgpu_slice_parked_bytes", "GPU memory of an idle slice that was moved to the host", labels=SLICE)
+        aside = GaugeMetricFamily(
+            "nbgpu_slice_suspended_kernel_bytes", "GPU memory of kernels that their user moved to the host", labels=SLICE
+        )
         for live in list(self._agent.slices.values()):
             owner = live.slice.owner
             names = [live.id, owner.user, owner.server, owner.hub]
@@ -102,7 +105,9 @@ class Metrics:
             driver.add_metric(names, int(live.backend == "driver"))
             away = live.record.parked
             parked.add_metric(names, away.memory_bytes if away is not None and away.phase == "parked" else 0)
-        yield from (limit, used, share, compute, busy, refusals, processes, suspended, driver, parked)
+            there = [one for one in live.record.kernels_away.values() if one.phase == "parked"]
+            aside.add_metric(names, sum(one.memory_bytes for one in there))
+        yield from (limit, used, share, compute, busy, refusals, processes, suspended, driver, parked, aside)
 
 
 class MetricsPage:

@@ -16,9 +16,9 @@ from nbgpu.quantities import MIB, format_memory
 from nbgpu.words import times
 
 from . import layout
-from .agent import Agent, short
+from .agent import Agent
 from .cgroups import within
-from .happened import Happened
+from .happened import Happened, short
 from .live import LiveSlice
 from .native import UseRow
 from .nvml import DeviceSample, Nvml
@@ -106,7 +106,7 @@ class Monitor:
         """Slices that were here before this agent."""
         self.samples: dict[str, DeviceSample] = {}
         agent.last_look = self._last_look
-        agent.parking.room = self._room
+        agent.checkpoints.room = self._room
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -178,6 +178,7 @@ class Monitor:
             live.learn_descendants()
         rows = agent.reap(live)
         agent.parking.tick(live, rows)
+        agent.away.tick(live)
         if live.state != "prepared":
             self._tell_happened(live, live.tick(wall, rows))
         if self._ticks % SIZE_TICKS == 0:
@@ -271,14 +272,16 @@ class Monitor:
             return []
         remembered.seen_bytes[part.uuid] = seen_bytes = sum(memory.values())
         found = overheads(slots, memory, cap)
-        granted = {seen.slot: live.grant_overhead(seen.slot, found.get(seen.slot, (0, 0))[0]) for seen in slots}
+        # Of memory that is away NVML sees nothing: what was granted for it comes back with it.
+        here = [row.slot for row in rows if not live.away(row)]
+        granted = {slot: live.grant_overhead(slot, found.get(slot, (0, 0))[0]) for slot in here}
         now_ns = time.monotonic_ns()
         told = sum(live.tenant.compute_milli(row, now_ns) for row in rows)
-        doubted = live.memory_doubts.look(index, seen_bytes, sum(row.used + row.context for row in rows) + sum(granted.values()))
+        doubted = live.memory_doubts.look(index, seen_bytes, sum(seen.used + seen.context for seen in slots) + sum(granted.values()))
         doubted |= live.compute_doubts.look(index, sum(compute.values()), told)
         live.ctl.words.device[index].compute_used_milli = min(1000, max(told, live.compute_doubts.seen.get(index, 0)))
         findings = judge_slice(live.id, part.uuid, part.memory_bytes, cap, strict, slots, memory, compute, found)
-        steady = all(granted[slot] == grant for slot, (grant, _) in found.items())
+        steady = all(granted.get(slot) == grant for slot, (grant, _) in found.items())
         if steady and not (told or doubted or findings):
             remembered.calm[part.uuid] = look
         else:
@@ -299,7 +302,7 @@ class Monitor:
             if not own and (elsewhere or process.start_time <= live.record.use_since):
                 continue  # one of the slots that nobody here holds may be its, or it had one in the file that is gone
             busy = sum(live.tenant.compute_milli(row, now_ns) for row in own)
-            told = sum(row.used + row.context for row in own) if own else None
+            told = sum(row.used + row.context for row in own if not live.on_host(row)) if own else None
             compute = sample.compute.get(process.pid, 0)
             held.append(Held(process, sample.memory.get(process.pid, 0), compute, told, sum(row.peak for row in own), busy))
         total = sum(one.memory_bytes for one in held)
@@ -321,7 +324,8 @@ class Monitor:
     def _seen(live: LiveSlice, row: UseRow) -> SlotSeen:
         state = live.tenant.states[row.slot]
         pid = state.process.pid if state.process is not None else None
-        return SlotSeen(row.slot, pid, row.used, row.context, state.elsewhere, row.peak)
+        used, context, peak = (0, 0, 0) if live.on_host(row) else (row.used, row.context, row.peak)
+        return SlotSeen(row.slot, pid, used, context, state.elsewhere, peak)
 
     @staticmethod
     def _pid(live: LiveSlice, row: UseRow) -> int | None:
@@ -386,6 +390,7 @@ class Monitor:
             if word != live.tenant.events_word or (self._untold and live.id in self._untold):
                 self._look_at_refusals(live, word)
         self._agent.parking.look()
+        self._agent.away.look()
         if self._untold:
             self._untold &= self._agent.slices.keys()
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from . import layout
 
-ABI = 5
+ABI = 6
 LOCKED_ELSEWHERE = 0x7FFFFFFF
 JUNK_DEVICE, JUNK_KERNEL_ID, JUNK_MEMORY, JUNK_COMPUTE, JUNK_OWNER = 1, 2, 4, 8, 16
 
@@ -66,7 +66,7 @@ class _UseHead(c.Structure):
     _fields_ = [("high_water", c.c_uint32), ("events", c.c_uint32), ("bell", c.c_uint32), ("reserved", c.c_uint32)]
 
 
-_ROW = struct.Struct(f"<4I2Q{layout.KERNEL_ID_BYTES}s7Q3I4x6Q")
+_ROW = struct.Struct(f"<4I2Q{layout.KERNEL_ID_BYTES}s7Q4I6Q")
 """NbgpuUseRow, in the order of `UseRow`."""
 
 
@@ -126,6 +126,7 @@ class UseRow(NamedTuple):
     refused_by: int
     want: int
     near: int
+    wants_back: int
     busy_since: int
     busy_ns: int
     launches: int

@@ -6,21 +6,17 @@ Each step is written in the slice's record before it is made: an agent that is k
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import logging
-import os
-import sys
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from nbgpu.models import Idle, Lent, Usage
 from nbgpu.quantities import format_memory
 
 from .books import Conflict, check_fits, check_slice, emptied
-from .idle import MOST_KERNELS, IdleWatch, host_refusal, parse_meminfo, signature
+from .checkpoint import USED, Checkpoints
+from .idle import MOST_KERNELS, REPORT_SECONDS, IdleWatch, signature
 from .live import LiveSlice
 from .marks import mark
 from .native import UseRow
@@ -31,25 +27,11 @@ if TYPE_CHECKING:
     from .agent import Agent
 
 log = logging.getLogger("nbgpu.agent")
-Go = Callable[[], Awaitable[bool]]
-CHILD = Path(__file__).with_name("checkpoint_child.py")
-CHILD_SECONDS = 60.0
-BYTES_PER_SECOND = 1e8
-"""Slower than this nothing is copied: who takes longer hangs."""
-AGAIN_SECONDS = 0.5
 TELL_SECONDS = 2.0
 """Those who follow the slices are told no oftener that one has become idle."""
-USED, RESTARTED = "it is used again", "the agent was started anew"
+RESTARTED = "the agent was started anew"
 PASSING = (USED, RESTARTED)
 """Reasons that say nothing of the next time."""
-WORDS = {
-    "-1": "this driver has no checkpoint calls; 570 and later have",
-    "2": "the GPU had no room",
-    "3": "a process of it has ended, or uses no CUDA any more",
-    "600": "its work on the GPU did not end in time",
-    "800": "the agent may not do that to its processes",
-    "801": "it holds managed memory, or memory that it shares with other processes",
-}
 
 
 class Parking:
@@ -57,26 +39,21 @@ class Parking:
 
     Parameters
     ----------
-    cuda : str
-        Path or name of the driver's library.
-    host_bytes : int
-        Host memory that all parked slices together may take; 0 = none is ever parked.
+    checkpoints : Checkpoints
+        What moves their memory.
     """
 
-    def __init__(self, agent: Agent, cuda: str, host_bytes: int):
+    def __init__(self, agent: Agent, checkpoints: Checkpoints):
         self._agent = agent
-        self._cuda = cuda
-        self._host_bytes = host_bytes
+        self._checkpoints = checkpoints
         self._watches: dict[str, IdleWatch] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._told_at, self._to_tell = 0.0, False
-        self.room: Callable[[str, Collection[int]], Awaitable[tuple[int, int] | None]] = _unknown
-        """Returns (free bytes of a device, bytes that some processes hold there), as the driver tells."""
 
     @property
     def offered(self) -> bool:
         """Whether slices are parked here at all."""
-        return self._host_bytes > 0 and self._agent.settings.backend == "limiter"
+        return self._checkpoints.host_bytes > 0 and self._agent.settings.backend == "limiter"
 
     def load(self) -> None:
         """Go on with what an earlier agent has begun."""
@@ -148,6 +125,12 @@ class Parking:
         on_gpu = {row.kernel_id for row in live.tenant.read()}
         if self._watch(live).hear(kernels, on_gpu, time.time()):
             self.want(live)
+        self._agent.away.hear(live, kernels)
+
+    def busy(self, live: LiveSlice, kernel_id: str) -> bool:
+        """Return whether the Jupyter server said lately that a kernel runs a cell."""
+        watch = self._watch(live)
+        return time.time() - watch.told_at <= REPORT_SECONDS and watch.kernels.get(kernel_id, False)
 
     def want(self, live: LiveSlice) -> None:
         """A parked slice is wanted back."""
@@ -196,6 +179,8 @@ class Parking:
             return "slices are not parked here: start the agent with --idle-host-memory"
         if live.record.parked is not None:
             return f"it is {live.record.parked.phase} already"
+        if live.record.kernels_away:
+            return "a kernel of it is in host memory by its user's wish"
         if live.record.claim is not None:
             return "it is of a ResourceClaim: on Kubernetes slices are not parked yet"
         if live.state != "running":
@@ -206,7 +191,7 @@ class Parking:
         if live.tenant.junk is not None or any(live.tenant.states[row.slot].process is None for row in rows):
             return "not all of its processes are known"
         why = self._watch(live).why_not(rows, live.record.protected, time.time())
-        return why or host_refusal(live.memory_used_bytes(), self._parked_bytes(), self._host_bytes, *_host_memory())
+        return why or self._checkpoints.host_refusal(live.memory_used_bytes())
 
     async def _held(self, live: LiveSlice, pids: Collection[int] | None = None, told: bool = True) -> tuple[int, ...]:
         """Return what a slice holds on each of its devices: what the driver says of the holders of slots, or of `pids`.
@@ -217,15 +202,7 @@ class Parking:
             Or what the slice itself tells, as far as its limits go, where the driver says nothing.
         """
         pids = live.tenant.holders() if pids is None else pids
-        found: list[int] = []
-        for part, own in zip(live.full.devices, live.memory_by_device(), strict=True):
-            room = await self.room(part.uuid, pids)
-            seen = room[1] if room is not None else 0
-            found.append(seen or (min(own, part.memory_bytes) if told else 0))
-        return tuple(found)
-
-    def _parked_bytes(self) -> int:
-        return sum(live.record.parked.memory_bytes for live in self._agent.slices.values() if live.record.parked is not None)
+        return await self._checkpoints.held(live.full.devices, pids, live.memory_by_device() if told else ())
 
     # ---- there
 
@@ -239,7 +216,7 @@ class Parking:
         """
         self._watch(live).look(live.tenant.read(), time.time())  # the last look is up to a second old
         held = await self._held(live)
-        why = self.why_not(live) or host_refusal(sum(held), self._parked_bytes(), self._host_bytes, *_host_memory())
+        why = self.why_not(live) or self._checkpoints.host_refusal(sum(held))
         if not self._here(live):
             why = "it has ended"
         if why is None and time.time() - self._watch(live).active_at < idle_seconds:
@@ -291,16 +268,11 @@ class Parking:
         before = signature(live.tenant.read())
 
         async def go() -> bool:  # with all of them locked
-            held = await self._held(live, [root.pid for root in parked.processes], told=False)
-            if any(more > booked for more, booked in zip(held, parked.device_bytes, strict=True)):
-                return False  # it took more behind the limiter's back: the host's memory was asked for less
             now = live.record.parked
             rows = live.tenant.read()
             return self._here(live) and now is not None and now.wanted_since is None and signature(rows) == before
 
-        answer = await self._child("park", parked, go)
-        failed = next((words for words in answer.values() if words != "checkpointed"), "" if answer else "died 0")
-        return _words(failed) if failed else None
+        return await self._checkpoints.put_away(parked, live.full.devices, go)
 
     async def _undo(self, live: LiveSlice, why: str) -> None:
         """Leave a slice as it was: its limits are still its own."""
@@ -354,102 +326,20 @@ class Parking:
 
     async def _bring_back(self, live: LiveSlice) -> bool:
         """Have all processes of a slice run again, however often it takes; False when the slice has ended meanwhile."""
-        told = ""
-        while self._here(live) and (parked := live.record.parked) is not None:
-            if not await self._has_room(live, parked):
-                await asyncio.sleep(AGAIN_SECONDS)
-                continue
-            answer = await self._child("wake", parked, None)
-            if not self._here(live):
-                return False
-            left = [words for words in answer.values() if words not in ("running", "gone", "lost")]
-            if not left and (answer or not _alive(parked)):
-                self._tell_lost(live, [pid for pid, words in answer.items() if words == "lost"])
-                return True
-            words = _words(left[0] if left else "died 0")
-            if words != told:
-                told = words
-                log.warning("slice=%s owner=%s is not restored yet: %s", live.id, live.owner, words)
-            await asyncio.sleep(AGAIN_SECONDS)
-        return False
 
-    async def _has_room(self, live: LiveSlice, parked: Parked) -> bool:
-        """Return whether the device itself has the room that the books have: a process that has just died may not be gone from it.
+        def left() -> Parked | None:
+            return live.record.parked if self._here(live) else None
 
-        Some drivers never restore a process whose restore once found none.
-        """
-        pids = {root.pid for root in _alive(parked)}
-        for part, needed in zip(parked.full.devices, parked.device_bytes, strict=True):
-            found = await self.room(part.uuid, pids)
-            if found is not None and found[0] + found[1] < needed:
-                log.info("slice=%s owner=%s waits for room on GPU %d: %s free", live.id, live.owner, part.index, format_memory(found[0]))
-                return False
-        return True
+        lost = await self._checkpoints.bring_back(f"slice={live.id} owner={live.owner}", live.full.devices, left)
+        if lost is not None:
+            self._tell_lost(live, lost)
+        return lost is not None
 
-    def _tell_lost(self, live: LiveSlice, pids: list[str]) -> None:
+    def _tell_lost(self, live: LiveSlice, pids: list[int]) -> None:
         for pid in pids:
             message = f"Process {pid} has lost its GPU memory: the driver could not restore it. Restart its kernel."
-            self._agent.events.add("lost", "error", message, live.id, owner=live.owner, pid=int(pid))
-
-    # ---- the driver
-
-    async def _child(self, what: str, parked: Parked, go: Go | None) -> dict[str, str]:
-        """Have a child make the calls; return what it says of each process by its pid, nothing when it died or hung."""
-        roots = _alive(parked)
-        if not roots:
-            return {}
-        pids = [str(root.pid) for root in roots]
-
-        async def sure() -> bool:
-            # Pids of processes that have ended meanwhile may be others' by now: those were locked instead.
-            return all(Process(root.pid, root.start_time).alive() for root in roots) and go is not None and await go()
-
-        arguments = [sys.executable, "-I", "-S", str(CHILD), self._cuda, what, str(os.getpid()), *pids]
-        environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-        pipe = asyncio.subprocess.PIPE
-        child = await asyncio.create_subprocess_exec(*arguments, stdin=pipe, stdout=pipe, env=environment)
-        try:
-            return await asyncio.wait_for(_speak(child, sure), CHILD_SECONDS + parked.memory_bytes / BYTES_PER_SECOND)
-        except (asyncio.TimeoutError, OSError, ValueError):
-            return {}
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                child.kill()
-            await child.wait()
+            self._agent.events.add("lost", "error", message, live.id, owner=live.owner, pid=pid)
 
 
 def _uuids(parked: Parked) -> set[str]:
     return {part.uuid for part in parked.full.devices}
-
-
-async def _unknown(_uuid: str, _pids: Collection[int]) -> tuple[int, int] | None:
-    return None
-
-
-async def _speak(child: asyncio.subprocess.Process, go: Go) -> dict[str, str]:
-    assert child.stdin is not None
-    assert child.stdout is not None
-    line = await child.stdout.readline()
-    if line.strip() == b"locked":
-        mark("idle.locked")
-        child.stdin.write(b"go\n" if await go() else b"stop\n")
-        line = await child.stdout.readline()
-    found = json.loads(line or b"{}")
-    return {str(pid): str(words) for pid, words in found.items()} if isinstance(found, dict) else {}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-
-
-def _alive(parked: Parked) -> list[Root]:
-    return [root for root in parked.processes if Process(root.pid, root.start_time).alive()]
-
-
-def _words(failed: str) -> str:
-    step, _, code = failed.partition(" ")
-    if step == "stopped":
-        return USED
-    if step == "died":
-        return "who asked the driver for it has ended before its time"
-    return WORDS.get(code, f"the driver's {step} failed ({code})")
-
-
-def _host_memory() -> tuple[int, int]:
-    return parse_meminfo(Path("/proc/meminfo").read_text())

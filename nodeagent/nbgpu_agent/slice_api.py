@@ -56,6 +56,13 @@ def _json(text: str) -> Response:
     return Response(text, media_type="application/json")
 
 
+def _kernel_id(request: Request) -> str:
+    try:
+        return _KERNEL_ID.validate_python(request.path_params["kernel_id"])
+    except ValidationError:
+        raise InvalidValue("kernel_id", request.path_params["kernel_id"], "1 to 39 letters, digits, `-`, `_` or `.`") from None
+
+
 def _number(request: Request, name: str, default: float, low: float, high: float) -> float:
     text = request.query_params.get(name)
     if text is None:
@@ -115,15 +122,29 @@ class SliceApi:
     async def put_kernel(self, request: Request) -> Response:
         """``PUT /v1/kernels/{kernel_id}``."""
         live = self._live(request)
-        try:
-            kernel_id = _KERNEL_ID.validate_python(request.path_params["kernel_id"])
-        except ValidationError:
-            raise InvalidValue("kernel_id", request.path_params["kernel_id"], "1 to 39 letters, digits, `-`, `_` or `.`") from None
+        kernel_id = _kernel_id(request)
         try:
             limit = KernelLimit.model_validate_json(await request.body())
         except ValidationError as error:
             raise _invalid(error) from None
         return _json(self._agent.set_kernel_limit(live, kernel_id, limit).model_dump_json())
+
+    async def suspend_kernel(self, request: Request) -> Response:
+        """``POST /v1/kernels/{kernel_id}/suspend``."""
+        live, kernel_id = self._live(request), _kernel_id(request)
+        await self._agent.away.suspend(live, kernel_id)
+        return self._away(live, kernel_id)
+
+    async def resume_kernel(self, request: Request) -> Response:
+        """``POST /v1/kernels/{kernel_id}/resume``."""
+        live, kernel_id = self._live(request), _kernel_id(request)
+        await self._agent.away.resume(live, kernel_id)
+        return self._away(live, kernel_id)
+
+    def _away(self, live: LiveSlice, kernel_id: str) -> Response:
+        self._usage.pop(live.id, None)
+        found = self._agent.away.model(live, kernel_id)
+        return _json("null" if found is None else found.model_dump_json())
 
     async def resume(self, request: Request) -> Response:
         """``POST /v1/resume``."""
@@ -219,6 +240,8 @@ def make_app(agent: Agent) -> Starlette:
             Route("/v1/history", api.history),
             Route("/v1/kernels", api.kernels),
             Route("/v1/kernels/{kernel_id}", api.put_kernel, methods=["PUT"]),
+            Route("/v1/kernels/{kernel_id}/suspend", api.suspend_kernel, methods=["POST"]),
+            Route("/v1/kernels/{kernel_id}/resume", api.resume_kernel, methods=["POST"]),
             Route("/v1/resume", api.resume, methods=["POST"]),
             Route("/v1/idle", api.idle),
             Route("/v1/idle", api.put_idle, methods=["PUT"]),

@@ -13,12 +13,13 @@ import os
 import shutil
 import stat
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from nbgpu.models import KernelId, KernelLimit, Model, Slice, Suspension
+from nbgpu.models import KernelAway, KernelId, KernelLimit, Model, Slice, Suspension
 from nbgpu.words import counted
 
 from . import layout
@@ -90,6 +91,33 @@ class Parked(Model):
         return sum(self.device_bytes)
 
 
+class AwayKernel(Model):
+    """A kernel whose GPU memory its user has moved to the host, or that is on its way there or back."""
+
+    phase: Literal["parking", "parked", "restoring"]
+    processes: tuple[Root, ...]
+    slots: tuple[tuple[int, int], ...]
+    """Their slots, each with its owner's word."""
+    device_bytes: tuple[int, ...]
+    """What they held on each of the slice's devices; as much host memory is taken."""
+    since: float
+    """Unix time, seconds."""
+    wanted_since: float | None = None
+    """Since when it is used, Unix time, seconds."""
+    told: bool = False
+    """Its user was told that there is no room for it."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """What they held on all devices together."""
+        return sum(self.device_bytes)
+
+    def as_model(self, now: float) -> KernelAway:
+        """Return what is told of it at Unix time `now`."""
+        wanted = None if self.wanted_since is None else max(0.0, now - self.wanted_since)
+        return KernelAway(phase=self.phase, memory_bytes=self.memory_bytes, since=self.since, wanted_seconds=wanted)
+
+
 class ClaimOf(Model):
     """The ResourceClaim of Kubernetes that a slice stands for."""
 
@@ -121,6 +149,8 @@ class Record(Model):
     parked: Parked | None = None
     protected: tuple[KernelId, ...] = ()
     """Kernels that are never parked."""
+    kernels_away: dict[KernelId, AwayKernel] = Field(default_factory=dict[KernelId, AwayKernel])
+    """Those that their user has suspended."""
     use_since: int = 0
     """When the agent started that found a running slice's `use` file gone, ticks since boot: older processes write on into that one."""
 
@@ -267,23 +297,23 @@ class CtlFile:
     def __init__(self, directory: Path):
         path = directory / "ctl"
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        fresh = os.fstat(self.fd).st_size != layout.CTL_SIZE
-        if fresh:
+        if os.fstat(self.fd).st_size < layout.CTL_SIZE:  # new, or an older agent's; never shorter: processes map it
             os.ftruncate(self.fd, layout.CTL_SIZE)
         os.fchmod(self.fd, 0o644)
         self._map = mmap.mmap(self.fd, layout.CTL_SIZE)
         self.words = layout.Ctl.from_buffer(self._map)
-        fresh = fresh or self.words.magic != layout.CTL_MAGIC
+        fresh = self.words.magic != layout.CTL_MAGIC
+        self.words.size = layout.CTL_SIZE
         if fresh:
-            self.words.size = layout.CTL_SIZE
             for device in self.words.device:
                 device.gate = layout.GATE_NONE
             for kernel in self.words.kernel:
                 for index in range(layout.DEVICES):
                     kernel.gate[index] = layout.GATE_NONE
         if fresh or self.words.version < layout.VERSION:  # an older agent's: its fields are where they were, new ones are zeros
-            for device in self.words.device:
-                device.rest_gate = layout.GATE_NONE
+            if fresh or self.words.version < 2:
+                for device in self.words.device:
+                    device.rest_gate = layout.GATE_NONE
             self.words.version = layout.VERSION
 
     def set_slice(self, part_of: Slice, context_bytes: dict[str, int], overhead_caps: dict[str, int], holds: bool = True) -> None:
@@ -323,6 +353,21 @@ class CtlFile:
                 entry.id = kernel_id.encode()
         words.kernels_limited = sum(limit.compute_milli is not None for limit in limits.values())
         words.generation += 1
+
+    def set_away(self, words: Mapping[int, int]) -> None:
+        """Say of slots that the memory of their processes is on the host, or on its way (`layout.Ctl.away`); of all others that it is not.
+
+        A process that launches without a look at anything is told by the generation: it looks at its next launch.
+        """
+        away = self.words.away
+        if words:
+            self.words.kernels_away = 1
+        for slot, word in enumerate(away):
+            if word != words.get(slot, 0):
+                away[slot] = words.get(slot, 0)
+        if not words:
+            self.words.kernels_away = 0
+        self.words.generation += 1
 
     def close(self) -> None:
         """Let go of the file; it is unmapped with the last reference into it."""

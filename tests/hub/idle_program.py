@@ -1,7 +1,7 @@
 """A notebook kernel for tests: holds GPU memory with known contents, and does on the GPU what stdin says. Answers each line with one.
 
 Commands: ``hold MIB`` (allocates, fills, answers the checksum), ``sum``, ``launch``, ``work`` (launches without end),
-``more MIB`` (allocates, answers the CUresult),
+``more MIB`` (allocates, answers the CUresult), ``less`` (frees what ``more`` allocated),
 ``managed``, ``share`` (hands the memory out), ``drop`` (frees what is managed).
 """
 
@@ -39,6 +39,7 @@ class Kernel:
         self.function = self.cuda.make("cuModuleGetFunction", self.cuda.module, b"sim_busy_1000us")
         self.memory, self.mib = c.c_uint64(), 0
         self.managed = c.c_uint64()
+        self.extra: list[c.c_uint64] = []
 
     def hold(self, mib: int) -> str:
         self.memory, self.mib = self.cuda.alloc(mib * MIB), mib
@@ -73,7 +74,15 @@ class Kernel:
         return "works"
 
     def more(self, mib: int) -> str:
-        return str(self.cuda.lib.cuMemAlloc_v2(c.byref(c.c_uint64()), c.c_size_t(mib * MIB)))
+        memory = c.c_uint64()
+        result = self.cuda.lib.cuMemAlloc_v2(c.byref(memory), c.c_size_t(mib * MIB))
+        self.extra += [memory] if result == 0 else []
+        return str(result)
+
+    def less(self) -> str:
+        while self.extra:
+            self.cuda.free(self.extra.pop())
+        return "less"
 
     def share(self) -> str:
         self.cuda.call("cuIpcGetMemHandle", (c.c_ubyte * 64)(), self.memory)

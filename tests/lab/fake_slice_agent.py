@@ -32,6 +32,9 @@ class FakeAgent:
         self.asked: list[str] = []
         self.suspended: list[dict[str, Any]] = []
         self.may_resume = True
+        self.away: dict[str, dict[str, Any]] = {}
+        """Kernels whose memory is in the host's."""
+        self.may_suspend = False
         self.delay_seconds = 0.0
         self._news = asyncio.Event()
         self._server: asyncio.Server | None = None
@@ -68,6 +71,7 @@ class FakeAgent:
             "utilization_percent": min(100, self.used_milli * 100 // self.compute_milli),
         }  # fmt: skip
         slice_ = {"version": 1, "slice_id": "fakeslice", "mode": "burst", "backend": "limiter", "simulated": True}
+        slice_["may_suspend"] = self.may_suspend
         slice_ |= {"suspended": self.suspended, "may_resume": self.may_resume}
         return {**slice_, "time": time.time(), "devices": [device], "kernels": [self._kernel(kernel_id) for kernel_id in self.kernels]}
 
@@ -82,7 +86,10 @@ class FakeAgent:
         limit = self.limits.get(kernel_id or "", {"memory_bytes": None, "compute_milli": None})
         device = {"uuid": UUID, "memory_used_bytes": held["used"], "memory_peak_bytes": held["peak"], "compute_used_milli": held["milli"]}
         counts = {"refusals": held["refusals"], "launches": 5, "idle_seconds": 1.5}
-        return {"kernel_id": kernel_id, "pids": [4711], "limit": limit, "devices": [device], **counts}
+        away = self.away.get(kernel_id or "")
+        if away is not None:
+            device["memory_used_bytes"] = 0
+        return {"kernel_id": kernel_id, "pids": [4711], "limit": limit, "devices": [device], **counts, "away": away}
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._open.add(writer)
@@ -109,6 +116,8 @@ class FakeAgent:
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
         if method == "PUT" and url.path.startswith("/v1/kernels/"):
             return self._limit(url.path.rsplit("/", 1)[1], body)
+        if method == "POST" and url.path.startswith("/v1/kernels/"):
+            return self._move(*url.path.split("/")[3:])
         if (method, url.path) == ("POST", "/v1/resume"):
             if not self.may_resume:
                 return 403, {"error": {"code": "forbidden", "message": "Only an administrator may let a suspended process go on here."}}
@@ -123,6 +132,15 @@ class FakeAgent:
         if url.path == "/v1/events":
             return 200, await self._events(int(query["after"]), float(query["wait_seconds"]))
         return 404, {"error": {"code": "not-found", "message": "no such route"}}
+
+    def _move(self, kernel_id: str, where: str) -> tuple[int, Any]:
+        if where == "resume" and kernel_id not in self.away:
+            return 404, {"error": {"code": "not-found", "message": f"Notebook kernel {kernel_id} is not suspended."}}
+        if where == "resume":
+            return 200, {**self.away.pop(kernel_id), "phase": "restoring"}
+        held = {"phase": "parked", "memory_bytes": self.kernels[kernel_id]["used"], "since": time.time(), "wanted_seconds": None}
+        self.away[kernel_id] = held
+        return 200, held
 
     def _limit(self, kernel_id: str, body: dict[str, int | None]) -> tuple[int, Any]:
         if (body["memory_bytes"] or 0) > self.memory_limit_bytes:

@@ -326,6 +326,25 @@ async def test_a_suspended_kernel_is_told_of_and_let_go_on(agent: FakeAgent, jp_
     assert json.loads((await jp_fetch("nbgpu/api/usage")).body)["suspended"] == []
 
 
+async def test_a_kernels_memory_is_moved_to_the_host_and_back(agent: FakeAgent, jp_fetch: Any) -> None:
+    agent.kernel("some-kernel", 5 << 30)
+    agent.may_suspend = True
+    usage = json.loads((await jp_fetch("nbgpu/api/usage")).body)
+    assert (usage["may_suspend"], usage["kernels"][0]["away"]) == (True, None)
+    path = ("nbgpu", "api", "kernels", "some-kernel")
+    moved = json.loads((await jp_fetch(*path, "suspend", method="POST", allow_nonstandard_methods=True)).body)
+    assert (moved["phase"], moved["memory_bytes"]) == ("parked", 5 << 30)
+    assert json.loads((await jp_fetch("nbgpu/api/usage")).body)["kernels"][0]["away"]["phase"] == "parked", "the next answer shows it"
+    assert json.loads((await jp_fetch(*path, "resume", method="POST", allow_nonstandard_methods=True)).body)["phase"] == "restoring"
+    with pytest.raises(HTTPClientError) as refused:
+        await jp_fetch(*path, "resume", method="POST", allow_nonstandard_methods=True)
+    assert refused.value.code == 404
+    assert "not suspended" in json.loads(refused.value.response.body)["error"]["message"]
+    with pytest.raises(HTTPClientError) as unknown:
+        await jp_fetch(*path, "elsewhere", method="POST", allow_nonstandard_methods=True)
+    assert unknown.value.code == 404
+
+
 @pytest.mark.parametrize("body", ["", "[]", '{"pid": "1"}', '{"pid": true}', '{"pid": -1}', "{}"])
 async def test_what_names_no_process_is_refused(agent: FakeAgent, jp_fetch: Any, body: str) -> None:
     with pytest.raises(HTTPClientError) as refused:

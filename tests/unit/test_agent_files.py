@@ -85,6 +85,33 @@ def test_the_ctl_of_an_older_agent_is_brought_up_to_date_in_its_place(directory:
     again.close()
 
 
+def test_the_shorter_ctl_of_version_2_keeps_what_it_says(directory: Path) -> None:
+    """It ends where version 3 has `away`: gates in force stay, and nothing is away."""
+    ctl = CtlFile(directory)
+    ctl.set_slice(SLICE, {}, {})
+    words = ctl.words
+    words.version, words.device[0].gate, words.device[0].rest_gate = 2, layout.GATE_SUSPENDED, layout.GATE_OPEN
+    ctl.close()
+    os.truncate(directory / "ctl", layout.Ctl.away.offset)
+    again = CtlFile(directory)
+    words = again.words
+    assert (words.version, words.size, (directory / "ctl").stat().st_size) == (layout.VERSION, layout.CTL_SIZE, layout.CTL_SIZE)
+    assert (words.device[0].gate, words.device[0].rest_gate, words.kernels_away) == (layout.GATE_SUSPENDED, layout.GATE_OPEN, 0)
+    assert not any(words.away)
+    again.close()
+
+
+def test_away_names_owners_and_tells_who_looks_at_nothing(directory: Path) -> None:
+    ctl = CtlFile(directory)
+    generation = ctl.words.generation
+    ctl.set_away({3: 7 << 32 | 1})
+    assert (ctl.words.away[3], sum(ctl.words.away), ctl.words.kernels_away) == (7 << 32 | 1, 7 << 32 | 1, 1)
+    assert ctl.words.generation > generation
+    ctl.set_away({})
+    assert (sum(ctl.words.away), ctl.words.kernels_away) == (0, 0)
+    ctl.close()
+
+
 def test_a_slices_files_are_sized_and_closed_to_others(directory: Path) -> None:
     os.close(slicedir.create_use(directory, None))
     try:

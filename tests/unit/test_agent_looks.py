@@ -47,10 +47,17 @@ class Judged:
         self.ctl = SimpleNamespace(words=SimpleNamespace(device=[SimpleNamespace(compute_used_milli=0)]))
         self.milli = 0
         self.granted: list[int] = []
+        self.is_away = False
 
     def compute_milli(self, row: UseRow, now_ns: int) -> int:
         """Return its rate."""
         return self.milli
+
+    def on_host(self, row: UseRow) -> bool:
+        """Return whether its memory is away."""
+        return self.is_away
+
+    away = on_host
 
     def grant_overhead(self, slot: int, overhead_bytes: int) -> int:
         """Note what is granted."""
@@ -66,7 +73,7 @@ class Look:
         self.judged = 0
         turns = SimpleNamespace(reconcile=lambda *_: 0)
         policy, parking = SimpleNamespace(policy=None), SimpleNamespace()
-        agent: Any = SimpleNamespace(overhead_caps={"GPU-0": CAP}, turns=turns, settings=policy, parking=parking)
+        agent: Any = SimpleNamespace(overhead_caps={"GPU-0": CAP}, turns=turns, settings=policy, checkpoints=parking)
         nvml: Any = None
         monkeypatch.setattr(monitor, "Responses", lambda *_: None)
         self.monitor = Monitor(agent, nvml)
@@ -156,3 +163,15 @@ def test_in_a_pod_processes_have_the_pids_that_its_programs_know() -> None:
     assert [kernel.pids for kernel in inside.kernels] == [[23, 77]]
     assert [one.pid for one in inside.suspended] == [77]
     assert [kernel.pids for kernel in usage.kernels] == [[32001, 32209]], "the agent's own is as it was"
+
+
+def test_memory_that_is_away_is_neither_missed_nor_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was granted beyond the words stays granted; who brings it back by itself is seen to hold what it does not tell of."""
+    look = Look(monkeypatch)
+    more = {7: TOLD[7] + 100 * MIB}
+    assert [look(more), look(more)] == [[], []]
+    look.live.is_away = True
+    before = list(look.live.granted)
+    assert [look({}), look({})] == [[], []]
+    assert look.live.granted == before
+    assert look(more) == ["overhead"]

@@ -43,6 +43,7 @@ class Agent:
         self.slices = {"slice-00": self.live}
         self.settings = SimpleNamespace(backend="limiter")
         self.events = self.parking = self
+        self.away = SimpleNamespace(suspend=self.move, resume=self.move, model=lambda live, kernel_id: None)
 
     async def wait(self, after: int, wait_seconds: float, slice_id: str) -> list[Any]:
         """Play the event log."""
@@ -75,6 +76,11 @@ class Agent:
         assert 0 < len(kernel_id) < 40
         assert isinstance(protected, bool)
 
+    async def move(self, live: Any, kernel_id: str) -> None:
+        """Play a kernel that is moved at once, to and fro."""
+        assert 0 < len(kernel_id) < 40
+        assert all(letter.isalnum() or letter in "-_." for letter in kernel_id)
+
     def set_kernel_limit(self, live: Any, kernel_id: str, limit: KernelLimit) -> KernelLimit:
         """Keep it, as the agent does."""
         assert 0 < len(kernel_id) < 40
@@ -104,6 +110,7 @@ PATHS = st.one_of(
     st.sampled_from(ROUTES),
     st.text(min_size=1, max_size=60).map(lambda name: f"/v1/kernels/{name}"),
     st.text(min_size=1, max_size=60).map(lambda name: f"/v1/idle/kernels/{name}"),
+    st.text(min_size=1, max_size=60).map(lambda name: f"/v1/kernels/{name}/suspend"),
     st.text(max_size=40).map(lambda name: f"/{name}"),
 )
 QUERIES = st.dictionaries(st.one_of(st.sampled_from(["seconds", "after", "wait_seconds"]), st.text(max_size=5)), NUMBERS, max_size=3)
@@ -142,7 +149,7 @@ def test_no_request_breaks_a_route(examples: int) -> None:
         if answer.status_code >= 400 and method != "HEAD":
             assert set(answer.json()["error"]) >= {"code", "message"}
 
-    for path in [*ROUTES, "/v1/kernels/a", "/v1/idle/kernels/a"]:  # each for certain
+    for path in [*ROUTES, "/v1/kernels/a", "/v1/kernels/a/suspend", "/v1/kernels/a/resume", "/v1/idle/kernels/a"]:  # each for certain
         for method in METHODS:
             assert asyncio.run(ask(method, path, {}, b"{}")).status_code < 500, f"{method} {path}"
     play()

@@ -20,6 +20,8 @@ class FakeApi implements ISliceApi {
     return { interval_seconds: 1, time: [], devices: {} };
   }
 
+  async move(): Promise<void> {}
+
   async resume(pid: number): Promise<void> {
     throw new Error(`process ${pid} is not suspended`);
   }

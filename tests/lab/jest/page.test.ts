@@ -16,6 +16,7 @@ function model(): SliceModel {
     },
     history: async () => ({ interval_seconds: 1, time: [], devices: {} }),
     setLimit: async () => undefined,
+    move: async () => undefined,
     resume: async () => undefined
   };
   const one = new SliceModel({ api, auto: false });
