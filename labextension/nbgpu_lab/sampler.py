@@ -48,6 +48,8 @@ class Sampler:
         How often the agent is asked the same; an answer is at most that old.
     tell_names : callable, optional
         Called with the slice's id and the server's kernels whenever those have changed (`nbgpu.kernel_names`).
+    ends : callable, optional
+        Returns whether the server is about to end, and its kernels with it: nobody needs to hear that of each.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Sampler:
         every_seconds: float = EVERY_SECONDS,
         clock: Callable[[], float] = time.monotonic,
         tell_names: Callable[[str, dict[str, Json]], object] | None = None,
+        ends: Callable[[], bool] = lambda: False,
     ):
         self.client = client
         self.notices = notices
@@ -67,6 +70,7 @@ class Sampler:
         self._every_seconds = every_seconds
         self._clock = clock
         self._tell_names = tell_names
+        self._ends = ends
         self._told: dict[str, Json] | None = None
         self._names: dict[str, Json] = {}
         """What kernels were called when last seen: an event may come when its kernel has gone."""
@@ -185,7 +189,7 @@ class Sampler:
                         after = max(after, mark[0])
                         if mark not in seen:
                             seen.append(mark)
-                            if event["kind"] == "limit-changed" and ORIGINS.has_ended(event.get("kernel_id")):
+                            if self._goes_without_saying(event):
                                 continue
                             self.notices.add(await self._named(event))
                             fresh = True
@@ -197,6 +201,12 @@ class Sampler:
                 await asyncio.sleep(1)
             except _JUNK:
                 await asyncio.sleep(1)
+
+    def _goes_without_saying(self, event: Json) -> bool:
+        """Return whether an event is of what the end of a kernel, or of the server with all of them, brings anyway."""
+        if event["kind"] == "kernel-ended":
+            return self._ends()
+        return event["kind"] == "limit-changed" and ORIGINS.has_ended(event.get("kernel_id"))
 
     async def _named(self, event: Json) -> Json:
         """Return an agent's event with the notebook's name where the agent, who knows ids only, says "Notebook kernel 1a2b3c4d…"."""

@@ -433,3 +433,21 @@ async def test_a_busy_gpu_keeps_its_server(agent: FakeAgent, jp_fetch: Any, monk
 
 async def no_kernels() -> dict[str, Any]:
     return {}
+
+
+async def test_as_the_server_ends_nobody_is_told_that_its_kernels_have(agent: FakeAgent, jp_fetch: Any, jp_serverapp: Any) -> None:
+    """Control: while it runs, it is told."""
+    jp_serverapp.write_server_info_file()
+    try:
+        body = json.dumps({"name": "", "type": "notebook", "path": "a.ipynb", "kernel": {"name": "python3"}})
+        await jp_fetch("api/sessions", method="POST", body=body)
+        for message in ("while it runs", "as it ends"):
+            agent.tell("kernel-ended", message, level="info")
+            await until(lambda: agent.count(f"/v1/events?after={agent.events[-1]['id']}"))
+            jp_serverapp.remove_server_info_file()
+    finally:
+        jp_serverapp.remove_server_info_file()
+    agent.tell("refused", "and else")
+    await until(lambda: agent.count(f"/v1/events?after={agent.events[-1]['id']}"))
+    told = [one["message"] for one in json.loads((await jp_fetch("nbgpu/api/events")).body)]
+    assert told == ["while it runs", "and else"]
