@@ -8,9 +8,9 @@ import {
   formatDuration,
   formatMemory,
   formatMemoryOf,
+  kernelPercent,
   kernelTotals,
   overLimit,
-  percent,
   unseenBytes
 } from './format';
 import { warningIcon } from './icons';
@@ -108,11 +108,6 @@ interface IKernelProps {
 function Kernel(props: IKernelProps): JSX.Element {
   const { kernel, devices, trans } = props;
   const totals = kernelTotals(kernel);
-  // a slice that bursts uses more than its share: its kernels divide what it uses, as 100 %
-  const sliceMilli = devices.reduce(
-    (sum, d) => sum + Math.max(d.compute_limit_milli, d.compute_used_milli),
-    0
-  );
   const name = kernelName(kernel, trans);
   const over = overLimit(kernel, devices);
   const limit = limitWords(kernel, devices, trans);
@@ -154,7 +149,7 @@ function Kernel(props: IKernelProps): JSX.Element {
           )}
         </td>
         <td>
-          {trans.__('%1 %', percent(totals.computeMilli, sliceMilli))}
+          {trans.__('%1 %', kernelPercent(kernel, devices))}
           {totals.usedBytes > 0 && unused >= UNUSED_SECONDS && (
             <span className="nbgpu-quiet">
               {trans.__('unused for %1', formatDuration(unused))}

@@ -27,8 +27,14 @@ export class SlicePanel extends ReactWidget {
     this.addClass('nbgpu-Panel');
     this.title.icon = sliceIcon;
     this.title.caption = this._trans.__('GPU slice');
+    this.node.tabIndex = -1;
     this.node.setAttribute('role', 'region');
     this.node.setAttribute('aria-label', this._trans.__('GPU slice'));
+  }
+
+  /** Who asks for it by keyboard is in it. */
+  protected onActivateRequest(): void {
+    this.node.focus();
   }
 
   protected render(): JSX.Element {
@@ -100,6 +106,7 @@ export class SlicePanel extends ReactWidget {
               <Device
                 key={device.uuid}
                 device={device}
+                mode={usage.mode}
                 samples={history.of(device.uuid, historySeconds)}
                 seconds={historySeconds}
                 warnPercent={warnPercent}

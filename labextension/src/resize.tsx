@@ -18,7 +18,7 @@ interface IResizeProps {
 export function Resize(props: IResizeProps): JSX.Element {
   const { trans } = props;
   const [open, setOpen] = React.useState(false);
-  const [told, setTold] = React.useState('');
+  const [told, setTold] = React.useState<IResizeAnswer | null>(null);
   const button = React.useRef<HTMLButtonElement>(null);
   const close = () => {
     setOpen(false);
@@ -33,7 +33,7 @@ export function Resize(props: IResizeProps): JSX.Element {
         aria-expanded={open}
         onClick={() => {
           setOpen(!open);
-          setTold(''); // the answer to an earlier wish says nothing of this one
+          setTold(null); // the answer to an earlier wish says nothing of this one
         }}
       >
         {trans.__('Change the size of this slice')}
@@ -43,19 +43,26 @@ export function Resize(props: IResizeProps): JSX.Element {
         <ResizeForm
           {...props}
           close={close}
-          done={words => {
-            setTold(words);
+          done={answer => {
+            setTold(answer);
             close();
           }}
         />
       )}
-      <div role="status">{told && <p className="nbgpu-quiet">{told}</p>}</div>
+      <div role="status">
+        {told && (
+          <p className="nbgpu-quiet">{answerWords(told, props.usage, trans)}</p>
+        )}
+      </div>
     </div>
   );
 }
 
 function ResizeForm(
-  props: IResizeProps & { close: () => void; done: (words: string) => void }
+  props: IResizeProps & {
+    close: () => void;
+    done: (answer: IResizeAnswer) => void;
+  }
 ): JSX.Element {
   const { usage, trans } = props;
   const [share, setShare] = React.useState(() =>
@@ -86,7 +93,7 @@ function ResizeForm(
         ...(share.trim() ? { gpu_fraction: share.trim() } : {}),
         ...(memory.trim() ? { gpu_memory: memory.trim() } : {})
       });
-      props.done(answerWords(answer, trans));
+      props.done(answer);
     } catch (reason) {
       setError((reason as Error).message);
       setWaits(false);
@@ -112,7 +119,7 @@ function ResizeForm(
       <Field
         label={trans.__('GPU memory')}
         value={memory}
-        placeholder={trans.__('of that share')}
+        placeholder={trans.__('as much as the share has')}
         change={setMemory}
       />
       <div className="nbgpu-Resize-room" aria-live="polite">

@@ -38,11 +38,30 @@ export function modeWords(usage: IUsage, trans: TranslationBundle): string {
     : trans.__('burst: more time while others are idle');
 }
 
+/** "40 % of 1/4 GPU"; of a slice that may burst also how far it does. */
+export function computeWords(
+  device: IDeviceUsage,
+  mode: IUsage['mode'],
+  trans: Words
+): string {
+  const over = device.compute_used_milli - device.compute_limit_milli;
+  const part = trans.__(
+    '%1 % of %2 GPU',
+    device.utilization_percent,
+    formatFraction(device.compute_limit_milli)
+  );
+  // a few milli-GPU above the share are rounding; a strict slice has at most its share, though not of each second
+  return mode === 'burst' && over > 20
+    ? trans.__(
+        '%1, bursting to %2',
+        part,
+        formatFraction(device.compute_used_milli)
+      )
+    : part;
+}
+
 /** Null while there is room. */
-export function warningWords(
-  level: Level,
-  trans: TranslationBundle
-): string | null {
+export function warningWords(level: Level, trans: Words): string | null {
   if (level === 'over') {
     return trans.__('GPU memory over its limit');
   }
@@ -222,9 +241,19 @@ export function roomWords(room: IRoom, trans: TranslationBundle): string[] {
   );
 }
 
+function isShown({ devices }: IResizeAnswer, usage: IUsage): boolean {
+  const [asked] = devices;
+  const [now] = usage.devices;
+  return (
+    asked?.compute_milli === now.compute_limit_milli &&
+    asked.memory_bytes === now.memory_limit_bytes
+  );
+}
+
 /** What became of a wish, in words: "Granted: 1/2 GPU with 39 GiB of memory." */
 export function answerWords(
   answer: IResizeAnswer,
+  usage: IUsage,
   trans: TranslationBundle
 ): string {
   const [device] = answer.devices;
@@ -235,8 +264,9 @@ export function answerWords(
         formatMemory(device.memory_bytes)
       )
     : trans.__('as asked');
-  const what = answer.in_force
-    ? trans.__('Granted: %1.', size)
-    : trans.__('Granted: %1. It is in force once it is shown above.', size);
+  const what =
+    answer.in_force || isShown(answer, usage)
+      ? trans.__('Granted: %1.', size)
+      : trans.__('Granted: %1. It is in force once it is shown above.', size);
   return answer.note ? `${what} ${answer.note}` : what;
 }
