@@ -108,9 +108,14 @@ class Sampler:
 
     async def move(self, kernel_id: str, where: str) -> Json | None:
         """Ask the agent to ``suspend`` or ``resume`` a kernel; the next usage shows it. Raises what the agent says."""
-        answer = await self.client.post(f"/v1/kernels/{kernel_id}/{where}", {})
-        self.forget()
-        return answer
+        try:
+            return await self.client.post(f"/v1/kernels/{kernel_id}/{where}", {})
+        except NbgpuError as error:
+            name = self._names.get(kernel_id, {}).get("name")
+            message = with_name(error.message, kernel_id, name)
+            raise NbgpuError(message, code=error.code, status=error.status, field=error.field) from None
+        finally:
+            self.forget()
 
     async def resume(self, pid: int) -> Json:
         """Ask the agent to let a suspended process go on; the next usage shows it. Raises what the agent says."""
@@ -218,9 +223,12 @@ class Sampler:
         if known.get("path") is None:
             known = STARTED.get(kernel_id, known)
         name, message = known.get("name"), event["message"]
-        if name:
-            message = message.replace(f"Notebook kernel {kernel_id[:8]}…", in_a_sentence(name))
-        return {**event, "message": message, "name": name, "path": known.get("path")}
+        return {**event, "message": with_name(message, kernel_id, name), "name": name, "path": known.get("path")}
+
+
+def with_name(message: str, kernel_id: str, name: str | None) -> str:
+    """Return an agent's message with the notebook's name where the agent, who knows ids only, says "Notebook kernel 1a2b3c4d…"."""
+    return message.replace(f"Notebook kernel {kernel_id[:8]}…", in_a_sentence(name)) if name else message
 
 
 def _mark(event: Json) -> tuple[int, float]:

@@ -138,6 +138,9 @@ class Actions {
     if (!kernel || !where) {
       return;
     }
+    if (where === 'suspend' && !(await this._mayMove(kernel))) {
+      return;
+    }
     try {
       const api = sliceApi(this._services.serverSettings);
       await api.move(String(kernelId), where);
@@ -145,6 +148,25 @@ class Actions {
     } catch (error) {
       this._say(kernel, 'warning', (error as Error).message);
     }
+  }
+
+  private async _mayMove(kernel: IKernelUsage): Promise<boolean> {
+    const trans = this._trans;
+    const { button } = await showDialog({
+      title: trans.__(
+        'Move the GPU memory of %1 to host memory?',
+        kernelName(kernel, trans)
+      ),
+      body: trans.__(
+        "Its %1 are then free for this server's other notebooks. Nothing is lost: they come back when it is used again, as soon as there is room for them.",
+        formatMemory(kernelTotals(kernel).usedBytes)
+      ),
+      buttons: [
+        Dialog.cancelButton(),
+        Dialog.okButton({ label: trans.__('Move') })
+      ]
+    });
+    return button.accept;
   }
 
   private _running(kernelId: unknown): Kernel.IModel | undefined {
@@ -254,10 +276,7 @@ export const actionsPlugin: JupyterFrontEndPlugin<void> = {
       label: ({ kernelId }) =>
         actions.whereTo(kernelId) === 'resume'
           ? trans.__('Bring Back to the GPU')
-          : trans.__('Move to Host Memory'),
-      caption: trans.__(
-        "Its GPU memory is copied to the machine's own and is free for this server's other notebooks. It comes back unchanged."
-      ),
+          : trans.__('Move to Host Memory…'),
       isVisible: ({ kernelId }) => actions.whereTo(kernelId) !== null,
       execute: ({ kernelId }) => actions.move(kernelId)
     });

@@ -5,7 +5,7 @@ import type { TranslationBundle } from '@jupyterlab/translation';
 import type { IKernelUsage } from './api';
 import { formatMemory } from './format';
 
-/** Beside what it is and does; empty while its memory is on the GPU. */
+/** Where it is; empty while its memory is on the GPU. */
 export function awayWords(
   kernel: IKernelUsage,
   trans: TranslationBundle
@@ -16,14 +16,14 @@ export function awayWords(
   const { phase, memory_bytes, wanted_seconds } = kernel.away;
   const memory = formatMemory(memory_bytes);
   if (phase === 'parking') {
-    return trans.__('%1 on their way to host memory', memory);
+    return trans.__('Its %1 are on their way to host memory.', memory);
   }
   if (phase === 'restoring') {
-    return trans.__('%1 on their way back from host memory', memory);
+    return trans.__('Its %1 are on their way back from host memory.', memory);
   }
   return wanted_seconds === null
-    ? trans.__('%1 in host memory', memory)
-    : trans.__('waits until %1 are free for it', memory);
+    ? trans.__('Its %1 are in host memory.', memory)
+    : trans.__('It is used and waits until %1 are free for it.', memory);
 }
 
 /** Where its memory may go; null where nothing may be moved. */

@@ -177,6 +177,13 @@ function Kernel(props: IKernelProps): JSX.Element {
           {source && <span className="nbgpu-quiet">{source}</span>}
         </td>
       </tr>
+      {kernel.away && (
+        <tr>
+          <td colSpan={3} role="status">
+            {awayWords(kernel, trans)}
+          </td>
+        </tr>
+      )}
       {over && (
         <tr>
           <td colSpan={3}>
@@ -223,11 +230,7 @@ function About(props: {
   const words =
     kernel.kernel_id === null
       ? [trans.__('Terminals and programs')]
-      : [
-          kindWords(kernel),
-          stateWords(kernel, trans),
-          awayWords(kernel, trans)
-        ].filter(Boolean);
+      : [kindWords(kernel), stateWords(kernel, trans)].filter(Boolean);
   return words.length === 0 ? null : (
     <div
       className="nbgpu-Kernels-about nbgpu-quiet"

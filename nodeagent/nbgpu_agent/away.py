@@ -63,7 +63,6 @@ class Away:
         self._checkpoints = checkpoints
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._not_before: dict[str, float] = {}
-        self._one_at_a_time = asyncio.Lock()
 
     def load(self) -> None:
         """Go on with what an earlier agent has begun."""
@@ -308,7 +307,7 @@ class Away:
         What it holds is counted first, for every process of the slice, and only then looked at beside what they hold: who takes memory
         meanwhile sees it and takes less, or is seen here.
         """
-        async with self._one_at_a_time:
+        async with live.one_comes_back:
             entry = self._entry(live, kernel_id)
             if entry is None or entry.phase != "parked":
                 return None

@@ -74,6 +74,8 @@ class LiveSlice:
         """Its owner may let suspended processes go on."""
         self.may_suspend = False
         """Its owner may move its kernels' memory to the host."""
+        self.one_comes_back = asyncio.Lock()
+        """Held while it is looked at whether there is room for a kernel to come back: two at once would refuse each other."""
         self.coming_back: set[str] = set()
         """Kernels on the host that count already, while it is looked at whether there is room for them."""
         self.on_gathered: Callable[[], None] = lambda: None

@@ -73,6 +73,35 @@ def test_one_kernels_caches_are_freed_by_keyboard(lab: Lab, page: Any, tmp_path:
     run_cell(page, "print(answer, 'said' in globals(), 'gc' in globals())", "42 False False")
 
 
+def test_a_kernels_memory_is_moved_to_the_host_and_back(lab: Lab, page: Any) -> None:
+    kernel_id = lab.kernels[0]
+    open_lab(page, lab, "JupyterLab Light")
+    assert not open_menu(page, "first.ipynb").get_by_text("Host Memory").is_visible(), "control: it is not offered"
+    page.keyboard.press("Escape")
+    lab.agent.may_suspend = True
+    page.wait_for_timeout(2200)
+    menu = open_menu(page, "first.ipynb")
+    menu.get_by_text("Move to Host Memory…").wait_for()
+    shot(page, SHOTS / "actions-move-menu.png")
+    menu.get_by_text("Move to Host Memory…").click()
+    dialog = page.locator(".jp-Dialog")
+    dialog.get_by_text("Its 8 GiB are then free").wait_for()
+    assert not lab.agent.away, "nothing before the consent"
+    shot(page, SHOTS / "actions-move-consent.png")
+    dialog.get_by_role("button", name="Move").click()
+    row = page.locator(f'[data-kernel="{kernel_id}"]')
+    row.get_by_text("Its 8 GiB are in host memory.").wait_for()
+    lab.agent.used_bytes = 4 * GIB + GIB // 2
+    page.wait_for_timeout(2200)
+    shot(page, SHOTS / "actions-moved.png")
+    lab.agent.away[kernel_id]["wanted_seconds"] = 3.0
+    row.get_by_text("waits until 8 GiB are free for it").wait_for()
+    open_menu(page, "first.ipynb").get_by_text("Bring Back to the GPU").click()
+    wait_for(lambda: not lab.agent.away)
+    row.get_by_text("8 GiB", exact=True).wait_for()
+    lab.agent.may_suspend = False
+
+
 def test_a_kernel_of_somebody_else_is_none(lab: Lab, page: Any) -> None:
     """A hostile notebook may ask for what it likes: only this server's kernels have a menu, and each thing is asked of the user first."""
     lab.agent.kernel("another-servers", GIB)

@@ -19,10 +19,10 @@ test('what is said of memory that is away', () => {
     awayWords(kernel(away), trans);
   expect(said()).toBe('');
   expect(said(null)).toBe('');
-  expect(said({})).toMatch(/^20.GiB in host memory$/);
-  expect(said({ phase: 'parking' })).toMatch(/on their way to host memory$/);
-  expect(said({ phase: 'restoring' })).toMatch(/back from host memory$/);
-  expect(said({ wanted_seconds: 3 })).toMatch(/^waits until 20.GiB are free/);
+  expect(said({})).toMatch(/^Its 20.GiB are in host memory/);
+  expect(said({ phase: 'parking' })).toMatch(/on their way to host memory/);
+  expect(said({ phase: 'restoring' })).toMatch(/back from host memory/);
+  expect(said({ wanted_seconds: 3 })).toMatch(/waits until 20.GiB are free/);
 });
 
 test('where it may go', () => {
