@@ -118,6 +118,8 @@ class Service:
         """Carry the core's effects out: log, ask slices back, wake those who wait."""
         effects = self.core.drain()
         for request_id in effects.granted:
+            if request_id == told:
+                continue
             entry = self.core.books.entries.get(request_id)
             if entry is not None and entry.slice is not None:
                 waited = self.clock() - entry.enqueued
