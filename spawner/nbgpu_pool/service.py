@@ -118,16 +118,13 @@ class Service:
         """Carry the core's effects out: log, ask slices back, wake those who wait."""
         effects = self.core.drain()
         for request_id in effects.granted:
-            if request_id == told:
-                continue
             entry = self.core.books.entries.get(request_id)
             if entry is not None and entry.slice is not None:
                 waited = self.clock() - entry.enqueued
                 self.metrics.waited(waited)
                 where = ",".join(f"{one.index}:{one.compute_milli}" for one in entry.slice.devices)
-                log.info(
-                    "granted %s %s node=%s devices=%s waited=%.1fs", request_id, _who(entry.request.owner), entry.slice.node, where, waited
-                )
+                who, asked = _who(entry.request.owner), _asked(entry.request)
+                log.info("granted %s %s %s node=%s devices=%s waited=%.1fs", request_id, who, asked, entry.slice.node, where, waited)
         for request_id in effects.ended:
             entry = self.core.ended.get(request_id)
             if entry is not None:
@@ -266,9 +263,8 @@ class Service:
         fresh = self.core.entry(request.request_id) is None
         with self.metrics.placement():
             grant = self.core.request(request, now)
-        if fresh:
-            asked = f"n={request.device_count} compute={request.compute_milli} memory={request.memory_milli or request.memory_bytes}"
-            log.info("request %s %s %s -> %s", request.request_id, _who(request.owner), asked, grant.state.value)
+        if fresh and grant.state != GrantState.reserved:  # else one line tells all of it: `settle`
+            log.info("request %s %s %s -> %s", request.request_id, _who(request.owner), _asked(request), grant.state.value)
         self.settle()
         return grant
 
@@ -291,7 +287,8 @@ class Service:
     def cancel(self, request_id: str, hub: str | None) -> Grant | None:
         """Give a request up."""
         entry = self.core.cancel(request_id, hub, self.clock())
-        log.info("release %s -> %s", request_id, entry.state.value if entry else "unknown, remembered")
+        if entry is None or entry.state != GrantState.gone:
+            log.info("release %s -> %s", request_id, entry.state.value if entry else "unknown, remembered")
         self.settle()
         return self.core.grant(entry, self.clock()) if entry else None
 
@@ -370,6 +367,10 @@ class Service:
     def availability(self, query: AvailabilityQuery) -> list[Availability]:
         """Return what each shape of a query would meet."""
         return answer(self.core, query, self.clock())
+
+
+def _asked(request: Request) -> str:
+    return f"n={request.device_count} compute={request.compute_milli} memory={request.memory_milli or request.memory_bytes}"
 
 
 def _who(owner: Owner) -> str:
