@@ -145,8 +145,7 @@ class Core(Held):
             raise NbgpuError("That share is not free any more; you keep your place in the queue.", code="no-room", status=409)
         self.books.add(entry)
         self.books.give(entry, found, self.settings.quotas.counted(request.groups))
-        for passed in walk.waiting:
-            passed.overtaken += not passed.holder
+        walk.passed(found)
         self._effects.granted.append(entry.slice_id)
         self._withdraw(old, "given up for a smaller share", now)
         return self.grant(entry, now)
