@@ -89,7 +89,8 @@ def create_app(service: Service, guard: Guard | None = None) -> FastAPI:
     """
     app = FastAPI(title="nbgpu pool", version=__version__, docs_url=None, redoc_url=None, summary="Who gets which part of which GPU.")
     app.state.service = service
-    app.add_middleware(Hot, acquire=partial(_acquire, service), release=partial(_give_up, service))
+    acts = partial(_acquire, service), partial(_give_up, service), partial(_following, service)
+    app.add_middleware(Hot, acquire=acts[0], release=acts[1], follow=acts[2])
     app.add_middleware(Front, guard=guard)
     install_handlers(app)
     app.include_router(router)
@@ -127,6 +128,10 @@ def _give_up(pool: Service, request_id: str, speaker: Principal) -> Grant | None
     return pool.cancel(request_id, speaker.hub)
 
 
+def _following(pool: Service, request_id: str, speaker: Principal, held: bool) -> Response:
+    return events.Following(pool, _entry(pool, request_id, speaker), touch=speaker.role == "hub", held=held)
+
+
 @router.post("/v1/requests")
 async def make_request(body: Request, pool: Pool, speaker: Speaker) -> Grant:
     """Ask for a slice: granted at once, or queued. Idempotent by `request_id`."""
@@ -157,10 +162,9 @@ async def get_request(request_id: RequestId, pool: Pool, speaker: Speaker) -> Gr
 
 
 @router.get("/v1/requests/{request_id}/events", response_class=StreamingResponse)
-async def follow_request(request_id: RequestId, pool: Pool, speaker: Speaker, held: Annotated[bool, Query()] = False) -> StreamingResponse:
+async def follow_request(request_id: RequestId, pool: Pool, speaker: Speaker, held: Annotated[bool, Query()] = False) -> Response:
     """Server-sent events `grant`, at each change, until the request is no longer queued; with `held`, until it has ended."""
-    entry = _entry(pool, request_id, speaker)
-    return events.stream(events.of_request(pool, entry, touch=speaker.role == "hub", held=held))
+    return _following(pool, request_id, speaker, held)
 
 
 @router.delete("/v1/requests/{request_id}", response_model=Grant, responses={204: {"description": "Unknown; remembered."}})

@@ -1,4 +1,4 @@
-"""The two calls that every server's start and end make, without what FastAPI does around a route: with it a call costs twice as much.
+"""The calls of every server's start, wait and end, without what FastAPI does around a route: with it a call costs twice as much.
 
 They are the routes of `api` all the same: whatever is not as it should be (a body that is no request, an id that is none) goes on to
 those, which say what is wrong.
@@ -21,10 +21,13 @@ from .problems import answer_of
 
 PATH = "/v1/requests"
 _ONE = re.compile(rf"{PATH}/([a-z0-9][a-z0-9-]{{6,46}}[a-z0-9])")
+_EVENTS = re.compile(rf"{_ONE.pattern}/events")
+_HELD = {b"": False, b"held=true": True}
 _JSON = (b"content-type", b"application/json")
 
 Acquire = Callable[[Request, Principal], Grant]
 Release = Callable[[str, Principal], "Grant | None"]
+Follow = Callable[[str, Principal, bool], App]
 
 
 class Hot:
@@ -32,12 +35,12 @@ class Hot:
 
     Parameters
     ----------
-    acquire, release : callable
-        What ``POST /v1/requests`` and ``DELETE /v1/requests/{request_id}`` do.
+    acquire, release, follow : callable
+        What ``POST /v1/requests``, ``DELETE /v1/requests/{request_id}`` and ``GET /v1/requests/{request_id}/events`` do.
     """
 
-    def __init__(self, app: App, acquire: Acquire, release: Release):
-        self._app, self._acquire, self._release = app, acquire, release
+    def __init__(self, app: App, acquire: Acquire, release: Release, follow: Follow):
+        self._app, self._acquire, self._release, self._follow = app, acquire, release, follow
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or pass it on."""
@@ -53,6 +56,9 @@ class Hot:
                     return
             elif method == "DELETE" and (found := _ONE.fullmatch(path)):
                 await _answer(send, self._release(found[1], speaker))
+                return
+            elif method == "GET" and (found := _EVENTS.fullmatch(path)) and scope["query_string"] in _HELD:
+                await self._follow(found[1], speaker, _HELD[scope["query_string"]])(scope, receive, send)
                 return
         except NbgpuError as error:
             await answer_of(error)(scope, receive, send)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -34,6 +34,10 @@ from .state import Settings
 
 TICK_SECONDS = 0.5
 RETRY_SECONDS = 0.5
+WOKEN_AT_ONCE = 50
+"""So many of those who wait for a change are woken at a time,"""
+WAKING_SECONDS = 0.05
+"""and after so long the next."""
 REFUSED_SECONDS = 10.0
 """The longest pause before the ledger is asked again for what it refused."""
 
@@ -55,7 +59,12 @@ class Service:
         """How long was waited after what the ledger refused of a slice last."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
-        self._waiters: set[asyncio.Future[None]] = set()
+        self._waiters: set[asyncio.Future[bool]] = set()
+        self._following: dict[str, set[asyncio.Future[bool]]] = {}
+        """Those of them that follow one request, by its id."""
+        self._due: list[asyncio.Future[bool]] = []
+        """Who has to be woken still."""
+        self._waking: asyncio.TimerHandle | None = None
         self._announced = 0
 
     # -- life --------------------------------------------------------------------------------------------------------
@@ -129,6 +138,8 @@ class Service:
             entry = self.core.ended.get(request_id)
             if entry is not None:
                 log.info("gone %s %s: %s", request_id, _who(entry.request.owner), entry.reason)
+        for request_id in (*effects.granted, *effects.ended):
+            self._wake_all(self._following.get(request_id, ()))
         for slice_id in effects.parks:
             self._spawn(self._park(slice_id))
         for what, slice_ids in ((self._release, effects.releases), (self._resize_again, effects.resizes), (self._move, effects.moves)):
@@ -235,25 +246,52 @@ class Service:
     # -- waiting for changes -----------------------------------------------------------------------------------------
 
     def _announce(self, force: bool = False) -> None:
-        if self._announced != self.core.generation or force:
-            self._announced = self.core.generation
-            for waiter in self._waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
+        """Wake those who wait for a change, some at a time: thousands of them must not keep the others' answers waiting."""
+        if force:
+            self._wake_all(list(self._waiters))
+        elif self._waking is None and (self._due or self._announced != self.core.generation):
+            if not self._due:
+                self._announced, self._due = self.core.generation, list(self._waiters)
+            now, self._due = self._due[:WOKEN_AT_ONCE], self._due[WOKEN_AT_ONCE:]
+            if now:
+                self._wake_all(now)
+                self._waking = asyncio.get_running_loop().call_later(WAKING_SECONDS * len(now) / WOKEN_AT_ONCE, self._go_on_waking)
 
-    async def changed(self, since: int, timeout_seconds: float) -> bool:
-        """Wait until the core's generation is another than `since`; False when the time is up first."""
+    def _go_on_waking(self) -> None:
+        self._waking = None
+        self._announce()
+
+    @staticmethod
+    def _wake_all(waiters: Iterable[asyncio.Future[bool]], changed: bool = True) -> None:
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(changed)
+
+    async def changed(self, since: int, timeout_seconds: float, of: str | None = None) -> bool:
+        """Wait until the core's generation is another than `since`; False when the time is up first.
+
+        Parameters
+        ----------
+        of : str, optional
+            Id of the request that is followed: who waits is woken at once when it is granted or ends.
+        """
         if self.core.generation != since or self.closing:
             return True
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[bool] = loop.create_future()
+        late = loop.call_later(timeout_seconds, self._wake_all, (waiter,), False)
         self._waiters.add(waiter)
+        if of is not None:
+            self._following.setdefault(of, set()).add(waiter)
         try:
-            await asyncio.wait_for(waiter, timeout_seconds)
-            return True
-        except (TimeoutError, asyncio.TimeoutError):
-            return False
+            return await waiter
         finally:
+            late.cancel()
             self._waiters.discard(waiter)
+            if of is not None:
+                self._following[of].discard(waiter)
+                if not self._following[of]:
+                    del self._following[of]
 
     # -- commands ----------------------------------------------------------------------------------------------------
 
