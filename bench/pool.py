@@ -41,7 +41,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "spawner"), str(ROOT / "tests"), str(ROOT 
 import httpx  # noqa: E402
 from pool_decide import decide, scaling  # noqa: E402
 from pool_kube import KEY, NAMESPACE, TOKEN, kubeconfig  # noqa: E402
-from pool_load import Found, Stream, empty, message, pairs  # noqa: E402
+from pool_load import Found, Stream, connect, empty, message, pairs  # noqa: E402
 
 BARS_LEAST = {"pairs_per_s": 1000.0}
 BARS_MOST = {"p99_ms": 50.0, "streams_rss_mb": 250.0, "decide_median_us": 5.0, "decide_p99_us": 100.0,
@@ -115,9 +115,11 @@ def service(folder: Path, options: argparse.Namespace) -> Generator[tuple[int, i
         with (folder / "log").open("ab") as log, process(command, env=env, stderr=log) as pool:
             with client(port) as http:
                 until(lambda: bool(http.get("/healthz").json()["ready"]), pool, folder)
-            yield port, pool.pid
-            if options.keep_log:
-                options.keep_log.write_bytes((folder / "log").read_bytes())
+            try:
+                yield port, pool.pid
+            finally:
+                if options.keep_log:
+                    options.keep_log.write_bytes((folder / "log").read_bytes())
 
 
 def until(ready: Any, running: subprocess.Popen[str], folder: Path) -> None:
@@ -161,12 +163,14 @@ async def waiting(port: int, pid: int, options: argparse.Namespace) -> dict[str,
     loop = asyncio.get_running_loop()
     before = rss_mb(pid)
     begun = time.perf_counter()
-    with client(port) as http:
-        for number in range(options.streams):
-            asked = {"request_id": f"waits-{number:06}", "owner": {"hub": "hub", "user": f"waiter-{number}"}, "namespace": NAMESPACE,
-                     "compute_milli": 1000, "device_count": options.devices}  # fmt: skip
-            state = http.post("/v1/requests", json=asked).raise_for_status().json()["state"]
-            assert state == "queued", state
+    connection = await connect(port)
+    for number in range(options.streams):
+        asked = {"request_id": f"waits-{number:06}", "owner": {"hub": "hub", "user": f"waiter-{number}"}, "namespace": NAMESPACE,
+                 "compute_milli": 1000, "device_count": options.devices}  # fmt: skip
+        status, body = await connection.ask(message("POST", "/v1/requests", TOKEN, json.dumps(asked).encode()))
+        assert status == 200, body
+        assert b'"state":"queued"' in body, body
+    connection.close()
     queued = time.perf_counter() - begun
     for number in range(options.streams):
         stream = Stream(message("GET", f"/v1/requests/waits-{number:06}/events", TOKEN))

@@ -167,7 +167,7 @@ class Core(Held):
         waiting = [one for one in self.books.waiting() if one is not but]
         if len(waiting) >= self.settings.queue_total:
             raise Unavailable(f"The queue is full ({counted(len(waiting), 'request')} in it); try again later.", code="queue-full")
-        mine = sum((one.request.owner.hub, one.request.owner.user) == (request.owner.hub, request.owner.user) for one in waiting)
+        mine = sum(one.state == GrantState.queued and one is not but for one in self.books.of_user(request.owner))
         if mine >= self.settings.queue_per_user:
             raise Refused(f"You have {mine} requests in the queue already; that is the most one user may have.", code="queue-full")
 
@@ -531,6 +531,7 @@ class Core(Held):
         entry.slice, entry.full = seen.slice, seen.full
         if queued is not None:
             entry.request, entry.want, entry.adopted = queued.request, queued.want, False
+            queued.state = GrantState.gone  # it stands for another now
         entry.state, entry.expires = GrantState.reserved, now + self.settings.reservation_ttl_seconds
         if unwanted:
             entry.state, entry.expires, entry.withdrawn, entry.reason = GrantState.releasing, None, True, "given back"

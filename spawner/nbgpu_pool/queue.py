@@ -10,9 +10,8 @@ A request is passed when a later one is granted a device that it could use. Who 
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
-from functools import cached_property
 
 from nbgpu.quantities import WHOLE_MILLI
 
@@ -22,8 +21,10 @@ from .quotas import Quotas, Tally
 from .shapes import Part, Want, resolve
 
 
-LEAST_MOST = 200
-"""`Fairness.most` is at least that: to keep a whole pool for one who waits costs everybody."""
+MOST_PER_DEVICE = 10
+"""`Fairness.most` is at least that for each device: to keep a whole pool for one who waits costs everybody, and in a large one a hundred
+pass in a minute.
+"""
 MOST_PROTECTED = 20
 """So many at a time have devices of their own kept for them, the first of the queue: for thousands it would take the pool's time."""
 
@@ -35,10 +36,9 @@ class Fairness:
     overtake_count: int = 50
     overtake_seconds: float = 900.0
 
-    @property
-    def most(self) -> int:
-        """How often a request may be passed in all."""
-        return max(LEAST_MOST, 4 * self.overtake_count)
+    def most(self, devices: int) -> int:
+        """Return how often a request that could use so many devices may be passed in all."""
+        return max(4 * self.overtake_count, MOST_PER_DEVICE * devices)
 
     def protects(self, entry: Entry, now: float) -> bool:
         """Whether nobody may take `entry`'s room any more."""
@@ -119,10 +119,12 @@ class Pass:
         key = entry.want, cap, len(self.barred) + len(self.kept)
         if not entry.earmark and key in self._misfits:
             return None
-        found = self._place(entry.want, barred, cap)
+        found = self._place(entry.want, barred, cap) if self.books.may_fit(entry.want) else None
         if found is None:
             if not entry.earmark:
                 self._misfits.add(key)
+                if cap is None and self.books.may_fit(entry.want) and (not barred or self._place(entry.want, frozenset(), None) is None):
+                    self.books.misfits(entry.want)
             return None
         if found[0][0].coming:
             return found
@@ -166,9 +168,9 @@ class Pass:
             return self.books.buckets.place(want, barred, cap, self.policy, coming=False)
         return place(self.rooms, want, barred=barred, cap=cap, policy=self.policy)
 
-    @cached_property
-    def _healthy(self) -> set[str]:
-        return {room.device.uuid for room in self.rooms if room.device.healthy}
+    def _healthy(self, uuids: Iterable[str]) -> bool:
+        rooms = (self.books.rooms.get(uuid) for uuid in uuids)
+        return all(room is not None and room.device.healthy and not room.coming for room in rooms)
 
     def _to_come(self, want: Want, cap: Part | None) -> Place | None:
         return place(self.coming, want, cap=cap, policy=self.policy) if self.coming else None
@@ -193,17 +195,18 @@ class Pass:
             if cost is not None:
                 self.tally.reserve(entry.request.owner, self.quotas.counted(entry.request.groups), cost)
             return
-        if entry.overtaken >= self.fairness.most:
+        if entry.overtaken >= self.fairness.most(self.books.of_use(entry.want)):
             entry.earmark = () if entry.want in self._closed else self._all_of_use(entry.want)
             self._closed.add(entry.want)
         elif self.protected >= MOST_PROTECTED:
             entry.earmark = ()
             return
-        elif not entry.earmark or not self._healthy.issuperset(entry.earmark) or self.barred.intersection(entry.earmark):
+        elif not entry.earmark or not self._healthy(entry.earmark) or self.barred.intersection(entry.earmark):
             entry.earmark = nearest(self.rooms, entry.want, barred=self.barred)
         self.protected += 1
         self.barred.update(entry.earmark)
-        if cost is not None and self._fitting(entry.want, self.barred - set(entry.earmark), None) is not None:
+        fits = self.books.may_fit(entry.want) and self._fitting(entry.want, self.barred - set(entry.earmark), None) is not None
+        if cost is not None and fits:
             # It fits, but for others' guarantees: what comes free adds up for it instead of going to smaller ones.
             self.kept_milli += min(cost.compute_milli, WHOLE_MILLI * len(self.rooms))
 

@@ -81,6 +81,10 @@ class Buckets:
             room.coming,
         )
 
+    def of(self, nodes: Iterable[str]) -> list[Room]:
+        """Return the rooms of some nodes, in the fixed order."""
+        return [self._rooms[rank] for rank in sorted(rank for node in nodes for rank in self._nodes.get(node, ()))]
+
     def place(self, want: Want, barred: Set[str], cap: Part | None, policy: Policy, *, coming: bool) -> Place | None:
         """Return the best place for `want`, of one device."""
         out = {self._rank[uuid] for uuid in barred if uuid in self._rank}
