@@ -1,6 +1,7 @@
 """The pool under load, of *simulated* devices: requests over HTTP, and how long a decision takes inside the process.
 
-``python bench/pool.py [--quick] [--json] [--nodes 777] [--devices 8] [--grants 10000] [--streams 5000] [--rule best-fit|value]``
+``python bench/pool.py [--quick] [--json] [--only http|decide] [--nodes 777] [--devices 8] [--grants 10000] [--streams 5000]
+[--rule best-fit|value] [--quotas]``
 
 * The service is a real `python -m nbgpu_pool --kubernetes` on a loopback port, its ledger a stand-in for the API server in a process of
   its own (as in `bench/pool_kube.py`): that is how a pool of this size is deployed. `grants` of its slices run.
@@ -11,8 +12,8 @@
   (`fastapi_per_s`, `starlette_per_s`, requests a second: a pair is two).
 * `streams_rss_mb`: the memory of that service while `streams` clients wait in its queue, each following its events; `streams_pairs_per_s`
   and `streams_p99_ms` as above while they wait.
-* `decide_median_us`, `decide_p99_us` (`value_decide_…` for the rule by value): a decision inside the process on 6,212 devices, while requests
-  come and go; `scaling` the same on more. What is renewed after an answer is `after_us`.
+* `decide_median_us`, `decide_p99_us` (`value_decide_…` for the rule by value): a decision inside the process on 6,212 devices, while
+  requests come and go; `scaling` the same on more. What is renewed after an answer is `after_us`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "spawner"), str(ROOT / "tests"), str(ROOT / "bench")]
 
 import httpx  # noqa: E402
-from pool_decide import decide, scaling  # noqa: E402
+from pool_decide import scaling  # noqa: E402
 from pool_kube import KEY, NAMESPACE, TOKEN, kubeconfig  # noqa: E402
 from pool_load import Found, Stream, connect, empty, message, pairs  # noqa: E402
 
@@ -245,17 +246,17 @@ def show(found: dict[str, Any]) -> None:
         rows += [
             ("acquire + release", f"{found['pairs_per_s']} pairs/s", ">= 1000", bare),
             ("one request, p50 / p99", f"{found['p50_ms']} / {found['p99_ms']} ms", "p99 <= 50", ""),
-            ("processor time of the service for a pair", f"{found['cpu_us_per_pair']} us", "", f"{found['fastapi_cpu_us_per_pair']} us FastAPI"),
+            ("processor time for a pair", f"{found['cpu_us_per_pair']} us", "", f"{found['fastapi_cpu_us_per_pair']} us FastAPI"),
             ("wrong answers", str(found["wrong"]), "0", ""),
         ]
     if "streams_rss_mb" in found:
         rows += [
-            (f"{found['streams']} wait with event streams", f"{found['streams_rss_mb']} MB", "<= 250", f"{found['rss_mb']} MB without them"),
+            (f"{found['streams']} wait with event streams", f"{found['streams_rss_mb']} MB", "<= 250", f"{found['rss_mb']} MB without"),
             ("acquire + release meanwhile", f"{found['streams_pairs_per_s']} pairs/s", "", ""),
             ("one request meanwhile, p99", f"{found['streams_p99_ms']} ms", "", ""),
         ]
     for name, key in (("best fit", "decide"), ("by value", "value_decide")):
-        for size in found["scaling"] if "scaling" in found else ():
+        for size in found.get("scaling", ()):
             one = found["scaling"][size][key]
             told = f"{one['median_us']} / {one['p99_us']} us"
             rows.append((f"decision, {name}, {size} GPUs, p50 / p99", told, "5 / 100", f"and after the answer {one['after_us']} us"))

@@ -10,7 +10,6 @@ import gc
 import random
 import statistics
 import time
-from typing import Any
 
 from pool_load import SIZES, WEIGHTS
 

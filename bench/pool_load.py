@@ -86,7 +86,7 @@ def message(method: str, path: str, token: str, body: bytes = b"") -> bytes:
 
 
 async def pairs(port: int, token: str, seconds: float, connections: int, seed: int, users: int = 5000) -> Found:
-    """Acquire and release, on some connections at once, each one pair after the other; parts of a device only, as a part of each is in use."""
+    """Acquire and release, on some connections at once, each one pair after the other; parts only, as a part of each device is in use."""
     found = Found()
     end = time.perf_counter() + seconds
     begun = time.perf_counter()

@@ -20,7 +20,6 @@ from .placement import DEFAULT_POLICY, Place, Policy, nearest, place
 from .quotas import Quotas, Tally
 from .shapes import Part, Want, resolve
 
-
 MOST_PER_DEVICE = 10
 """`Fairness.most` is at least that for each device: to keep a whole pool for one who waits costs everybody, and in a large one a hundred
 pass in a minute.
@@ -209,7 +208,6 @@ class Pass:
         if cost is not None and fits:
             # It fits, but for others' guarantees: what comes free adds up for it instead of going to smaller ones.
             self.kept_milli += min(cost.compute_milli, WHOLE_MILLI * len(self.rooms))
-
 
     def _all_of_use(self, want: Want) -> tuple[str, ...]:
         """Return all devices that `want` could be placed on; none where there are too few of them now, whoever else waits."""
