@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from nbgpu.models import Device, GrantState, Owner, Request, Slice, SliceDevice
 
-from .placement import Buckets, Place, Room, of_each_kind, order, place
+from .placement import Buckets, Place, Policy, Room, of_each_kind, order, place
 from .quotas import Holding, total
 from .shapes import MAX_DEVICES, Part, Want, by_model, resolve, want_of
 
@@ -293,6 +293,26 @@ class Books:
         self.buckets = Buckets(self.rooms)
         if self.valued is not None:
             self.valued = type(self.valued)(self.rooms, self.valued)
+
+    def decide(self, want: Want, barred: Set[str], cap: Part | None, policy: Policy) -> Place | None:
+        """Return where `want` goes, of the devices that are there; None: nowhere."""
+        if self.valued is not None:
+            found = self.valued.place(want, barred, cap)
+            if found is not None:
+                return found
+        return self.fitting(want, barred, cap, policy)
+
+    def fitting(self, want: Want, barred: Set[str], cap: Part | None, policy: Policy) -> Place | None:
+        """Return where `want` fits best."""
+        if want.device_count == 1:
+            return self.buckets.place(want, barred, cap, policy, coming=False)
+        return place(self._here, want, barred=barred, cap=cap, policy=policy)
+
+    def refresh(self) -> None:
+        """Do what the next decision would have to do first: when there is time."""
+        self.buckets.refresh()
+        if self.valued is not None:
+            self.valued.refresh()
 
     def empty_of_each_kind(self) -> list[Room]:
         """Return what one node of each kind would have if it were empty and healthy."""

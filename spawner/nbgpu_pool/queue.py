@@ -157,15 +157,7 @@ class Pass:
         return found or self._here(want, barred, cap) or self._to_come(want, cap)
 
     def _here(self, want: Want, barred: Set[str], cap: Part | None) -> Place | None:
-        found = self.books.valued.place(want, barred, cap) if self.books.valued is not None else None
-        if found is not None:
-            return found
-        return self._fitting(want, barred, cap)
-
-    def _fitting(self, want: Want, barred: Set[str], cap: Part | None) -> Place | None:
-        if want.device_count == 1:
-            return self.books.buckets.place(want, barred, cap, self.policy, coming=False)
-        return place(self.rooms, want, barred=barred, cap=cap, policy=self.policy)
+        return self.books.decide(want, barred, cap, self.policy)
 
     def _healthy(self, uuids: Iterable[str]) -> bool:
         rooms = (self.books.rooms.get(uuid) for uuid in uuids)
@@ -204,7 +196,7 @@ class Pass:
             entry.earmark = nearest(self.rooms, entry.want, barred=self.barred)
         self.protected += 1
         self.barred.update(entry.earmark)
-        fits = self.books.may_fit(entry.want) and self._fitting(entry.want, self.barred - set(entry.earmark), None) is not None
+        fits = self.books.may_fit(entry.want) and self.books.fitting(entry.want, self.barred - set(entry.earmark), None, self.policy) is not None
         if cost is not None and fits:
             # It fits, but for others' guarantees: what comes free adds up for it instead of going to smaller ones.
             self.kept_milli += min(cost.compute_milli, WHOLE_MILLI * len(self.rooms))

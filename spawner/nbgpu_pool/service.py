@@ -58,6 +58,7 @@ class Service:
         self._refused: dict[str, float] = {}
         """How long was waited after what the ledger refused of a slice last."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._refreshes = False
         self._wake = asyncio.Event()
         self._waiters: set[asyncio.Future[bool]] = set()
         self._following: dict[str, set[asyncio.Future[bool]]] = {}
@@ -148,6 +149,13 @@ class Service:
                     self._asking.add(slice_id)
                     self._spawn(self._ask(what, slice_id))
         self._announce()
+        if not self._refreshes:
+            self._refreshes = True
+            asyncio.get_running_loop().call_soon(self._refresh)  # the answer goes out first
+
+    def _refresh(self) -> None:
+        self._refreshes = False
+        self.core.books.refresh()
 
     async def _ask(self, what: Callable[[str], Awaitable[None]], slice_id: str) -> None:
         """Ask the ledger for something that is asked again until it is answered."""

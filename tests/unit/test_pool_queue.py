@@ -46,7 +46,9 @@ class Pool:
                 **more,
             }
         )
-        return self.core.request(request, self.now)
+        grant = self.core.request(request, self.now)
+        self.core.books.refresh()  # as the service does after its answer
+        return grant
 
     def run(self, grant: Grant) -> str:
         """The server of a grant starts."""
