@@ -18,6 +18,7 @@ from nbgpu.models import (
     DeviceBooks,
     Grant,
     GrantState,
+    Hints,
     Launch,
     LaunchGrant,
     LaunchRequest,
@@ -228,6 +229,18 @@ async def availability(body: AvailabilityQuery, pool: Pool, speaker: Speaker) ->
 async def follow_pool(pool: Pool, speaker: Speaker) -> StreamingResponse:
     """Server-sent events `change`: ask for the availability again."""
     return events.stream(events.of_pool(pool))
+
+
+@router.get("/v1/hints")
+async def get_hints(pool: Pool, speaker: Speaker) -> Hints:
+    """Return which idle server's move, or end, would let in somebody who waits; nothing is moved by it."""
+    return events.hints_for(pool, speaker)
+
+
+@router.get("/v1/hints/events", response_class=StreamingResponse)
+async def follow_hints(pool: Pool, speaker: Speaker) -> StreamingResponse:
+    """Server-sent events `hints`, now and at each change."""
+    return events.stream(events.of_hints(pool, speaker))
 
 
 @router.get("/v1/devices")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Coroutine
 
 from starlette.responses import Response, StreamingResponse
 
 from nbgpu.http import Receive, Scope, Send
-from nbgpu.models import Grant, GrantState
+from nbgpu.models import Grant, GrantState, Hints
 
+from .auth import Principal
 from .books import Entry
 from .service import Service
 
 REFRESH_SECONDS = 5.0
 """How often a waiting request's estimate is looked at again; also keeps the connection alive."""
+HINTS_SECONDS = 1.0
+"""Hints are looked for no more often."""
 HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 """Of an event stream that no proxy holds back."""
 
@@ -96,3 +100,24 @@ async def of_pool(service: Service) -> AsyncIterator[str]:
 def _rough(grant: Grant) -> int | None:
     """A change of the estimate by less than half a minute is not worth an event."""
     return None if grant.wait_seconds is None else round(grant.wait_seconds / 30)
+
+
+async def of_hints(service: Service, speaker: Principal) -> AsyncIterator[str]:
+    """Yield a `hints` event now and whenever another idle server could make room, or for another (`nbgpu_pool.hints`)."""
+    last: object = None
+    while not service.closing:
+        generation, found = service.core.generation, hints_for(service, speaker)
+        shown = [one.model_copy(update={"idle_seconds": 0.0}) for one in found.hints]
+        if shown != last:
+            last = shown
+            yield f"event: hints\ndata: {found.model_dump_json()}\n\n"
+        elif not await service.changed(generation, REFRESH_SECONDS):
+            yield ": nothing new\n\n"
+        await asyncio.sleep(HINTS_SECONDS)
+
+
+def hints_for(service: Service, speaker: Principal) -> Hints:
+    """Return the hints that a speaker may see: of its own hub's people, on both sides."""
+    found = service.hints()
+    seen = [one for one in found.hints if speaker.sees(one.owner.hub) and speaker.sees(one.slice_owner.hub)]
+    return found if len(seen) == len(found.hints) else found.model_copy(update={"hints": seen})

@@ -16,6 +16,7 @@ from nbgpu.models import (
     AvailabilityQuery,
     Grant,
     GrantState,
+    Hints,
     Launch,
     LaunchGrant,
     LaunchRequest,
@@ -25,9 +26,10 @@ from nbgpu.models import (
     Slice,
 )
 
+from . import hints
 from .availability import answer
 from .books import Entry
-from .core import Core
+from .core import STARTING, Core
 from .ledger import Ledger, LedgerRefused
 from .metrics import Metrics
 from .state import Settings
@@ -38,6 +40,7 @@ WOKEN_AT_ONCE = 50
 """So many of those who wait for a change are woken at a time,"""
 WAKING_SECONDS = 0.05
 """and after so long the next."""
+HINTS_SECONDS = 1.0
 REFUSED_SECONDS = 10.0
 """The longest pause before the ledger is asked again for what it refused."""
 
@@ -58,6 +61,7 @@ class Service:
         self._refused: dict[str, float] = {}
         """How long was waited after what the ledger refused of a slice last."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._hints: tuple[float, Hints] | None = None
         self._refreshes = False
         self._wake = asyncio.Event()
         self._waiters: set[asyncio.Future[bool]] = set()
@@ -413,6 +417,15 @@ class Service:
     def availability(self, query: AvailabilityQuery) -> list[Availability]:
         """Return what each shape of a query would meet."""
         return answer(self.core, query, self.clock())
+
+    def hints(self) -> Hints:
+        """Return whose move or end would let in somebody who waits; found anew once a second at most, as it looks at all devices."""
+        if not self.core.ready:
+            raise Unavailable(STARTING, code="starting")
+        now = self.clock()
+        if self._hints is None or now - self._hints[0] >= HINTS_SECONDS:
+            self._hints = now, hints.answer(self.core, now)
+        return self._hints[1]
 
 
 def _asked(request: Request) -> str:
