@@ -49,8 +49,8 @@ def idle_ones(books: Books, policy: IdlePolicy, now: float) -> list[Entry]:
     after_seconds = IDLE_SECONDS if policy.after_seconds is None else policy.after_seconds
     there = (one for one in books.entries.values() if one.state is GrantState.bound and one.idle_from is not None)
     free = (one for one in there if one.full is None and not one.parking and one.wanted is None and one.moving is None and not one.busy)
-    free = (one for one in free if not policy.protects(one))
-    return sorted((one for one in free if now - (one.idle_from or 0.0) >= after_seconds), key=lambda one: (one.idle_from or 0.0, one.number))
+    long = [one for one in free if not policy.protects(one) and now - (one.idle_from or 0.0) >= after_seconds]
+    return sorted(long, key=lambda one: (one.idle_from or 0.0, one.number))
 
 
 def hint(books: Books, waiting: Iterable[Entry], entry: Entry, idle: Sequence[Entry], policy: Policy, now: float) -> Hint | None:

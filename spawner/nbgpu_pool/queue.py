@@ -196,10 +196,12 @@ class Pass:
             entry.earmark = nearest(self.rooms, entry.want, barred=self.barred)
         self.protected += 1
         self.barred.update(entry.earmark)
-        fits = self.books.may_fit(entry.want) and self.books.fitting(entry.want, self.barred - set(entry.earmark), None, self.policy) is not None
-        if cost is not None and fits:
+        if cost is not None and self.books.may_fit(entry.want) and self._fits(entry):
             # It fits, but for others' guarantees: what comes free adds up for it instead of going to smaller ones.
             self.kept_milli += min(cost.compute_milli, WHOLE_MILLI * len(self.rooms))
+
+    def _fits(self, entry: Entry) -> bool:
+        return self.books.fitting(entry.want, self.barred - set(entry.earmark), None, self.policy) is not None
 
     def _all_of_use(self, want: Want) -> tuple[str, ...]:
         """Return all devices that `want` could be placed on; none where there are too few of them now, whoever else waits."""

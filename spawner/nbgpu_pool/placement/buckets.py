@@ -13,7 +13,6 @@ from typing import NamedTuple
 from ..shapes import Part, Want, resolve
 from .best_fit import Place, Policy, Room, scarce, score
 
-
 MOST_KEPT = 16
 """Wants whose place is kept."""
 
