@@ -3,7 +3,7 @@
 The ledger here behaves as the agent does: idempotent PUT that never exceeds a device, DELETE that only asks, slices that end with
 their last process. Messages to it can be late, lost, or answered to nobody; the pool can lose its memory at any moment.
 
-10,000 histories: ``NBGPU_MODEL_EXAMPLES=10000 python -m pytest tests/model/test_pool_core.py -k agree --timeout 7200``.
+10,000 histories: ``NBGPU_MODEL_EXAMPLES=10000 python -m pytest tests/model/test_pool_core.py -k agree``.
 """
 
 from __future__ import annotations
@@ -411,7 +411,7 @@ QUICK = settings(max_examples=EXAMPLES, stateful_step_count=40, deadline=None, s
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(max(120, EXAMPLES))
 def test_books_and_ledger_agree_whatever_happens() -> None:
     run_state_machine_as_test(PoolMachine, settings=QUICK)
 
@@ -424,7 +424,7 @@ class ByValue(Core):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(max(120, EXAMPLES))
 def test_books_and_ledger_agree_whatever_the_rule() -> None:
     machine = type("ByValueMachine", (PoolMachine,), {"make_core": staticmethod(ByValue)})
     run_state_machine_as_test(machine, settings=settings(QUICK, max_examples=max(EXAMPLES // 5, 1)))
