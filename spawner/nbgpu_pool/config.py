@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -288,10 +289,11 @@ def load(path: Path | None) -> Config:
     if path is None:
         return Config()
     try:
-        raw: Any = yaml.safe_load(path.read_text())
+        text = path.read_text()
+        raw: Any = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"The pool's configuration {path} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"The pool's configuration {path} is no YAML: {' '.join(str(error).split())}") from None
     try:
         return Config.model_validate({} if raw is None else raw)
@@ -299,4 +301,24 @@ def load(path: Path | None) -> Config:
         first = error.errors(include_url=False, include_context=False)[0]
         key = ".".join(str(part) for part in first["loc"]) or "the file"
         message = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"The pool's configuration {path} is wrong at {key}: {message}.") from None
+        where = f"line {_line(text, first['loc'])}, {key}"
+        raise ConfigError(f"The pool's configuration {path} is wrong at {where}: {message}.") from None
+
+
+def _line(text: str, keys: Sequence[int | str]) -> int:
+    """Return the line, from 1, of what `keys` lead to; where there is no such thing, of what it would be in."""
+    untyped: Any = yaml
+    node: Any = untyped.compose(text, Loader=yaml.SafeLoader)
+    line: int = 0 if node is None else node.start_mark.line
+    for key in keys:
+        if node.id == "mapping":
+            found: list[Any] = [pair for pair in node.value if str(pair[0].value) == str(key)]
+            if not found:
+                break
+            line, node = found[-1][0].start_mark.line, found[-1][1]
+        elif node.id == "sequence" and isinstance(key, int) and key < len(node.value):
+            node = node.value[key]
+            line = node.start_mark.line
+        else:
+            break
+    return line + 1

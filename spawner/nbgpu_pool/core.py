@@ -61,7 +61,6 @@ class Core(Held):
         self._served: tuple[int, float] = (0, 0.0)
         self._ghosts: dict[Want, Estimate | None] = {}
         self._places: tuple[int, dict[str, int]] = (0, {})
-        self._possible: dict[Want, bool] = {}
         self._forecast: dict[str, Estimate] = {}
         self._forecast_age = (0, 0)
 

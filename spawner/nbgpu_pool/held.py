@@ -45,9 +45,27 @@ class Held(ABC):
         """Slices that the ledger was asked to park."""
         self.parking_for = ""
         """For which request."""
+        self._possible: dict[Want, bool] = {}
+
+    def configure(self, settings: Settings, now: float) -> None:
+        """Go on with other settings, for all that comes: nobody loses what they hold or their place in the queue.
+
+        How sessions are guessed stays as it was, and so does the rule by value once it is on: both have learnt.
+        """
+        self.settings = settings
+        if settings.policy.by_value and self.books.valued is None:
+            self.books.by_value()
+        elif not settings.policy.by_value:
+            self.books.valued = None
+        self._possible.clear()
+        self._changed()
+        self._serve(now)
 
     @abstractmethod
     def _need_ready(self) -> None: ...
+
+    @abstractmethod
+    def _serve(self, now: float) -> None: ...
 
     @abstractmethod
     def _changed(self) -> None: ...

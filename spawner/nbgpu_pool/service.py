@@ -65,6 +65,11 @@ class Service:
         self._spawn(self._watch())
         self._spawn(self._ticker())
 
+    def configure(self, settings: Settings) -> None:
+        """Go on with other settings; nothing that is held or waits is lost."""
+        self.core.configure(settings, self.clock())
+        self.settle()
+
     async def stop(self) -> None:
         """End everything; the state that matters is the ledger's."""
         self.closing = True
