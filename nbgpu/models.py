@@ -188,6 +188,21 @@ class Grant(Model):
     """Limits that were asked for and are not in force yet; `slice` says what is."""
 
 
+class AskBack(Model):
+    """A slice that its user is asked to give back. The pool ends no server: `needs` says who would have to do what."""
+
+    request_id: SliceId
+    owner: Owner
+    kind: str
+    """``guarantee``: its room was lent and is needed; ``reserved``: kept for a group from a time on; ``session``: it has run for as long as
+    it may."""
+    due_seconds: float
+    """Until it should be stopped; below 0: since then."""
+    idle: bool
+    reason: str
+    needs: str
+
+
 class Launch(Model):
     """How to start a process inside a prepared slice on this machine."""
 

@@ -12,6 +12,7 @@ from starlette.responses import StreamingResponse
 from nbgpu import __version__
 from nbgpu.errors import NbgpuError
 from nbgpu.models import (
+    AskBack,
     Availability,
     AvailabilityQuery,
     DeviceBooks,
@@ -219,6 +220,12 @@ async def follow_pool(pool: Pool, speaker: Speaker) -> StreamingResponse:
 async def devices(pool: Pool, speaker: Speaker) -> list[DeviceBooks]:
     """Return what each device has given."""
     return pool.core.device_books()
+
+
+@router.get("/v1/asks")
+async def asks(pool: Pool, speaker: Speaker) -> list[AskBack]:
+    """Return the slices that are asked back, first due first; the pool ends none of their servers."""
+    return [one for one in pool.asks() if speaker.sees(one.owner.hub)]
 
 
 @router.get("/metrics", response_class=Response)

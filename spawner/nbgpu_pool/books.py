@@ -85,6 +85,12 @@ class Entry:
     """Since when a parked slice wants to come back."""
     parking: bool = False
     """The ledger is parking it."""
+    used_bytes: int | None = None
+    """GPU memory that it uses in all; None: the ledger does not tell."""
+    taken_back: bool = False
+    """`wanted` takes back what was lent: what it uses stays its own (`giveback`)."""
+    spared_until: float = 0.0
+    """Until then nothing more is taken back from it: its node has refused."""
     park_mark: int | None = None
     """A snapshot begun at this mark or later tells whether it still is."""
     moving: Slice | None = None
@@ -378,6 +384,11 @@ class Books:
             least = Part(min(part.memory_bytes for part in parts), min(part.compute_milli for part in parts)) if parts else None
             self._costs[want] = total(least, want.device_count) if least else None
         return self._costs[want]
+
+    def asking(self) -> list[tuple[Owner, list[str], int]]:
+        """Return who waits for room, with their groups and the milli-GPU that they wait for at least."""
+        waiting = ((one, self.cost(one.want)) for one in self.waiting() if not one.holder)
+        return [(one.request.owner, one.request.groups, cost.compute_milli) for one, cost in waiting if cost is not None]
 
     def holdings(
         self, counted: frozenset[str], *, of: Owner | None = None, granted_only: bool = False, but: Entry | None = None

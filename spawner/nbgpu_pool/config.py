@@ -16,6 +16,7 @@ Example
     placement: {rule: best-fit}           # or `value`: docs/placement.md
     queue: {total: 1000, per_user: 5, overtake_count: 50, overtake_seconds: 900}
     idle: {after_seconds: 1800, least_memory: 4 GiB, protect_groups: [staff]} # one machine: docs/idle.md
+    give_back: {end_idle_after_seconds: 1800, notice_seconds: 300} # of guarantees with `lend: true`: docs/quotas.md
     coming:                               # Kubernetes: nodes that an autoscaler starts when a pod asks for one
       - {name: a100, model: NVIDIA A100-SXM4-80GB, devices: 8, memory: 80 GiB, reserve: 2 GiB, nodes: 4, labels: {pool: a100}}
     tokens:                               # only for --listen; the Unix socket needs none
@@ -42,6 +43,7 @@ from nbgpu.quantities import MIB, WHOLE_MILLI, parse_memory
 
 from .auth import Principal, Token
 from .coming import Coming
+from .giveback import GiveBack
 from .idle import IdlePolicy
 from .placement import Policy
 from .queue import Fairness
@@ -105,6 +107,8 @@ class UserQuota(DefaultQuota):
     """What one user may hold, and what is kept free for them."""
 
     guarantee: Gpus = 0
+    lend: bool = False
+    """Others may use what the guarantee keeps while nobody it is kept for waits for it; it is then taken back (`give_back`)."""
 
 
 class GroupQuota(UserQuota):
@@ -150,6 +154,30 @@ class IdleConfig(Closed):
     protect_users: list[Annotated[str, Field(min_length=1, max_length=255)]] = []
     """Whose slices are left alone."""
     protect_groups: list[Annotated[str, Field(min_length=1, max_length=255)]] = []
+
+
+class GiveBackConfig(Closed):
+    """How what was lent of a guarantee is taken back (docs/quotas.md)."""
+
+    shrink: bool = True
+    """Burst slices are made smaller, by what they do not use."""
+    least: Annotated[int | None, BeforeValidator(_gpus), Field(ge=1, le=1000)] = 500
+    """And keep at least this part of what they were granted."""
+    end_idle_after_seconds: Seconds | None = None
+    """Servers idle for so long are asked back; none: no server is."""
+    notice_seconds: Annotated[float, Field(ge=0, le=1e7)] = 300.0
+    busy_notice_seconds: Seconds | None = None
+    """Busy servers are asked back too, with so much notice; none: never."""
+
+    @model_validator(mode="after")
+    def _patient(self) -> GiveBackConfig:
+        if self.busy_notice_seconds is not None and self.busy_notice_seconds < self.notice_seconds:
+            raise ValueError("busy_notice_seconds must be at least notice_seconds: who works has no less notice than who does not")
+        return self
+
+    def policy(self) -> GiveBack:
+        """Return what the core needs of it."""
+        return GiveBack(self.shrink, self.least or 1, self.end_idle_after_seconds, self.notice_seconds, self.busy_notice_seconds)
 
 
 class ComingConfig(Closed):
@@ -231,6 +259,7 @@ class Config(Closed):
     queue: QueueConfig = QueueConfig()
     idle: IdleConfig = IdleConfig()
     """One machine only."""
+    give_back: GiveBackConfig = GiveBackConfig()
     coming: list[ComingConfig] = []
     """On Kubernetes: nodes that would be started where they are asked for."""
     tokens: list[TokenConfig] = []
@@ -262,6 +291,7 @@ class Config(Closed):
                 frozenset(self.idle.protect_users),
                 frozenset(self.idle.protect_groups),
             ),
+            give_back=self.give_back.policy(),
             queue_total=self.queue.total,
             queue_per_user=self.queue.per_user,
             start_seconds={group.name: group.start_seconds for group in self.coming},
@@ -273,6 +303,7 @@ def _limits(quota: DefaultQuota) -> Limits:
         limit_milli=quota.limit,
         limit_bytes=quota.memory,
         guarantee_milli=(quota.guarantee or 0) if isinstance(quota, UserQuota) else 0,
+        lend=isinstance(quota, UserQuota) and quota.lend,
         per_user_milli=quota.per_user if isinstance(quota, GroupQuota) else None,
         per_user_bytes=quota.per_user_memory if isinstance(quota, GroupQuota) else None,
     )
@@ -309,7 +340,9 @@ def _line(text: str, keys: Sequence[int | str]) -> int:
     """Return the line, from 1, of what `keys` lead to; where there is no such thing, of what it would be in."""
     untyped: Any = yaml
     node: Any = untyped.compose(text, Loader=yaml.SafeLoader)
-    line: int = 0 if node is None else node.start_mark.line
+    if node is None:
+        return 1
+    line: int = node.start_mark.line
     for key in keys:
         if node.id == "mapping":
             found: list[Any] = [pair for pair in node.value if str(pair[0].value) == str(key)]

@@ -16,7 +16,6 @@ from . import quotas as quota_rules
 from .books import Books, Entry, adopted
 from .estimate import Estimate, Kinds, queue_forecast
 from .held import Held
-from .idle import note_of
 from .queue import hopeless
 from .shapes import Want, memory_field, too_small, want_of
 from .state import Effects, Seen, Settings, Snapshot
@@ -358,7 +357,7 @@ class Core(Held):
             wait_guessed=wait is not None and wait.guessed,
             expires_seconds=max(0.0, entry.expires - now) if entry.state == GrantState.reserved and entry.expires is not None else None,
             reason=self._why(entry) if queued else entry.reason,
-            note=entry.note or note_of(entry),
+            note=self.note(entry, now),
             resizing=entry.wanted.devices if entry.wanted is not None and entry.wanted is not entry.slice else None,
         )
 
@@ -455,6 +454,7 @@ class Core(Held):
             self._effects.granted.append(entry.slice_id)
             self._changed()
         self._park_for_others(now)
+        self._take_back(now)
         self._served = self.generation, now
 
     def _bound(self, entry: Entry, started: float) -> None:

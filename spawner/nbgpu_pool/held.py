@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 from nbgpu.claims import is_coming
 from nbgpu.errors import NbgpuError, Unavailable
 from nbgpu.models import GrantState, Resize, Slice
+from nbgpu.words import rough_time
 
 from .books import Books, Entry, Unplaced, slice_at
-from .idle import has_room, to_park
+from .giveback import Ask, plan
+from .idle import has_room, note_of, to_park
 from .queue import Pass
+from .quotas import format_gpus
 from .resize import RESIZE_SECONDS, above_quota, grows, must_fit, must_hold_a_program, same_limits, target_of
 from .shapes import Part, Want
 from .state import Effects, Seen, Settings, Snapshot
@@ -20,6 +24,8 @@ REFUSED_SECONDS = 3.0
 """How long a pod may be without a node before its slice is moved: one that has just come waits for its turn, or for its claim."""
 MOVED_SECONDS = 12.0
 """And how long after a move: kube-scheduler looks again within 10 seconds."""
+SPARED_SECONDS = 600.0
+"""For so long nothing more is taken back from a slice whose node has refused that."""
 AVOID_SECONDS = 300.0
 """For so long a node that had no room for a pod is the last choice for others of that shape, and no choice for this one."""
 TAKEN = frozenset({GrantState.reserved, GrantState.bound})
@@ -45,6 +51,10 @@ class Held(ABC):
         """Slices that the ledger was asked to park."""
         self.parking_for = ""
         """For which request."""
+        self.asks: dict[str, Ask] = {}
+        """What is asked back, by slice; where for several reasons, for the first that is due."""
+        self._asked: dict[str, dict[str, Ask]] = {}
+        """By kind and slice."""
         self._possible: dict[Want, bool] = {}
 
     def configure(self, settings: Settings, now: float) -> None:
@@ -112,10 +122,14 @@ class Held(ABC):
         if done:
             self.mark += 1
             entry.wanted_acked, entry.wanted_mark = True, self.mark
+        elif refused is not None and entry.taken_back:
+            entry.spared_until = now + SPARED_SECONDS
+            self._settle_limits(entry, None)
         elif refused is not None:
             self._settle_limits(entry, f"The limits stay as they are: {refused}")
 
-    def _tell(self, entry: Entry, target: Slice, now: float, note: str | None) -> Slice:
+    def _tell(self, entry: Entry, target: Slice, now: float, note: str | None, *, taken_back: bool = False) -> Slice:
+        entry.taken_back = taken_back
         self.books.change(entry, wanted=target, moving=entry.moving)
         entry.wanted_acked, entry.wanted_until, entry.note = False, now + RESIZE_SECONDS, note
         entry.busy += 1
@@ -170,6 +184,7 @@ class Held(ABC):
         wants_from = None if seen.wanted_seconds is None else now - seen.wanted_seconds
         if (entry.full, entry.wants_from is None) != (seen.full, wants_from is None):
             self._changed()
+        entry.used_bytes = seen.used_bytes
         entry.full, entry.idle_from = seen.full, None if seen.idle_seconds is None else now - seen.idle_seconds
         entry.wants_from = wants_from if entry.wants_from is None or wants_from is None else entry.wants_from
         if seen.full is not None:
@@ -219,6 +234,42 @@ class Held(ABC):
         else:
             self.mark += 1
             entry.park_mark = self.mark
+
+    # -- what is asked back -------------------------------------------------------------------------------------------
+
+    def _take_back(self, now: float) -> None:
+        """Take back what was lent beyond guarantees, for those who wait for theirs; parking comes first."""
+        if self._parking:
+            return
+        settings = self.settings
+        asked = self._asked.get("guarantee", {})
+        found = plan(self.books, settings.quotas, settings.give_back, asked, settings.policy, settings.smallest_bytes, now)
+        for entry, target, whose in found.shrinks:
+            share = format_gpus(sum(one.compute_milli for one in target.devices))
+            note = f"The slice was made smaller, {share} is left: it was lent, and {whose} needs what is guaranteed to them."
+            self._tell(entry, target, now, note, taken_back=True)
+            entry.busy -= 1
+        self._ask_back("guarantee", found.asks)
+
+    def _ask_back(self, kind: str, asks: Iterable[Ask]) -> None:
+        """These slices are asked back for this kind of reason, and no others."""
+        fresh = {ask.slice_id: ask for ask in asks}
+        if fresh == self._asked.get(kind, {}):
+            return
+        self._asked[kind] = fresh
+        before, self.asks = self.asks, {}
+        for ask in sorted((one for of in self._asked.values() for one in of.values()), key=lambda one: one.due):
+            self.asks.setdefault(ask.slice_id, ask)
+        self._effects.asked += [one for one in self.asks if one not in before]
+        self._changed()
+
+    def note(self, entry: Entry, now: float) -> str | None:
+        """Return what the user of a slice should know."""
+        ask = self.asks.get(entry.slice_id)
+        if ask is None:
+            return entry.note or note_of(entry)
+        when = f"within {rough_time(ask.due - now)}" if ask.due > now else "now"
+        return f"Please save your work and stop this server {when}: {ask.why}."
 
     # -- pods that find no node ----------------------------------------------------------------------------------------
 

@@ -22,6 +22,8 @@ class Limits:
     limit_milli: int | None = None
     limit_bytes: int | None = None
     guarantee_milli: int = 0
+    lend: bool = False
+    """Others may use what the guarantee keeps while nobody it is kept for waits for it (`giveback`)."""
     per_user_milli: int | None = None
     """Of a group: what each of its members may hold."""
     per_user_bytes: int | None = None
@@ -38,6 +40,11 @@ class Quotas:
     def any(self) -> bool:
         """Whether there is any quota at all."""
         return bool(self.users or self.groups or self.default != Limits())
+
+    def lent(self) -> list[tuple[str, str]]:
+        """Return the guarantees that others may use: kind (``group`` or ``user``) and name."""
+        kinds = (("group", self.groups), ("user", self.users))
+        return [(kind, name) for kind, of in kinds for name, limits in of.items() if limits.lend and limits.guarantee_milli]
 
     def counted(self, groups: Sequence[str]) -> list[str]:
         """Return those of `groups` that have a quota."""
@@ -143,6 +150,8 @@ class Tally:
     held: dict[Account, Part]
     free_milli: int
     """Of all devices that work."""
+    called: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
+    """Of guarantees that are lent: what those who wait have a right to."""
 
     @classmethod
     def of(cls, quotas: Quotas, holdings: Iterable[Holding], free_milli: int) -> Tally:
@@ -157,6 +166,31 @@ class Tally:
         """Count `part` as held by `owner` from now on."""
         self._book(accounts(owner, groups), part)
         self.free_milli -= part.compute_milli
+        for kind, name in self.called:
+            if (name in groups) if kind == "group" else (name == owner.user):
+                self.called[kind, name] = max(0, self.called[kind, name] - part.compute_milli)
+
+    def call(self, waiting: Iterable[tuple[Owner, Sequence[str], int]]) -> None:
+        """Keep of the guarantees that are lent what those who wait have a right to.
+
+        Parameters
+        ----------
+        waiting : iterable of (owner, groups, milli-GPU)
+            In the order in which they are served.
+        """
+        lent = self.quotas.lent()
+        self.called = dict.fromkeys(lent, 0)
+        unmet = {account: self.unmet_milli(*account) for account in lent}
+        for owner, groups, milli in waiting if lent else ():
+            for kind, name in lent:
+                mine = (name in groups) if kind == "group" else (name == owner.user)
+                if mine and self.called[kind, name] + milli <= unmet[kind, name]:
+                    self.called[kind, name] += milli
+
+    def unmet_milli(self, kind: str, name: str) -> int:
+        """Return how much of a guarantee is not held; below 0: how much is held beyond it."""
+        limits = (self.quotas.groups if kind == "group" else self.quotas.users).get(name, Limits())
+        return limits.guarantee_milli - self._held_milli(kind, name)
 
     def reserve(self, owner: Owner, groups: Sequence[str], part: Part) -> None:
         """Keep `part` of the quotas of `owner` for a request of theirs that waits."""
@@ -193,12 +227,12 @@ class Tally:
             for name, limits in limits_of.items():
                 if not limits.guarantee_milli:
                     continue
-                unmet = limits.guarantee_milli - self._held_milli(kind, name)
+                unmet = self.unmet_milli(kind, name)
                 if (name in groups) if kind == "group" else (name == owner.user):
                     if unmet >= asked_milli:
                         return 0
                 elif unmet > 0:
-                    kept += unmet
+                    kept += min(unmet, self.called.get((kind, name), 0)) if limits.lend else unmet
         return kept
 
     def _held_milli(self, kind: str, name: str) -> int:

@@ -129,7 +129,10 @@ def _others(held: list[Holding], entry: Entry, books: Books) -> list[Holding]:
 
 def _tally(entry: Entry, books: Books, quotas: Quotas) -> Tally:
     held = books.holdings(frozenset(quotas.groups), granted_only=True)
-    return Tally.of(quotas, _others(held, entry, books), books.free_milli)
+    tally = Tally.of(quotas, _others(held, entry, books), books.free_milli)
+    if quotas.lent():
+        tally.call(books.asking())
+    return tally
 
 
 def grows(now: Slice, target: Slice) -> bool:

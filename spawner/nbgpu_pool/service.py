@@ -12,6 +12,7 @@ from typing import Any
 
 from nbgpu.errors import NbgpuError, Unavailable
 from nbgpu.models import (
+    AskBack,
     Availability,
     AvailabilityQuery,
     Grant,
@@ -135,6 +136,9 @@ class Service:
             entry = self.core.ended.get(request_id)
             if entry is not None:
                 log.info("gone %s %s: %s", request_id, _who(entry.request.owner), entry.reason)
+        for slice_id in effects.asked:
+            if (ask := self.core.asks.get(slice_id)) is not None:
+                log.warning("asked back %s %s: %s", slice_id, _who(ask.owner), ask.needs)
         for slice_id in effects.parks:
             self._spawn(self._park(slice_id))
         for what, slice_ids in ((self._release, effects.releases), (self._resize_again, effects.resizes), (self._move, effects.moves)):
@@ -183,7 +187,10 @@ class Service:
         refused: str | None = None
         done = False
         try:
-            await (self.ledger.resize(wanted) if entry.full is None else self.ledger.restore(entry.slice_id))
+            if entry.full is None:
+                await self.ledger.resize(wanted, only_unused=entry.taken_back)
+            else:
+                await self.ledger.restore(entry.slice_id)
             done = True
         except LedgerRefused as error:
             refused = error.message
@@ -369,6 +376,22 @@ class Service:
     async def _finish(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Finish a call to the ledger even when the client has hung up: half a call would leave its outcome unknown."""
         return await asyncio.shield(asyncio.ensure_future(work))
+
+    def asks(self) -> list[AskBack]:
+        """Return what is asked back, first due first."""
+        now = self.clock()
+        return [
+            AskBack(
+                request_id=ask.slice_id,
+                owner=ask.owner,
+                kind=ask.kind,
+                due_seconds=ask.due - now,
+                idle=ask.idle,
+                reason=ask.why,
+                needs=ask.needs,
+            )
+            for ask in self.core.asks.values()
+        ]
 
     def availability(self, query: AvailabilityQuery) -> list[Availability]:
         """Return what each shape of a query would meet."""
