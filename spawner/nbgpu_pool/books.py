@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from nbgpu.models import Device, GrantState, Owner, Request, Slice, SliceDevice
+from nbgpu.quantities import WHOLE_MILLI
 
 from .placement import Buckets, Place, Room, of_each_kind, order
 from .quotas import Holding, total
@@ -63,6 +64,10 @@ class Entry:
     """Known from the ledger only: its first request by the same owner is taken for the original."""
     overtaken: int = 0
     """How often a later request was granted while this one did not fit."""
+    passed_from: float | None = None
+    """Since when."""
+    protected: bool = False
+    """It has been overtaken for long enough (`Fairness`)."""
     earmark: tuple[str, ...] = ()
     """Devices that nobody else is placed on until this one fits."""
     holder: str = ""
@@ -99,6 +104,12 @@ class Entry:
     """It waits for a node: Kubernetes has found none for its pod."""
     tried: dict[str, float] = field(default_factory=dict[str, float])
     """Nodes that had no room for its pod, and when that was found."""
+
+    def pass_by(self, now: float) -> None:
+        """Note that a later request was granted while this one did not fit."""
+        if not self.holder:
+            self.overtaken += 1
+            self.passed_from = now if self.passed_from is None else self.passed_from
 
     @property
     def slice_id(self) -> str:
@@ -192,6 +203,10 @@ class Books:
     """One device of each model and size."""
     free_milli: int = 0
     """Of all healthy devices that are there."""
+    changes: int = 0
+    """Rises with all that is booked, and with the devices."""
+    arrange: Callable[[list[Entry]], list[Entry]] | None = None
+    """In which order those who wait are served; None: as they came (`fair`)."""
     parked: set[str] = field(default_factory=set[str])
     """All that are parked are among these."""
     _empty: list[Room] = field(default_factory=list[Room])
@@ -251,6 +266,7 @@ class Books:
         less : mapping, optional
             As in `Snapshot`.
         """
+        self.changes += 1
         self.less = dict(less or {})
         self.devices = {device.uuid: device for device in sorted(devices, key=order)}
         self._costs.clear()
@@ -324,6 +340,7 @@ class Books:
             self._book(entry, 1)
 
     def _book(self, entry: Entry, sign: int) -> None:
+        self.changes += 1
         for node in self._count(entry, sign):
             self.buckets.changed(node)
             if self.valued is not None:
@@ -368,12 +385,17 @@ class Books:
         return found
 
     def waiting(self) -> list[Entry]:
-        """Return the queue, first come first."""
+        """Return the queue in the order in which it is served."""
         there = (self.entries.get(one) for one in self._queued)
         found = sorted((one for one in there if one is not None and one.state == GrantState.queued), key=lambda one: one.number)
         if len(found) < len(self._queued):
             self._queued = {one.slice_id for one in found}
-        return found
+        return found if self.arrange is None else self.arrange(found)
+
+    def whole(self) -> tuple[int, int]:
+        """Return milli-GPU and bytes of all healthy devices that are there."""
+        there = [room.device for room in self._here if room.device.healthy]
+        return len(there) * WHOLE_MILLI, sum(device.usable_bytes for device in there)
 
     def cost(self, want: Want) -> Part | None:
         """Return the least that `want` takes in all, on the models that could hold it; None when none could."""

@@ -14,7 +14,7 @@ Example
       groups:
         students: {limit: 4, guarantee: 1, per_user: 1/4}
     placement: {rule: best-fit}           # or `value`: docs/placement.md
-    queue: {total: 1000, per_user: 5, overtake_count: 50, overtake_seconds: 900}
+    queue: {total: 1000, per_user: 5, overtake_count: 50, overtake_seconds: 900, order: arrival}
     idle: {after_seconds: 1800, least_memory: 4 GiB, protect_groups: [staff]} # one machine: docs/idle.md
     give_back: {end_idle_after_seconds: 1800, notice_seconds: 300} # of guarantees with `lend: true`: docs/quotas.md
     coming:                               # Kubernetes: nodes that an autoscaler starts when a pod asks for one
@@ -110,10 +110,18 @@ class UserQuota(DefaultQuota):
     lend: bool = False
     """Others may use what the guarantee keeps while nobody it is kept for waits for it; it is then taken back (`give_back`)."""
 
+    @model_validator(mode="after")
+    def _within(self) -> UserQuota:
+        if self.limit is not None and (self.guarantee or 0) > self.limit:
+            raise ValueError("guarantee must not be above limit: nobody can hold that much")
+        return self
+
 
 class GroupQuota(UserQuota):
     """What a group's members may hold together, what is kept free for them, and what each may hold."""
 
+    weight: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Where the queue goes by shares (`queue: {order: fair}`): 2 = twice as much is as fair."""
     per_user: Gpus = None
     per_user_memory: Memory = None
 
@@ -135,6 +143,8 @@ class QueueConfig(Closed):
     """How often a request that does not fit may be overtaken."""
     overtake_seconds: Annotated[float, Field(ge=0, le=1e7)] = 900.0
     """And for how long."""
+    order: Literal["arrival", "fair"] = "arrival"
+    """``fair``: of those who wait, the group that holds least comes first (docs/quotas.md)."""
 
 
 class PlacementConfig(Closed):
@@ -279,7 +289,7 @@ class Config(Closed):
                 users={name: _limits(quota) for name, quota in self.quotas.users.items()},
                 groups={name: _limits(quota) for name, quota in self.quotas.groups.items()},
             ),
-            fairness=Fairness(self.queue.overtake_count, self.queue.overtake_seconds),
+            fairness=Fairness(self.queue.overtake_count, self.queue.overtake_seconds, self.queue.order == "fair"),
             reservation_ttl_seconds=self.reservation_ttl_seconds,
             queue_ttl_seconds=self.queue_ttl_seconds,
             session_guess_seconds=self.session_guess_seconds,
@@ -304,6 +314,7 @@ def _limits(quota: DefaultQuota) -> Limits:
         limit_bytes=quota.memory,
         guarantee_milli=(quota.guarantee or 0) if isinstance(quota, UserQuota) else 0,
         lend=isinstance(quota, UserQuota) and quota.lend,
+        weight=quota.weight if isinstance(quota, GroupQuota) else 1,
         per_user_milli=quota.per_user if isinstance(quota, GroupQuota) else None,
         per_user_bytes=quota.per_user_memory if isinstance(quota, GroupQuota) else None,
     )

@@ -38,8 +38,7 @@ class Core(Held):
         super().__init__()
         self.settings = settings or Settings()
         self.books = Books()
-        if self.settings.policy.by_value:
-            self.books.by_value()
+        self._arrange()
         self.sessions = Kinds(self.settings.session_guess_seconds)
         self.ended: OrderedDict[str, Entry] = OrderedDict()
         self.cancelled_early: OrderedDict[str, tuple[str | None, float]] = OrderedDict()
@@ -144,7 +143,7 @@ class Core(Held):
         self.books.add(entry)
         self.books.give(entry, found, self.settings.quotas.counted(request.groups))
         for passed in walk.waiting:
-            passed.overtaken += not passed.holder
+            passed.pass_by(now)
         self._effects.granted.append(entry.slice_id)
         self._withdraw(old, "given up for a smaller share", now)
         return self.grant(entry, now)

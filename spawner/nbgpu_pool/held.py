@@ -11,6 +11,7 @@ from nbgpu.models import GrantState, Resize, Slice
 from nbgpu.words import rough_time
 
 from .books import Books, Entry, Unplaced, slice_at
+from .fair import Fair
 from .giveback import Ask, plan
 from .idle import has_room, note_of, to_park
 from .queue import Pass
@@ -63,13 +64,18 @@ class Held(ABC):
         How sessions are guessed stays as it was, and so does the rule by value once it is on: both have learnt.
         """
         self.settings = settings
-        if settings.policy.by_value and self.books.valued is None:
-            self.books.by_value()
-        elif not settings.policy.by_value:
-            self.books.valued = None
+        self._arrange()
         self._possible.clear()
         self._changed()
         self._serve(now)
+
+    def _arrange(self) -> None:
+        """Have the books follow the rules of placement and order."""
+        if not self.settings.policy.by_value:
+            self.books.valued = None
+        elif self.books.valued is None:
+            self.books.by_value()
+        self.books.arrange = Fair(self.books, self.settings.quotas) if self.settings.fairness.fair else None
 
     @abstractmethod
     def _need_ready(self) -> None: ...

@@ -1,4 +1,4 @@
-"""Who is served next: in order of arrival, with backfill, and nobody overtaken for ever.
+"""Who is served next: in order of arrival, or of what their groups hold (`fair`), with backfill, and nobody overtaken for ever.
 
 A request that does not fit lets later ones pass until it has waited `overtake_seconds` or was passed `overtake_count` times.
 From then on it is *protected*: the devices on which least must be freed for it are earmarked, and nobody else is placed there.
@@ -25,10 +25,13 @@ class Fairness:
 
     overtake_count: int = 50
     overtake_seconds: float = 900.0
+    fair: bool = False
+    """Groups are served by what they hold (`fair`): it is no overtaking that another group's turn comes first, however long that takes."""
 
     def protects(self, entry: Entry, now: float) -> bool:
         """Whether nobody may take `entry`'s room any more."""
-        return entry.overtaken >= self.overtake_count or now - entry.enqueued >= self.overtake_seconds
+        since = entry.passed_from if self.fair else entry.enqueued
+        return entry.overtaken >= self.overtake_count or (since is not None and now - since >= self.overtake_seconds)
 
 
 class Pass:
@@ -85,7 +88,7 @@ class Pass:
                 self.tally.free_milli += _sum(found).compute_milli
             entry.earmark, entry.holder, entry.reason = (), "", None
             for passed in self.waiting:
-                passed.overtaken += not passed.holder
+                passed.pass_by(now)
             granted.append(entry)
         return granted
 
@@ -162,7 +165,8 @@ class Pass:
     def _wait(self, entry: Entry, now: float) -> None:
         """Leave `entry` in the queue; keep its room when it is protected."""
         self.waiting.append(entry)
-        if not self.fairness.protects(entry, now):
+        entry.protected = self.fairness.protects(entry, now)
+        if not entry.protected:
             return
         cost = self.books.cost(entry.want)
         if entry.holder:

@@ -24,6 +24,8 @@ class Limits:
     guarantee_milli: int = 0
     lend: bool = False
     """Others may use what the guarantee keeps while nobody it is kept for waits for it (`giveback`)."""
+    weight: int = 1
+    """Of a group: its share counts as so much less where the queue goes by shares (`fair`)."""
     per_user_milli: int | None = None
     """Of a group: what each of its members may hold."""
     per_user_bytes: int | None = None
