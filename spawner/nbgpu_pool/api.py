@@ -23,6 +23,7 @@ from nbgpu.models import (
     LaunchRequest,
     Owner,
     Request,
+    Reservation,
     Resize,
     SliceId,
 )
@@ -220,6 +221,12 @@ async def follow_pool(pool: Pool, speaker: Speaker) -> StreamingResponse:
 async def devices(pool: Pool, speaker: Speaker) -> list[DeviceBooks]:
     """Return what each device has given."""
     return pool.core.device_books()
+
+
+@router.get("/v1/reservations")
+async def reservations(pool: Pool, speaker: Speaker) -> list[Reservation]:
+    """Return the windows in which devices are kept for a group: of each the one that is on, else the next."""
+    return pool.reservations()
 
 
 @router.get("/v1/asks")

@@ -16,6 +16,7 @@ from .shapes import MAX_DEVICES, Part, Want, by_model, want_of
 
 if TYPE_CHECKING:
     from .placement.valued import Valued
+    from .windows import Windows
 
 HOLDING = frozenset({GrantState.reserved, GrantState.bound, GrantState.releasing})
 """States in which a slice counts on its devices."""
@@ -207,8 +208,12 @@ class Books:
     """Rises with all that is booked, and with the devices."""
     arrange: Callable[[list[Entry]], list[Entry]] | None = None
     """In which order those who wait are served; None: as they came (`fair`)."""
+    windows: Windows | None = None
+    """Devices that are kept for groups."""
     parked: set[str] = field(default_factory=set[str])
     """All that are parked are among these."""
+    timed: set[str] = field(default_factory=set[str])
+    """All whose longest session is known are among these."""
     _empty: list[Room] = field(default_factory=list[Room])
     _here: list[Room] = field(default_factory=list[Room])
     _to_come: list[Room] = field(default_factory=list[Room])
@@ -237,6 +242,8 @@ class Books:
         self.entries[entry.slice_id] = entry
         if entry.state == GrantState.queued:
             self._queued.add(entry.slice_id)
+        if entry.request.session_seconds is not None:
+            self.timed.add(entry.slice_id)
         if self.valued is not None:
             self.valued.arrived(entry.want)
         owner = entry.request.owner
@@ -370,6 +377,10 @@ class Books:
     def kept(self) -> set[str]:
         """Return the devices where what comes free is kept for slices that come back."""
         return {part.uuid for one in self.wanted_back() if one.full is not None for part in one.full.devices}
+
+    def closed(self, entry: Entry) -> frozenset[str]:
+        """Return the devices that are kept for others than `entry`'s owner (`windows`)."""
+        return frozenset() if self.windows is None else self.windows.closed(entry)
 
     def overbooked(self) -> list[str]:
         """Return the devices that hold more than they have."""

@@ -17,6 +17,8 @@ Example
     queue: {total: 1000, per_user: 5, overtake_count: 50, overtake_seconds: 900, order: arrival}
     idle: {after_seconds: 1800, least_memory: 4 GiB, protect_groups: [staff]} # one machine: docs/idle.md
     give_back: {end_idle_after_seconds: 1800, notice_seconds: 300} # of guarantees with `lend: true`: docs/quotas.md
+    reservations:                         # classes: docs/quotas.md
+      - {name: biology, group: biology, count: 40, share: 1/8, days: [tue], from: 9:00, to: 11:00, time_zone: Europe/Berlin}
     coming:                               # Kubernetes: nodes that an autoscaler starts when a pod asks for one
       - {name: a100, model: NVIDIA A100-SXM4-80GB, devices: 8, memory: 80 GiB, reserve: 2 GiB, nodes: 4, labels: {pool: a100}}
     tokens:                               # only for --listen; the Unix socket needs none
@@ -33,6 +35,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -49,6 +52,7 @@ from .placement import Policy
 from .queue import Fairness
 from .quotas import Limits, Quotas
 from .state import Settings
+from .windows import DAYS, Window
 
 _GPUS = "a number of GPUs from 0 to 100000, such as 0.5, 1/4, 25% or 2"
 
@@ -83,6 +87,23 @@ def _memory(value: object) -> object:
         return parse_memory(value)
     except InvalidValue as error:
         raise ValueError(error.message.partition("; ")[2].rstrip(".")) from None
+
+
+def _minutes(value: object) -> object:
+    """Return minutes since midnight; YAML reads 9:00 without quotation marks as 540 by itself."""
+    hours, colon, minutes = value.partition(":") if isinstance(value, str) else ("", "", "")
+    if colon and hours.isdecimal() and minutes.isdecimal() and len(minutes) == 2 and int(minutes) < 60:
+        value = int(hours) * 60 + int(minutes)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 24 * 60:
+        raise ValueError("it must be a time of the day from 0:00 to 24:00, such as 9:00")
+    return value
+
+
+def _zone(value: object) -> object:
+    try:
+        return ZoneInfo(str(value))
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise ValueError("it must be a time zone as the IANA names them, such as Europe/Berlin") from None
 
 
 Gpus = Annotated[int | None, BeforeValidator(_gpus)]
@@ -190,6 +211,43 @@ class GiveBackConfig(Closed):
         return GiveBack(self.shrink, self.least or 1, self.end_idle_after_seconds, self.notice_seconds, self.busy_notice_seconds)
 
 
+class ReservationConfig(Closed):
+    """Places that are kept for a group at certain times (docs/quotas.md)."""
+
+    name: Annotated[str, Field(min_length=1, max_length=255)]
+    """For people: "kept for ..."."""
+    group: Annotated[str, Field(min_length=1, max_length=255)]
+    count: Annotated[int, Field(ge=1, le=100_000)]
+    share: Annotated[int, BeforeValidator(_gpus), Field(ge=1, le=1000)]
+    """Of one GPU, each place."""
+    days: Annotated[list[Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]], Field(min_length=1)]
+    begin: Annotated[int, BeforeValidator(_minutes), Field(alias="from")]
+    end: Annotated[int, BeforeValidator(_minutes), Field(alias="to")]
+    time_zone: Annotated[ZoneInfo, BeforeValidator(_zone)]
+    drain_seconds: Annotated[float, Field(ge=0, le=86_400)] = 14_400.0
+    """So long before, sessions that would run into it are not placed there any more; those of unknown length are, as the last choice."""
+    notice_seconds: Annotated[float, Field(ge=0, le=86_400)] = 1800.0
+    """So long before, nobody comes who would not be gone, and who is there is asked back."""
+    model: Annotated[str, Field(min_length=1, max_length=255)] | None = None
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> ReservationConfig:
+        if self.begin >= self.end:
+            raise ValueError("`to` must be after `from`; a window over midnight is two: one to 24:00, one from 0:00 on the next day")
+        if self.notice_seconds > self.drain_seconds:
+            raise ValueError("drain_seconds must be at least notice_seconds")
+        return self
+
+    def window(self) -> Window:
+        """Return what the core needs of it."""
+        return Window(
+            self.name, self.group, self.count, self.share, frozenset(DAYS.index(day) for day in self.days), self.begin, self.end,
+            self.time_zone, self.drain_seconds, self.notice_seconds, self.model,
+        )  # fmt: skip
+
+
 class ComingConfig(Closed):
     """A group of alike nodes that an autoscaler starts when a pod asks for one."""
 
@@ -270,15 +328,20 @@ class Config(Closed):
     idle: IdleConfig = IdleConfig()
     """One machine only."""
     give_back: GiveBackConfig = GiveBackConfig()
+    reservations: list[ReservationConfig] = []
+    """Times at which places are kept for a group."""
     coming: list[ComingConfig] = []
     """On Kubernetes: nodes that would be started where they are asked for."""
     tokens: list[TokenConfig] = []
 
     @model_validator(mode="after")
     def _named_once(self) -> Config:
-        names = [group.name for group in self.coming]
-        if len(set(names)) < len(names):
-            raise ValueError("each group of `coming` needs a name of its own")
+        for part, names in (
+            ("group of `coming`", [one.name for one in self.coming]),
+            ("of `reservations`", [one.name for one in self.reservations]),
+        ):
+            if len(set(names)) < len(names):
+                raise ValueError(f"each {part} needs a name of its own")
         return self
 
     def settings(self) -> Settings:
@@ -302,6 +365,7 @@ class Config(Closed):
                 frozenset(self.idle.protect_groups),
             ),
             give_back=self.give_back.policy(),
+            windows=tuple(one.window() for one in self.reservations),
             queue_total=self.queue.total,
             queue_per_user=self.queue.per_user,
             start_seconds={group.name: group.start_seconds for group in self.coming},

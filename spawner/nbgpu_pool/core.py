@@ -57,7 +57,7 @@ class Core(Held):
         self._snapshot: Snapshot | None = None
         self._effects = Effects()
         self._served: tuple[int, float] = (0, 0.0)
-        self._ghosts: dict[Want, Estimate | None] = {}
+        self._ghosts: dict[tuple[Want, frozenset[str]], Estimate | None] = {}
         self._places: tuple[int, dict[str, int]] = (0, {})
         self._forecast: dict[str, Estimate] = {}
         self._forecast_age = (0, 0)
@@ -135,6 +135,7 @@ class Core(Held):
         self._admit(request, old)
         self._number += 1
         entry = Entry(request, want, self._number, now, expires=now + self.settings.reservation_ttl_seconds)
+        self._look_at_windows(now)
         walk = self.walk(now)
         walk.keep_for_waiting(now, but=old)
         found = walk.find(entry) if self.connected else None
@@ -409,12 +410,12 @@ class Core(Held):
         self._refresh(now)
         return self._forecast
 
-    def forecast_of(self, want: Want, now: float) -> Estimate | None:
-        """Return in how many seconds `want`, behind all that wait, would likely be granted; None when unknown."""
+    def forecast_of(self, want: Want, now: float, closed: frozenset[str] = frozenset()) -> Estimate | None:
+        """Return in how many seconds `want`, behind all that wait and on none of `closed`, would likely be granted; None when unknown."""
         self._refresh(now)
-        if want not in self._ghosts:
-            self._ghosts[want] = queue_forecast(self.books, self.sessions, now, [want]).get("ghost:0")
-        return self._ghosts[want]
+        if (want, closed) not in self._ghosts:
+            self._ghosts[want, closed] = queue_forecast(self.books, self.sessions, now, [(want, closed)]).get("ghost:0")
+        return self._ghosts[want, closed]
 
     def _refresh(self, now: float) -> None:
         """Forget estimates that are older than a few seconds or, while the queue is short, than the last change."""
@@ -447,6 +448,7 @@ class Core(Held):
     def _serve(self, now: float) -> None:
         if not self.connected:
             return
+        self._look_at_windows(now)
         self._bring_back(now)
         for entry in self.walk(now).serve(now) if self.books.waiting() else ():
             entry.expires = now + self.settings.reservation_ttl_seconds

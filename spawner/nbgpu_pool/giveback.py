@@ -101,7 +101,7 @@ def plan(books: Books, quotas: Quotas, policy: GiveBack, asked: dict[str, Ask], 
     rooms = {room.device.uuid: replace(room) for room in books.ordered_rooms()}
     _give(rooms, _on_its_way_back(books))
     for entry, whose in claimants:
-        barred = {uuid for one in line if one is not entry for uuid in one.earmark} | books.kept()
+        barred = {uuid for one in line if one is not entry for uuid in one.earmark} | books.kept() | books.closed(entry)
 
         def fits(want: Entry = entry, barred: set[str] = barred) -> bool:
             return place(list(rooms.values()), want.want, barred=barred, policy=placing) is not None

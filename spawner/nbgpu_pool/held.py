@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from nbgpu.claims import is_coming
 from nbgpu.errors import NbgpuError, Unavailable
@@ -19,6 +19,7 @@ from .quotas import format_gpus
 from .resize import RESIZE_SECONDS, above_quota, grows, must_fit, must_hold_a_program, same_limits, target_of
 from .shapes import Part, Want
 from .state import Effects, Seen, Settings, Snapshot
+from .windows import Windows
 
 COMING_NOTE = "A node with a GPU has to be started first; that takes some minutes."
 REFUSED_SECONDS = 3.0
@@ -27,6 +28,8 @@ MOVED_SECONDS = 12.0
 """And how long after a move: kube-scheduler looks again within 10 seconds."""
 SPARED_SECONDS = 600.0
 """For so long nothing more is taken back from a slice whose node has refused that."""
+SESSION_NOTICE_SECONDS = 600.0
+"""Before its end a session's user is told; of a short one a tenth before."""
 AVOID_SECONDS = 300.0
 """For so long a node that had no room for a pod is the last choice for others of that shape, and no choice for this one."""
 TAKEN = frozenset({GrantState.reserved, GrantState.bound})
@@ -56,6 +59,8 @@ class Held(ABC):
         """What is asked back, by slice; where for several reasons, for the first that is due."""
         self._asked: dict[str, dict[str, Ask]] = {}
         """By kind and slice."""
+        self.ahead = 0.0
+        """Of Unix time before the core's clock, seconds; the shell sets it, for windows."""
         self._possible: dict[Want, bool] = {}
 
     def configure(self, settings: Settings, now: float) -> None:
@@ -75,6 +80,8 @@ class Held(ABC):
             self.books.valued = None
         elif self.books.valued is None:
             self.books.by_value()
+        windows = self.settings.windows
+        self.books.windows = Windows(windows, self.settings.reservation_ttl_seconds) if windows else None
         self.books.arrange = Fair(self.books, self.settings.quotas) if self.settings.fairness.fair else None
 
     @abstractmethod
@@ -245,6 +252,8 @@ class Held(ABC):
 
     def _take_back(self, now: float) -> None:
         """Take back what was lent beyond guarantees, for those who wait for theirs; parking comes first."""
+        self._ask_back("reserved", self.books.windows.asks(self.books) if self.books.windows is not None else ())
+        self._ask_back("session", self._overdue(now))
         if self._parking:
             return
         settings = self.settings
@@ -256,6 +265,23 @@ class Held(ABC):
             self._tell(entry, target, now, note, taken_back=True)
             entry.busy -= 1
         self._ask_back("guarantee", found.asks)
+
+    def _overdue(self, now: float) -> Iterator[Ask]:
+        """Yield whose longest session ends soon, or has ended."""
+        self.books.timed &= self.books.entries.keys()
+        for entry in (self.books.entries[one] for one in sorted(self.books.timed)):
+            longest = entry.request.session_seconds
+            if longest is None or entry.state != GrantState.bound:
+                continue
+            due = entry.started + longest
+            if now >= due - min(SESSION_NOTICE_SECONDS, longest / 10):
+                why = f"a session here lasts {rough_time(longest)} at most"
+                yield Ask(entry.slice_id, entry.request.owner, "session", due, why)
+
+    def _look_at_windows(self, now: float) -> None:
+        """Choose the devices of windows that are near."""
+        if self.books.windows is not None and self.books.windows.look(self.books, now, now + self.ahead):
+            self._changed()
 
     def _ask_back(self, kind: str, asks: Iterable[Ask]) -> None:
         """These slices are asked back for this kind of reason, and no others."""
@@ -273,7 +299,10 @@ class Held(ABC):
         """Return what the user of a slice should know."""
         ask = self.asks.get(entry.slice_id)
         if ask is None:
-            return entry.note or note_of(entry)
+            windows = self.books.windows
+            kept = windows.of((uuid for uuid, _ in entry.quota_parts()), entry) if windows is not None and windows.kept else None
+            until = f"This GPU is kept for {kept.window.name} from {kept.until} on." if kept is not None else None
+            return entry.note or note_of(entry) or until
         when = f"within {rough_time(ask.due - now)}" if ask.due > now else "now"
         return f"Please save your work and stop this server {when}: {ask.why}."
 
@@ -322,7 +351,7 @@ class Held(ABC):
         entry.tried = {node: when for node, when in entry.tried.items() if now - when < AVOID_SECONDS}
         walk = self.walk(now)
         want = entry.want._replace(model=at.devices[0].model) if entry.adopted else entry.want  # its own words are lost: the same model
-        found = walk.elsewhere(want, entry.tried.keys() | {at.node}, coming=not coming)
+        found = walk.elsewhere(entry, want, entry.tried.keys() | {at.node}, coming=not coming)
         if found is None:
             return
         target = slice_at(entry, found, at.groups)

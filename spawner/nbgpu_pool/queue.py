@@ -68,7 +68,7 @@ class Pass:
         self.barred: set[str] = set()
         self.kept_milli = 0
         self.waiting: list[Entry] = []
-        self._misfits: set[tuple[Want, Part | None, int]] = set()
+        self._misfits: set[tuple[Want, Part | None, int, frozenset[str]]] = set()
         self.tally = Tally.of(quotas, books.holdings(frozenset(quotas.groups), granted_only=True) if quotas.any() else [], books.free_milli)
         if quotas.lent():
             self.tally.call(books.asking())
@@ -102,11 +102,12 @@ class Pass:
         if cap is not None and self._over(entry.want, cap):
             entry.holder = words
             return None
-        barred = (self.barred - set(entry.earmark)) | self.kept
-        key = entry.want, cap, len(barred)
+        closed = self.books.closed(entry)
+        barred = (self.barred - set(entry.earmark)) | self.kept | closed
+        key = entry.want, cap, len(self.barred), closed
         if not entry.earmark and key in self._misfits:
             return None
-        found = self._place(entry.want, barred, cap)
+        found = self._preferred(entry, barred, cap) or self._place(entry.want, barred, cap)
         if found is None:
             if not entry.earmark:
                 self._misfits.add(key)
@@ -115,9 +116,24 @@ class Pass:
             return found
         milli = _sum(found).compute_milli
         kept = self.tally.kept_milli(owner, groups, milli)
-        if self.tally.free_milli - milli < kept + self.kept_milli:
+        # what is closed to this one is free for others, and no use to it
+        closed_milli = sum(max(0, self.books.rooms[uuid].free_milli) for uuid in closed if uuid in self.books.rooms)
+        if self.tally.free_milli - closed_milli - milli < kept + self.kept_milli:
             return None
         return found
+
+    def _preferred(self, entry: Entry, barred: Set[str], cap: Part | None) -> Place | None:
+        """Return a place on what is kept for `entry`, or else not on what is soon kept for others; None: anywhere."""
+        windows = self.books.windows
+        if windows is None or not windows.kept:
+            return None
+        own, last = windows.own(entry), windows.last(entry)
+        found = self._here(entry.want, barred | (self.books.rooms.keys() - own), cap) if own else None
+        return found or (self._here(entry.want, barred | last, cap) if last else None)
+
+    def would_fit(self, want: Want, uuids: Set[str]) -> bool:
+        """Return whether there is room on these devices, whoever they are kept for."""
+        return self._fitting(want, self.barred | self.kept | (self.books.rooms.keys() - uuids), None) is not None
 
     def keep_for_waiting(self, now: float, but: Entry | None = None) -> None:
         """Keep what those who wait have a right to, all but one: `find` then answers for a newcomer."""
@@ -152,10 +168,10 @@ class Pass:
     def _to_come(self, want: Want, cap: Part | None) -> Place | None:
         return place(self.coming, want, cap=cap, policy=self.policy) if self.coming else None
 
-    def elsewhere(self, want: Want, but: Set[str], *, coming: bool) -> Place | None:
-        """Return a place on none of the nodes `but`; with `coming` also on one that has to be started."""
+    def elsewhere(self, entry: Entry, want: Want, but: Set[str], *, coming: bool) -> Place | None:
+        """Return a place for `entry` on none of the nodes `but`; with `coming` also on one that has to be started."""
         barred = {uuid for one in self.books.waiting() for uuid in one.earmark}
-        barred |= {room.device.uuid for room in self.rooms if room.device.node in but} | self.kept
+        barred |= {room.device.uuid for room in self.rooms if room.device.node in but} | self.kept | self.books.closed(entry)
         return self._here(want, barred, None) or (self._to_come(want, None) if coming else None)
 
     def _over(self, want: Want, cap: Part) -> bool:
@@ -173,10 +189,11 @@ class Pass:
             if cost is not None:
                 self.tally.reserve(entry.request.owner, self.quotas.counted(entry.request.groups), cost)
             return
-        if not entry.earmark or not self._healthy.issuperset(entry.earmark) or self.barred.intersection(entry.earmark):
-            entry.earmark = nearest(self.rooms, entry.want, barred=self.barred)
+        closed = self.books.closed(entry)
+        if not entry.earmark or not self._healthy.issuperset(entry.earmark) or (self.barred | closed).intersection(entry.earmark):
+            entry.earmark = nearest(self.rooms, entry.want, barred=self.barred | closed)
         self.barred.update(entry.earmark)
-        if cost is not None and self._fitting(entry.want, self.barred - set(entry.earmark), None) is not None:
+        if cost is not None and self._fitting(entry.want, (self.barred - set(entry.earmark)) | closed, None) is not None:
             # It fits, but for others' guarantees: what comes free adds up for it instead of going to smaller ones.
             self.kept_milli += min(cost.compute_milli, WHOLE_MILLI * len(self.rooms))
 

@@ -75,7 +75,7 @@ def must_fit(entry: Entry, target: Slice, books: Books, quotas: Quotas) -> None:
     grows = {uuid: _minus(part.larger(held[uuid]), held[uuid]) for uuid, part in counts.items()}
     if all(part == Part(0, 0) for part in grows.values()):
         return
-    barred = {uuid for one in books.waiting() for uuid in one.earmark} | books.kept()
+    barred = {uuid for one in books.waiting() for uuid in one.earmark} | books.kept() | books.closed(entry)
     for uuid, more in grows.items():
         room = books.rooms.get(uuid)
         if more == Part(0, 0):

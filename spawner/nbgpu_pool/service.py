@@ -22,6 +22,7 @@ from nbgpu.models import (
     LaunchRequest,
     Owner,
     Request,
+    Reservation,
     Resize,
     Slice,
 )
@@ -32,6 +33,7 @@ from .core import Core
 from .ledger import Ledger, LedgerRefused
 from .metrics import Metrics
 from .state import Settings
+from .windows import reservations
 
 TICK_SECONDS = 0.5
 RETRY_SECONDS = 0.5
@@ -44,10 +46,17 @@ log = logging.getLogger("nbgpu.pool")
 class Service:
     """One pool: `start` it, call it from request handlers of the same event loop, `stop` it."""
 
-    def __init__(self, ledger: Ledger, settings: Settings | None = None, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        ledger: Ledger,
+        settings: Settings | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ):
         self.core = Core(settings)
         self.ledger = ledger
-        self.clock = clock
+        self.clock, self.wall = clock, wall
+        self.core.ahead = wall() - clock()
         self.metrics = Metrics(self.core)
         self.closing = False
         self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
@@ -114,6 +123,7 @@ class Service:
                 await asyncio.wait_for(self._wake.wait(), TICK_SECONDS)
             self._wake.clear()
             try:
+                self.core.ahead = self.wall() - self.clock()
                 with self.metrics.placement():
                     self.core.tick(self.clock())
                 self.settle()
@@ -376,6 +386,10 @@ class Service:
     async def _finish(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Finish a call to the ledger even when the client has hung up: half a call would leave its outcome unknown."""
         return await asyncio.shield(asyncio.ensure_future(work))
+
+    def reservations(self) -> list[Reservation]:
+        """Return the windows in which devices are kept: of each the one that is on, else the next."""
+        return reservations(self.core.books, self.core.settings.windows, self.wall())
 
     def asks(self) -> list[AskBack]:
         """Return what is asked back, first due first."""

@@ -15,6 +15,7 @@ from .placement import DEFAULT_POLICY, Policy
 from .queue import Fairness
 from .quotas import Quotas
 from .shapes import Part
+from .windows import Window
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Settings:
     policy: Policy = DEFAULT_POLICY
     idle: IdlePolicy = field(default_factory=IdlePolicy)
     give_back: GiveBack = field(default_factory=GiveBack)
+    windows: tuple[Window, ...] = ()
+    """Times at which devices are kept for a group."""
     start_seconds: Mapping[str, float] = field(default_factory=dict[str, float])
     """How long a node takes to start, by the name of its group (`coming`)."""
 
