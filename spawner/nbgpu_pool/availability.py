@@ -59,7 +59,7 @@ class _Looker:
         core = self.core
         parts = by_model(want, core.books.kinds)
         if not core.can_ever(want):
-            return Availability(state="impossible", reason=impossible(core.books, want.model, want.device_count))
+            return Availability(state="impossible", reason=impossible(core.books, want))
         allowed = core.too_small(want)
         if allowed is not None:
             return Availability(state="impossible", reason=f"too small; it must be {allowed}")
@@ -85,7 +85,7 @@ class _Looker:
         if off is not None:
             return Availability(state="wait", reason=off, memory=memory, compute_milli=compute)
         settings = core.settings
-        kept = None if ghost.holder else self._kept(ghost)
+        kept = None if ghost.holder else ghost.kept or self._kept(ghost)
         if kept is not None:
             return Availability(state="wait", reason=kept, memory=memory, compute_milli=compute)
         if not ghost.holder and not self.waiting and makes_room(core.books, settings.idle, settings.policy, ghost, self.now):

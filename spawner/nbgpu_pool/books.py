@@ -73,6 +73,8 @@ class Entry:
     """Devices that nobody else is placed on until this one fits."""
     holder: str = ""
     """Whose quota it waits for, in words; empty when it waits for room."""
+    kept: str = ""
+    """For whom what is free is kept, in words; empty where that is not why it waits."""
     note: str | None = None
     """What its user should know while it is held."""
     wanted: Slice | None = None
@@ -377,6 +379,11 @@ class Books:
     def kept(self) -> set[str]:
         """Return the devices where what comes free is kept for slices that come back."""
         return {part.uuid for one in self.wanted_back() if one.full is not None for part in one.full.devices}
+
+    def waiting_count(self) -> int:
+        """Return how many wait."""
+        there = (self.entries.get(one) for one in self._queued)
+        return sum(1 for one in there if one is not None and one.state == GrantState.queued)
 
     def closed(self, entry: Entry) -> frozenset[str]:
         """Return the devices that are kept for others than `entry`'s owner (`windows`)."""

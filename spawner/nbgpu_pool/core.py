@@ -19,7 +19,7 @@ from .held import Held
 from .queue import hopeless
 from .shapes import Want, memory_field, too_small, want_of
 from .state import Effects, Seen, Settings, Snapshot
-from .unusable import impossible, out_of_service
+from .unusable import impossible
 
 STARTING = "The pool is starting: rebuilding the books from what runs. Try again in a few seconds."
 ENDED_KEPT = 10_000
@@ -152,7 +152,7 @@ class Core(Held):
     def _admit(self, request: Request, but: Entry | None = None) -> None:
         want = want_of(request)
         if not self.can_ever(want):
-            raise Refused(impossible(self.books, request.model, request.device_count), code="impossible")
+            raise Refused(impossible(self.books, want), code="impossible")
         allowed = self.too_small(want)
         if allowed is not None:
             field = memory_field(want)
@@ -163,12 +163,16 @@ class Core(Held):
             why = quota_rules.refusal(self.settings.quotas, holdings, request.owner, request.groups, cost)
             if why is not None:
                 raise Refused(why, code="quota")
-        waiting = [one for one in self.books.waiting() if one is not but]
-        if len(waiting) >= self.settings.queue_total:
-            raise Unavailable(f"The queue is full ({counted(len(waiting), 'request')} in it); try again later.", code="queue-full")
-        mine = sum((one.request.owner.hub, one.request.owner.user) == (request.owner.hub, request.owner.user) for one in waiting)
+        # cheap first: a user who asks again and again costs the others nothing that grows with the queue
+        mine = sum(one.state == GrantState.queued for one in self.books.of_user(request.owner) if one is not but)
         if mine >= self.settings.queue_per_user:
-            raise Refused(f"You have {mine} requests in the queue already; that is the most one user may have.", code="queue-full")
+            had, most = counted(mine, "request"), self.settings.queue_per_user
+            raise Refused(f"You have {had} in the queue already, and one user may have {most} there.", code="queue-full")
+        waiting, most = self.books.waiting_count() - (but is not None), self.settings.queue_total
+        if waiting >= most:
+            raise Unavailable(
+                f"The queue is full: {counted(waiting, 'request')} in it, of {most} at most; try again later.", code="queue-full"
+            )
 
     def can_ever(self, want: Want) -> bool:
         """Whether the pool, if it were empty, could hold `want`."""
@@ -356,7 +360,7 @@ class Core(Held):
             wait_seconds=wait.seconds if wait is not None else None,
             wait_guessed=wait is not None and wait.guessed,
             expires_seconds=max(0.0, entry.expires - now) if entry.state == GrantState.reserved and entry.expires is not None else None,
-            reason=self._why(entry) if queued else entry.reason,
+            reason=self.why(entry) if queued else entry.reason,
             note=self.note(entry, now),
             resizing=entry.wanted.devices if entry.wanted is not None and entry.wanted is not entry.slice else None,
         )
@@ -367,15 +371,6 @@ class Core(Held):
             places = {one.slice_id: place for place, one in enumerate(self.books.waiting(), 1)}
             self._places = self.generation, places
         return places.get(entry.slice_id)
-
-    def _why(self, entry: Entry) -> str:
-        if not self.connected:
-            return self.away_words
-        if entry.holder:
-            return f"waits for {entry.holder}: what is held now must be given back first"
-        if entry.slice_id == self.parking_for:
-            return "an idle notebook is being moved off the GPU to make room for you; that takes some seconds"
-        return out_of_service(self.books, entry.want) or "all GPUs that could hold it are in use"
 
     def ghost(self, owner: Owner, groups: list[str], shape: Shape) -> Request:
         """Return the request that `owner` would make for a shape."""

@@ -19,6 +19,7 @@ from .quotas import format_gpus
 from .resize import RESIZE_SECONDS, above_quota, grows, must_fit, must_hold_a_program, same_limits, target_of
 from .shapes import Part, Want
 from .state import Effects, Seen, Settings, Snapshot
+from .unusable import out_of_service
 from .windows import Windows
 
 COMING_NOTE = "A node with a GPU has to be started first; that takes some minutes."
@@ -41,6 +42,7 @@ class Held(ABC):
     settings: Settings
     books: Books
     connected: bool
+    away_words: str
     mark: int
     _effects: Effects
     _snapshot: Snapshot | None
@@ -294,6 +296,21 @@ class Held(ABC):
             self.asks.setdefault(ask.slice_id, ask)
         self._effects.asked += [one for one in self.asks if one not in before]
         self._changed()
+
+    def why(self, entry: Entry) -> str:
+        """Return why a request waits."""
+        if not self.connected:
+            return self.away_words
+        if entry.holder:
+            return f"waits for {entry.holder}: what is held now must be given back first"
+        if entry.slice_id == self.parking_for:
+            return "an idle notebook is being moved off the GPU to make room for you; that takes some seconds"
+        if entry.kept:
+            return entry.kept
+        windows = self.books.windows
+        kept = windows.of(self.books.closed(entry), entry) if windows is not None and windows.kept else None
+        also = f", or kept for {kept.window.name} from {kept.until} on" if kept is not None else ""
+        return out_of_service(self.books, entry.want) or f"all GPUs that could hold it are in use{also}"
 
     def note(self, entry: Entry, now: float) -> str | None:
         """Return what the user of a slice should know."""

@@ -15,7 +15,7 @@ from nbgpu.quantities import WHOLE_MILLI
 
 from .books import Books, Entry
 from .placement import DEFAULT_POLICY, Place, Policy, nearest, place
-from .quotas import Quotas, Tally
+from .quotas import Quotas, Tally, format_gpus
 from .shapes import Part, Want
 
 
@@ -32,6 +32,9 @@ class Fairness:
         """Whether nobody may take `entry`'s room any more."""
         since = entry.passed_from if self.fair else entry.enqueued
         return entry.overtaken >= self.overtake_count or (since is not None and now - since >= self.overtake_seconds)
+
+
+KEPT_FOR = "guarantees of others and those who have waited long"
 
 
 class Pass:
@@ -96,7 +99,7 @@ class Pass:
         """Return where `entry` can go now, or None; `entry.holder` then says whose limit holds it, if one does."""
         owner, groups = entry.request.owner, entry.request.groups
         left, words = self.tally.left(owner, groups)
-        entry.holder = ""
+        entry.holder = entry.kept = ""
         count = entry.want.device_count
         cap = None if left is None else Part(left.memory_bytes // count, left.compute_milli // count)
         if cap is not None and self._over(entry.want, cap):
@@ -118,7 +121,11 @@ class Pass:
         kept = self.tally.kept_milli(owner, groups, milli)
         # what is closed to this one is free for others, and no use to it
         closed_milli = sum(max(0, self.books.rooms[uuid].free_milli) for uuid in closed if uuid in self.books.rooms)
-        if self.tally.free_milli - closed_milli - milli < kept + self.kept_milli:
+        free_milli = self.tally.free_milli - closed_milli
+        if free_milli - milli < kept + self.kept_milli:
+            entry.kept = (
+                f"{format_gpus(max(0, free_milli))} is free in all, of which {format_gpus(kept + self.kept_milli)} is kept for {KEPT_FOR}"
+            )
             return None
         return found
 

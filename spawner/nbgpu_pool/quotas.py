@@ -22,6 +22,8 @@ class Limits:
     limit_milli: int | None = None
     limit_bytes: int | None = None
     guarantee_milli: int = 0
+    whose: str = ""
+    """Of a user, in words: through which group these are theirs."""
     lend: bool = False
     """Others may use what the guarantee keeps while nobody it is kept for waits for it (`giveback`)."""
     weight: int = 1
@@ -57,12 +59,13 @@ class Quotas:
         named = self.users.get(user)
         if named is not None:
             return named
-        milli = [value for name in groups if name in self.groups and (value := self.groups[name].per_user_milli) is not None]
+        milli = [(value, name) for name in groups if name in self.groups and (value := self.groups[name].per_user_milli) is not None]
         memory = [value for name in groups if name in self.groups and (value := self.groups[name].per_user_bytes) is not None]
         return Limits(
-            limit_milli=max(milli, default=self.default.limit_milli),
+            limit_milli=max(milli)[0] if milli else self.default.limit_milli,
             limit_bytes=max(memory, default=self.default.limit_bytes),
             guarantee_milli=self.default.guarantee_milli,
+            whose=f" (as of each in group {max(milli)[1]})" if milli else "",
         )
 
 
@@ -97,7 +100,7 @@ def refusal(quotas: Quotas, holdings: Iterable[Holding], owner: Owner, groups: S
     mine = [one for one in holdings if one.user == (owner.hub, owner.user) and not one.releasing]
     if limits.limit_milli is not None and sum(one.milli for one in mine) + asked.compute_milli > limits.limit_milli:
         held = [(one.owner.server, format_gpus(one.milli)) for one in mine]
-        return f"Your quota is {format_gpus(limits.limit_milli)}: {_said(held, format_gpus(asked.compute_milli))}"
+        return f"Your quota is {format_gpus(limits.limit_milli)}{limits.whose}: {_said(held, format_gpus(asked.compute_milli))}"
     if limits.limit_bytes is not None and sum(one.memory_bytes for one in mine) + asked.memory_bytes > limits.limit_bytes:
         held = [(one.owner.server, format_memory(one.memory_bytes)) for one in mine]
         return f"Your quota is {format_memory(limits.limit_bytes)} of GPU memory: {_said(held, format_memory(asked.memory_bytes))}"
@@ -130,6 +133,16 @@ def _said(held: Sequence[tuple[str, str]], asked: str) -> str:
     if not parts:
         return f"you asked for {asked}."
     return f"you hold {', '.join(parts)} and asked for {asked}."
+
+
+def _used(limit: Limits, held: Part) -> str:
+    parts: list[str] = []
+    if limit.limit_milli is not None:
+        parts.append(f"{format_gpus(limit.limit_milli)} in all, {format_gpus(held.compute_milli)} held")
+    if limit.limit_bytes is not None:
+        memory = format_memory(held.memory_bytes) if held.memory_bytes else "no GPU memory"
+        parts.append(f"{format_memory(limit.limit_bytes)} in all, {memory} held")
+    return "; ".join(parts)
 
 
 def _server(name: str) -> str:
@@ -216,7 +229,7 @@ class Tally:
             milli = 2**62 if limit.limit_milli is None else limit.limit_milli - held.compute_milli
             memory = 2**62 if limit.limit_bytes is None else limit.limit_bytes - held.memory_bytes
             if milli < left_milli or memory < left_bytes:
-                left_milli, left_bytes, why = min(milli, left_milli), min(memory, left_bytes), words
+                left_milli, left_bytes, why = min(milli, left_milli), min(memory, left_bytes), f"{words} ({_used(limit, held)})"
         return (None, "") if not why else (Part(left_bytes, left_milli), why)
 
     def kept_milli(self, owner: Owner, groups: Sequence[str], asked_milli: int) -> int:
