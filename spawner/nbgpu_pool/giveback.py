@@ -90,7 +90,7 @@ def plan(books: Books, quotas: Quotas, policy: GiveBack, asked: dict[str, Ask], 
         Least memory of a slice.
     """
     found = Plan()
-    lent = quotas.lent()
+    lent = quotas.lent
     line = [one for one in books.waiting() if not one.holder] if lent else []
     if not line:
         return found

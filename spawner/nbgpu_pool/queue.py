@@ -73,7 +73,7 @@ class Pass:
         self.waiting: list[Entry] = []
         self._misfits: set[tuple[Want, Part | None, int, frozenset[str]]] = set()
         self.tally = Tally.of(quotas, books.holdings(frozenset(quotas.groups), granted_only=True) if quotas.any() else [], books.free_milli)
-        if quotas.lent():
+        if quotas.lent:
             self.tally.call(books.asking())
 
     def serve(self, now: float) -> list[Entry]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from nbgpu.models import Owner
 from nbgpu.quantities import WHOLE_MILLI, format_memory, format_share
@@ -45,6 +46,7 @@ class Quotas:
         """Whether there is any quota at all."""
         return bool(self.users or self.groups or self.default != Limits())
 
+    @cached_property
     def lent(self) -> list[tuple[str, str]]:
         """Return the guarantees that others may use: kind (``group`` or ``user``) and name."""
         kinds = (("group", self.groups), ("user", self.users))
@@ -193,7 +195,7 @@ class Tally:
         waiting : iterable of (owner, groups, milli-GPU)
             In the order in which they are served.
         """
-        lent = self.quotas.lent()
+        lent = self.quotas.lent
         self.called = dict.fromkeys(lent, 0)
         unmet = {account: self.unmet_milli(*account) for account in lent}
         for owner, groups, milli in waiting if lent else ():

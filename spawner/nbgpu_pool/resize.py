@@ -132,7 +132,7 @@ def _others(held: list[Holding], entry: Entry, books: Books) -> list[Holding]:
 def _tally(entry: Entry, books: Books, quotas: Quotas) -> Tally:
     held = books.holdings(frozenset(quotas.groups), granted_only=True)
     tally = Tally.of(quotas, _others(held, entry, books), books.free_milli)
-    if quotas.lent():
+    if quotas.lent:
         tally.call(books.asking())
     return tally
 
