@@ -26,6 +26,7 @@ Namespace = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}
 """Name of a Kubernetes namespace."""
 Milli = Annotated[int, Field(ge=1, le=1000)]
 Bytes = Annotated[int, Field(ge=0, le=2**60)]
+SessionSeconds = Annotated[float, Field(gt=0, le=1e7, allow_inf_nan=False)]
 Pid = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
@@ -113,6 +114,9 @@ class Request(Model):
     mode: Mode = "burst"
     namespace: Namespace | None = None
     """Kubernetes namespace of the server's pod; None on one machine."""
+    session_seconds: SessionSeconds | None = None
+    """How long the server runs at most, as its hub says; None: nobody knows. A client leaves it out where it is None: a pool that is older
+    does not know it."""
 
 
 class SliceDevice(Model):
@@ -186,6 +190,38 @@ class Grant(Model):
     not be resized."""
     resizing: list[SliceDevice] | None = None
     """Limits that were asked for and are not in force yet; `slice` says what is."""
+
+
+class Reservation(Model):
+    """A window in which devices are kept for a group: the one that is on, else the next."""
+
+    name: Name
+    group: Name
+    begins_seconds: float
+    """Until it begins; below 0: since then."""
+    ends_seconds: float
+    place_count: int
+    """Places that were asked for."""
+    ready_count: int
+    """Places that are free or held by the group now; 0 before the devices are chosen."""
+    devices: list[Name]
+    short_count: int
+    """Devices that are missing: the pool has no more that work."""
+
+
+class AskBack(Model):
+    """A slice that its user is asked to give back. The pool ends no server: `needs` says who would have to do what."""
+
+    request_id: SliceId
+    owner: Owner
+    kind: str
+    """``guarantee``: its room was lent and is needed; ``reserved``: kept for a group from a time on; ``session``: it has run for as long as
+    it may."""
+    due_seconds: float
+    """Until it should be stopped; below 0: since then."""
+    idle: bool
+    reason: str
+    needs: str
 
 
 class Launch(Model):
@@ -463,6 +499,7 @@ class Shape(Model):
     memory_milli: Milli | None = None
     memory_bytes: Annotated[int, Field(ge=1024**2, le=2**60)] | None = None
     model: Name | None = None
+    session_seconds: SessionSeconds | None = None
 
 
 class AvailabilityQuery(Model):

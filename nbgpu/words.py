@@ -16,6 +16,14 @@ def times(count: int) -> str:
     return {1: "once", 2: "twice"}.get(count, f"{count} times")
 
 
+def rough_time_down(seconds: float) -> str:
+    """Return a duration for people, rounded down: ``40 minutes``, ``2 hours``; at least a minute."""
+    minutes = max(1, int(seconds // 60))
+    if minutes == 1:
+        return "a minute"
+    return f"{minutes} minutes" if minutes <= 90 else f"{minutes // 60} hours"
+
+
 def rough_time(seconds: float, least: Literal["minutes", "seconds"] = "minutes") -> str:
     """Return a duration for people, rounded up: ``a minute``, ``10 minutes``, ``2 hours``; with `least` also ``40 seconds``."""
     if least == "seconds" and seconds < 60:

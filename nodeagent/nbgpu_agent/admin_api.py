@@ -63,6 +63,8 @@ class PatchSlice(Model):
     memory_bytes: Bytes | None = None
     compute_milli: Milli | None = None
     mode: Mode | None = None
+    only_unused: bool = False
+    """Take only memory that it does not use: where it uses more than it would keep, its limits stay (409)."""
 
 
 class Park(Model):
@@ -187,7 +189,7 @@ def _add_slices(app: FastAPI, agent: Agent) -> None:
     @app.patch("/v1/slices/{slice_id}", responses=NOT_FOUND | CONFLICT)
     async def patch(slice_id: SlicePath, body: PatchSlice) -> AgentSlice:  # pyright: ignore[reportUnusedFunction]
         """Give a slice new limits."""
-        return agent.patch(slice_id, body.memory_bytes, body.compute_milli, body.mode)
+        return agent.patch(slice_id, body.memory_bytes, body.compute_milli, body.mode, only_unused=body.only_unused)
 
     @app.get("/v1/slices/{slice_id}/usage", responses=NOT_FOUND)
     async def usage(slice_id: SlicePath) -> Usage:  # pyright: ignore[reportUnusedFunction]

@@ -296,8 +296,10 @@ class Agent:
 
     # ---- limits
 
-    def patch(self, slice_id: str, memory_bytes: int | None, compute_milli: int | None, mode: str | None) -> AgentSlice:
-        """Give a slice new limits on each of its devices; the books are checked first."""
+    def patch(
+        self, slice_id: str, memory_bytes: int | None, compute_milli: int | None, mode: str | None, *, only_unused: bool = False
+    ) -> AgentSlice:
+        """Give a slice new limits on each of its devices; the books are checked first. `only_unused`: none below what it uses."""
         live = self.find(slice_id)
         wanted = resized(live.slice, memory_bytes, compute_milli, mode)
         if live.record.claim is not None:
@@ -305,7 +307,16 @@ class Agent:
             raise Conflict(f"Slice {slice_id} is of ResourceClaim {claim.namespace}/{claim.name}: its pool alone changes its limits.")
         if live.record.parked is not None and wanted != live.slice:
             raise Conflict(f"Slice {slice_id} is {live.record.parked.phase} because it is idle: its limits change when it is back.")
+        before = live.slice
+        if only_unused:
+            _must_hold(live, wanted)
         self.change(live, wanted)
+        if only_unused:
+            try:
+                _must_hold(live, wanted)  # from here on it gets no more: what it took meanwhile is its own
+            except Conflict:
+                self.change(live, before)
+                raise
         return live.as_model()
 
     def change(self, live: LiveSlice, wanted: Slice) -> None:
@@ -449,3 +460,11 @@ def limit_words(limit: KernelLimit) -> str:
 
 def _in_front(path: str, others: str) -> str:
     return os.pathsep.join([path, *(other for other in others.split(os.pathsep) if other and other != path)])
+
+
+def _must_hold(live: LiveSlice, wanted: Slice) -> None:
+    """Raise Conflict where a slice uses more memory than `wanted` would leave it."""
+    for part, used_bytes in zip(wanted.devices, live.memory_by_device(), strict=True):
+        if used_bytes > part.memory_bytes:
+            used, left = format_memory(used_bytes), format_memory(part.memory_bytes)
+            raise Conflict(f"Slice {live.id} uses {used} of GPU {part.index}: it cannot be left {left}.")

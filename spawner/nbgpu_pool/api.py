@@ -13,6 +13,7 @@ from starlette.responses import StreamingResponse
 from nbgpu import __version__
 from nbgpu.errors import NbgpuError
 from nbgpu.models import (
+    AskBack,
     Availability,
     AvailabilityQuery,
     DeviceBooks,
@@ -24,6 +25,7 @@ from nbgpu.models import (
     LaunchRequest,
     Owner,
     Request,
+    Reservation,
     Resize,
     SliceId,
 )
@@ -247,6 +249,18 @@ async def follow_hints(pool: Pool, speaker: Speaker) -> StreamingResponse:
 async def devices(pool: Pool, speaker: Speaker) -> list[DeviceBooks]:
     """Return what each device has given."""
     return pool.core.device_books()
+
+
+@router.get("/v1/reservations")
+async def reservations(pool: Pool, speaker: Speaker) -> list[Reservation]:
+    """Return the windows in which devices are kept for a group: of each the one that is on, else the next."""
+    return pool.reservations()
+
+
+@router.get("/v1/asks")
+async def asks(pool: Pool, speaker: Speaker) -> list[AskBack]:
+    """Return the slices that are asked back, first due first; the pool ends none of their servers."""
+    return [one for one in pool.asks() if speaker.sees(one.owner.hub)]
 
 
 @router.get("/metrics", response_class=Response)

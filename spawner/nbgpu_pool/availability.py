@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nbgpu.errors import NbgpuError, Unavailable
 from nbgpu.models import Availability, AvailabilityQuery, GrantState, Shape
-from nbgpu.words import rough_time
+from nbgpu.words import rough_time, rough_time_down
 
 from . import quotas as quota_rules
 from .books import Entry
@@ -59,7 +59,7 @@ class _Looker:
         core = self.core
         parts = by_model(want, core.books.kinds)
         if not core.can_ever(want):
-            return Availability(state="impossible", reason=impossible(core.books, want.model, want.device_count))
+            return Availability(state="impossible", reason=impossible(core.books, want))
         allowed = core.too_small(want)
         if allowed is not None:
             return Availability(state="impossible", reason=f"too small; it must be {allowed}")
@@ -78,19 +78,37 @@ class _Looker:
             words = words if starts is None else f"{words}: usually within {rough_time(starts)}"
             return Availability(state="wait", reason=words, wait_seconds=starts, memory=memory, compute_milli=compute)
         if found is not None:
-            return Availability(state="free", reason="free now", memory=memory, compute_milli=compute)
+            kept = core.books.windows.of((room.device.uuid for room, _ in found), ghost) if core.books.windows is not None else None
+            words = "free now" if kept is None else f"free until {kept.until}, then kept for {kept.window.name}"
+            return Availability(state="free", reason=words, memory=memory, compute_milli=compute)
         off = None if ghost.holder else out_of_service(core.books, want)
         if off is not None:
             return Availability(state="wait", reason=off, memory=memory, compute_milli=compute)
         settings = core.settings
+        kept = None if ghost.holder else ghost.kept or self._kept(ghost)
+        if kept is not None:
+            return Availability(state="wait", reason=kept, memory=memory, compute_milli=compute)
         if not ghost.holder and not self.waiting and makes_room(core.books, settings.idle, settings.policy, ghost, self.now):
             words = "in use, but an idle notebook may make room for you within a minute"
             return Availability(state="wait", reason=words, memory=memory, compute_milli=compute)
-        wait = None if ghost.holder else core.forecast_of(want, self.now)
+        wait = None if ghost.holder else core.forecast_of(want, self.now, core.books.closed(ghost))
         seconds = wait.seconds if wait is not None else None
         return Availability(
             state="wait", reason=self._words(ghost.holder, wait), wait_seconds=seconds, memory=memory, compute_milli=compute
         )
+
+    def _kept(self, ghost: Entry) -> str | None:
+        """Return for whom and until when the room is kept that there would be; None where there is none either."""
+        books = self.core.books
+        closed = books.closed(ghost)
+        kept = books.windows.of(closed, ghost) if books.windows is not None else None
+        if kept is None or not self.walk.would_fit(ghost.want, closed):
+            return None
+        if self.now >= kept.begin:
+            return f"kept for {kept.window.name} for another {rough_time(kept.end - self.now)}"
+        left = kept.begin - self.now - self.core.settings.reservation_ttl_seconds
+        words = f"kept for {kept.window.name} from {kept.until} on"
+        return f"{words}: a session of at most {rough_time_down(left)} could start now" if left >= 60 else words
 
     def _words(self, holder: str, wait: Estimate | None) -> str:
         if holder:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Generator, Iterable, Mapping, Set
+from collections.abc import Callable, Generator, Iterable, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from nbgpu.models import Device, GrantState, Owner, Request, Slice, SliceDevice
+from nbgpu.quantities import WHOLE_MILLI
 
 from .placement import Buckets, Place, Policy, Room, of_each_kind, order, place
 from .quotas import Holding, total
@@ -16,6 +17,7 @@ from .shapes import MAX_DEVICES, Part, Want, by_model, resolve, want_of
 
 if TYPE_CHECKING:
     from .placement.valued import Valued
+    from .windows import Windows
 
 HOLDING = frozenset({GrantState.reserved, GrantState.bound, GrantState.releasing})
 """States in which a slice counts on its devices."""
@@ -66,10 +68,16 @@ class Entry:
     """Known from the ledger only: its first request by the same owner is taken for the original."""
     overtaken: int = 0
     """How often a later request was granted while this one did not fit."""
+    passed_from: float | None = None
+    """Since when."""
+    protected: bool = False
+    """It has been overtaken for long enough (`Fairness`)."""
     earmark: tuple[str, ...] = ()
     """Devices that nobody else is placed on until this one fits."""
     holder: str = ""
     """Whose quota it waits for, in words; empty when it waits for room."""
+    kept: str = ""
+    """For whom what is free is kept, in words; empty where that is not why it waits."""
     note: str | None = None
     """What its user should know while it is held."""
     wanted: Slice | None = None
@@ -88,6 +96,12 @@ class Entry:
     """Since when a parked slice wants to come back."""
     parking: bool = False
     """The ledger is parking it."""
+    used_bytes: int | None = None
+    """GPU memory that it uses in all; None: the ledger does not tell."""
+    taken_back: bool = False
+    """`wanted` takes back what was lent: what it uses stays its own (`giveback`)."""
+    spared_until: float = 0.0
+    """Until then nothing more is taken back from it: its node has refused."""
     park_mark: int | None = None
     """A snapshot begun at this mark or later tells whether it still is."""
     moving: Slice | None = None
@@ -96,6 +110,12 @@ class Entry:
     """It waits for a node: Kubernetes has found none for its pod."""
     tried: dict[str, float] = field(default_factory=dict[str, float])
     """Nodes that had no room for its pod, and when that was found."""
+
+    def pass_by(self, now: float) -> None:
+        """Note that a later request was granted while this one did not fit."""
+        if not self.holder:
+            self.overtaken += 1
+            self.passed_from = now if self.passed_from is None else self.passed_from
 
     @property
     def slice_id(self) -> str:
@@ -194,8 +214,16 @@ class Books:
     free_milli: int = 0
     """Of all healthy devices that are there."""
     all_healthy: bool = True
+    changes: int = 0
+    """Rises with all that is booked, and with the devices."""
+    arrange: Callable[[list[Entry]], list[Entry]] | None = None
+    """In which order those who wait are served; None: as they came (`fair`)."""
+    windows: Windows | None = None
+    """Devices that are kept for groups."""
     parked: set[str] = field(default_factory=set[str])
     """All that are parked are among these."""
+    timed: set[str] = field(default_factory=set[str])
+    """All whose longest session is known are among these."""
     _empty: list[Room] = field(default_factory=list[Room])
     _here: list[Room] = field(default_factory=list[Room])
     _to_come: list[Room] = field(default_factory=list[Room])
@@ -227,6 +255,8 @@ class Books:
         self.entries[entry.slice_id] = entry
         if entry.state == GrantState.queued:
             insort(self._queued, entry, key=_number)
+        if entry.request.session_seconds is not None:
+            self.timed.add(entry.slice_id)
         if self.valued is not None:
             self.valued.arrived(entry.want)
         owner = entry.request.owner
@@ -256,6 +286,7 @@ class Books:
         less : mapping, optional
             As in `Snapshot`.
         """
+        self.changes += 1
         self.less = dict(less or {})
         self.devices = {device.uuid: device for device in sorted(devices, key=order)}
         self._costs.clear()
@@ -354,6 +385,7 @@ class Books:
             self._book(entry, 1)
 
     def _book(self, entry: Entry, sign: int) -> None:
+        self.changes += 1
         for node in self._count(entry, sign):
             self.buckets.changed(node)
             if self.valued is not None:
@@ -412,6 +444,14 @@ class Books:
         """Return the devices where what comes free is kept for slices that come back."""
         return {part.uuid for one in self.wanted_back() if one.full is not None for part in one.full.devices}
 
+    def waiting_count(self) -> int:
+        """Return how many wait."""
+        return len(self._still_waiting())
+
+    def closed(self, entry: Entry) -> frozenset[str]:
+        """Return the devices that are kept for others than `entry`'s owner (`windows`)."""
+        return frozenset() if self.windows is None else self.windows.closed(entry)
+
     def overbooked(self) -> list[str]:
         """Return the devices that hold more than they have."""
         return [uuid for uuid, room in self.rooms.items() if room.free_milli < 0 or room.free_bytes < 0]
@@ -426,12 +466,22 @@ class Books:
         return found
 
     def waiting(self) -> list[Entry]:
-        """Return the queue, first come first."""
+        """Return the queue in the order in which it is served."""
+        found = self._still_waiting()
+        return found if self.arrange is None else self.arrange(found)
+
+    def _still_waiting(self) -> list[Entry]:
+        """Return those who wait, first come first."""
         queued = GrantState.queued
         found = [one for one in self._queued if one.state is queued]
         if len(found) < len(self._queued):
             self._queued = list(found)
         return found
+
+    def whole(self) -> tuple[int, int]:
+        """Return milli-GPU and bytes of all healthy devices that are there."""
+        there = [room.device for room in self._here if room.device.healthy]
+        return len(there) * WHOLE_MILLI, sum(device.usable_bytes for device in there)
 
     def cost(self, want: Want) -> Part | None:
         """Return the least that `want` takes in all, on the models that could hold it; None when none could."""
@@ -442,6 +492,11 @@ class Books:
             least = Part(min(part.memory_bytes for part in parts), min(part.compute_milli for part in parts)) if parts else None
             self._costs[want] = total(least, want.device_count) if least else None
         return self._costs[want]
+
+    def asking(self) -> list[tuple[Owner, list[str], int]]:
+        """Return who waits for room, with their groups and the milli-GPU that they wait for at least."""
+        waiting = ((one, self.cost(one.want)) for one in self.waiting() if not one.holder)
+        return [(one.request.owner, one.request.groups, cost.compute_milli) for one, cost in waiting if cost is not None]
 
     def holdings(
         self, counted: frozenset[str], *, of: Owner | None = None, granted_only: bool = False, but: Entry | None = None

@@ -14,8 +14,11 @@ Example
       groups:
         students: {limit: 4, guarantee: 1, per_user: 1/4}
     placement: {rule: best-fit}           # or `value`: docs/placement.md
-    queue: {total: 1000, per_user: 5, overtake_count: 50, overtake_seconds: 900}
+    queue: {total: 1000, per_user: 5, overtake_count: 50, overtake_seconds: 900, order: arrival}
     idle: {after_seconds: 1800, least_memory: 4 GiB, protect_groups: [staff]} # one machine: docs/idle.md
+    give_back: {end_idle_after_seconds: 1800, notice_seconds: 300} # of guarantees with `lend: true`: docs/quotas.md
+    reservations:                         # classes: docs/quotas.md
+      - {name: biology, group: biology, count: 40, share: 1/8, days: [tue], from: 9:00, to: 11:00, time_zone: Europe/Berlin}
     coming:                               # Kubernetes: nodes that an autoscaler starts when a pod asks for one
       - {name: a100, model: NVIDIA A100-SXM4-80GB, devices: 8, memory: 80 GiB, reserve: 2 GiB, nodes: 4, labels: {pool: a100}}
     tokens:                               # only for --listen; the Unix socket needs none
@@ -28,9 +31,11 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -41,11 +46,13 @@ from nbgpu.quantities import MIB, WHOLE_MILLI, parse_memory
 
 from .auth import Principal, Token
 from .coming import Coming
+from .giveback import GiveBack
 from .idle import IdlePolicy
 from .placement import Policy
 from .queue import Fairness
 from .quotas import Limits, Quotas
 from .state import Settings
+from .windows import DAYS, Window
 
 _GPUS = "a number of GPUs from 0 to 100000, such as 0.5, 1/4, 25% or 2"
 
@@ -82,6 +89,23 @@ def _memory(value: object) -> object:
         raise ValueError(error.message.partition("; ")[2].rstrip(".")) from None
 
 
+def _minutes(value: object) -> object:
+    """Return minutes since midnight; YAML reads 9:00 without quotation marks as 540 by itself."""
+    hours, colon, minutes = value.partition(":") if isinstance(value, str) else ("", "", "")
+    if colon and hours.isdecimal() and minutes.isdecimal() and len(minutes) == 2 and int(minutes) < 60:
+        value = int(hours) * 60 + int(minutes)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 24 * 60:
+        raise ValueError("it must be a time of the day from 0:00 to 24:00, such as 9:00")
+    return value
+
+
+def _zone(value: object) -> object:
+    try:
+        return ZoneInfo(str(value))
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise ValueError("it must be a time zone as the IANA names them, such as Europe/Berlin") from None
+
+
 Gpus = Annotated[int | None, BeforeValidator(_gpus)]
 Memory = Annotated[int | None, BeforeValidator(_memory)]
 Seconds = Annotated[float, Field(gt=0, le=1e7)]
@@ -104,11 +128,21 @@ class UserQuota(DefaultQuota):
     """What one user may hold, and what is kept free for them."""
 
     guarantee: Gpus = 0
+    lend: bool = False
+    """Others may use what the guarantee keeps while nobody it is kept for waits for it; it is then taken back (`give_back`)."""
+
+    @model_validator(mode="after")
+    def _within(self) -> UserQuota:
+        if self.limit is not None and (self.guarantee or 0) > self.limit:
+            raise ValueError("guarantee must not be above limit: nobody can hold that much")
+        return self
 
 
 class GroupQuota(UserQuota):
     """What a group's members may hold together, what is kept free for them, and what each may hold."""
 
+    weight: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Where the queue goes by shares (`queue: {order: fair}`): 2 = twice as much is as fair."""
     per_user: Gpus = None
     per_user_memory: Memory = None
 
@@ -130,6 +164,8 @@ class QueueConfig(Closed):
     """How often a request that does not fit may be overtaken."""
     overtake_seconds: Annotated[float, Field(ge=0, le=1e7)] = 900.0
     """And for how long."""
+    order: Literal["arrival", "fair"] = "arrival"
+    """``fair``: of those who wait, the group that holds least comes first (docs/quotas.md)."""
 
 
 class PlacementConfig(Closed):
@@ -149,6 +185,67 @@ class IdleConfig(Closed):
     protect_users: list[Annotated[str, Field(min_length=1, max_length=255)]] = []
     """Whose slices are left alone."""
     protect_groups: list[Annotated[str, Field(min_length=1, max_length=255)]] = []
+
+
+class GiveBackConfig(Closed):
+    """How what was lent of a guarantee is taken back (docs/quotas.md)."""
+
+    shrink: bool = True
+    """Burst slices are made smaller, by what they do not use."""
+    least: Annotated[int | None, BeforeValidator(_gpus), Field(ge=1, le=1000)] = 500
+    """And keep at least this part of what they were granted."""
+    end_idle_after_seconds: Seconds | None = None
+    """Servers idle for so long are asked back; none: no server is."""
+    notice_seconds: Annotated[float, Field(ge=0, le=1e7)] = 300.0
+    busy_notice_seconds: Seconds | None = None
+    """Busy servers are asked back too, with so much notice; none: never."""
+
+    @model_validator(mode="after")
+    def _patient(self) -> GiveBackConfig:
+        if self.busy_notice_seconds is not None and self.busy_notice_seconds < self.notice_seconds:
+            raise ValueError("busy_notice_seconds must be at least notice_seconds: who works has no less notice than who does not")
+        return self
+
+    def policy(self) -> GiveBack:
+        """Return what the core needs of it."""
+        return GiveBack(self.shrink, self.least or 1, self.end_idle_after_seconds, self.notice_seconds, self.busy_notice_seconds)
+
+
+class ReservationConfig(Closed):
+    """Places that are kept for a group at certain times (docs/quotas.md)."""
+
+    name: Annotated[str, Field(min_length=1, max_length=255)]
+    """For people: "kept for ..."."""
+    group: Annotated[str, Field(min_length=1, max_length=255)]
+    count: Annotated[int, Field(ge=1, le=100_000)]
+    share: Annotated[int, BeforeValidator(_gpus), Field(ge=1, le=1000)]
+    """Of one GPU, each place."""
+    days: Annotated[list[Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]], Field(min_length=1)]
+    begin: Annotated[int, BeforeValidator(_minutes), Field(alias="from")]
+    end: Annotated[int, BeforeValidator(_minutes), Field(alias="to")]
+    time_zone: Annotated[ZoneInfo, BeforeValidator(_zone)]
+    drain_seconds: Annotated[float, Field(ge=0, le=86_400)] = 14_400.0
+    """So long before, sessions that would run into it are not placed there any more; those of unknown length are, as the last choice."""
+    notice_seconds: Annotated[float, Field(ge=0, le=86_400)] = 1800.0
+    """So long before, nobody comes who would not be gone, and who is there is asked back."""
+    model: Annotated[str, Field(min_length=1, max_length=255)] | None = None
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> ReservationConfig:
+        if self.begin >= self.end:
+            raise ValueError("`to` must be after `from`; a window over midnight is two: one to 24:00, one from 0:00 on the next day")
+        if self.notice_seconds > self.drain_seconds:
+            raise ValueError("drain_seconds must be at least notice_seconds")
+        return self
+
+    def window(self) -> Window:
+        """Return what the core needs of it."""
+        return Window(
+            self.name, self.group, self.count, self.share, frozenset(DAYS.index(day) for day in self.days), self.begin, self.end,
+            self.time_zone, self.drain_seconds, self.notice_seconds, self.model,
+        )  # fmt: skip
 
 
 class ComingConfig(Closed):
@@ -230,15 +327,21 @@ class Config(Closed):
     queue: QueueConfig = QueueConfig()
     idle: IdleConfig = IdleConfig()
     """One machine only."""
+    give_back: GiveBackConfig = GiveBackConfig()
+    reservations: list[ReservationConfig] = []
+    """Times at which places are kept for a group."""
     coming: list[ComingConfig] = []
     """On Kubernetes: nodes that would be started where they are asked for."""
     tokens: list[TokenConfig] = []
 
     @model_validator(mode="after")
     def _named_once(self) -> Config:
-        names = [group.name for group in self.coming]
-        if len(set(names)) < len(names):
-            raise ValueError("each group of `coming` needs a name of its own")
+        for part, names in (
+            ("group of `coming`", [one.name for one in self.coming]),
+            ("of `reservations`", [one.name for one in self.reservations]),
+        ):
+            if len(set(names)) < len(names):
+                raise ValueError(f"each {part} needs a name of its own")
         return self
 
     def settings(self) -> Settings:
@@ -249,7 +352,7 @@ class Config(Closed):
                 users={name: _limits(quota) for name, quota in self.quotas.users.items()},
                 groups={name: _limits(quota) for name, quota in self.quotas.groups.items()},
             ),
-            fairness=Fairness(self.queue.overtake_count, self.queue.overtake_seconds),
+            fairness=Fairness(self.queue.overtake_count, self.queue.overtake_seconds, self.queue.order == "fair"),
             reservation_ttl_seconds=self.reservation_ttl_seconds,
             queue_ttl_seconds=self.queue_ttl_seconds,
             session_guess_seconds=self.session_guess_seconds,
@@ -261,6 +364,8 @@ class Config(Closed):
                 frozenset(self.idle.protect_users),
                 frozenset(self.idle.protect_groups),
             ),
+            give_back=self.give_back.policy(),
+            windows=tuple(one.window() for one in self.reservations),
             queue_total=self.queue.total,
             queue_per_user=self.queue.per_user,
             start_seconds={group.name: group.start_seconds for group in self.coming},
@@ -272,6 +377,8 @@ def _limits(quota: DefaultQuota) -> Limits:
         limit_milli=quota.limit,
         limit_bytes=quota.memory,
         guarantee_milli=(quota.guarantee or 0) if isinstance(quota, UserQuota) else 0,
+        lend=isinstance(quota, UserQuota) and quota.lend,
+        weight=quota.weight if isinstance(quota, GroupQuota) else 1,
         per_user_milli=quota.per_user if isinstance(quota, GroupQuota) else None,
         per_user_bytes=quota.per_user_memory if isinstance(quota, GroupQuota) else None,
     )
@@ -288,10 +395,11 @@ def load(path: Path | None) -> Config:
     if path is None:
         return Config()
     try:
-        raw: Any = yaml.safe_load(path.read_text())
+        text = path.read_text()
+        raw: Any = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"The pool's configuration {path} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"The pool's configuration {path} is no YAML: {' '.join(str(error).split())}") from None
     try:
         return Config.model_validate({} if raw is None else raw)
@@ -299,4 +407,26 @@ def load(path: Path | None) -> Config:
         first = error.errors(include_url=False, include_context=False)[0]
         key = ".".join(str(part) for part in first["loc"]) or "the file"
         message = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"The pool's configuration {path} is wrong at {key}: {message}.") from None
+        where = f"line {_line(text, first['loc'])}, {key}"
+        raise ConfigError(f"The pool's configuration {path} is wrong at {where}: {message}.") from None
+
+
+def _line(text: str, keys: Sequence[int | str]) -> int:
+    """Return the line, from 1, of what `keys` lead to; where there is no such thing, of what it would be in."""
+    untyped: Any = yaml
+    node: Any = untyped.compose(text, Loader=yaml.SafeLoader)
+    if node is None:
+        return 1
+    line: int = node.start_mark.line
+    for key in keys:
+        if node.id == "mapping":
+            found: list[Any] = [pair for pair in node.value if str(pair[0].value) == str(key)]
+            if not found:
+                break
+            line, node = found[-1][0].start_mark.line, found[-1][1]
+        elif node.id == "sequence" and isinstance(key, int) and key < len(node.value):
+            node = node.value[key]
+            line = node.start_mark.line
+        else:
+            break
+    return line + 1

@@ -16,11 +16,10 @@ from . import quotas as quota_rules
 from .books import Books, Entry, adopted
 from .estimate import Estimate, Kinds, queue_forecast
 from .held import Held
-from .idle import note_of
 from .queue import hopeless
 from .shapes import Want, memory_field, too_small, want_of
 from .state import Effects, Seen, Settings, Snapshot
-from .unusable import impossible, out_of_service
+from .unusable import impossible
 
 STARTING = "The pool is starting: rebuilding the books from what runs. Try again in a few seconds."
 ENDED_KEPT = 10_000
@@ -39,8 +38,7 @@ class Core(Held):
         super().__init__()
         self.settings = settings or Settings()
         self.books = Books()
-        if self.settings.policy.by_value:
-            self.books.by_value()
+        self._arrange()
         self.sessions = Kinds(self.settings.session_guess_seconds)
         self.ended: OrderedDict[str, Entry] = OrderedDict()
         self.cancelled_early: OrderedDict[str, tuple[str | None, float]] = OrderedDict()
@@ -59,9 +57,8 @@ class Core(Held):
         self._snapshot: Snapshot | None = None
         self._effects = Effects()
         self._served: tuple[int, float] = (0, 0.0)
-        self._ghosts: dict[Want, Estimate | None] = {}
+        self._ghosts: dict[tuple[Want, frozenset[str]], Estimate | None] = {}
         self._places: tuple[int, dict[str, int]] = (0, {})
-        self._possible: dict[Want, bool] = {}
         self._forecast: dict[str, Estimate] = {}
         self._forecast_age = (0, 0)
 
@@ -138,6 +135,7 @@ class Core(Held):
         self._admit(request, old)
         self._number += 1
         entry = Entry(request, want, self._number, now, expires=now + self.settings.reservation_ttl_seconds)
+        self._look_at_windows(now)
         walk = self.walk(now)
         walk.keep_for_waiting(now, but=old)
         found = walk.find(entry) if self.connected else None
@@ -145,7 +143,7 @@ class Core(Held):
             raise NbgpuError("That share is not free any more; you keep your place in the queue.", code="no-room", status=409)
         self.books.add(entry)
         self.books.give(entry, found, self.settings.quotas.counted(request.groups))
-        walk.passed(found)
+        walk.passed(found, now)
         self._effects.granted.append(entry.slice_id)
         self._withdraw(old, "given up for a smaller share", now)
         return self.grant(entry, now)
@@ -153,7 +151,7 @@ class Core(Held):
     def _admit(self, request: Request, but: Entry | None = None) -> None:
         want = want_of(request)
         if not self.can_ever(want):
-            raise Refused(impossible(self.books, request.model, request.device_count), code="impossible")
+            raise Refused(impossible(self.books, want), code="impossible")
         allowed = self.too_small(want)
         if allowed is not None:
             field = memory_field(want)
@@ -164,12 +162,16 @@ class Core(Held):
             why = quota_rules.refusal(self.settings.quotas, holdings, request.owner, request.groups, cost)
             if why is not None:
                 raise Refused(why, code="quota")
-        waiting = [one for one in self.books.waiting() if one is not but]
-        if len(waiting) >= self.settings.queue_total:
-            raise Unavailable(f"The queue is full ({counted(len(waiting), 'request')} in it); try again later.", code="queue-full")
+        # cheap first: a user who asks again and again costs the others nothing that grows with the queue
         mine = sum(one.state == GrantState.queued and one is not but for one in self.books.of_user(request.owner))
         if mine >= self.settings.queue_per_user:
-            raise Refused(f"You have {mine} requests in the queue already; that is the most one user may have.", code="queue-full")
+            had, most = counted(mine, "request"), self.settings.queue_per_user
+            raise Refused(f"You have {had} in the queue already, and one user may have {most} there.", code="queue-full")
+        waiting, most = self.books.waiting_count() - (but is not None), self.settings.queue_total
+        if waiting >= most:
+            raise Unavailable(
+                f"The queue is full: {counted(waiting, 'request')} in it, of {most} at most; try again later.", code="queue-full"
+            )
 
     def can_ever(self, want: Want) -> bool:
         """Whether the pool, if it were empty, could hold `want`."""
@@ -357,8 +359,8 @@ class Core(Held):
             wait_seconds=wait.seconds if wait is not None else None,
             wait_guessed=wait is not None and wait.guessed,
             expires_seconds=max(0.0, entry.expires - now) if entry.state == GrantState.reserved and entry.expires is not None else None,
-            reason=self._why(entry) if queued else entry.reason,
-            note=entry.note or note_of(entry),
+            reason=self.why(entry) if queued else entry.reason,
+            note=self.note(entry, now),
             resizing=entry.wanted.devices if entry.wanted is not None and entry.wanted is not entry.slice else None,
         )
 
@@ -368,15 +370,6 @@ class Core(Held):
             places = {one.slice_id: place for place, one in enumerate(self.books.waiting(), 1)}
             self._places = self.generation, places
         return places.get(entry.slice_id)
-
-    def _why(self, entry: Entry) -> str:
-        if not self.connected:
-            return self.away_words
-        if entry.holder:
-            return f"waits for {entry.holder}: what is held now must be given back first"
-        if entry.slice_id == self.parking_for:
-            return "an idle notebook is being moved off the GPU to make room for you; that takes some seconds"
-        return out_of_service(self.books, entry.want) or "all GPUs that could hold it are in use"
 
     def ghost(self, owner: Owner, groups: list[str], shape: Shape) -> Request:
         """Return the request that `owner` would make for a shape."""
@@ -411,12 +404,12 @@ class Core(Held):
         self._refresh(now)
         return self._forecast
 
-    def forecast_of(self, want: Want, now: float) -> Estimate | None:
-        """Return in how many seconds `want`, behind all that wait, would likely be granted; None when unknown."""
+    def forecast_of(self, want: Want, now: float, closed: frozenset[str] = frozenset()) -> Estimate | None:
+        """Return in how many seconds `want`, behind all that wait and on none of `closed`, would likely be granted; None when unknown."""
         self._refresh(now)
-        if want not in self._ghosts:
-            self._ghosts[want] = queue_forecast(self.books, self.sessions, now, [want]).get("ghost:0")
-        return self._ghosts[want]
+        if (want, closed) not in self._ghosts:
+            self._ghosts[want, closed] = queue_forecast(self.books, self.sessions, now, [(want, closed)]).get("ghost:0")
+        return self._ghosts[want, closed]
 
     def _refresh(self, now: float) -> None:
         """Forget estimates that are older than a few seconds or, while the queue is short, than the last change."""
@@ -449,12 +442,14 @@ class Core(Held):
     def _serve(self, now: float) -> None:
         if not self.connected:
             return
+        self._look_at_windows(now)
         self._bring_back(now)
         for entry in self.walk(now).serve(now) if self.books.waiting() else ():
             entry.expires = now + self.settings.reservation_ttl_seconds
             self._effects.granted.append(entry.slice_id)
             self._changed()
         self._park_for_others(now)
+        self._take_back(now)
         self._served = self.generation, now
 
     def _bound(self, entry: Entry, started: float) -> None:

@@ -100,17 +100,17 @@ class Kinds:
         self._kinds[hub].ended(length_seconds)
 
 
-Waiting = tuple[str, Want, str]
-"""Who waits, for what, of which hub."""
+Waiting = tuple[str, Want, str, frozenset[str]]
+"""Who waits, for what, of which hub, and on which devices they are not placed."""
 End = tuple[float, int, bool, list[tuple[str, Part]]]
 """When a session ends, a number that tells those of one moment apart, whether that is a guess, what it gives back."""
 
 
-def queue_forecast(books: Books, kinds: Kinds, now: float, ghosts: Sequence[Want] = ()) -> dict[str, Estimate]:
+def queue_forecast(books: Books, kinds: Kinds, now: float, ghosts: Sequence[tuple[Want, frozenset[str]]] = ()) -> dict[str, Estimate]:
     """Return in how many seconds each queued request, and each of `ghosts` behind them, likely gets its place.
 
     Plays the known sessions to their likely ends, serving the queue in order. Keys: request ids; ``"ghost:<n>"`` for ghosts.
-    What is not reached within the bounds of the play is left out.
+    What is not reached within the bounds of the play is left out. A ghost is a want and the devices on which it is not placed.
     """
     rooms = {uuid: replace(room) for uuid, room in books.rooms.items()}
     ends: list[End] = []
@@ -126,8 +126,8 @@ def queue_forecast(books: Books, kinds: Kinds, now: float, ghosts: Sequence[Want
             age = 0.0 if entry.state == GrantState.reserved else max(0.0, now - entry.started)
             ends.append((sessions.remaining_seconds(age), number, sessions.guesses(age), entry.parts()))
     heapq.heapify(ends)
-    waiting: list[Waiting] = [(entry.slice_id, entry.want, entry.request.owner.hub) for entry in books.waiting()]
-    waiting += [(f"ghost:{number}", want, "") for number, want in enumerate(ghosts)]
+    waiting: list[Waiting] = [(entry.slice_id, entry.want, entry.request.owner.hub, books.closed(entry)) for entry in books.waiting()]
+    waiting += [(f"ghost:{number}", want, "", closed) for number, (want, closed) in enumerate(ghosts)]
     return _play(rooms, ends, waiting, kinds)
 
 
@@ -139,17 +139,17 @@ def _play(rooms: dict[str, Room], ends: list[End], waiting: list[Waiting], kinds
     at, guessed, tries, number = 0.0, False, 0, 10**6
     look = list(rooms.values())
     for _ in range(MAX_EVENTS):
-        misfits: set[Want] = set()
+        misfits: set[tuple[Want, frozenset[str]]] = set()
         still: list[Waiting] = []
-        for key, want, hub in waiting:
-            if want in misfits:
-                still.append((key, want, hub))
+        for key, want, hub, closed in waiting:
+            if (want, closed) in misfits:
+                still.append((key, want, hub, closed))
                 continue
             tries += 1
-            spot = place(look, want)
+            spot = place(look, want, barred=closed)
             if spot is None:
-                misfits.add(want)
-                still.append((key, want, hub))
+                misfits.add((want, closed))
+                still.append((key, want, hub, closed))
                 continue
             found[key] = Estimate(at, guessed)
             if not key.startswith("ghost:"):

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 
 from nbgpu.claims import is_coming
 from nbgpu.errors import NbgpuError, Unavailable
 from nbgpu.models import GrantState, Resize, Slice
+from nbgpu.words import rough_time
 
 from .books import Books, Entry, Unplaced, slice_at
-from .idle import has_room, to_park
+from .fair import Fair
+from .giveback import Ask, plan
+from .idle import has_room, note_of, to_park
 from .queue import Pass
+from .quotas import format_gpus
 from .resize import RESIZE_SECONDS, above_quota, grows, must_fit, must_hold_a_program, same_limits, target_of
 from .shapes import Part, Want
 from .state import Effects, Seen, Settings, Snapshot
+from .unusable import out_of_service
+from .windows import Windows
 
 COMING_NOTE = "A node with a GPU has to be started first; that takes some minutes."
 REFUSED_SECONDS = 3.0
 """How long a pod may be without a node before its slice is moved: one that has just come waits for its turn, or for its claim."""
 MOVED_SECONDS = 12.0
 """And how long after a move: kube-scheduler looks again within 10 seconds."""
+SPARED_SECONDS = 600.0
+"""For so long nothing more is taken back from a slice whose node has refused that."""
+SESSION_NOTICE_SECONDS = 600.0
+"""Before its end a session's user is told; of a short one a tenth before."""
 AVOID_SECONDS = 300.0
 """For so long a node that had no room for a pod is the last choice for others of that shape, and no choice for this one."""
 TAKEN = frozenset({GrantState.reserved, GrantState.bound})
@@ -31,6 +42,7 @@ class Held(ABC):
     settings: Settings
     books: Books
     connected: bool
+    away_words: str
     mark: int
     _effects: Effects
     _snapshot: Snapshot | None
@@ -45,9 +57,40 @@ class Held(ABC):
         """Slices that the ledger was asked to park."""
         self.parking_for = ""
         """For which request."""
+        self.asks: dict[str, Ask] = {}
+        """What is asked back, by slice; where for several reasons, for the first that is due."""
+        self._asked: dict[str, dict[str, Ask]] = {}
+        """By kind and slice."""
+        self.ahead = 0.0
+        """Of Unix time before the core's clock, seconds; the shell sets it, for windows."""
+        self._possible: dict[Want, bool] = {}
+
+    def configure(self, settings: Settings, now: float) -> None:
+        """Go on with other settings, for all that comes: nobody loses what they hold or their place in the queue.
+
+        How sessions are guessed stays as it was, and so does the rule by value once it is on: both have learnt.
+        """
+        self.settings = settings
+        self._arrange()
+        self._possible.clear()
+        self._changed()
+        self._serve(now)
+
+    def _arrange(self) -> None:
+        """Have the books follow the rules of placement and order."""
+        if not self.settings.policy.by_value:
+            self.books.valued = None
+        elif self.books.valued is None:
+            self.books.by_value()
+        windows = self.settings.windows
+        self.books.windows = Windows(windows, self.settings.reservation_ttl_seconds) if windows else None
+        self.books.arrange = Fair(self.books, self.settings.quotas) if self.settings.fairness.fair else None
 
     @abstractmethod
     def _need_ready(self) -> None: ...
+
+    @abstractmethod
+    def _serve(self, now: float) -> None: ...
 
     @abstractmethod
     def _changed(self) -> None: ...
@@ -94,10 +137,14 @@ class Held(ABC):
         if done:
             self.mark += 1
             entry.wanted_acked, entry.wanted_mark = True, self.mark
+        elif refused is not None and entry.taken_back:
+            entry.spared_until = now + SPARED_SECONDS
+            self._settle_limits(entry, None)
         elif refused is not None:
             self._settle_limits(entry, f"The limits stay as they are: {refused}")
 
-    def _tell(self, entry: Entry, target: Slice, now: float, note: str | None) -> Slice:
+    def _tell(self, entry: Entry, target: Slice, now: float, note: str | None, *, taken_back: bool = False) -> Slice:
+        entry.taken_back = taken_back
         self.books.change(entry, wanted=target, moving=entry.moving)
         entry.wanted_acked, entry.wanted_until, entry.note = False, now + RESIZE_SECONDS, note
         entry.busy += 1
@@ -152,6 +199,7 @@ class Held(ABC):
         wants_from = None if seen.wanted_seconds is None else now - seen.wanted_seconds
         if (entry.full, entry.wants_from is None) != (seen.full, wants_from is None):
             self._changed()
+        entry.used_bytes = seen.used_bytes
         entry.full, entry.idle_from = seen.full, None if seen.idle_seconds is None else now - seen.idle_seconds
         entry.wants_from = wants_from if entry.wants_from is None or wants_from is None else entry.wants_from
         if seen.full is not None:
@@ -202,6 +250,79 @@ class Held(ABC):
             self.mark += 1
             entry.park_mark = self.mark
 
+    # -- what is asked back -------------------------------------------------------------------------------------------
+
+    def _take_back(self, now: float) -> None:
+        """Take back what was lent beyond guarantees, for those who wait for theirs; parking comes first."""
+        self._ask_back("reserved", self.books.windows.asks(self.books) if self.books.windows is not None else ())
+        self._ask_back("session", self._overdue(now))
+        if self._parking:
+            return
+        settings = self.settings
+        asked = self._asked.get("guarantee", {})
+        found = plan(self.books, settings.quotas, settings.give_back, asked, settings.policy, settings.smallest_bytes, now)
+        for entry, target, whose in found.shrinks:
+            share = format_gpus(sum(one.compute_milli for one in target.devices))
+            note = f"The slice was made smaller, {share} is left: it was lent, and {whose} needs what is guaranteed to them."
+            self._tell(entry, target, now, note, taken_back=True)
+            entry.busy -= 1
+        self._ask_back("guarantee", found.asks)
+
+    def _overdue(self, now: float) -> Iterator[Ask]:
+        """Yield whose longest session ends soon, or has ended."""
+        self.books.timed &= self.books.entries.keys()
+        for entry in (self.books.entries[one] for one in sorted(self.books.timed)):
+            longest = entry.request.session_seconds
+            if longest is None or entry.state != GrantState.bound:
+                continue
+            due = entry.started + longest
+            if now >= due - min(SESSION_NOTICE_SECONDS, longest / 10):
+                why = f"a session here lasts {rough_time(longest)} at most"
+                yield Ask(entry.slice_id, entry.request.owner, "session", due, why)
+
+    def _look_at_windows(self, now: float) -> None:
+        """Choose the devices of windows that are near."""
+        if self.books.windows is not None and self.books.windows.look(self.books, now, now + self.ahead):
+            self._changed()
+
+    def _ask_back(self, kind: str, asks: Iterable[Ask]) -> None:
+        """These slices are asked back for this kind of reason, and no others."""
+        fresh = {ask.slice_id: ask for ask in asks}
+        if fresh == self._asked.get(kind, {}):
+            return
+        self._asked[kind] = fresh
+        before, self.asks = self.asks, {}
+        for ask in sorted((one for of in self._asked.values() for one in of.values()), key=lambda one: one.due):
+            self.asks.setdefault(ask.slice_id, ask)
+        self._effects.asked += [one for one in self.asks if one not in before]
+        self._changed()
+
+    def why(self, entry: Entry) -> str:
+        """Return why a request waits."""
+        if not self.connected:
+            return self.away_words
+        if entry.holder:
+            return f"waits for {entry.holder}: what is held now must be given back first"
+        if entry.slice_id == self.parking_for:
+            return "an idle notebook is being moved off the GPU to make room for you; that takes some seconds"
+        if entry.kept:
+            return entry.kept
+        windows = self.books.windows
+        kept = windows.of(self.books.closed(entry), entry) if windows is not None and windows.kept else None
+        also = f", or kept for {kept.window.name} from {kept.until} on" if kept is not None else ""
+        return out_of_service(self.books, entry.want) or f"all GPUs that could hold it are in use{also}"
+
+    def note(self, entry: Entry, now: float) -> str | None:
+        """Return what the user of a slice should know."""
+        ask = self.asks.get(entry.slice_id)
+        if ask is None:
+            windows = self.books.windows
+            kept = windows.of((uuid for uuid, _ in entry.quota_parts()), entry) if windows is not None and windows.kept else None
+            until = f"This GPU is kept for {kept.window.name} from {kept.until} on." if kept is not None else None
+            return entry.note or note_of(entry) or until
+        when = f"within {rough_time(ask.due - now)}" if ask.due > now else "now"
+        return f"Please save your work and stop this server {when}: {ask.why}."
+
     # -- pods that find no node ----------------------------------------------------------------------------------------
 
     def _see_place(self, entry: Entry, seen: Seen, now: float) -> None:
@@ -247,7 +368,7 @@ class Held(ABC):
         entry.tried = {node: when for node, when in entry.tried.items() if now - when < AVOID_SECONDS}
         walk = self.walk(now)
         want = entry.want._replace(model=at.devices[0].model) if entry.adopted else entry.want  # its own words are lost: the same model
-        found = walk.elsewhere(want, entry.tried.keys() | {at.node}, coming=not coming)
+        found = walk.elsewhere(entry, want, entry.tried.keys() | {at.node}, coming=not coming)
         if found is None:
             return
         target = slice_at(entry, found, at.groups)

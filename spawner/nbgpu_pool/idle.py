@@ -82,7 +82,7 @@ def to_park(books: Books, policy: IdlePolicy, placing: Policy, now: float) -> tu
     for entry in books.waiting():
         if entry.holder:
             continue
-        chosen = _for_request(books, entry, found, (taken - set(entry.earmark)) | kept, placing)
+        chosen = _for_request(books, entry, found, (taken - set(entry.earmark)) | kept | books.closed(entry), placing)
         if chosen:
             return entry, chosen
     return None
@@ -92,7 +92,7 @@ def makes_room(books: Books, policy: IdlePolicy, placing: Policy, entry: Entry, 
     """Return whether slices that may be parked now would make room for one who asks."""
     found = [one for one in books.entries.values() if policy.allows(one, now)] if policy.after_seconds is not None else []
     taken = {uuid for one in books.waiting() if one is not entry for uuid in one.earmark}
-    return bool(found) and bool(_for_request(books, entry, found, taken | books.kept(), placing))
+    return bool(found) and bool(_for_request(books, entry, found, taken | books.kept() | books.closed(entry), placing))
 
 
 def _for_return(books: Books, entry: Entry, found: Iterable[Entry]) -> list[Entry]:

@@ -214,8 +214,8 @@ class KubeLedger:
             return True
         return self._ours(found) is None or await self._delete((namespace, claim_name(slice_id)), found["metadata"]["uid"])
 
-    async def resize(self, wanted: Slice) -> None:
-        """Write what limits are wanted into the claim's annotation."""
+    async def resize(self, wanted: Slice, *, only_unused: bool = False) -> None:
+        """Write what limits are wanted into the claim's annotation. `only_unused`: what is used is not known here, no memory is taken."""
         self._must_lead()
         there = _claim_path(wanted.namespace or "", wanted.slice_id)
         key = self.view.ids.get(wanted.slice_id)

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -64,6 +65,13 @@ class Replica:
         self.leader = Leader(kube, namespace, f"{name}_{uuid.uuid4().hex[:8]}", self._begin, self._end)
         self.gate = Gate(self.leader.leads, lambda: self.leader.holder)
         self.gate.problem = Unavailable("The pool is starting.", code="starting")
+
+    def configure(self, config: Config) -> None:
+        """Go on with another configuration; `ConfigError` where a pool on Kubernetes cannot."""
+        check(config)
+        self._config = config
+        if self._service is not None:
+            self._service.configure(config.settings())
 
     def listens(self, port: int) -> None:
         """Note the port at which this replica is found while it leads."""
@@ -160,14 +168,15 @@ def check(config: Config) -> None:
             raise ConfigError(told)
 
 
-async def serve(replica: Replica, server: uvicorn.Server, listening: socket.socket) -> None:
-    """Serve until SIGTERM or SIGINT."""
+async def serve(replica: Replica, server: uvicorn.Server, listening: socket.socket, reload: Callable[[], None]) -> None:
+    """Serve until SIGTERM or SIGINT; SIGHUP has the configuration read again."""
     gc.set_threshold(COLLECT_AFTER)
     replica.listens(listening.getsockname()[1])
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
+    loop.add_signal_handler(signal.SIGHUP, reload)
     serving, leading = asyncio.create_task(server.serve(sockets=[listening])), asyncio.create_task(replica.run())
     stop = asyncio.create_task(stopping.wait())
     await asyncio.wait([stop, serving, leading], return_when=asyncio.FIRST_COMPLETED)

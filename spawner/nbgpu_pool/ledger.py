@@ -64,8 +64,13 @@ class Ledger(Protocol):
         """
         ...
 
-    async def resize(self, wanted: Slice) -> None:
+    async def resize(self, wanted: Slice, *, only_unused: bool = False) -> None:
         """Have a running slice's limits changed to those of `wanted`; idempotent. A snapshot tells when they are in force.
+
+        Parameters
+        ----------
+        only_unused : bool
+            Not where it uses more memory than `wanted` leaves it.
 
         Raises
         ------
@@ -166,12 +171,14 @@ class AgentLedger:
             raise Unavailable(_words(answer))
         return bool(json.loads(answer.content)["gone"])
 
-    async def resize(self, wanted: Slice) -> None:
+    async def resize(self, wanted: Slice, *, only_unused: bool = False) -> None:
         """`PATCH /v1/slices/{slice_id}`."""
         first = wanted.devices[0]
         if any((one.memory_bytes, one.compute_milli) != (first.memory_bytes, first.compute_milli) for one in wanted.devices):
             raise LedgerRefused("The agent takes the same limits on each of a slice's GPUs, and these GPUs differ.", status=409)
-        limits = {"memory_bytes": first.memory_bytes, "compute_milli": first.compute_milli, "mode": wanted.mode}
+        limits: dict[str, Any] = {"memory_bytes": first.memory_bytes, "compute_milli": first.compute_milli, "mode": wanted.mode}
+        if only_unused:
+            limits["only_unused"] = True
         answer = await self._ask("PATCH", f"/v1/slices/{wanted.slice_id}", limits)
         if answer.status >= 400:
             raise LedgerRefused(_words(answer), status=409 if answer.status in (404, 409) else 503)
@@ -241,6 +248,7 @@ def _seen(one: AgentSlice, now: float) -> Seen:
         idle_seconds=idle.idle_seconds,
         wanted_seconds=idle.wanted_seconds,
         parking=idle.state == "parking",
+        used_bytes=one.memory_used_bytes,
     )
 
 

@@ -12,7 +12,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +87,7 @@ def run(options: Options) -> int:
     except OSError as error:
         print(f"nbgpu pool: cannot serve in {place}: {error.strerror or error}", file=sys.stderr)
         return 1
-    asyncio.run(alive.beside(options.alive_file, _serve(config, guard, place, sockets)))
+    asyncio.run(alive.beside(options.alive_file, _serve(config, guard, place, sockets, options.config)))
     lock.close()
     return 0
 
@@ -111,7 +111,8 @@ def _run_kubernetes(options: Options) -> int:
         print(f"nbgpu pool: cannot listen at {options.listen}: {error.strerror or error}", file=sys.stderr)
         return 1
     log.info("serving %s", listening.getsockname())
-    asyncio.run(alive.beside(options.alive_file, kube_main.serve(replica, _server(replica.gate), listening)))
+    serving = kube_main.serve(replica, _server(replica.gate), listening, lambda: reload(options.config, config, replica.configure))
+    asyncio.run(alive.beside(options.alive_file, serving))
     return 0
 
 
@@ -122,13 +123,18 @@ def _raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(hard, wanted), hard))
 
 
-async def _serve(config: Config, guard: Guard, place: Path, sockets: list[socket.socket]) -> None:
+async def _serve(config: Config, guard: Guard, place: Path, sockets: list[socket.socket], file: Path | None) -> None:
     service = Service(AgentLedger(place / AGENT_SOCKET), config.settings())
     servers = [_server(create_app(service, None if at.family == socket.AF_UNIX else guard)) for at in sockets]
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
+
+    def take(fresh: Config) -> None:
+        service.configure(fresh.settings())
+
+    loop.add_signal_handler(signal.SIGHUP, lambda: reload(file, config, take))
     service.start()
     running = [asyncio.create_task(server.serve(sockets=[at])) for server, at in zip(servers, sockets, strict=True)]
     inode = os.stat(place / POOL_SOCKET).st_ino
@@ -145,6 +151,26 @@ async def _serve(config: Config, guard: Guard, place: Path, sockets: list[socket
         server.should_exit = True
     await asyncio.gather(*running, return_exceptions=True)
     stop.cancel()
+
+
+def reload(file: Path | None, begun: Config, take: Callable[[Config], None]) -> None:
+    """Read the configuration again (SIGHUP); where it is wrong the log says at which line and why, and the old one stays in force.
+
+    Parameters
+    ----------
+    begun : Config
+        What the pool was started with: what only a start takes over (tokens, nodes to come) is compared with it.
+    take : callable
+        Is given a configuration that is right.
+    """
+    try:
+        fresh = load(file)
+        take(fresh)
+    except ConfigError as error:
+        log.error("the old configuration stays in force: %s", error.message)
+        return
+    late = [name for name in ("tokens", "coming") if getattr(fresh, name) != getattr(begun, name)]
+    log.info("the configuration was read again%s", f"; a restart is needed for: {', '.join(late)}" if late else "")
 
 
 def _server(app: FastAPI | Gate) -> uvicorn.Server:

@@ -1,4 +1,4 @@
-"""Who is served next: in order of arrival, with backfill, and nobody overtaken for ever.
+"""Who is served next: in order of arrival, or of what their groups hold (`fair`), with backfill, and nobody overtaken for ever.
 
 A request that does not fit lets later ones pass until it has waited `overtake_seconds` or was passed `overtake_count` times.
 From then on it is *protected*: the devices on which least must be freed for it are earmarked, and nobody else is placed there.
@@ -17,7 +17,7 @@ from nbgpu.quantities import WHOLE_MILLI
 
 from .books import Books, Entry
 from .placement import DEFAULT_POLICY, Place, Policy, nearest, place
-from .quotas import Quotas, Tally
+from .quotas import Quotas, Tally, format_gpus
 from .shapes import Part, Want, resolve
 
 MOST_PER_DEVICE = 10
@@ -34,6 +34,8 @@ class Fairness:
 
     overtake_count: int = 50
     overtake_seconds: float = 900.0
+    fair: bool = False
+    """Groups are served by what they hold (`fair`): it is no overtaking that another group's turn comes first, however long that takes."""
 
     def most(self, devices: int) -> int:
         """Return how often a request that could use so many devices may be passed in all."""
@@ -41,7 +43,11 @@ class Fairness:
 
     def protects(self, entry: Entry, now: float) -> bool:
         """Whether nobody may take `entry`'s room any more."""
-        return entry.overtaken >= self.overtake_count or now - entry.enqueued >= self.overtake_seconds
+        since = entry.passed_from if self.fair else entry.enqueued
+        return entry.overtaken >= self.overtake_count or (since is not None and now - since >= self.overtake_seconds)
+
+
+KEPT_FOR = "guarantees of others and those who have waited long"
 
 
 class Pass:
@@ -81,16 +87,17 @@ class Pass:
         self.waiting: list[Entry] = []
         self._closed: set[Want] = set()
         """Of those for whom all that they could use is kept."""
-        self._misfits: set[tuple[Want, Part | None, int]] = set()
+        self._misfits: set[tuple[Want, Part | None, int, frozenset[str]]] = set()
         self.tally = Tally.of(quotas, books.holdings(frozenset(quotas.groups), granted_only=True) if quotas.any() else [], books.free_milli)
+        if quotas.lent:
+            self.tally.call(books.asking())
 
     def serve(self, now: float) -> list[Entry]:
         """Grant all that can be granted now; return those entries."""
         granted: list[Entry] = []
-        quotas = self.quotas.any()
+        plain = not self.quotas.any() and self.books.windows is None
         for entry in self.books.waiting():
-            misfit = not quotas and not entry.earmark and (entry.want, None, len(self.barred) + len(self.kept)) in self._misfits
-            found = None if misfit else self.find(entry)
+            found = None if plain and self._known_misfit(entry) else self.find(entry)
             if found is None:
                 self._wait(entry, now)
                 continue
@@ -100,25 +107,37 @@ class Pass:
             if found[0][0].coming:  # took nothing of what is here
                 self.tally.free_milli += _sum(found).compute_milli
             entry.earmark, entry.holder, entry.reason = (), "", None
-            self.passed(found)
+            self.passed(found, now)
             granted.append(entry)
         return granted
+
+    def _known_misfit(self, entry: Entry) -> bool:
+        """Return what `find` has found for another of its kind; for a queue of thousands without quotas and windows."""
+        key = entry.want, None, len(self.barred) + len(self.kept), frozenset[str]()
+        known = not entry.earmark and key in self._misfits
+        if known:
+            entry.kept = ""
+        return known
 
     def find(self, entry: Entry) -> Place | None:
         """Return where `entry` can go now, or None; `entry.holder` then says whose limit holds it, if one does."""
         owner, groups = entry.request.owner, entry.request.groups
         left, words = self.tally.left(owner, groups)
-        entry.holder = ""
+        entry.holder = entry.kept = ""
         count = entry.want.device_count
         cap = None if left is None else Part(left.memory_bytes // count, left.compute_milli // count)
         if cap is not None and self._over(entry.want, cap):
             entry.holder = words
             return None
-        barred = (self.barred - set(entry.earmark)) | self.kept if entry.earmark or self.kept else self.barred
-        key = entry.want, cap, len(self.barred) + len(self.kept)
+        closed = self.books.closed(entry)
+        taken = self.kept | closed
+        barred = (self.barred - set(entry.earmark)) | taken if entry.earmark or taken else self.barred
+        key = entry.want, cap, len(self.barred) + len(self.kept), closed
         if not entry.earmark and key in self._misfits:
             return None
-        found = self._place(entry.want, barred, cap) if self.books.may_fit(entry.want) else None
+        found = None
+        if self.books.may_fit(entry.want):
+            found = self._preferred(entry, barred, cap) or self._place(entry.want, barred, cap)
         if found is None:
             if not entry.earmark:
                 self._misfits.add(key)
@@ -129,17 +148,38 @@ class Pass:
             return found
         milli = _sum(found).compute_milli
         kept = self.tally.kept_milli(owner, groups, milli)
-        if self.tally.free_milli - milli < kept + self.kept_milli:
+        # what is closed to this one is free for others, and no use to it
+        closed_milli = sum(max(0, self.books.rooms[uuid].free_milli) for uuid in closed if uuid in self.books.rooms)
+        free_milli = self.tally.free_milli - closed_milli
+        if free_milli - milli < kept + self.kept_milli:
+            entry.kept = (
+                f"{format_gpus(max(0, free_milli))} is free in all, of which {format_gpus(kept + self.kept_milli)} is kept for {KEPT_FOR}"
+            )
             return None
         return found
 
-    def passed(self, found: Place) -> None:
+    def passed(self, found: Place, now: float) -> None:
         """Note that those who wait are passed by one who gets a place that they could use too."""
         if found[0][0].coming:  # there is one more for everybody
             return
         device = found[0][0].device
         for entry in self.waiting:
-            entry.overtaken += not entry.holder and resolve(entry.want, device) is not None
+            if not entry.holder and resolve(entry.want, device) is not None:
+                entry.pass_by(now)
+
+    def _preferred(self, entry: Entry, barred: Set[str], cap: Part | None) -> Place | None:
+        """Return a place on what is kept for `entry`, or else not on what is soon kept for others; None: anywhere."""
+        windows = self.books.windows
+        if windows is None or not windows.kept:
+            return None
+        own, last = windows.own(entry), windows.last(entry)
+        found = self._here(entry.want, barred | (self.books.rooms.keys() - own), cap) if own else None
+        return found or (self._here(entry.want, barred | last, cap) if last else None)
+
+    def would_fit(self, want: Want, uuids: Set[str]) -> bool:
+        """Return whether there is room on these devices, whoever they are kept for."""
+        barred = self.barred | self.kept | (self.books.rooms.keys() - uuids)
+        return self.books.fitting(want, barred, None, self.policy) is not None
 
     def keep_for_waiting(self, now: float, but: Entry | None = None) -> None:
         """Keep what those who wait have a right to, all but one: `find` then answers for a newcomer."""
@@ -166,10 +206,10 @@ class Pass:
     def _to_come(self, want: Want, cap: Part | None) -> Place | None:
         return place(self.coming, want, cap=cap, policy=self.policy) if self.coming else None
 
-    def elsewhere(self, want: Want, but: Set[str], *, coming: bool) -> Place | None:
-        """Return a place on none of the nodes `but`; with `coming` also on one that has to be started."""
+    def elsewhere(self, entry: Entry, want: Want, but: Set[str], *, coming: bool) -> Place | None:
+        """Return a place for `entry` on none of the nodes `but`; with `coming` also on one that has to be started."""
         barred = {uuid for one in self.books.waiting() for uuid in one.earmark}
-        barred |= {room.device.uuid for room in self.rooms if room.device.node in but} | self.kept
+        barred |= {room.device.uuid for room in self.rooms if room.device.node in but} | self.kept | self.books.closed(entry)
         return self._here(want, barred, None) or (self._to_come(want, None) if coming else None)
 
     def _over(self, want: Want, cap: Part) -> bool:
@@ -179,35 +219,37 @@ class Pass:
     def _wait(self, entry: Entry, now: float) -> None:
         """Leave `entry` in the queue; keep its room when it is protected."""
         self.waiting.append(entry)
-        if not self.fairness.protects(entry, now):
+        entry.protected = self.fairness.protects(entry, now)
+        if not entry.protected:
             return
         cost = self.books.cost(entry.want)
         if entry.holder:
             if cost is not None:
                 self.tally.reserve(entry.request.owner, self.quotas.counted(entry.request.groups), cost)
             return
+        closed = self.books.closed(entry)
         if entry.overtaken >= self.fairness.most(self.books.of_use(entry.want)):
-            entry.earmark = () if entry.want in self._closed else self._all_of_use(entry.want)
+            entry.earmark = () if entry.want in self._closed else self._all_of_use(entry.want, self.barred | closed)
             self._closed.add(entry.want)
         elif self.protected >= MOST_PROTECTED:
             entry.earmark = ()
             return
-        elif not entry.earmark or not self._healthy(entry.earmark) or self.barred.intersection(entry.earmark):
-            entry.earmark = nearest(self.rooms, entry.want, barred=self.barred)
+        elif not entry.earmark or not self._healthy(entry.earmark) or (self.barred | closed).intersection(entry.earmark):
+            entry.earmark = nearest(self.rooms, entry.want, barred=self.barred | closed)
         self.protected += 1
         self.barred.update(entry.earmark)
-        if cost is not None and self.books.may_fit(entry.want) and self._fits(entry):
+        if cost is not None and self.books.may_fit(entry.want) and self._fits(entry, closed):
             # It fits, but for others' guarantees: what comes free adds up for it instead of going to smaller ones.
             self.kept_milli += min(cost.compute_milli, WHOLE_MILLI * len(self.rooms))
 
-    def _fits(self, entry: Entry) -> bool:
-        return self.books.fitting(entry.want, self.barred - set(entry.earmark), None, self.policy) is not None
+    def _fits(self, entry: Entry, closed: Set[str]) -> bool:
+        return self.books.fitting(entry.want, (self.barred - set(entry.earmark)) | closed, None, self.policy) is not None
 
-    def _all_of_use(self, want: Want) -> tuple[str, ...]:
+    def _all_of_use(self, want: Want, barred: Set[str]) -> tuple[str, ...]:
         """Return all devices that `want` could be placed on; none where there are too few of them now, whoever else waits."""
-        if not nearest(self.rooms, want, barred=self.barred):
+        if not nearest(self.rooms, want, barred=barred):
             return ()
-        there = (room.device for room in self.rooms if room.device.healthy and room.device.uuid not in self.barred)
+        there = (room.device for room in self.rooms if room.device.healthy and room.device.uuid not in barred)
         return tuple(device.uuid for device in there if resolve(want, device) is not None)
 
 

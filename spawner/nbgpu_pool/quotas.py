@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from nbgpu.models import Owner
 from nbgpu.quantities import WHOLE_MILLI, format_memory, format_share
@@ -22,6 +23,12 @@ class Limits:
     limit_milli: int | None = None
     limit_bytes: int | None = None
     guarantee_milli: int = 0
+    whose: str = ""
+    """Of a user, in words: through which group these are theirs."""
+    lend: bool = False
+    """Others may use what the guarantee keeps while nobody it is kept for waits for it (`giveback`)."""
+    weight: int = 1
+    """Of a group: its share counts as so much less where the queue goes by shares (`fair`)."""
     per_user_milli: int | None = None
     """Of a group: what each of its members may hold."""
     per_user_bytes: int | None = None
@@ -39,6 +46,12 @@ class Quotas:
         """Whether there is any quota at all."""
         return bool(self.users or self.groups or self.default != Limits())
 
+    @cached_property
+    def lent(self) -> list[tuple[str, str]]:
+        """Return the guarantees that others may use: kind (``group`` or ``user``) and name."""
+        kinds = (("group", self.groups), ("user", self.users))
+        return [(kind, name) for kind, of in kinds for name, limits in of.items() if limits.lend and limits.guarantee_milli]
+
     def counted(self, groups: Sequence[str]) -> list[str]:
         """Return those of `groups` that have a quota."""
         return [name for name in groups if name in self.groups]
@@ -48,12 +61,13 @@ class Quotas:
         named = self.users.get(user)
         if named is not None:
             return named
-        milli = [value for name in groups if name in self.groups and (value := self.groups[name].per_user_milli) is not None]
+        milli = [(value, name) for name in groups if name in self.groups and (value := self.groups[name].per_user_milli) is not None]
         memory = [value for name in groups if name in self.groups and (value := self.groups[name].per_user_bytes) is not None]
         return Limits(
-            limit_milli=max(milli, default=self.default.limit_milli),
+            limit_milli=max(milli)[0] if milli else self.default.limit_milli,
             limit_bytes=max(memory, default=self.default.limit_bytes),
             guarantee_milli=self.default.guarantee_milli,
+            whose=f" (as of each in group {max(milli)[1]})" if milli else "",
         )
 
 
@@ -88,7 +102,7 @@ def refusal(quotas: Quotas, holdings: Iterable[Holding], owner: Owner, groups: S
     mine = [one for one in holdings if one.user == (owner.hub, owner.user) and not one.releasing]
     if limits.limit_milli is not None and sum(one.milli for one in mine) + asked.compute_milli > limits.limit_milli:
         held = [(one.owner.server, format_gpus(one.milli)) for one in mine]
-        return f"Your quota is {format_gpus(limits.limit_milli)}: {_said(held, format_gpus(asked.compute_milli))}"
+        return f"Your quota is {format_gpus(limits.limit_milli)}{limits.whose}: {_said(held, format_gpus(asked.compute_milli))}"
     if limits.limit_bytes is not None and sum(one.memory_bytes for one in mine) + asked.memory_bytes > limits.limit_bytes:
         held = [(one.owner.server, format_memory(one.memory_bytes)) for one in mine]
         return f"Your quota is {format_memory(limits.limit_bytes)} of GPU memory: {_said(held, format_memory(asked.memory_bytes))}"
@@ -123,6 +137,16 @@ def _said(held: Sequence[tuple[str, str]], asked: str) -> str:
     return f"you hold {', '.join(parts)} and asked for {asked}."
 
 
+def _used(limit: Limits, held: Part) -> str:
+    parts: list[str] = []
+    if limit.limit_milli is not None:
+        parts.append(f"{format_gpus(limit.limit_milli)} in all, {format_gpus(held.compute_milli)} held")
+    if limit.limit_bytes is not None:
+        memory = format_memory(held.memory_bytes) if held.memory_bytes else "no GPU memory"
+        parts.append(f"{format_memory(limit.limit_bytes)} in all, {memory} held")
+    return "; ".join(parts)
+
+
 def _server(name: str) -> str:
     return f"'{name}'" if name else "your default server"
 
@@ -143,6 +167,8 @@ class Tally:
     held: dict[Account, Part]
     free_milli: int
     """Of all devices that work."""
+    called: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
+    """Of guarantees that are lent: what those who wait have a right to."""
 
     @classmethod
     def of(cls, quotas: Quotas, holdings: Iterable[Holding], free_milli: int) -> Tally:
@@ -157,6 +183,31 @@ class Tally:
         """Count `part` as held by `owner` from now on."""
         self._book(accounts(owner, groups), part)
         self.free_milli -= part.compute_milli
+        for kind, name in self.called:
+            if (name in groups) if kind == "group" else (name == owner.user):
+                self.called[kind, name] = max(0, self.called[kind, name] - part.compute_milli)
+
+    def call(self, waiting: Iterable[tuple[Owner, Sequence[str], int]]) -> None:
+        """Keep of the guarantees that are lent what those who wait have a right to.
+
+        Parameters
+        ----------
+        waiting : iterable of (owner, groups, milli-GPU)
+            In the order in which they are served.
+        """
+        lent = self.quotas.lent
+        self.called = dict.fromkeys(lent, 0)
+        unmet = {account: self.unmet_milli(*account) for account in lent}
+        for owner, groups, milli in waiting if lent else ():
+            for kind, name in lent:
+                mine = (name in groups) if kind == "group" else (name == owner.user)
+                if mine and self.called[kind, name] + milli <= unmet[kind, name]:
+                    self.called[kind, name] += milli
+
+    def unmet_milli(self, kind: str, name: str) -> int:
+        """Return how much of a guarantee is not held; below 0: how much is held beyond it."""
+        limits = (self.quotas.groups if kind == "group" else self.quotas.users).get(name, Limits())
+        return limits.guarantee_milli - self._held_milli(kind, name)
 
     def reserve(self, owner: Owner, groups: Sequence[str], part: Part) -> None:
         """Keep `part` of the quotas of `owner` for a request of theirs that waits."""
@@ -180,7 +231,7 @@ class Tally:
             milli = 2**62 if limit.limit_milli is None else limit.limit_milli - held.compute_milli
             memory = 2**62 if limit.limit_bytes is None else limit.limit_bytes - held.memory_bytes
             if milli < left_milli or memory < left_bytes:
-                left_milli, left_bytes, why = min(milli, left_milli), min(memory, left_bytes), words
+                left_milli, left_bytes, why = min(milli, left_milli), min(memory, left_bytes), f"{words} ({_used(limit, held)})"
         return (None, "") if not why else (Part(left_bytes, left_milli), why)
 
     def kept_milli(self, owner: Owner, groups: Sequence[str], asked_milli: int) -> int:
@@ -193,12 +244,12 @@ class Tally:
             for name, limits in limits_of.items():
                 if not limits.guarantee_milli:
                     continue
-                unmet = limits.guarantee_milli - self._held_milli(kind, name)
+                unmet = self.unmet_milli(kind, name)
                 if (name in groups) if kind == "group" else (name == owner.user):
                     if unmet >= asked_milli:
                         return 0
                 elif unmet > 0:
-                    kept += unmet
+                    kept += min(unmet, self.called.get((kind, name), 0)) if limits.lend else unmet
         return kept
 
     def _held_milli(self, kind: str, name: str) -> int:

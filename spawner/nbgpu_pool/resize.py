@@ -75,7 +75,7 @@ def must_fit(entry: Entry, target: Slice, books: Books, quotas: Quotas) -> None:
     grows = {uuid: _minus(part.larger(held[uuid]), held[uuid]) for uuid, part in counts.items()}
     if all(part == Part(0, 0) for part in grows.values()):
         return
-    barred = {uuid for one in books.waiting() for uuid in one.earmark} | books.kept()
+    barred = {uuid for one in books.waiting() for uuid in one.earmark} | books.kept() | books.closed(entry)
     for uuid, more in grows.items():
         room = books.rooms.get(uuid)
         if more == Part(0, 0):
@@ -83,7 +83,9 @@ def must_fit(entry: Entry, target: Slice, books: Books, quotas: Quotas) -> None:
         if room is None or not room.device.healthy:
             raise _no_room(f"GPU {uuid} is not healthy, or its node is away: nothing grows there now.")
         if uuid in barred:
-            raise _no_room(f"What comes free on GPU {room.device.index} is kept for someone who has waited long.")
+            whom = books.windows.of([uuid], entry) if books.windows is not None else None
+            words = "someone who has waited long" if whom is None else f"{whom.window.name} from {whom.until} on"
+            raise _no_room(f"What comes free on GPU {room.device.index} is kept for {words}.")
         if more.memory_bytes > room.free_bytes:
             free = format_memory(max(0, room.free_bytes))
             raise _no_room(f"GPU {room.device.index} has {free} of memory free, and {format_memory(more.memory_bytes)} more are asked for.")
@@ -95,10 +97,10 @@ def must_fit(entry: Entry, target: Slice, books: Books, quotas: Quotas) -> None:
     if why is not None:
         raise Refused(why, code="quota")
     more_milli = sum(part.compute_milli for part in grows.values())
-    if quotas.any() and books.free_milli - more_milli < _tally(entry, books, quotas).kept_milli(
-        entry.request.owner, entry.slice.groups, more_milli
-    ):
-        raise _no_room("What is free is kept for users and groups with a guarantee.")
+    kept_milli = _tally(entry, books, quotas).kept_milli(entry.request.owner, entry.slice.groups, more_milli) if quotas.any() else 0
+    if books.free_milli - more_milli < kept_milli:
+        free, kept = format_gpus(max(0, books.free_milli)), format_gpus(kept_milli)
+        raise _no_room(f"{free[:1].upper()}{free[1:]} is free in all, of which {kept} is kept for users and groups with a guarantee.")
 
 
 def above_quota(entry: Entry, asked: Part, books: Books, quotas: Quotas) -> str | None:
@@ -129,7 +131,10 @@ def _others(held: list[Holding], entry: Entry, books: Books) -> list[Holding]:
 
 def _tally(entry: Entry, books: Books, quotas: Quotas) -> Tally:
     held = books.holdings(frozenset(quotas.groups), granted_only=True)
-    return Tally.of(quotas, _others(held, entry, books), books.free_milli)
+    tally = Tally.of(quotas, _others(held, entry, books), books.free_milli)
+    if quotas.lent:
+        tally.call(books.asking())
+    return tally
 
 
 def grows(now: Slice, target: Slice) -> bool:

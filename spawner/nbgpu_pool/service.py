@@ -12,6 +12,7 @@ from typing import Any
 
 from nbgpu.errors import NbgpuError, Unavailable
 from nbgpu.models import (
+    AskBack,
     Availability,
     AvailabilityQuery,
     Grant,
@@ -22,6 +23,7 @@ from nbgpu.models import (
     LaunchRequest,
     Owner,
     Request,
+    Reservation,
     Resize,
     Slice,
 )
@@ -33,6 +35,7 @@ from .core import STARTING, Core
 from .ledger import Ledger, LedgerRefused
 from .metrics import Metrics
 from .state import Settings
+from .windows import reservations
 
 TICK_SECONDS = 0.5
 RETRY_SECONDS = 0.5
@@ -50,10 +53,17 @@ log = logging.getLogger("nbgpu.pool")
 class Service:
     """One pool: `start` it, call it from request handlers of the same event loop, `stop` it."""
 
-    def __init__(self, ledger: Ledger, settings: Settings | None = None, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        ledger: Ledger,
+        settings: Settings | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ):
         self.core = Core(settings)
         self.ledger = ledger
-        self.clock = clock
+        self.clock, self.wall = clock, wall
+        self.core.ahead = wall() - clock()
         self.metrics = Metrics(self.core)
         self.closing = False
         self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
@@ -78,6 +88,11 @@ class Service:
         """Begin to watch the ledger and the clock."""
         self._spawn(self._watch())
         self._spawn(self._ticker())
+
+    def configure(self, settings: Settings) -> None:
+        """Go on with other settings; nothing that is held or waits is lost."""
+        self.core.configure(settings, self.clock())
+        self.settle()
 
     async def stop(self) -> None:
         """End everything; the state that matters is the ledger's."""
@@ -122,6 +137,7 @@ class Service:
                 await asyncio.wait_for(self._wake.wait(), TICK_SECONDS)
             self._wake.clear()
             try:
+                self.core.ahead = self.wall() - self.clock()
                 with self.metrics.placement():
                     self.core.tick(self.clock())
                 self.settle()
@@ -145,6 +161,9 @@ class Service:
                 log.info("gone %s %s: %s", request_id, _who(entry.request.owner), entry.reason)
         for request_id in (*effects.granted, *effects.ended):
             self._wake_all(self._following.get(request_id, ()))
+        for slice_id in effects.asked:
+            if (ask := self.core.asks.get(slice_id)) is not None:
+                log.warning("asked back %s %s: %s", slice_id, _who(ask.owner), ask.needs)
         for slice_id in effects.parks:
             self._spawn(self._park(slice_id))
         for what, slice_ids in ((self._release, effects.releases), (self._resize_again, effects.resizes), (self._move, effects.moves)):
@@ -200,7 +219,10 @@ class Service:
         refused: str | None = None
         done = False
         try:
-            await (self.ledger.resize(wanted) if entry.full is None else self.ledger.restore(entry.slice_id))
+            if entry.full is None:
+                await self.ledger.resize(wanted, only_unused=entry.taken_back)
+            else:
+                await self.ledger.restore(entry.slice_id)
             done = True
         except LedgerRefused as error:
             refused = error.message
@@ -413,6 +435,26 @@ class Service:
     async def _finish(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Finish a call to the ledger even when the client has hung up: half a call would leave its outcome unknown."""
         return await asyncio.shield(asyncio.ensure_future(work))
+
+    def reservations(self) -> list[Reservation]:
+        """Return the windows in which devices are kept: of each the one that is on, else the next."""
+        return reservations(self.core.books, self.core.settings.windows, self.wall())
+
+    def asks(self) -> list[AskBack]:
+        """Return what is asked back, first due first."""
+        now = self.clock()
+        return [
+            AskBack(
+                request_id=ask.slice_id,
+                owner=ask.owner,
+                kind=ask.kind,
+                due_seconds=ask.due - now,
+                idle=ask.idle,
+                reason=ask.why,
+                needs=ask.needs,
+            )
+            for ask in self.core.asks.values()
+        ]
 
     def availability(self, query: AvailabilityQuery) -> list[Availability]:
         """Return what each shape of a query would meet."""

@@ -9,11 +9,13 @@ from functools import cached_property
 from nbgpu.models import Device, Slice
 
 from .estimate import GUESS_SECONDS
+from .giveback import GiveBack
 from .idle import IdlePolicy
 from .placement import DEFAULT_POLICY, Policy
 from .queue import Fairness
 from .quotas import Quotas
 from .shapes import Part
+from .windows import Window
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,9 @@ class Settings:
     queue_per_user: int = 10
     policy: Policy = DEFAULT_POLICY
     idle: IdlePolicy = field(default_factory=IdlePolicy)
+    give_back: GiveBack = field(default_factory=GiveBack)
+    windows: tuple[Window, ...] = ()
+    """Times at which devices are kept for a group."""
     start_seconds: Mapping[str, float] = field(default_factory=dict[str, float])
     """How long a node takes to start, by the name of its group (`coming`)."""
 
@@ -62,6 +67,8 @@ class Seen:
     """How long a parked slice has wanted to come back; None: it does not."""
     parking: bool = False
     """It is on its way there at this moment."""
+    used_bytes: int | None = None
+    """GPU memory that it uses in all; None: unknown."""
 
 
 @dataclass(frozen=True)
@@ -102,5 +109,7 @@ class Effects:
     """Slices that the ledger is to be asked to park, once."""
     moves: list[str] = field(default_factory=list[str])
     """Slices to move to another node, again and again until the ledger has answered."""
+    asked: list[str] = field(default_factory=list[str])
+    """Slices that somebody is to give back: `Held.asks` says for whom, by when, and who would have to end them."""
     granted: list[str] = field(default_factory=list[str])
     ended: list[str] = field(default_factory=list[str])

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import groupby
+
+from nbgpu.quantities import format_memory
+from nbgpu.words import counted
 
 from .books import Books
 from .shapes import Want, resolve
@@ -28,13 +32,17 @@ def out_of_service(books: Books, want: Want) -> str | None:
     return None
 
 
-def impossible(books: Books, model: str | None, device_count: int) -> str:
+def impossible(books: Books, want: Want) -> str:
     """Return why no device could ever hold a request, in words."""
     models = sorted({device.model for device in books.devices.values()})
     if not models:
         return "No node offers a GPU at the moment. If that lasts, tell the admin: nbgpu's agent has to run on nodes with GPUs."
-    if model is not None and model not in models:
-        return f"No GPU here is a {model}; there are: {', '.join(models)}."
-    if device_count > 1:
-        return f"No node here has {device_count} GPUs with that much each."
-    return "No GPU here has that much."
+    if want.model is not None and want.model not in models:
+        return f"No GPU here is a {want.model}; there are: {', '.join(models)}."
+    alike = [device for device in books.devices.values() if want.model in (None, device.model)]
+    most = format_memory(max(device.usable_bytes for device in alike))
+    if want.device_count > 1:
+        count = max(Counter((device.node, device.model) for device in alike).values())
+        had = counted(count, "GPU")
+        return f"No node here has {want.device_count} GPUs of a model with that much each: the most is {had}, the largest has {most}."
+    return f"No GPU here has that much: the largest has {most}."

@@ -23,6 +23,7 @@ from nbgpu.models import (
     Launch,
     LaunchGrant,
     LaunchRequest,
+    Model,
     Owner,
     Request,
     Resize,
@@ -62,6 +63,11 @@ class _UnixResolver(Resolver):
         return [(socket.AF_UNIX, self._path)]
 
 
+def _body(of: Model) -> dict[str, Any]:
+    """Return a request's body, without what is not set: a pool that is older than this hub does not know all of it."""
+    return of.model_dump(mode="json", exclude_none=True)
+
+
 class PoolClient:
     """Calls the pool.
 
@@ -93,12 +99,12 @@ class PoolClient:
 
     async def acquire(self, request: Request) -> Grant:
         """Ask for a slice. Asking again with the same request id returns the same grant."""
-        return _read(_GRANT, await self._call("POST", "/v1/requests", request.model_dump(mode="json")))
+        return _read(_GRANT, await self._call("POST", "/v1/requests", _body(request)))
 
     async def launch(self, request: Request, uid: int | None) -> LaunchGrant:
         """`acquire` and, when it is granted at once, `prepare`, in one call."""
         wanted = LaunchRequest(request=request, uid=uid)
-        return _read(_LAUNCH_GRANT, await self._call("POST", "/v1/launches", wanted.model_dump(mode="json")))
+        return _read(_LAUNCH_GRANT, await self._call("POST", "/v1/launches", _body(wanted)))
 
     async def grant(self, request_id: str) -> Grant:
         """Return what became of a request."""
@@ -114,7 +120,7 @@ class PoolClient:
 
     async def replace(self, request_id: str, request: Request) -> Grant:
         """Give a waiting request up for another that can be granted at once; where it cannot, it keeps its place and this raises."""
-        return _read(_GRANT, await self._call("POST", f"/v1/requests/{request_id}/replace", request.model_dump(mode="json")))
+        return _read(_GRANT, await self._call("POST", f"/v1/requests/{request_id}/replace", _body(request)))
 
     async def resize(self, request_id: str, limits: Resize) -> Grant:
         """Give a running slice other limits, where quotas and room allow."""
@@ -133,7 +139,7 @@ class PoolClient:
 
     async def availability(self, query: AvailabilityQuery) -> list[Availability]:
         """Return for each shape whether it is free now, in their order."""
-        return _read(_AVAILABILITY, await self._call("POST", "/v1/availability", query.model_dump(mode="json")))
+        return _read(_AVAILABILITY, await self._call("POST", "/v1/availability", _body(query)))
 
     async def devices(self, max_age_seconds: float = 5.0) -> list[DeviceBooks]:
         """Return the pool's devices, at most `max_age_seconds` old; whoever asks meanwhile joins the question that is on its way."""

@@ -15,7 +15,7 @@ import jinja2
 from nbgpu.errors import InvalidValue, NbgpuError
 from nbgpu.models import Availability, AvailabilityQuery, DeviceBooks, Owner
 from nbgpu.quantities import format_memory, format_share, format_time
-from nbgpu.words import rough_time
+from nbgpu.words import rough_time, rough_time_down
 
 from .client import NO_ANSWER, PoolClient
 from .options import LABELS, Wish
@@ -230,6 +230,8 @@ def describe(wish: Wish, answer: Availability | None) -> str:
     shares = sorted({milli for milli in (*compute.values(), shape.compute_milli) if milli})
     if shares:
         parts.append(_time(shares[0], wish.mode))
+    if shape.session_seconds is not None:
+        parts.append(f"for {rough_time_down(shape.session_seconds)} at most")
     text = ", ".join(parts)
     if shape.device_count > 1:
         text += f"; on each of {shape.device_count} GPUs"
@@ -272,14 +274,19 @@ def _row(
 def _offer(free: Free) -> Row:
     name = f"The largest share that is free now: {free.choice.wish}"
     return Row(
-        slug=free.choice.value, name=name, description="", what=describe(free.choice.wish, free.answer), state="free", status="Free now"
+        slug=free.choice.value,
+        name=name,
+        description="",
+        what=describe(free.choice.wish, free.answer),
+        state="free",
+        status=_status(free.answer, ""),
     )
 
 
 def _status(answer: Availability, line: str) -> str:
     reason = answer.reason.strip().rstrip(".")
     if answer.state == "free":
-        return "Free now"
+        return f"{reason[:1].upper()}{reason[1:]}" if reason else "Free now"
     if answer.state == "forbidden":
         return f"Not for you: {reason}"
     if answer.state == "impossible":

@@ -24,7 +24,7 @@ from nbgpu.paths import POOL_SOCKET, runtime_dir
 from . import form, waiting
 from .client import REFUSED_BY_NODE, PoolClient, PoolUnavailable
 from .line import Line
-from .options import FIELDS, Wish, check_against, wish_from
+from .options import SETTINGS, Wish, check_against, wish_from
 from .profiles import Profile, check_keys, for_groups, initialise, options_from_form, selected, wish_of
 from .refusal import GPURefusal, refusal, spare_failure_counter
 
@@ -95,6 +95,12 @@ class GPUSliceMixin(_Spawner):
         "burst",
         config=True,
         help="strict: never more than the share of compute time. burst: more while others are idle; the share is guaranteed.",
+    )
+    gpu_session_seconds = Float(
+        None,
+        allow_none=True,
+        config=True,
+        help="How long a server runs at most; for profiles. The pool plans with it and asks it back then.",
     )
     gpu_wait_timeout = Integer(
         600,
@@ -282,7 +288,7 @@ class GPUSliceMixin(_Spawner):
         return [group.name for group in self.user.groups]
 
     def _gpu_values(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in FIELDS}
+        return {name: getattr(self, name) for name in SETTINGS}
 
     def refuse(self, error: NbgpuError) -> GPURefusal:
         """Return what to raise for `error`; it will not count as a failure of the hub."""

@@ -12,6 +12,10 @@ from nbgpu.quantities import format_memory, format_share, least_allowed, memory_
 
 FIELDS = ("gpu_fraction", "gpu_memory", "gpu_compute", "gpu_count", "gpu_model", "gpu_mode")
 """The spawner's traits that say how much GPU a server gets; also the names in ``user_options`` of a custom choice."""
+SESSION = "gpu_session_seconds"
+"""How long a server runs at most: the admin's word alone, in the configuration or a profile."""
+SETTINGS = (*FIELDS, SESSION)
+"""The spawner's traits of which a request is made."""
 LABELS: Mapping[str, str] = {
     "profile": "Profile",
     "gpu_fraction": "Share of a GPU",
@@ -46,6 +50,7 @@ class Wish:
             memory_bytes=shape.memory_bytes,
             model=shape.model,
             mode=self.mode,
+            session_seconds=shape.session_seconds,
         )
 
     def __str__(self) -> str:
@@ -63,7 +68,7 @@ class Wish:
 
 
 def wish_from(values: Mapping[str, Any]) -> Wish | None:
-    """Return what `values` (`FIELDS` to values, None or missing = not set) ask for; None is a server without a GPU.
+    """Return what `values` (`SETTINGS` to values, None or missing = not set) ask for; None is a server without a GPU.
 
     Raises
     ------
@@ -85,8 +90,17 @@ def wish_from(values: Mapping[str, Any]) -> Wish | None:
         memory_milli=fraction if memory_bytes is None else None,
         memory_bytes=memory_bytes,
         model=model,
+        session_seconds=_session(values.get(SESSION)),
     )
     return Wish(shape=shape, mode=mode, asked=asked)
+
+
+def _session(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 60 <= value <= 1e7:
+        raise InvalidValue(SESSION, value, "a number of seconds from 60 to 10000000")
+    return float(value)
 
 
 def check_against(wish: Wish, devices: Iterable[Device], least_bytes: int = 0) -> None:

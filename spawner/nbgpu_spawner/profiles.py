@@ -14,7 +14,7 @@ from typing import Any
 
 from nbgpu.errors import InvalidValue, NbgpuError, Refused
 
-from .options import FIELDS, LABELS, Wish, wish_from, wrong
+from .options import FIELDS, LABELS, SETTINGS, Wish, wish_from, wrong
 
 Profile = dict[str, Any]
 OVERRIDE = "kubespawner_override"
@@ -168,7 +168,7 @@ def wish_of(profile: Profile | None, options: Mapping[str, Any], configured: Map
     """
     values = dict(configured)
     for override in overrides(profile, options):
-        values.update({name: value for name, value in override.items() if name in FIELDS and not callable(value)})
+        values.update({name: value for name, value in override.items() if name in SETTINGS and not callable(value)})
     values.update(custom_fields(profile, options))
     return wish_from(values)
 

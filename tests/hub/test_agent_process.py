@@ -289,6 +289,23 @@ def test_a_limit_below_what_is_held_is_said(agent: AgentProcess, tenant: Callabl
     assert "This server holds 6" in event["message"]
 
 
+def test_only_memory_that_is_not_used_is_taken_back(agent: AgentProcess, tenant: Callable[..., Tenant]) -> None:
+    wanted = agent.slice(250)
+    launch = agent.put(wanted)
+    tenant(launch, "kernel-a").do("used", 6 * GIB)
+    until(lambda: usage(launch).kernels[0].devices[0].memory_used_bytes >= 6 * GIB, what="its use to be shown")
+    there = f"/v1/slices/{wanted.slice_id}"
+    with pytest.raises(NbgpuError) as refused:
+        agent.client.call("PATCH", there, {"memory_bytes": 5 * GIB, "compute_milli": 125, "only_unused": True})
+    assert refused.value.status == 409
+    assert "it cannot be left 5 GiB" in refused.value.message
+    assert agent.slices()[wanted.slice_id]["slice"] == wanted.model_dump(mode="json"), "all or nothing"
+    taken = agent.client.call("PATCH", there, {"memory_bytes": 9 * GIB, "compute_milli": 125, "only_unused": True})
+    assert taken["slice"]["devices"][0]["memory_bytes"] == 9 * GIB
+    forced = agent.client.call("PATCH", there, {"memory_bytes": 5 * GIB})  # the control: a user may, and is told
+    assert forced["slice"]["devices"][0]["memory_bytes"] == 5 * GIB
+
+
 def test_a_refusal_is_told_within_a_second_and_a_burst_once_a_second(agent: AgentProcess, tenant: Callable[..., Tenant]) -> None:
     launch = agent.put(agent.slice(250))
     one = tenant(launch, "3f2a0000-1111-2222")

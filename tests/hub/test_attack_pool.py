@@ -43,7 +43,7 @@ queue: {per_user: 10000, total: 10000}
 EVERYBODY = {("get", "/healthz")}
 READS = {
     ("get", "/v1/requests"), ("get", "/v1/requests/{request_id}"), ("get", "/v1/requests/{request_id}/events"),
-    ("post", "/v1/availability"), ("get", "/v1/availability/events"), ("get", "/v1/devices"), ("get", "/metrics"),
+    ("post", "/v1/availability"), ("get", "/v1/availability/events"), ("get", "/v1/devices"), ("get", "/v1/asks"), ("get", "/metrics"),
 }  # fmt: skip
 CHANGES = {
     ("post", "/v1/requests"), ("post", "/v1/launches"), ("delete", "/v1/requests/{request_id}"),

@@ -254,3 +254,37 @@ def test_no_input_makes_it_fail(address: str) -> None:
     assert statuses[400]
     assert statuses[409]
     assert known
+
+
+def test_the_configuration_is_read_again_at_sighup(tmp_path: Path) -> None:
+    file = tmp_path / "pool.yaml"
+    file.write_text("quotas: {default: {limit: 1/4}}\n")
+    agent = AgentThread(tmp_path, 1)
+    pool = PoolProcess(tmp_path, "--config", str(file))
+    pool.start()
+
+    def ask() -> str:
+        request = {"request_id": uuid4().hex, "owner": {"hub": "h", "user": "ada"}, "compute_milli": 500}
+        try:
+            return pool.client.call("POST", "/v1/requests", request)["state"]
+        except NbgpuError as error:
+            return error.message
+
+    def told(words: str) -> bool:
+        return words in (tmp_path / "pool.log").read_text()
+
+    try:
+        assert "Your quota is a quarter of a GPU" in ask()
+        file.write_text("quotas:\n  default: {limit: many}\n")
+        assert pool.process is not None
+        pool.process.send_signal(signal.SIGHUP)
+        until(lambda: told("the old configuration stays in force"))
+        assert told("line 2, quotas.default.limit: it must be a number of GPUs")
+        assert "Your quota is a quarter of a GPU" in ask()
+        file.write_text("quotas: {default: {limit: 1/2}}\n")
+        pool.process.send_signal(signal.SIGHUP)
+        until(lambda: told("the configuration was read again"))
+        assert ask() == "reserved"
+    finally:
+        pool.kill()
+        agent.stop()

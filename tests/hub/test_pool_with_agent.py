@@ -210,3 +210,40 @@ def test_whoever_is_killed_the_books_are_those_of_the_living(pool: PoolProcess, 
                 user.end(key)
     until(lambda: not pool.client.grants(), 20)
     assert all(one.compute_granted_milli == 0 and one.memory_granted_bytes == 0 for one in pool.client.devices())
+
+
+def test_what_was_lent_is_taken_back_where_it_is_not_used(runtime: Path, agent: AgentProcess) -> None:
+    """The pool's word alone takes no memory: the agent has it, and looks whether it is used."""
+    devices = len(AgentClient(runtime / "agent.sock").node().devices)
+    (runtime / "pool.yaml").write_text("quotas: {groups: {bio: {guarantee: 1/2, lend: true}}}\nqueue: {per_user: 100}\n")
+    pool = PoolProcess(runtime, "--config", str(runtime / "pool.yaml"))
+    pool.start()
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def ask(milli: int, user: str, groups: list[str]) -> Request:
+        return Request(request_id=uuid4().hex, owner=Owner(hub="h", user=user), groups=groups, compute_milli=milli)
+
+    try:
+        lent = [ask(500, f"user-{number}", []) for number in range(2 * devices)]
+        for asked in lent:
+            assert pool.client.acquire(asked).state == GrantState.reserved
+            launch = pool.client.prepare(asked.request_id, None)
+            processes.append(
+                subprocess.Popen(["sleep", "600"], env={**os.environ, **{key: value for key, value in launch.env.items() if value}})
+            )
+            assert pool.client.bind(asked.request_id, processes[-1].pid).state == GrantState.bound
+        mine = ask(250, "student", ["bio"])
+        pool.client.acquire(mine)
+        until(lambda: pool.client.grant(mine.request_id).state == GrantState.reserved, 15)
+        held = {one.slice.slice_id: one.slice.devices[0] for one in AgentClient(runtime / "agent.sock").slices().slices}
+        smaller = [one for one in lent if held[one.request_id].compute_milli < 500]
+        assert [held[one.request_id].compute_milli for one in smaller] == [375, 375]
+        for one in smaller:
+            assert "group bio needs what is guaranteed to them" in (pool.client.grant(one.request_id).note or "")
+        pool.client.prepare(mine.request_id, None)
+        assert not overbooked(agent)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+        pool.kill(15)

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from uuid import uuid4
+from zoneinfo import ZoneInfo
 
 import httpx
 import pytest
@@ -23,6 +24,7 @@ from nbgpu_pool.queue import Fairness
 from nbgpu_pool.quotas import Limits, Quotas
 from nbgpu_pool.service import Service
 from nbgpu_pool.state import Settings
+from nbgpu_pool.windows import Window
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(60)]
 
@@ -341,7 +343,7 @@ async def test_availability_in_plain_words() -> None:
         quarter, whole, huge, empty = (await w.http.post("/v1/availability", json=query)).json()
         assert (quarter["state"], quarter["reason"], quarter["compute_milli"]) == ("free", "free now", {"Simulated H100 80GB": 250})
         assert whole["state"] == "free"
-        assert (huge["state"], huge["reason"]) == ("impossible", "No GPU here has that much.")
+        assert (huge["state"], huge["reason"]) == ("impossible", "No GPU here has that much: the largest has 79 GiB.")
         assert empty["state"] == "impossible"
         await w.bound(250)
         quarter, whole, *_ = (await w.http.post("/v1/availability", json=query)).json()
@@ -453,3 +455,21 @@ async def test_a_held_slice_can_be_followed_to_its_end() -> None:
         await asyncio.sleep(0.1)
         here.truth.end(request_id)
         assert await asyncio.wait_for(following, 10) == ["bound", "releasing", "gone"]
+
+
+async def test_reservations_and_what_is_asked_back() -> None:
+    window = Window("class biology", "bio", 8, 125, frozenset(range(7)), 0, 24 * 60, ZoneInfo("UTC"))
+    async with world(windows=(window,)) as w:
+        (found,) = (await w.http.get("/v1/reservations")).json()
+        assert (found["name"], found["place_count"], found["ready_count"], found["short_count"]) == ("class biology", 8, 8, 0)
+        assert found["begins_seconds"] <= 0 < found["ends_seconds"]
+        assert (await w.ask(125)).json()["state"] == "queued"
+        request_id = await w.bound(125, user="student", groups=["bio"], session_seconds=60)
+        assert (await w.http.get("/v1/asks")).json() == []
+        w.service.core.known(request_id).started -= 100
+        await w.until(lambda: w.service.asks(), 15)
+        (ask,) = (await w.http.get("/v1/asks")).json()
+        assert (ask["request_id"], ask["kind"]) == (request_id, "session")
+        assert ask["due_seconds"] < -39
+        assert "must be stopped by its user or by hub hub" in ask["needs"]
+        assert (await w.grant(request_id))["note"].startswith("Please save your work and stop this server now")

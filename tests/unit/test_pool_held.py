@@ -154,7 +154,7 @@ def test_a_group_at_its_limit_and_the_guarantee_of_others() -> None:
     quotas = Quotas(groups={"g": Limits(limit_milli=600)}, users={"boss": Limits(guarantee_milli=300)})
     pool = Pool(quotas=quotas)
     first, second = pool.running(250, "a", groups=["g"]), pool.running(250, "b", groups=["g"])
-    with pytest.raises(Refused, match="The quota of your group g is used up"):
+    with pytest.raises(Refused, match=r"The quota of your group g \(60 % of a GPU in all, a quarter of a GPU held\) is used up"):
         pool.resize(first, compute_milli=400)
     pool.resize(first, compute_milli=350)
     outsider = Pool(quotas=Quotas(users={"boss": Limits(guarantee_milli=300)}))

@@ -170,7 +170,7 @@ def test_user_limit_counts_all_servers_and_waits_for_what_is_on_its_way_back() -
     assert pool.state(one) == GrantState.releasing
     again = pool.ask(500, server="one")
     assert again.state == GrantState.queued
-    assert again.reason == "waits for your quota: what is held now must be given back first"
+    assert again.reason == "waits for your quota (1 GPU in all, 1 GPU held): what is held now must be given back first"
     pool.end(one)
     assert pool.state(again.request.request_id) == GrantState.reserved
     assert Pool(2).started(500), "control: no quota, no refusal"
@@ -298,7 +298,7 @@ def test_queue_bounds() -> None:
     pool.started(1000)
     pool.ask(100, user="a")
     pool.ask(100, user="a")
-    with pytest.raises(NbgpuError, match="the most one user may have") as caught:
+    with pytest.raises(NbgpuError, match="one user may have 2 there") as caught:
         pool.ask(100, user="a")
     assert caught.value.status == 403
     pool.ask(100, user="b")

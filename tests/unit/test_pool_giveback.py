@@ -1,0 +1,206 @@
+"""What a guarantee keeps can be lent, and is taken back when somebody it is kept for waits (docs/quotas.md). Pure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from test_pool_held import Pool as Played
+
+from nbgpu.models import GrantState
+from nbgpu.quantities import GIB
+from nbgpu_pool.giveback import GiveBack
+from nbgpu_pool.held import SPARED_SECONDS
+from nbgpu_pool.idle import IdlePolicy
+from nbgpu_pool.quotas import Limits, Quotas
+
+LENT = Quotas(groups={"bio": Limits(guarantee_milli=500, lend=True)})
+KEPT = Quotas(groups={"bio": Limits(guarantee_milli=500)})
+
+
+class Pool(Played):
+    def sync(self, seconds: float = 0.0) -> None:
+        for entry in self.core.books.waiting():  # their hubs go on asking
+            self.core.touch(entry, self.now + seconds)
+        super().sync(seconds)
+
+    def uses(self, key: str, gib: float, idle_seconds: float | None = None) -> None:
+        self.seen[key] = replace(self.seen[key], used_bytes=int(gib * GIB), idle_seconds=idle_seconds)
+        self.sync()
+
+    def shrunk(self, refuse: bool = False) -> dict[str, int]:
+        """Return what slices are told to keep, in milli-GPU; the node does it."""
+        told: dict[str, int] = {}
+        for key in self.core.drain().resizes:
+            entry = self.core.known(key)
+            target = self.core.resize_again(entry)
+            assert target is not None
+            assert entry.taken_back
+            told[key] = target.devices[0].compute_milli
+            self.core.end_resize(entry, "it uses more" if refuse else None, not refuse, self.now)
+            if not refuse:
+                self.seen[key] = replace(self.seen[key], wanted=target)
+                self.in_force(key)
+        return told
+
+    def end(self, key: str) -> None:
+        del self.seen[key]
+        self.core.mark += 1
+        self.sync()
+
+
+def test_what_is_lent_is_used_and_what_is_kept_is_not() -> None:
+    assert Pool(quotas=LENT).ask(1000).state == GrantState.reserved
+    assert Pool(quotas=KEPT).ask(1000).state == GrantState.queued, "the control"
+
+
+def test_what_is_waited_for_is_lent_to_nobody_else() -> None:
+    pool = Pool(quotas=LENT)
+    first, second = pool.running(500, "a", mode="strict"), pool.running(500, "b", mode="strict")
+    mine = pool.ask(500, "m", groups=["bio"]).request.request_id
+    other = pool.ask(125, "c").request.request_id
+    pool.end(first)
+    assert pool.grant(mine).state == GrantState.reserved
+    assert pool.grant(other).state == GrantState.queued
+    pool.end(second)
+    assert pool.grant(other).state == GrantState.reserved
+
+
+def test_a_small_request_does_not_pass_a_group_that_waits_for_its_own() -> None:
+    """Half of the half has come free: it adds up for the group."""
+    pool = Pool(quotas=LENT)
+    first, second, _ = (pool.running(milli, "a", mode="strict") for milli in (250, 250, 500))
+    mine = pool.ask(500, "m", groups=["bio"]).request.request_id
+    pool.end(first)
+    assert pool.ask(125, "c").state == GrantState.queued
+    pool.end(second)
+    assert pool.grant(mine).state == GrantState.reserved
+
+
+def test_burst_slices_give_first_what_they_do_not_use_and_keep_half() -> None:
+    pool = Pool(quotas=LENT)
+    keys = [pool.running(500, user) for user in "ab"]
+    for key in keys:
+        pool.uses(key, 5)
+    mine = pool.ask(250, "m", groups=["bio"]).request.request_id
+    assert pool.shrunk() == dict.fromkeys(keys, 375), "two give a little"
+    assert pool.grant(mine).state == GrantState.reserved
+    assert "made smaller" in (pool.grant(keys[0]).note or "")
+    assert "group bio" in (pool.grant(keys[0]).note or "")
+    assert not pool.core.asks
+
+
+@pytest.mark.parametrize(
+    ("more", "used", "policy"),
+    [
+        ({"mode": "strict"}, 5, GiveBack()),
+        ({}, 39, GiveBack()),
+        ({}, 5, GiveBack(shrink=False)),
+        ({}, 5, GiveBack(least_milli=950)),
+    ],
+    ids=["strict", "in use", "not allowed", "keeps too much"],
+)
+def test_who_gives_nothing(more: dict[str, object], used: float, policy: GiveBack) -> None:
+    pool = Pool(quotas=LENT, give_back=policy)
+    for user in "ab":
+        pool.uses(pool.running(500, user, **more), used)
+    pool.ask(250, "m", groups=["bio"])
+    assert pool.shrunk() == {}
+    assert not pool.core.asks
+
+
+def test_nothing_is_taken_for_who_asks_beyond_the_guarantee_or_has_none() -> None:
+    pool = Pool(quotas=LENT)
+    for user in "ab":
+        pool.uses(pool.running(500, user), 5)
+    pool.ask(625, "m", groups=["bio"])
+    pool.ask(125, "n")
+    assert pool.shrunk() == {}
+
+
+def test_who_is_within_their_own_guarantee_gives_nothing() -> None:
+    both = Quotas(groups={"bio": Limits(guarantee_milli=500, lend=True), "geo": Limits(guarantee_milli=500, lend=True)})
+    pool = Pool(quotas=both)
+    own, beyond = pool.running(500, "g", groups=["geo"]), pool.running(500, "x")
+    for key in (own, beyond):
+        pool.uses(key, 5)
+    pool.ask(250, "m", groups=["bio"])
+    assert pool.shrunk() == {beyond: 250}
+
+
+def test_a_node_that_refuses_is_not_asked_again_at_once_and_nothing_is_said_to_the_user() -> None:
+    pool = Pool(quotas=LENT)
+    keys = [pool.running(500, user) for user in "ab"]
+    for key in keys:
+        pool.uses(key, 5)
+    pool.ask(250, "m", groups=["bio"])
+    assert set(pool.shrunk(refuse=True)) == set(keys)
+    assert pool.grant(keys[0]).note is None
+    pool.sync()
+    assert pool.shrunk() == {}
+    pool.sync(SPARED_SECONDS)
+    assert set(pool.shrunk()) == set(keys)
+
+
+def asking(**policy: float) -> tuple[Pool, str, str, str]:
+    pool = Pool(quotas=LENT, give_back=GiveBack(shrink=False, **policy))  # type: ignore[arg-type]
+    busy, idle = pool.running(500, "busy"), pool.running(500, "idle")
+    pool.uses(idle, 5, idle_seconds=1000)
+    return pool, busy, idle, pool.ask(500, "m", groups=["bio"]).request.request_id
+
+
+def test_idle_servers_are_asked_back_with_notice_and_the_pool_says_who_would_have_to_end_them() -> None:
+    pool, busy, idle, mine = asking(end_idle_after_seconds=600, notice_seconds=300)
+    assert set(pool.core.asks) == {idle}
+    ask = pool.core.asks[idle]
+    assert (ask.kind, ask.due - pool.now, ask.idle) == ("guarantee", 300, True)
+    assert "must be stopped by its user or by hub h" in ask.needs
+    assert "group bio" in ask.needs
+    assert "within 5 minutes" in (pool.grant(idle).note or "")
+    assert pool.grant(busy).note is None
+    assert idle in pool.core.drain().asked
+    pool.sync(400)
+    assert pool.core.asks[idle].due < pool.now, "it is not promised anew"
+    assert pool.grant(idle).state == GrantState.bound, "nothing is ended by the pool"
+    assert pool.core.drain().asked == [], "said once"
+    pool.end(idle)
+    assert pool.grant(mine).state == GrantState.reserved
+    assert not pool.core.asks
+
+
+def test_an_ask_ends_with_the_need() -> None:
+    pool, _, idle, mine = asking(end_idle_after_seconds=600)
+    assert idle in pool.core.asks
+    pool.core.cancel(mine, "h", pool.now)
+    pool.sync()
+    assert not pool.core.asks
+    assert pool.grant(idle).note is None
+
+
+def test_without_a_policy_for_it_nobody_is_asked() -> None:
+    pool, *_ = asking()
+    assert not pool.core.asks
+    pool, *_ = asking(end_idle_after_seconds=2000)
+    assert not pool.core.asks, "not idle for long enough"
+
+
+def test_one_that_is_used_again_is_not_asked_any_more_or_has_the_longer_notice() -> None:
+    pool, _, idle, _ = asking(end_idle_after_seconds=600, notice_seconds=300)
+    pool.uses(idle, 5, None)
+    assert not pool.core.asks
+    pool, _, idle, _ = asking(end_idle_after_seconds=600, notice_seconds=300, busy_notice_seconds=3600)
+    assert set(pool.core.asks) == {idle}, "idle ones first"
+    pool.uses(idle, 5, None)
+    (ask,) = pool.core.asks.values()
+    assert (ask.idle, ask.due - pool.now) == (False, 3600)
+
+
+def test_idle_slices_are_parked_before_anybody_is_made_smaller() -> None:
+    pool = Pool(quotas=LENT, idle=IdlePolicy(after_seconds=600), give_back=GiveBack(end_idle_after_seconds=600))
+    busy, idle = pool.running(500, "busy"), pool.running(500, "idle")
+    pool.uses(busy, 5)
+    pool.uses(idle, 5, idle_seconds=1000)
+    pool.ask(250, "m", groups=["bio"])
+    effects = pool.core.drain()
+    assert (effects.parks, effects.resizes) == ([idle], [])
+    assert not pool.core.asks
