@@ -4,9 +4,9 @@ The hub starts the node agent and the pool itself. With no NVIDIA driver the GPU
 For real users of this machine: delete "the demo" below, choose an authenticator, and run the hub as root.
 """
 
+import json
 import os
 import secrets
-import shutil
 import sys
 from pathlib import Path
 
@@ -48,7 +48,12 @@ def bring_example(spawner):
         quiet.write_text('{"fetchNews": "false"}\n')
     if example.exists():
         if not (home / example.name).exists():
-            shutil.copy(example, home)
+            from ipykernel.ipkernel import IPythonKernel
+
+            notebook = json.loads(example.read_text())
+            # as its kernel will say: else JupyterLab marks it as changed as soon as it is opened
+            notebook["metadata"]["language_info"] = IPythonKernel.language_info
+            (home / example.name).write_text(json.dumps(notebook, indent=1) + "\n")
         spawner.default_url = f"/lab/tree/{example.name}"
 
 

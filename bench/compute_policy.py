@@ -22,7 +22,9 @@ BARS = (
     f"shares: mean error <= {policy_sweep.MEAN_POINTS:g} point, worst window <= {policy_sweep.WORST_POINTS:g}, busy >= "
     f"{policy_sweep.BUSY_RATIO:g} of one tenant alone; strict: every window within {policy_sweep.STRICT_POINTS:g} (late "
     f"{policy_sweep.LATE_STRICT_POINTS:g}); 100 ms kernels: "
-    f"{policy_sweep.LONG_LEAST:g} to {policy_sweep.LONG_MOST:g} %; visits: gate p99 <= {policy_sweep.GATE_P99_MS:g} ms, done within "
+    f"{policy_sweep.LONG_LEAST:g} to {policy_sweep.LONG_MOST:g} %; strict beside long kernels: "
+    f"{policy_sweep.LONG_BESIDE_LEAST:g} of its share, of that what the driver does not lose between two, to its share; visits: "
+    f"gate p99 <= {policy_sweep.GATE_P99_MS:g} ms, done within "
     f"{policy_sweep.VISIT_RATIO:g} of the driver alone (p99), busy >= {policy_sweep.VISIT_BUSY:g} of it"
 )
 HIGHER_IS_WORSE = ("mean", "worst", "gate_p99_ms", "visit_ratio")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .client import AgentClient, PoolClient, SliceClient
 from .errors import NbgpuError
+from .here import no_slice
 from .logs import one_line
 from .models import AgentSlice, Node, Slice
 from .paths import AGENT_SOCKET, POOL_SOCKET, runtime_dir
@@ -29,8 +30,17 @@ def own_slice() -> SliceClient | None:
 
 
 def agent() -> AgentClient:
-    """Return the agent's admin API of this runtime directory."""
-    return AgentClient(runtime_dir() / AGENT_SOCKET)
+    """Return the agent's admin API of this runtime directory.
+
+    Raises
+    ------
+    NbgpuError
+        This is a hub's server without a slice, to which no agent's socket is shown.
+    """
+    path = runtime_dir() / AGENT_SOCKET
+    if not path.exists() and own_slice() is None and "JUPYTERHUB_SERVICE_PREFIX" in os.environ:
+        raise no_slice()
+    return AgentClient(path)
 
 
 def pool() -> PoolClient:

@@ -122,7 +122,7 @@ class Client:
                     event = line[6:].strip()
                 elif line.startswith("data:"):
                     data += line[5:].strip()
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
             raise self._away(error) from error
         finally:
             connection.close()
@@ -144,14 +144,15 @@ class Client:
         return connection.getresponse()
 
     def _away(self, error: BaseException) -> Unavailable:
+        remedy = "`nbgpu doctor` says more."
         if isinstance(error, FileNotFoundError):
-            return Unavailable(f"The {self.name} is not running: there is no {self.socket_path}.", code="away")
+            return Unavailable(f"The {self.name} is not running: there is no {self.socket_path}. {remedy}", code="away")
         if isinstance(error, PermissionError):
             return Unavailable(f"You may not speak to the {self.name}: {self.socket_path} belongs to another user.", code="forbidden")
         if isinstance(error, ConnectionRefusedError):
-            return Unavailable(f"The {self.name} is not running: nobody listens at {self.socket_path}.", code="away")
+            return Unavailable(f"The {self.name} is not running: nobody listens at {self.socket_path}. {remedy}", code="away")
         if isinstance(error, TimeoutError):
-            return Unavailable(f"The {self.name} does not answer within {self.timeout_seconds:g} s.", code="slow")
+            return Unavailable(f"The {self.name} does not answer within {self.timeout_seconds:g} s. {remedy}", code="slow")
         return Unavailable(f"The {self.name} at {self.socket_path} broke off ({error or type(error).__name__}). Try again.", code="away")
 
     def _decode(self, status: int, data: bytes) -> Any:

@@ -30,10 +30,14 @@ class PatientProtocol(H11Protocol):
 
     _late: asyncio.TimerHandle | None = None
 
+    def most_connections(self) -> int:
+        """Return how many connections there may be at a time."""
+        return MOST_CONNECTIONS
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Begin to wait for the first request."""
         super().connection_made(transport)
-        if len(self.connections) > MOST_CONNECTIONS:
+        if len(self.connections) > self.most_connections():
             transport.abort()
         self._wait_for_head()
 

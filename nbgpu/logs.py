@@ -7,6 +7,8 @@ import logging
 
 def one_line(text: str) -> str:
     """Return `text` with everything escaped that could begin another line, move a terminal's cursor or turn the writing round."""
+    if text.isprintable():
+        return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 

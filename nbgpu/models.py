@@ -422,6 +422,39 @@ class Node(Model):
     devices: list[Device]
 
 
+class Hint(Model):
+    """How one idle server would let in somebody who waits (docs/placement.md). The pool only says so: nothing is moved or ended by it."""
+
+    kind: Literal["move", "end"]
+    """``move``: to another GPU, where it fits too; ``end``: it would have to stop."""
+    request_id: SliceId
+    """Who waits."""
+    owner: Owner
+    slice_id: SliceId
+    """The idle server's."""
+    slice_owner: Owner
+    idle_seconds: float
+    """How long it has been idle, as its node says."""
+    from_devices: list[Name]
+    """GPUs that it would leave, by UUID."""
+    to_device: Name | None = None
+    """Where it would go: a GPU of the same model."""
+    to_node: Name | None = None
+    devices: list[Name]
+    """Where the request would go then."""
+
+
+class Hints(Model):
+    """All hints of a pool, in the order of its queue."""
+
+    hints: list[Hint]
+    idle_count: int
+    """Servers that are idle for long enough and hold a GPU: all that could be moved."""
+    parked_count: int
+    """Servers that are parked: they hold nothing."""
+    waiting_count: int
+
+
 class Shape(Model):
     """What the start page asks about: a request without its owner."""
 

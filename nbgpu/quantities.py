@@ -73,7 +73,7 @@ def parse_memory(value: object, field: str = "gpu_memory") -> int:
     """
     amount = _memory_bytes(value)
     if amount is None:
-        raise InvalidValue(field, value, _MEMORY_RANGE + _comma(value, _memory_bytes))
+        raise InvalidValue(field, value, _MEMORY_RANGE + (_comma(value, _memory_bytes) or _decimal_unit(value)))
     return amount
 
 
@@ -156,6 +156,12 @@ def _memory_bytes(value: object) -> int | None:
             return None
         exact = Fraction(match[1]) * _UNITS[match[2].upper()]
     return math.floor(exact / MIB) * MIB if MIB <= exact <= 2**60 else None
+
+
+def _decimal_unit(value: object) -> str:
+    """Return what to add to an allowed range where ``GB`` stands for what is ``GiB`` here."""
+    meant = re.sub(r"(?<=[KMGT])B$", "iB", value.strip(), flags=re.IGNORECASE) if isinstance(value, str) else ""
+    return f": {meant}" if meant != value and _memory_bytes(meant) is not None else ""
 
 
 def _comma(value: object, parse: Callable[[object], int | None]) -> str:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from nbgpu.cli_run import HUB as RUN
 from nbgpu.client import AgentClient, PoolClient
 from nbgpu.errors import NbgpuError
 from nbgpu.models import Node
@@ -144,7 +145,10 @@ def wait_until(done: Callable[[], bool], seconds: float) -> bool:
 
 
 def end_servers(hub: subprocess.Popen[bytes]) -> None:
-    """End what runs in slices while the agent still lives, so that it sees them end and leaves nothing of theirs behind."""
+    """End what runs in slices while the agent still lives, so that it sees them end and leaves nothing of theirs behind.
+
+    Programs that others run beside it (`nbgpu run`) are not waited for.
+    """
     agent = AgentClient(runtime_dir() / AGENT_SOCKET, 2)
     for pid in descendants():
         if in_slice(pid):
@@ -154,7 +158,7 @@ def end_servers(hub: subprocess.Popen[bytes]) -> None:
     def ended() -> bool:
         reap_others(hub)
         try:
-            return not agent.slices().slices
+            return all(one.slice.owner.hub == RUN for one in agent.slices().slices)
         except NbgpuError:
             return True
 

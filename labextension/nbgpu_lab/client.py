@@ -50,7 +50,7 @@ class SliceClient:
         """
         try:
             status, payload = await asyncio.wait_for(self._exchange(method, path, body), self.timeout_seconds + wait_seconds)
-        except (OSError, asyncio.TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ValueError) as error:
+        except (OSError, asyncio.TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ValueError, RecursionError) as error:
             raise Unavailable(
                 f"The GPU's node agent does not answer ({type(error).__name__}). Limits stay in force; try again in a moment."
             ) from error

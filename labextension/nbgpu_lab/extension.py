@@ -41,15 +41,33 @@ def load(serverapp: Any) -> None:
     if not socket_path:
         web_app.add_handlers(".*$", routes(web_app.settings["base_url"], None, SERVER))
         return
-    sampler = Sampler(SliceClient(socket_path), lambda: kernels_of(serverapp), SERVER, tell_names=NameFile(serverapp.log).write)
+    life = Life(Path(serverapp.info_file))
+    client = SliceClient(socket_path)
+    sampler = Sampler(client, lambda: kernels_of(serverapp), SERVER, tell_names=NameFile(serverapp.log).write, ends=life.ends)
     web_app.add_handlers(".*$", routes(web_app.settings["base_url"], sampler, SERVER))
     _emit_notices(serverapp)
-    _follow_kernels(serverapp, sampler)
+    _follow_kernels(serverapp, sampler, life)
     _use_provisioner(serverapp)
     idle = tell_kernels(SliceClient(socket_path), lambda: kernels_of(serverapp))
     tasks = [sampler.follow_events(), _keep_busy_server(sampler, web_app.settings), idle]
     web_app.settings["nbgpu_tasks"] = [_start(serverapp, task) for task in tasks]
     serverapp.log.info("nbgpu: this server has a GPU slice, its agent is asked at %s", socket_path)
+
+
+class Life:
+    """Whether the server is about to end: first of all it takes back the file `info` that says where it is."""
+
+    def __init__(self, info: Path):
+        self._info = info
+        self._was_there = False
+
+    def look(self) -> None:
+        """Look while the server runs: one whose file could not be written is never said to end."""
+        self._was_there = self._was_there or self._info.exists()
+
+    def ends(self) -> bool:
+        """Return whether it ends now."""
+        return self._was_there and not self._info.exists()
 
 
 class NameFile:
@@ -71,11 +89,12 @@ class NameFile:
         self._path = path
 
 
-def _follow_kernels(serverapp: Any, sampler: Sampler) -> None:
+def _follow_kernels(serverapp: Any, sampler: Sampler, life: Life) -> None:
     """Look at the kernels again soon after one has come or gone, also when no page is open."""
 
     async def heard(logger: Any, schema_id: str, data: dict[str, Any]) -> None:
         if data.get("action") in ("start", "shutdown"):
+            life.look()
             await asyncio.sleep(SESSION_SECONDS)
             sampler.forget()
             await sampler.usage()

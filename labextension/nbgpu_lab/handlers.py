@@ -132,7 +132,7 @@ class KernelHandler(SliceHandler):
         usage = await sampler.usage()
         if not usage.get("devices"):
             raise Unavailable("The GPU's node agent does not answer yet. Try again in a moment.")
-        return await sampler.set_limit(kernel_id, kernel_limit(asked, usage["devices"]), "notebook" if kept else "panel")
+        return await sampler.set_limit(kernel_id, kernel_limit(asked, usage["devices"]), "notebook" if kept else "panel", asked)
 
 
 class MoveHandler(SliceHandler):
@@ -163,9 +163,19 @@ class ResumeHandler(SliceHandler):
 
 
 class ResizeHandler(SliceHandler):
-    """``POST nbgpu/api/resize``: asks the hub for a larger or smaller slice, ``{"gpu_fraction"?, "gpu_memory"?, "gpu_compute"?}``."""
+    """``POST nbgpu/api/resize``: asks the hub for a larger or smaller slice, ``{"gpu_fraction"?, "gpu_memory"?, "gpu_compute"?}``.
+
+    ``GET``: what is free beside it.
+    """
 
     _track_activity = True
+
+    @web.authenticated
+    @authorized
+    @_answers
+    async def get(self) -> Any:
+        self.slice()
+        return await hub.room()
 
     @web.authenticated
     @authorized

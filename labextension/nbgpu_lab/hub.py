@@ -24,7 +24,12 @@ def offered() -> bool:
 
 
 async def resize(asked: dict[str, Any]) -> Any:
-    """Ask for a larger or smaller slice, in the words of the start page; return what the hub answers (docs/interfaces.md).
+    """Ask for a larger or smaller slice, in the words of the start page; return what the hub answers. Raises as :func:`room` does."""
+    return await _ask("POST", json.dumps(asked))
+
+
+async def room() -> Any:
+    """Return what the hub says is free beside the slice (docs/interfaces.md).
 
     Raises
     ------
@@ -33,15 +38,19 @@ async def resize(asked: dict[str, Any]) -> Any:
     NbgpuError
         The hub or the pool said no, in its own words.
     """
+    return await _ask("GET", None)
+
+
+async def _ask(method: str, body: str | None) -> Any:
     if not offered():
         raise NbgpuError("No JupyterHub has started this server: its slice keeps its size.", code="not-offered", status=403)
     env = os.environ
     query = urlencode({"user": env["JUPYTERHUB_USER"], "server": env.get("JUPYTERHUB_SERVER_NAME", "")})
     request = HTTPRequest(
         f"{env['JUPYTERHUB_API_URL'].rstrip('/')}/nbgpu/resize?{query}",
-        method="POST",
+        method=method,
         headers={"Authorization": f"token {env['JUPYTERHUB_API_TOKEN']}", "Content-Type": "application/json"},
-        body=json.dumps(asked),
+        body=body,
         request_timeout=ANSWER_SECONDS,
         # set by hubs with internal_ssl
         client_key=env.get("JUPYTERHUB_SSL_KEYFILE") or None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 from nbgpu.errors import NbgpuError
@@ -22,9 +23,11 @@ async def tell_kernels(client: SliceClient, kernels: Callable[[], Awaitable[dict
     """Tell, for ever, which kernels are busy: at once when that has changed; where nothing is ever parked ask now and then."""
     told: dict[str, bool] = {}
     told_at = -TELL_SECONDS
+    busy: dict[str, bool] = {}
     while True:
         pause = LOOK_SECONDS
-        busy = {kernel_id: one.get("state") != "idle" for kernel_id, one in (await kernels()).items()}
+        with suppress(Exception):  # the server's own list fails: what was known last stands
+            busy = {kernel_id: one.get("state") != "idle" for kernel_id, one in (await kernels()).items()}
         if busy != told or time.monotonic() - told_at >= TELL_SECONDS:
             try:
                 await client.put("/v1/idle", {"kernels": busy})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 from jupyter_core.utils import ensure_async
@@ -13,12 +14,24 @@ Json = dict[str, Any]
 UNKNOWN: Json = {"name": None, "path": None, "type": None, "state": None, "state_seconds": None, "kernel_name": None, "language": None}
 """What is said of a kernel that the server does not know (any more), and of processes that are no kernel's."""
 
+STARTED: dict[str, Json] = {}
+"""Names and paths of the notebooks of kernels, as their provisioner was told: the server's own list has them a moment later."""
+_MOST = 1000
 _TURNS = re.compile("[\u202a-\u202e\u2066-\u2069\x00-\x1f\x7f-\x9f]")
 
 
 def in_a_sentence(name: str) -> str:
     """Return a name without what would turn the sentence around it to another direction, or break it; letters stay, of any script."""
     return _TURNS.sub("", name)
+
+
+def starts(kernel_id: str, notebook: str, root: str) -> None:
+    """A kernel is about to start for the file `notebook`, below the server's directory `root`."""
+    path = Path(notebook)
+    if path.suffix == ".ipynb" and path.is_relative_to(root or "/"):
+        STARTED[kernel_id] = {"name": path.name, "path": path.relative_to(root or "/").as_posix()}
+    while len(STARTED) > _MOST:
+        del STARTED[next(iter(STARTED))]
 
 
 async def kernels_of(serverapp: Any) -> dict[str, Json]:
@@ -36,9 +49,9 @@ async def kernels_of(serverapp: Any) -> dict[str, Json]:
     for session in await serverapp.session_manager.list_sessions():
         kernel = session.get("kernel") or {}
         if kernel.get("id") in kernels:
-            path = session["path"]
-            name = session["name"] or path.rsplit("/", 1)[-1]
-            kernels[kernel["id"]] |= {"name": name, "path": path, "type": session["type"]}
+            path = session["path"] if isinstance(session["path"], str) else None  # a client may have written anything there
+            name = session["name"] or (path or "").rsplit("/", 1)[-1] or kernel["name"]
+            kernels[kernel["id"]] |= {"name": str(name), "path": path, "type": session["type"]}
     return kernels
 
 

@@ -16,6 +16,7 @@ from nbgpu.logs import one_line
 
 from .client import SliceClient
 from .kernel_args import kernel_arguments
+from .kernels import starts
 from .limits import NO_LIMIT, ORIGINS
 from .notices import SERVER
 
@@ -36,9 +37,10 @@ class SliceProvisioner(LocalProvisioner):
         """Name the kernel in its environment, and limit it."""
         env = {**(kwargs.get("env") or os.environ), "NBGPU_KERNEL_ID": self.kernel_id}
         kwargs["env"] = env
-        socket_path = os.environ.get("NBGPU_SOCKET")
+        socket_path, notebook = os.environ.get("NBGPU_SOCKET"), env.get("JPY_SESSION_NAME", "")
         if socket_path:
-            await self._limit(SliceClient(socket_path), env.get("JPY_SESSION_NAME", ""), again=self._started)
+            starts(self.kernel_id, notebook, getattr(getattr(self.parent, "parent", None), "root_dir", ""))
+            await self._limit(SliceClient(socket_path), notebook, again=self._started)
         self._started = True
         if socket_path:
             more = await kernel_arguments(SliceClient(socket_path), self.kernel_spec.argv)
@@ -50,7 +52,7 @@ class SliceProvisioner(LocalProvisioner):
         await super().cleanup(restart=restart)
         socket_path = os.environ.get("NBGPU_SOCKET")
         if socket_path and not restart:
-            ORIGINS.forget(self.kernel_id)
+            ORIGINS.ended(self.kernel_id)
             try:
                 await SliceClient(socket_path).put(f"/v1/kernels/{self.kernel_id}", NO_LIMIT)
             except NbgpuError as error:
@@ -69,7 +71,7 @@ class SliceProvisioner(LocalProvisioner):
                 return  # set since, not by the notebook
             limit = NO_LIMIT if asked is None else kernel_limit(asked, (await client.get("/v1/usage"))["devices"])
             if limit != before:
-                ORIGINS.remember(self.kernel_id, await client.put(f"/v1/kernels/{self.kernel_id}", limit), "notebook")
+                ORIGINS.remember(self.kernel_id, await client.put(f"/v1/kernels/{self.kernel_id}", limit), "notebook", asked)
         except NbgpuError as error:
             self._tell(f"{name} asks in its metadata (nbgpu) for a limit that was not set: {error.message} {self._as_it_is()}")
         except Exception as error:

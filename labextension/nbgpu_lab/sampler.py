@@ -12,7 +12,7 @@ from typing import Any
 from nbgpu.errors import NbgpuError, Unavailable
 
 from .client import SliceClient
-from .kernels import UNKNOWN, in_a_sentence
+from .kernels import STARTED, UNKNOWN, in_a_sentence
 from .limits import NO_LIMIT, ORIGINS, Source
 from .notices import Notices
 
@@ -48,6 +48,8 @@ class Sampler:
         How often the agent is asked the same; an answer is at most that old.
     tell_names : callable, optional
         Called with the slice's id and the server's kernels whenever those have changed (`nbgpu.kernel_names`).
+    ends : callable, optional
+        Returns whether the server is about to end, and its kernels with it: nobody needs to hear that of each.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Sampler:
         every_seconds: float = EVERY_SECONDS,
         clock: Callable[[], float] = time.monotonic,
         tell_names: Callable[[str, dict[str, Json]], object] | None = None,
+        ends: Callable[[], bool] = lambda: False,
     ):
         self.client = client
         self.notices = notices
@@ -67,6 +70,7 @@ class Sampler:
         self._every_seconds = every_seconds
         self._clock = clock
         self._tell_names = tell_names
+        self._ends = ends
         self._told: dict[str, Json] | None = None
         self._names: dict[str, Json] = {}
         """What kernels were called when last seen: an event may come when its kernel has gone."""
@@ -92,10 +96,13 @@ class Sampler:
         self._kept.clear()
         self._due.clear()
 
-    async def set_limit(self, kernel_id: str, limit: Json, source: Source = "panel") -> Json:
-        """Ask the agent to limit a kernel; the next usage shows it, and where it comes from. Raises what the agent says."""
+    async def set_limit(self, kernel_id: str, limit: Json, source: Source = "panel", asked: Json | None = None) -> Json:
+        """Ask the agent to limit a kernel; the next usage shows it, as it was asked for and where it comes from.
+
+        Raises what the agent says.
+        """
         answer = await self.client.put(f"/v1/kernels/{kernel_id}", limit)
-        ORIGINS.remember(kernel_id, answer, source)
+        ORIGINS.remember(kernel_id, answer, source, asked)
         self.forget()
         return answer
 
@@ -187,6 +194,8 @@ class Sampler:
                         after = max(after, mark[0])
                         if mark not in seen:
                             seen.append(mark)
+                            if self._goes_without_saying(event):
+                                continue
                             self.notices.add(await self._named(event))
                             fresh = True
                 if not fresh and self._clock() - asked < EVENTS_PAUSE_SECONDS:
@@ -198,6 +207,12 @@ class Sampler:
             except _JUNK:
                 await asyncio.sleep(1)
 
+    def _goes_without_saying(self, event: Json) -> bool:
+        """Return whether an event is of what the end of a kernel, or of the server with all of them, brings anyway."""
+        if event["kind"] == "kernel-ended":
+            return self._ends()
+        return event["kind"] == "limit-changed" and ORIGINS.has_ended(event.get("kernel_id"))
+
     async def _named(self, event: Json) -> Json:
         """Return an agent's event with the notebook's name where the agent, who knows ids only, says "Notebook kernel 1a2b3c4d…"."""
         kernel_id = event.get("kernel_id")
@@ -205,6 +220,8 @@ class Sampler:
             return event
         await self._sessions()
         known = self._names.get(kernel_id, {})
+        if known.get("path") is None:
+            known = STARTED.get(kernel_id, known)
         name, message = known.get("name"), event["message"]
         return {**event, "message": with_name(message, kernel_id, name), "name": name, "path": known.get("path")}
 
@@ -234,5 +251,6 @@ def join(kernels: list[Json], sessions: dict[str, Json], limits: dict[str, Json]
             idle: Json = {"kernel_id": kernel_id, "pids": [], "limit": limits.get(kernel_id, NO_LIMIT), "devices": []}
             joined.append({**idle, "refusals": 0, "launches": 0, "idle_seconds": None, **UNKNOWN, **session})
     for kernel in joined:
+        kernel["limit_part_milli"] = ORIGINS.part_milli(kernel["kernel_id"], kernel["limit"])
         kernel["limit_source"] = ORIGINS.source(kernel["kernel_id"], kernel["limit"])
     return sorted(joined, key=lambda kernel: (kernel["kernel_id"] is None, kernel["path"] or "~", kernel["kernel_id"] or ""))

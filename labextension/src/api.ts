@@ -53,6 +53,8 @@ export interface IKernelUsage {
   /** "Python 3 (ipykernel)". */
   kernel_name?: string | null;
   language?: string | null;
+  /** What part of the slice's time it was limited to, in thousandths, as it was written; null: nobody wrote one. */
+  limit_part_milli?: number | null;
   /** Where its limit comes from; null: it has none. */
   limit_source?: 'notebook' | 'panel' | 'command' | null;
 }
@@ -165,6 +167,11 @@ export interface IResizeAnswer {
   note: string | null;
 }
 
+/** What is free beside the slice, on each of its GPUs. */
+export interface IRoom {
+  devices: { index: number; free_bytes: number; free_milli: number }[];
+}
+
 /** What the model asks of the server; a test passes its own. */
 export interface ISliceApi {
   usage(after: number): Promise<IUsageAnswer>;
@@ -174,6 +181,8 @@ export interface ISliceApi {
   move(kernelId: string, where: 'suspend' | 'resume'): Promise<unknown>;
   /** Let a suspended process go on. */
   resume(pid: number): Promise<void>;
+  /** Ask what is free beside the slice. */
+  room(): Promise<IRoom>;
   /** Ask for another size of the slice. */
   resize(asked: IWrittenSize): Promise<IResizeAnswer>;
 }

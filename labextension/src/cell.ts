@@ -7,10 +7,11 @@ import { ITranslator, nullTranslator } from '@jupyterlab/translation';
 import { Widget } from '@lumino/widgets';
 
 import type { Words } from './english';
+import { drawInView, type IDrawn } from './inview';
 import { drawMonitor, kernelIdIn, MONITOR_MIME, monitorRoot } from './monitor';
 import { DOMAIN, ISliceModel } from './tokens';
 
-/** Follows the page's model while it is in the page: it asks nobody itself. */
+/** Follows the page's model while it is in the page, and draws while it is in view: it asks nobody itself. */
 class Monitor extends Widget implements IRenderMime.IRenderer {
   constructor(
     private _model: ISliceModel,
@@ -23,24 +24,29 @@ class Monitor extends Widget implements IRenderMime.IRenderer {
 
   async renderModel({ data }: IRenderMime.IMimeModel): Promise<void> {
     this._kernelId = kernelIdIn(data[MONITOR_MIME]);
-    this._draw();
+    this._redraw();
   }
 
   protected onAfterAttach(): void {
-    this._model.changed.connect(this._draw, this);
-    this._draw();
+    this._drawn = drawInView(this._root, () =>
+      drawMonitor(this._root, this._model, this._kernelId, this._trans)
+    );
+    this._model.changed.connect(this._redraw, this);
   }
 
   protected onBeforeDetach(): void {
-    this._model.changed.disconnect(this._draw, this);
+    this._model.changed.disconnect(this._redraw, this);
+    this._drawn?.forget();
+    this._drawn = null;
   }
 
-  private _draw(): void {
-    drawMonitor(this._root, this._model, this._kernelId, this._trans);
+  private _redraw(): void {
+    this._drawn?.redraw();
   }
 
   private _root: HTMLElement;
   private _kernelId = '';
+  private _drawn: IDrawn | null = null;
 }
 
 export const monitorPlugin: JupyterFrontEndPlugin<void> = {

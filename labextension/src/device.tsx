@@ -1,15 +1,16 @@
 import type { TranslationBundle } from '@jupyterlab/translation';
 import * as React from 'react';
 
-import type { IDeviceUsage } from './api';
-import { formatFraction, formatMemoryOf, memoryLevel, percent } from './format';
+import type { IDeviceUsage, IUsage } from './api';
+import { formatMemoryOf, memoryLevel, percent } from './format';
 import type { ISample } from './history';
 import { warningIcon } from './icons';
 import { Sparkline } from './sparkline';
-import { rangeName, warningWords } from './words';
+import { computeWords, rangeName, warningWords } from './words';
 
 interface IDeviceProps {
   device: IDeviceUsage;
+  mode: IUsage['mode'];
   samples: readonly ISample[];
   /** How much of the history they are. */
   seconds: number;
@@ -61,7 +62,7 @@ export function Device(props: IDeviceProps): JSX.Element {
       />
       <Gauge
         name={trans.__('Compute')}
-        value={computeWords(device, trans)}
+        value={computeWords(device, props.mode, trans)}
         percent={device.utilization_percent}
         kind="compute"
         level="ok"
@@ -81,23 +82,6 @@ export function Device(props: IDeviceProps): JSX.Element {
       </div>
     </section>
   );
-}
-
-function computeWords(device: IDeviceUsage, trans: TranslationBundle): string {
-  const over = device.compute_used_milli - device.compute_limit_milli;
-  const part = trans.__(
-    '%1 % of %2 GPU',
-    device.utilization_percent,
-    formatFraction(device.compute_limit_milli)
-  );
-  // a few milli-GPU above the share are rounding, not a burst
-  return over > 20
-    ? trans.__(
-        '%1, bursting to %2',
-        part,
-        formatFraction(device.compute_used_milli)
-      )
-    : part;
 }
 
 interface IGaugeProps {

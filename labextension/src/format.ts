@@ -85,6 +85,11 @@ export function fullest(devices: IDeviceUsage[]): IDeviceUsage {
   );
 }
 
+/** How busy the slice is on the device where it is busiest, in percent of its share there. */
+export function busiestPercent(devices: IDeviceUsage[]): number {
+  return Math.max(...devices.map(device => device.utilization_percent));
+}
+
 export type Level = 'ok' | 'warning' | 'full' | 'over';
 
 /** How near memory is to its limit; more than that it holds where the limit was lowered since. */
@@ -136,17 +141,33 @@ export function unseenBytes(usage: IUsage): number {
   }, 0);
 }
 
+/**
+ * What a kernel computes on the device where it does most, in percent of the slice's share there, as its limit is. A slice that bursts uses
+ * more than its share: its kernels divide what it uses, as 100 %.
+ */
+export function kernelPercent(
+  kernel: IKernelUsage,
+  devices: IDeviceUsage[]
+): number {
+  const parts = kernel.devices.map(use => {
+    const device = devices.find(({ uuid }) => uuid === use.uuid);
+    const most = device
+      ? Math.max(device.compute_limit_milli, device.compute_used_milli)
+      : 0;
+    return percent(use.compute_used_milli, most);
+  });
+  return Math.max(0, ...parts);
+}
+
 /** What a kernel holds on all devices of the slice. */
 export function kernelTotals(kernel: IKernelUsage): {
   usedBytes: number;
   peakBytes: number;
-  computeMilli: number;
 } {
-  const totals = { usedBytes: 0, peakBytes: 0, computeMilli: 0 };
+  const totals = { usedBytes: 0, peakBytes: 0 };
   for (const device of kernel.devices) {
     totals.usedBytes += device.memory_used_bytes;
     totals.peakBytes += device.memory_peak_bytes;
-    totals.computeMilli += device.compute_used_milli;
   }
   return totals;
 }

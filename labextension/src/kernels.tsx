@@ -8,14 +8,15 @@ import {
   formatDuration,
   formatMemory,
   formatMemoryOf,
+  kernelPercent,
   kernelTotals,
   overLimit,
-  percent,
   unseenBytes
 } from './format';
 import { warningIcon } from './icons';
 import { KernelMenuButton } from './kernelmenu';
-import { LimitForm, limitTexts, type SetLimit } from './limitform';
+import { LimitForm, type SetLimit } from './limitform';
+import { limitTexts } from './limittexts';
 import { suspendedOf, suspendedWords, withSuspended } from './suspended';
 import { clock, kernelName, kindWords, sourceWords, stateWords } from './words';
 
@@ -34,44 +35,42 @@ export function Kernels(props: IKernelsProps): JSX.Element {
   const { usage, trans } = props;
   const kernels = withSuspended(usage);
   const [editing, setEditing] = React.useState<string | null>(null);
-  if (kernels.length === 0) {
-    return (
-      <>
+  return (
+    <>
+      {kernels.length === 0 ? (
         <p className="nbgpu-quiet">
           {trans.__('No kernel runs on this server.')}
         </p>
-        <Unseen usage={usage} trans={trans} />
-      </>
-    );
-  }
-  return (
-    <>
-      <table className="nbgpu-Kernels">
-        <caption className="nbgpu-hidden">
-          {trans.__('Kernels of this server and what they hold')}
-        </caption>
-        <thead>
-          <tr>
-            <th scope="col">{trans.__('Memory')}</th>
-            <th scope="col">{trans.__('Compute')}</th>
-            <th scope="col">{trans.__('Limit')}</th>
-          </tr>
-        </thead>
-        {kernels.map(kernel => (
-          <Kernel
-            key={kernel.kernel_id ?? ''}
-            kernel={kernel}
-            devices={usage.devices}
-            suspended={suspendedOf(kernel, usage)}
-            mayResume={usage.may_resume ?? false}
-            trans={trans}
-            editing={kernel.kernel_id !== null && editing === kernel.kernel_id}
-            edit={on => setEditing(on ? kernel.kernel_id : null)}
-            setLimit={props.setLimit}
-            resume={props.resume}
-          />
-        ))}
-      </table>
+      ) : (
+        <table className="nbgpu-Kernels">
+          <caption className="nbgpu-hidden">
+            {trans.__('Kernels of this server and what they hold')}
+          </caption>
+          <thead>
+            <tr>
+              <th scope="col">{trans.__('Memory')}</th>
+              <th scope="col">{trans.__('Compute')}</th>
+              <th scope="col">{trans.__('Limit')}</th>
+            </tr>
+          </thead>
+          {kernels.map(kernel => (
+            <Kernel
+              key={kernel.kernel_id ?? ''}
+              kernel={kernel}
+              devices={usage.devices}
+              suspended={suspendedOf(kernel, usage)}
+              mayResume={usage.may_resume ?? false}
+              trans={trans}
+              editing={
+                kernel.kernel_id !== null && editing === kernel.kernel_id
+              }
+              edit={on => setEditing(on ? kernel.kernel_id : null)}
+              setLimit={props.setLimit}
+              resume={props.resume}
+            />
+          ))}
+        </table>
+      )}
       <Unseen usage={usage} trans={trans} />
     </>
   );
@@ -109,11 +108,6 @@ interface IKernelProps {
 function Kernel(props: IKernelProps): JSX.Element {
   const { kernel, devices, trans } = props;
   const totals = kernelTotals(kernel);
-  // a slice that bursts uses more than its share: its kernels divide what it uses, as 100 %
-  const sliceMilli = devices.reduce(
-    (sum, d) => sum + Math.max(d.compute_limit_milli, d.compute_used_milli),
-    0
-  );
   const name = kernelName(kernel, trans);
   const over = overLimit(kernel, devices);
   const limit = limitWords(kernel, devices, trans);
@@ -155,7 +149,7 @@ function Kernel(props: IKernelProps): JSX.Element {
           )}
         </td>
         <td>
-          {trans.__('%1 %', percent(totals.computeMilli, sliceMilli))}
+          {trans.__('%1 %', kernelPercent(kernel, devices))}
           {totals.usedBytes > 0 && unused >= UNUSED_SECONDS && (
             <span className="nbgpu-quiet">
               {trans.__('unused for %1', formatDuration(unused))}

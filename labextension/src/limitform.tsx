@@ -4,7 +4,7 @@ import * as React from 'react';
 
 import type { IDeviceUsage, IKernelUsage, IWrittenLimit } from './api';
 import { Field } from './field';
-import { formatMemory, formatPart } from './format';
+import { limitTexts, roundedWords } from './limittexts';
 
 /** Limit a kernel, and where `keep` say so in its notebook too; rejects with words for the user. */
 export type SetLimit = (
@@ -20,19 +20,6 @@ interface ILimitFormProps {
   trans: TranslationBundle;
   setLimit: SetLimit;
   close: () => void;
-}
-
-/** A kernel's limits as texts that the form takes back; empty: none of its own. */
-export function limitTexts(
-  kernel: IKernelUsage,
-  devices: IDeviceUsage[]
-): { memory: string; compute: string } {
-  const { memory_bytes, compute_milli } = kernel.limit;
-  const sliceMilli = Math.min(...devices.map(d => d.compute_limit_milli));
-  return {
-    memory: memory_bytes !== null ? formatMemory(memory_bytes) : '',
-    compute: compute_milli !== null ? formatPart(compute_milli, sliceMilli) : ''
-  };
 }
 
 /** The limits of one kernel as text; the server checks them and says what is wrong. */
@@ -100,7 +87,8 @@ export function LimitForm(props: ILimitFormProps): JSX.Element {
         change={setCompute}
       />
       <p className="nbgpu-quiet">
-        {trans.__('A fraction is of this slice. Empty: no limit of its own.')}
+        {trans.__('A fraction is of this slice. Empty: no limit of its own.')}{' '}
+        {roundedWords(kernel, props.devices, trans)}
       </p>
       {canKeep && (
         <label className="nbgpu-LimitForm-keep">

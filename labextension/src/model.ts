@@ -7,6 +7,7 @@ import type {
   IAgentState,
   INotice,
   IResizeAnswer,
+  IRoom,
   ISliceApi,
   IUsage,
   IUsageAnswer,
@@ -24,6 +25,13 @@ const GAP_SECONDS = 5;
 const LEAST_MS = 1000;
 /** A server that does not answer is asked this seldom in the end. */
 const MOST_MS = 10_000;
+
+/** What it means where a question is answered like this. */
+const SILENT: { [status: number]: IStale['who'] } = {
+  401: 'nobody',
+  403: 'nobody',
+  424: 'stopped' // JupyterHub's, of a server that it has stopped
+};
 
 /** The one place that asks the server: one request a second at most, none while the page is hidden. */
 export class SliceModel implements ISliceModel {
@@ -66,8 +74,7 @@ export class SliceModel implements ISliceModel {
 
   get stale(): IStale | null {
     if (this._trouble) {
-      const { _heardAt: since, _refused: refused } = this;
-      return { who: refused ? 'nobody' : 'server', since };
+      return { who: SILENT[this._status] ?? 'server', since: this._heardAt };
     }
     return this._agent.ok ? null : { who: 'agent', since: this._agent.since };
   }
@@ -120,6 +127,10 @@ export class SliceModel implements ISliceModel {
   async resume(pid: number): Promise<void> {
     await this._api.resume(pid);
     void this._askNow();
+  }
+
+  room(): Promise<IRoom> {
+    return this._api.room();
   }
 
   async resize(asked: IWrittenSize): Promise<IResizeAnswer> {
@@ -186,8 +197,7 @@ export class SliceModel implements ISliceModel {
       this._heardAt = Date.now() / 1000;
     } catch (error) {
       this._trouble = (error as Error).message;
-      const { status } = error as { status?: number };
-      this._refused = status === 401 || status === 403;
+      this._status = (error as { status?: number }).status ?? 0;
       this._changed.emit();
       throw error;
     }
@@ -318,7 +328,8 @@ export class SliceModel implements ISliceModel {
   private _present = false;
   private _absent = false;
   private _trouble = '';
-  private _refused = false;
+  /** Of the answer that was none; 0: there was no answer. */
+  private _status = 0;
   private _notices: INotice[] = [];
   private _lastEvent = 0;
   private _newsWaits = false;

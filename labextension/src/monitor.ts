@@ -6,17 +6,25 @@
 import type { IDeviceUsage, IKernelUsage, IUsage } from './api';
 import type { Words } from './english';
 import {
-  formatFraction,
   formatMemory,
   formatMemoryOf,
   kernelTotals,
+  type Level,
+  memoryLevel,
   overLimit,
   percent
 } from './format';
 import { suspendedOf, withSuspended } from './suspended';
 import { HISTORY_SECONDS, type ISample, linePoints } from './history';
 import type { ISliceModel } from './tokens';
-import { clock, kernelName, sliceName } from './words';
+import {
+  clock,
+  computeWords,
+  kernelName,
+  sliceName,
+  staleWords,
+  warningWords
+} from './words';
 
 /** What a cell's output has of the monitor: `{"kernel_id": "…"}`, the kernel to mark as this notebook's. */
 export const MONITOR_MIME = 'application/vnd.nbgpu.monitor+json';
@@ -46,9 +54,12 @@ export function drawMonitor(
   trans: Words
 ): void {
   const parts: Element[] = [];
+  root.dataset.stale = model.stale || !model.agent.ok ? 'true' : 'false';
   const note = (text: string) =>
     parts.push(element('p', 'nbgpu-monitor-note', text));
-  if (model.trouble) {
+  if (model.stale?.who === 'stopped') {
+    note(staleWords(model.stale, trans));
+  } else if (model.trouble) {
     note(trans.__('No news: %1.', model.trouble));
   } else if (model.absent) {
     note(trans.__('This server has no GPU slice.'));
@@ -82,11 +93,11 @@ function bar(
   name: string,
   words: string,
   filled: number,
-  kind: 'memory' | 'compute'
+  kind: 'memory' | 'compute',
+  level: Level = 'ok'
 ): HTMLElement {
   const row = element('div', 'nbgpu-monitor-row');
-  row.dataset.level =
-    kind === 'memory' && filled >= WARN_PERCENT ? 'warning' : 'ok';
+  row.dataset.level = level;
   const track = element('div', `nbgpu-monitor-track nbgpu-monitor-${kind}`);
   const now = String(Math.max(0, Math.min(100, filled)));
   track.setAttribute('role', 'meter');
@@ -123,13 +134,14 @@ function sparkline(
 
 function deviceRows(
   device: IDeviceUsage,
+  mode: IUsage['mode'],
   samples: readonly ISample[],
   trans: Words
 ): Element[] {
   const used = device.memory_used_bytes;
   const limit = device.memory_limit_bytes;
   const busy = device.utilization_percent;
-  const share = formatFraction(device.compute_limit_milli);
+  const level = memoryLevel(used, limit, WARN_PERCENT);
   return [
     element(
       'div',
@@ -138,13 +150,16 @@ function deviceRows(
     ),
     bar(
       trans.__('Memory'),
-      formatMemoryOf(used, limit, trans),
+      [formatMemoryOf(used, limit, trans), warningWords(level, trans)]
+        .filter(Boolean)
+        .join(' · '),
       percent(used, limit),
-      'memory'
+      'memory',
+      level
     ),
     bar(
       trans.__('Compute'),
-      trans.__('%1 % of %2 GPU', busy, share),
+      computeWords(device, mode, trans),
       busy,
       'compute'
     ),
@@ -202,7 +217,7 @@ function sliceParts(
   return [
     element('div', 'nbgpu-monitor-title', title),
     ...usage.devices.flatMap(device =>
-      deviceRows(device, model.history.of(device.uuid), trans)
+      deviceRows(device, usage.mode, model.history.of(device.uuid), trans)
     ),
     list
   ];

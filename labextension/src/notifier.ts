@@ -12,6 +12,9 @@ const AUTO_CLOSE_MS = 15_000;
 const SETTLE_MS = 1500;
 /** JupyterLab keeps it in its list of notifications, and shows none. */
 const NOT_SHOWN = 0;
+/** So many things of one kind have a notification each; those that follow fast share one, which counts. */
+const APART = 3;
+const TOGETHER_MS = 20_000;
 /** JupyterLab cuts longer notifications anywhere; the panel has the whole text. */
 const MAX_LENGTH = 140;
 
@@ -40,28 +43,50 @@ export class Notifier {
     if (this._options.panelInView()) {
       this._options.news.show(happening);
     }
-    const wait = (this._shown.get(thing)?.until ?? 0) - Date.now();
+    const shared = this._sharing(happening);
+    const key = shared > 0 ? `more ${notice.kind}` : thing;
+    const text = this._text(happening, shared);
+    const wait = (this._shown.get(key)?.until ?? 0) - Date.now();
     if (wait <= 0) {
-      this._notify(happening);
+      this._notify(key, notice, text);
     } else {
-      if (!this._waiting.has(thing)) {
-        setTimeout(() => {
-          const last = this._waiting.get(thing);
-          if (last) {
-            this._notify(last);
-          }
-        }, wait);
+      if (!this._waiting.has(key)) {
+        setTimeout(() => this._waiting.get(key)?.(), wait);
       }
-      this._waiting.set(thing, happening);
+      this._waiting.set(key, () => this._notify(key, notice, text));
     }
   }
 
-  /** Show a notification, in the place of the one about the same thing. */
-  private _notify({ thing, latest, times }: IHappening): void {
+  /** How many things share one notification with this one, itself too; 0: it has its own. */
+  private _sharing({ thing, latest }: IHappening): number {
+    if (this._shown.has(thing)) {
+      return 0;
+    }
+    const now = Date.now();
+    const before = this._crowds.get(latest.kind);
+    const things =
+      before && now - before.at <= TOGETHER_MS
+        ? before.things
+        : new Set<string>();
+    things.add(thing);
+    this._crowds.set(latest.kind, { at: now, things });
+    return [...things].indexOf(thing) < APART ? 0 : things.size - APART;
+  }
+
+  private _text({ latest, times }: IHappening, shared: number): string {
+    const { trans } = this._options;
+    if (shared > 1) {
+      const more = trans.__('%1 more like this. ', shared);
+      return more + shortened(latest, MAX_LENGTH - more.length);
+    }
+    const often = times > 1 ? trans.__(' (%1 times)', times) : '';
+    return shortened(latest, MAX_LENGTH - often.length) + often;
+  }
+
+  /** Show a notification, in the place of the one before it with the same key. */
+  private _notify(key: string, latest: INotice, message: string): void {
     const { notifications, openPanel, panelInView, trans } = this._options;
     const panel = panelInView();
-    const often = times > 1 ? trans.__(' (%1 times)', times) : '';
-    const message = shortened(latest, MAX_LENGTH - often.length) + often;
     const back = latest.kind === 'restored';
     const type = back ? 'success' : latest.level;
     const options = {
@@ -70,7 +95,7 @@ export class Notifier {
         ? []
         : [{ label: trans.__('Show panel'), callback: openPanel }]
     };
-    let id = this._shown.get(thing)?.id;
+    let id = this._shown.get(key)?.id;
     if (panel && id !== undefined) {
       notifications.dismiss(id); // an update would leave it in view
     }
@@ -81,18 +106,20 @@ export class Notifier {
     ) {
       id = notifications.emit(message, type, options);
     }
-    this._waiting.delete(thing);
+    this._waiting.delete(key);
     if (back) {
-      this._shown.delete(thing); // lent once more is another thing
+      this._shown.delete(key); // lent once more is another thing
     } else {
-      this._shown.set(thing, { id, until: Date.now() + SETTLE_MS });
+      this._shown.set(key, { id, until: Date.now() + SETTLE_MS });
     }
   }
 
-  /** The notification about each thing, and until when it is left as it is. */
+  /** The notification of each key, a thing or what many share, and until when it is left as it is. */
   private _shown = new Map<string, { id: string; until: number }>();
-  /** What is to be said of a thing then. */
-  private _waiting = new Map<string, IHappening>();
+  /** Says the last of it then. */
+  private _waiting = new Map<string, () => void>();
+  /** The things of each kind that followed each other fast, and when the last was told. */
+  private _crowds = new Map<string, { at: number; things: Set<string> }>();
 }
 
 export namespace Notifier {

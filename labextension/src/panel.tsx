@@ -3,6 +3,7 @@ import { ReactWidget, UseSignal } from '@jupyterlab/ui-components';
 import * as React from 'react';
 
 import type { IKernelUsage, IUsage, IWrittenLimit } from './api';
+import { Boundary } from './boundary';
 import { Device } from './device';
 import { Latest, WhatHappened } from './happened';
 import { sliceIcon } from './icons';
@@ -26,18 +27,24 @@ export class SlicePanel extends ReactWidget {
     this.addClass('nbgpu-Panel');
     this.title.icon = sliceIcon;
     this.title.caption = this._trans.__('GPU slice');
+    this.node.tabIndex = -1;
     this.node.setAttribute('role', 'region');
     this.node.setAttribute('aria-label', this._trans.__('GPU slice'));
   }
 
+  /** Who asks for it by keyboard is in it. */
+  protected onActivateRequest(): void {
+    this.node.focus();
+  }
+
   protected render(): JSX.Element {
     return (
-      <>
+      <Boundary trans={this._trans}>
         <UseSignal signal={this._model.changed}>
           {() => this._renderNow()}
         </UseSignal>
         <Latest news={news} trans={this._trans} />
-      </>
+      </Boundary>
     );
   }
 
@@ -83,6 +90,7 @@ export class SlicePanel extends ReactWidget {
               <Resize
                 usage={usage}
                 trans={trans}
+                room={() => this._model.room()}
                 resize={asked => this._model.resize(asked)}
               />
             )}
@@ -98,6 +106,7 @@ export class SlicePanel extends ReactWidget {
               <Device
                 key={device.uuid}
                 device={device}
+                mode={usage.mode}
                 samples={history.of(device.uuid, historySeconds)}
                 seconds={historySeconds}
                 warnPercent={warnPercent}

@@ -42,6 +42,7 @@ export function sliceApi(settings: ServerConnection.ISettings): ISliceApi {
       }),
     resume: pid =>
       request('resume', { method: 'POST', body: JSON.stringify({ pid }) }),
+    room: () => request('resize'),
     resize: asked =>
       request('resize', { method: 'POST', body: JSON.stringify(asked) }, 30_000)
   };

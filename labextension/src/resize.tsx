@@ -2,14 +2,15 @@ import type { TranslationBundle } from '@jupyterlab/translation';
 import { editIcon } from '@jupyterlab/ui-components';
 import * as React from 'react';
 
-import type { IResizeAnswer, IUsage, IWrittenSize } from './api';
+import type { IResizeAnswer, IRoom, IUsage, IWrittenSize } from './api';
 import { Field } from './field';
 import { formatFraction } from './format';
-import { answerWords } from './words';
+import { answerWords, roomWords } from './words';
 
 interface IResizeProps {
   usage: IUsage;
   trans: TranslationBundle;
+  room: () => Promise<IRoom>;
   resize: (asked: IWrittenSize) => Promise<IResizeAnswer>;
 }
 
@@ -17,7 +18,7 @@ interface IResizeProps {
 export function Resize(props: IResizeProps): JSX.Element {
   const { trans } = props;
   const [open, setOpen] = React.useState(false);
-  const [told, setTold] = React.useState('');
+  const [told, setTold] = React.useState<IResizeAnswer | null>(null);
   const button = React.useRef<HTMLButtonElement>(null);
   const close = () => {
     setOpen(false);
@@ -32,7 +33,7 @@ export function Resize(props: IResizeProps): JSX.Element {
         aria-expanded={open}
         onClick={() => {
           setOpen(!open);
-          setTold(''); // the answer to an earlier wish says nothing of this one
+          setTold(null); // the answer to an earlier wish says nothing of this one
         }}
       >
         {trans.__('Change the size of this slice')}
@@ -42,19 +43,26 @@ export function Resize(props: IResizeProps): JSX.Element {
         <ResizeForm
           {...props}
           close={close}
-          done={words => {
-            setTold(words);
+          done={answer => {
+            setTold(answer);
             close();
           }}
         />
       )}
-      <div role="status">{told && <p className="nbgpu-quiet">{told}</p>}</div>
+      <div role="status">
+        {told && (
+          <p className="nbgpu-quiet">{answerWords(told, props.usage, trans)}</p>
+        )}
+      </div>
     </div>
   );
 }
 
 function ResizeForm(
-  props: IResizeProps & { close: () => void; done: (words: string) => void }
+  props: IResizeProps & {
+    close: () => void;
+    done: (answer: IResizeAnswer) => void;
+  }
 ): JSX.Element {
   const { usage, trans } = props;
   const [share, setShare] = React.useState(() =>
@@ -63,8 +71,20 @@ function ResizeForm(
   const [memory, setMemory] = React.useState('');
   const [error, setError] = React.useState('');
   const [waits, setWaits] = React.useState(false);
+  const [room, setRoom] = React.useState<IRoom>({ devices: [] });
   const first = React.useRef<HTMLInputElement>(null);
   React.useEffect(() => first.current?.focus(), []);
+  React.useEffect(() => {
+    let open = true;
+    // again after a refusal, which may be of what others have got since; a hub that does not say has the last word anyway
+    props
+      .room()
+      .then(now => open && setRoom(now))
+      .catch(() => open && setRoom({ devices: [] }));
+    return () => {
+      open = false;
+    };
+  }, [error]);
 
   const ask = async (): Promise<void> => {
     setWaits(true);
@@ -73,7 +93,7 @@ function ResizeForm(
         ...(share.trim() ? { gpu_fraction: share.trim() } : {}),
         ...(memory.trim() ? { gpu_memory: memory.trim() } : {})
       });
-      props.done(answerWords(answer, trans));
+      props.done(answer);
     } catch (reason) {
       setError((reason as Error).message);
       setWaits(false);
@@ -99,9 +119,16 @@ function ResizeForm(
       <Field
         label={trans.__('GPU memory')}
         value={memory}
-        placeholder={trans.__('of that share')}
+        placeholder={trans.__('as much as the share has')}
         change={setMemory}
       />
+      <div className="nbgpu-Resize-room" aria-live="polite">
+        {roomWords(room, trans).map(words => (
+          <p key={words} className="nbgpu-quiet">
+            {words}
+          </p>
+        ))}
+      </div>
       <p className="nbgpu-quiet">
         {trans.__(
           'Notebooks go on. Those that hold more than a smaller slice has keep it and are given no more.'

@@ -20,7 +20,7 @@ class GpuKernels implements IRunningSessions.IManager {
     private _model: ISliceModel,
     private _trans: TranslationBundle
   ) {
-    const read = () => JSON.stringify(holders(_model.usage));
+    const read = () => JSON.stringify(this._holders());
     onChange(_model, read, () => this._changed.emit());
     this.name = this._trans.__('GPU Memory');
     this.shutdownLabel = this._trans.__('Shut Down Kernel');
@@ -40,7 +40,7 @@ class GpuKernels implements IRunningSessions.IManager {
   }
 
   running(): IRunningSessions.IRunningItem[] {
-    return holders(this._model.usage).map(holder => this._item(holder));
+    return this._holders().map(holder => this._item(holder));
   }
 
   refreshRunning(): void {
@@ -48,7 +48,17 @@ class GpuKernels implements IRunningSessions.IManager {
   }
 
   shutdownAll(): void {
-    holders(this._model.usage).forEach(holder => this._shutdown(holder));
+    this._holders().forEach(holder => this._shutdown(holder));
+  }
+
+  /** None where what the server said is not understood: JupyterLab's panel with all its other sections would not be drawn. */
+  private _holders(): IHolder[] {
+    try {
+      return holders(this._model.usage);
+    } catch (error) {
+      console.error('nbgpu: who holds GPU memory is not known:', error);
+      return [];
+    }
   }
 
   private _item(holder: IHolder): IRunningSessions.IRunningItem {

@@ -2,7 +2,8 @@ import type { TranslationBundle } from '@jupyterlab/translation';
 import { ReactWidget, UseSignal } from '@jupyterlab/ui-components';
 import * as React from 'react';
 
-import { formatMemoryOf } from './format';
+import { Boundary } from './boundary';
+import { busiestPercent, formatMemoryOf } from './format';
 import { sliceIcon, warningIcon } from './icons';
 import { lentLong, lentShort } from './lent';
 import type { ISliceModel } from './tokens';
@@ -28,9 +29,11 @@ export class StatusItem extends ReactWidget {
 
   protected render(): JSX.Element {
     return (
-      <UseSignal signal={this._model.changed}>
-        {() => this._renderNow()}
-      </UseSignal>
+      <Boundary trans={this._trans} short>
+        <UseSignal signal={this._model.changed}>
+          {() => this._renderNow()}
+        </UseSignal>
+      </Boundary>
     );
   }
 
@@ -53,12 +56,16 @@ export class StatusItem extends ReactWidget {
       );
     }
     const { device, level } = nearest(usage, model.warnPercent);
-    const memory = formatMemoryOf(
+    const held = formatMemoryOf(
       device.memory_used_bytes,
       device.memory_limit_bytes,
       trans
     );
-    const compute = trans.__('%1 % busy', device.utilization_percent);
+    const memory =
+      usage.devices.length > 1
+        ? trans.__('%1 on GPU %2', held, device.index)
+        : held;
+    const compute = trans.__('%1 % busy', busiestPercent(usage.devices));
     const text = `${sliceName(usage, trans)}: ${memory}, ${compute}`;
     const away = model.stale
       ? trans.__('no news since %1', clock(model.stale.since))

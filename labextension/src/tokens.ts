@@ -6,6 +6,7 @@ import type {
   IAgentState,
   INotice,
   IResizeAnswer,
+  IRoom,
   IUsage,
   IWrittenLimit,
   IWrittenSize
@@ -13,8 +14,8 @@ import type {
 import type { History } from './history';
 
 export interface IStale {
-  /** Nobody: the server answers, but not this page, whose login is over. */
-  who: 'server' | 'agent' | 'nobody';
+  /** Nobody: the server answers, but not this page, whose login is over. Stopped: JupyterHub says that the server does not run. */
+  who: 'server' | 'agent' | 'nobody' | 'stopped';
   /** Unix time, seconds. */
   since: number;
 }
@@ -55,6 +56,8 @@ export interface ISliceModel extends IDisposable {
   setLimit(kernelId: string, limit: IWrittenLimit): Promise<void>;
   /** Let a suspended process go on; rejects with the server's words. */
   resume(pid: number): Promise<void>;
+  /** Ask what is free beside the slice; rejects with the hub's or the pool's words. */
+  room(): Promise<IRoom>;
   /** Ask for another size of the slice; rejects with the hub's or the pool's words. */
   resize(asked: IWrittenSize): Promise<IResizeAnswer>;
 }

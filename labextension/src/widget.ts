@@ -4,9 +4,11 @@
  */
 
 import type { ISliceApi } from './api';
+import { drawInView } from './inview';
 import { SliceModel } from './model';
 import { drawMonitor, monitorRoot } from './monitor';
 import { follow, OwnModel, sharedWords } from './page';
+import type { ISliceModel } from './tokens';
 
 /** Where the page's Jupyter server is and how to be let in, for pages without our extension (nor its words: they are English). */
 function pageApi(): ISliceApi {
@@ -42,6 +44,7 @@ function pageApi(): ISliceApi {
     setLimit: () => Promise.reject(new Error('only the panel sets limits')),
     move: () => Promise.reject(new Error('only the panel moves kernels')),
     resume: () => Promise.reject(new Error('only the panel resumes')),
+    room: () => Promise.reject(new Error('only the panel resizes')),
     resize: () => Promise.reject(new Error('only the panel resizes'))
   };
 }
@@ -57,8 +60,17 @@ export default {
   render({ model, el }: IRendered): () => void {
     const root = monitorRoot(sharedWords());
     el.append(root);
-    return follow(own, slice =>
+    let slice: ISliceModel;
+    const drawn = drawInView(root, () =>
       drawMonitor(root, slice, model.get('kernel_id'), sharedWords())
     );
+    const leave = follow(own, now => {
+      slice = now;
+      drawn.redraw();
+    });
+    return () => {
+      leave();
+      drawn.forget();
+    };
   }
 };

@@ -7,6 +7,7 @@ import type {
   IKernelUsage,
   INotice,
   IResizeAnswer,
+  IRoom,
   IUsage
 } from './api';
 import type { Words } from './english';
@@ -37,11 +38,30 @@ export function modeWords(usage: IUsage, trans: TranslationBundle): string {
     : trans.__('burst: more time while others are idle');
 }
 
+/** "40 % of 1/4 GPU"; of a slice that may burst also how far it does. */
+export function computeWords(
+  device: IDeviceUsage,
+  mode: IUsage['mode'],
+  trans: Words
+): string {
+  const over = device.compute_used_milli - device.compute_limit_milli;
+  const part = trans.__(
+    '%1 % of %2 GPU',
+    device.utilization_percent,
+    formatFraction(device.compute_limit_milli)
+  );
+  // a few milli-GPU above the share are rounding; a strict slice has at most its share, though not of each second
+  return mode === 'burst' && over > 20
+    ? trans.__(
+        '%1, bursting to %2',
+        part,
+        formatFraction(device.compute_used_milli)
+      )
+    : part;
+}
+
 /** Null while there is room. */
-export function warningWords(
-  level: Level,
-  trans: TranslationBundle
-): string | null {
+export function warningWords(level: Level, trans: Words): string | null {
   if (level === 'over') {
     return trans.__('GPU memory over its limit');
   }
@@ -140,7 +160,7 @@ export function rangeName(seconds: number, trans: TranslationBundle): string {
 }
 
 /** Who does not answer, and that what is shown is old. */
-export function staleWords(stale: IStale, trans: TranslationBundle): string {
+export function staleWords(stale: IStale, trans: Words): string {
   const since = clock(stale.since);
   switch (stale.who) {
     case 'agent':
@@ -151,6 +171,11 @@ export function staleWords(stale: IStale, trans: TranslationBundle): string {
     case 'server':
       return trans.__(
         'The Jupyter server does not answer since %1. What is shown is from then.',
+        since
+      );
+    case 'stopped':
+      return trans.__(
+        'This server was stopped. What is shown is from %1.',
         since
       );
     case 'nobody':
@@ -204,9 +229,31 @@ export function clock(seconds: number): string {
   return new Date(seconds * 1000).toLocaleTimeString();
 }
 
+/** What is free beside the slice: "Free on GPU 0 now: 1/2 of its time, 39 GiB of its memory." */
+export function roomWords(room: IRoom, trans: TranslationBundle): string[] {
+  return room.devices.map(({ index, free_milli, free_bytes }) =>
+    trans.__(
+      'Free on GPU %1 now: %2 of its time, %3 of its memory.',
+      index,
+      formatFraction(free_milli),
+      formatMemory(free_bytes)
+    )
+  );
+}
+
+function isShown({ devices }: IResizeAnswer, usage: IUsage): boolean {
+  const [asked] = devices;
+  const [now] = usage.devices;
+  return (
+    asked?.compute_milli === now.compute_limit_milli &&
+    asked.memory_bytes === now.memory_limit_bytes
+  );
+}
+
 /** What became of a wish, in words: "Granted: 1/2 GPU with 39 GiB of memory." */
 export function answerWords(
   answer: IResizeAnswer,
+  usage: IUsage,
   trans: TranslationBundle
 ): string {
   const [device] = answer.devices;
@@ -217,8 +264,9 @@ export function answerWords(
         formatMemory(device.memory_bytes)
       )
     : trans.__('as asked');
-  const what = answer.in_force
-    ? trans.__('Granted: %1.', size)
-    : trans.__('Granted: %1. It is in force once it is shown above.', size);
+  const what =
+    answer.in_force || isShown(answer, usage)
+      ? trans.__('Granted: %1.', size)
+      : trans.__('Granted: %1. It is in force once it is shown above.', size);
   return answer.note ? `${what} ${answer.note}` : what;
 }

@@ -46,7 +46,7 @@ void sched_measure_period(SchedDevice *d) {
 
 static bool pays_share(const SchedSlice *s) {
     if (s->phase == PHASE_OUT)
-        return s->overran && s->seen.busy;
+        return runs_on(s);
     if (s->phase == PHASE_PAUSE)
         return s->seen.busy;
     return s->phase == PHASE_DRAIN || s->turn_end || s->strict;
@@ -58,11 +58,11 @@ static bool is_let_in(const SchedSlice *s) { return s->phase == PHASE_OPEN || s-
 /* Nobody waits for its turn to end: it owes nobody anything, and whoever works beside it has but a part of the GPU. */
 static bool has_for_free(const SchedSlice *s) { return s->phase == PHASE_OPEN && s->seen.busy && !pays_share(s); }
 
-static void pay(SchedSlice *s, uint64_t vt_ns, uint64_t bucket_ns) {
-    s->vt += (int64_t)(vt_ns * WHOLE / s->weight_milli);
-    s->charged_ns += vt_ns;
+static void pay(SchedSlice *s, uint64_t ns) {
+    s->vt += (int64_t)(ns * WHOLE / s->weight_milli);
+    s->charged_ns += ns;
     if (s->strict)
-        s->bucket_ns -= (int64_t)bucket_ns;
+        s->bucket_ns -= (int64_t)ns;
 }
 
 /* Time that nobody else wanted or used: those who are idle meanwhile fall behind as if they had waited, so that who comes to work a little, and
@@ -92,9 +92,9 @@ void sched_rebase(SchedDevice *d) {
     d->vt_floor = 0;
 }
 
-/* Slices let in together share the time between them: in what they owe each other, not in what a strict one may take, or somebody who never
- * says that it is done would lend it time. Work behind a closed gate that nobody waits for is paid in full by whose it is, and makes nobody
- * else's time cheaper. Time that nobody else wanted is free to a burst slice (`pass_free`). */
+/* Slices let in together share the time between them, and each pays its part, a strict one from its bucket too: if it paid for all of it, it
+ * would get less than its share beside GPU kernels that outlast their turns. Work behind a closed gate that nobody waits for is paid in full by
+ * whose it is, and makes nobody else's time cheaper. Time that nobody else wanted is free to a burst slice (`pass_free`). */
 void sched_charge(SchedDevice *d, uint64_t now) {
     if (now <= d->now)
         return;
@@ -110,9 +110,9 @@ void sched_charge(SchedDevice *d, uint64_t now) {
         if (s->strict)
             s->bucket_ns += (int64_t)(passed * s->weight_milli / WHOLE);
         if (pays_share(s))
-            pay(s, passed / sharing, passed);
+            pay(s, passed / sharing);
         else if (s->phase == PHASE_OUT && s->seen.busy)
-            pay(s, passed, passed);
+            pay(s, passed);
         else if (busy == 1 && has_for_free(s))
             pass_free(s, passed);
         if (s->strict)
@@ -129,7 +129,7 @@ void sched_owe(SchedDevice *d, int index, uint64_t ns, uint64_t now) {
     sched_charge(d, now);
     ns = min_u64(ns, d->config.whole_ns); /* what nobody can have taken at once is a mistake */
     SchedSlice *debtor = &d->slice[index];
-    pay(debtor, ns, ns);
+    pay(debtor, ns);
     uint64_t milli = 0;
     for (uint32_t i = 0; i < d->high; i++)
         milli += is_active(&d->slice[i]) && (int)i != index ? d->slice[i].weight_milli : 0;
@@ -181,7 +181,7 @@ uint64_t sched_ahead(const SchedDevice *d, int index) {
 void sched_bring(SchedDevice *d, int index, uint64_t ns, uint64_t now) {
     sched_charge(d, now);
     ns = min_u64(ns, BROUGHT_MOST);
-    pay(&d->slice[index], ns, ns);
+    pay(&d->slice[index], ns);
 }
 
 /* Nobody saves up more than the lag. */

@@ -11,6 +11,9 @@ static inline uint64_t min_u64(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
 static inline bool is_active(const SchedSlice *s) { return s->joined && (s->seen.want || s->seen.busy || s->phase == PHASE_DRAIN); }
 
+/* Work of its last turn still computes, beside others' turns. */
+static inline bool runs_on(const SchedSlice *s) { return s->overran && s->seen.busy; }
+
 /* A period in virtual time. */
 static inline int64_t stride(const SchedDevice *d) { return (int64_t)(d->period_ns * WHOLE / d->active_milli); }
 

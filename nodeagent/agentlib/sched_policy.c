@@ -139,6 +139,7 @@ void sched_observe(SchedDevice *d, int index, SchedSeen seen, uint64_t now) {
     if (seen.want && !is_active(s) && s->phase == PHASE_OUT) {
         sched_cap_lag(d, index);
         s->woke = true;
+        s->woke_at = now;
     }
     if (seen.edges != s->seen.edges) {
         s->spent_until = 0;
@@ -150,6 +151,7 @@ void sched_observe(SchedDevice *d, int index, SchedSeen seen, uint64_t now) {
         learn_gap(d, s, seen.busy_since);
     } else {
         s->overran = false;
+        s->was_idle = true;
     }
     if (index == d->owner && d->guest != SCHED_NOBODY && s->seen.busy && !seen.busy && now < d->slice[d->guest].open_since + d->patience_ns)
         d->guest_since = now; /* all of it was done only now, and no step between */
@@ -196,6 +198,7 @@ static void open_gate(SchedDevice *d, int index) {
     s->open_since = d->now;
     s->quiet_since = d->now;
     s->woke = s->overran = false;
+    s->was_idle = !s->seen.busy;
     s->fresh = true;
     s->turns++;
     s->goal = goal_of(d, index);
@@ -296,6 +299,9 @@ static uint64_t quiet_until(const SchedDevice *d, const SchedSlice *s) {
     return s->quiet_since + (s->seen.want ? comes_within(d, s) : d->config.idle_grace_ns);
 }
 
+/* How long it is believed that work which outlasted its turn still computes: two GPU kernels of a second, with half of the GPU. */
+static uint64_t believed_until(const SchedDevice *d, const SchedSlice *s) { return s->closed_at + 4 * d->config.whole_ns; }
+
 static void settle_owner(SchedDevice *d) {
     if (d->owner == SCHED_NOBODY)
         return;
@@ -353,17 +359,21 @@ static void settle_pause(SchedDevice *d, bool blocked) {
     }
 }
 
+/* Who says for ever that it is busy, as a process that is stopped does, is not believed a second time before it has said that it is idle:
+ * beside it others pay for all of their time, or it would lend them its own, and a strict slice had more than its share. */
 static bool settle_drains(SchedDevice *d) {
     bool blocked = false;
     for (uint32_t i = 0; i < d->high; i++) {
         SchedSlice *s = &d->slice[i];
+        if (s->overran && d->now >= believed_until(d, s))
+            s->overran = false;
         if (s->phase != PHASE_DRAIN)
             continue;
         if (!s->seen.busy) {
             s->phase = PHASE_OUT;
         } else if (d->now >= s->drain_until) {
             s->phase = PHASE_OUT;
-            s->overran = true;
+            s->overran = s->was_idle;
             s->overruns++;
         } else {
             blocked = true;
@@ -390,21 +400,25 @@ static void settle_buckets(SchedDevice *d) {
     }
 }
 
-/* Of two alike, who had fewer periods comes first; of two with as many, who had its turn longer ago: so the order stays the same, and with
- * it what falls into any window of time. A strict slice that is not dry is due. */
+/* Not since when it was idle: who waits would have to wait for everybody who comes. */
+static uint64_t waits_since(const SchedSlice *s) { return max_u64(s->closed_at, s->woke_at); }
+
+/* Of two alike, who had fewer periods comes first; of two with as many, who waits longer: so the order stays the same, and with it what falls
+ * into any window of time. A strict slice that is not dry is due. */
 static bool comes_before(const SchedDevice *d, const SchedSlice *a, const SchedSlice *b) {
     int64_t step = stride(d), x = a->strict ? 0 : nearest(a->vt, step), y = b->strict ? 0 : nearest(b->vt, step);
-    return x != y ? x < y : a->closed_at != b->closed_at ? a->closed_at < b->closed_at : a->vt < b->vt;
+    return x != y ? x < y : waits_since(a) != waits_since(b) ? waits_since(a) < waits_since(b) : a->vt < b->vt;
 }
 
-/* Who comes next: a burst slice or a strict one, whose turn is longer ago. */
+/* Who comes next: a burst slice or a strict one, whose turn is longer ago. Not whose last turn's work still computes: it would never be seen
+ * to end. */
 static int least_waiting(const SchedDevice *d) {
     enum { BURST, STRICT, OWING, KINDS };
     int best[KINDS] = {SCHED_NOBODY, SCHED_NOBODY, SCHED_NOBODY};
     for (uint32_t i = 0; i < d->high; i++) {
         const SchedSlice *s = &d->slice[i];
         int *of = &best[s->strict ? STRICT : sched_owes_strict(d, s) ? OWING : BURST];
-        if (s->phase == PHASE_OUT && may_run(d, s) && (*of == SCHED_NOBODY || comes_before(d, s, &d->slice[*of])))
+        if (s->phase == PHASE_OUT && may_run(d, s) && !runs_on(s) && (*of == SCHED_NOBODY || comes_before(d, s, &d->slice[*of])))
             *of = (int)i;
     }
     int burst = best[BURST], owing = best[OWING], strict = best[STRICT];
@@ -463,6 +477,8 @@ static uint64_t next_wake(const SchedDevice *d) {
             at = min_u64(at, s->drain_until);
         if (s->phase != PHASE_OUT || !s->seen.want || s->suspended)
             continue;
+        if (runs_on(s))
+            at = min_u64(at, believed_until(d, s));
         if (s->dry)
             at = min_u64(at, dry_ends(d, s));
         else if (s->woke && !s->strict && d->guest == SCHED_NOBODY) {

@@ -17,7 +17,7 @@
  *
  * Changing hands. The next gate opens when the work of the last turn is done, not sooner: next to each other the driver would switch to and fro
  * between the two, which costs more than the pause. Work that outlasts its turn by `patience_ns` (a GPU kernel can't be stopped) goes on
- * beside the next turn, and both pay half.
+ * beside the next turn, and both pay half. Its slice has no other turn before that work is done, or four seconds have passed.
  *
  * Reconciled. Whose words end its turn while its work still runs on is charged nothing for that work here; somebody who sees the GPU compute
  * (the agent, by NVML) compares with `held_ns` and has it pay the difference later (`sched_owe`).
@@ -72,8 +72,10 @@ typedef struct {
     int64_t bucket_ns;    /* strict: time it may still take; below 0 = debt */
     uint64_t spilled_ns;  /* strict: time that its bucket could not hold */
     bool dry;             /* strict: spent its bucket, waits for a turn's worth */
-    bool overran;         /* its work outlasted its turn by two periods and still runs, beside the next one */
+    bool overran;         /* its work outlasted its turn by `patience_ns` and still runs, beside the next one */
+    bool was_idle;        /* nothing was outstanding when its turn began, or since: its word that something is can be believed */
     bool woke;            /* it began to want out of idleness and has had no turn since */
+    uint64_t woke_at;     /* that was then */
     uint64_t open_since;  /* of the present turn */
     uint64_t turn_end;    /* 0 = nobody else wants the device: no end */
     uint64_t drain_until; /* after this the next one is let in beside it */

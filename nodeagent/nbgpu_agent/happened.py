@@ -10,9 +10,11 @@ from nbgpu.quantities import format_memory, format_time
 
 from .usage import SlotUse
 
-THROTTLED_PART = 0.95
+THROTTLED_PART = 0.9
 THROTTLED_SECONDS = 60.0
 """A kernel that has used this part of its own compute limit for so long would be faster with a higher one."""
+LOOKS_MEAN = 10
+"""Of about so many looks, one a second: a single one may find it between two GPU kernels, or the machine busy otherwise."""
 AGAIN_SECONDS = 600.0
 
 
@@ -42,6 +44,8 @@ class Happened:
         self._last: Sequence[SlotUse] = ()
         self._held: dict[str, KernelSeen] = {}
         """The kernels that held memory at the last look."""
+        self._mean_milli: dict[str, float] = {}
+        """What kernels with a compute limit of their own have used in the last seconds."""
         self._full_since: dict[str, float] = {}
         self._told: dict[str, float] = {}
 
@@ -71,19 +75,24 @@ class Happened:
         self, slots: Sequence[SlotUse], kernels: Mapping[str, KernelSeen], limits: Mapping[str, KernelLimit], now: float
     ) -> Iterator[Told]:
         """Kernels whose own compute limit has slowed them for a while."""
-        for known in (self._full_since, self._told):
+        for known in (self._mean_milli, self._full_since, self._told):
             for gone in known.keys() - kernels.keys():
                 del known[gone]
         for kernel_id, limit in limits.items():
-            used_milli = 0 if limit.compute_milli is None else _most_milli(slots, kernel_id)
-            if limit.compute_milli is None or used_milli < THROTTLED_PART * limit.compute_milli:
+            if limit.compute_milli is None or kernel_id not in kernels:
+                self._full_since.pop(kernel_id, None)
+                continue
+            used_milli = _most_milli(slots, kernel_id)
+            before = self._mean_milli.get(kernel_id, used_milli)
+            mean = self._mean_milli[kernel_id] = before + (used_milli - before) / LOOKS_MEAN
+            if mean < THROTTLED_PART * limit.compute_milli:
                 self._full_since.pop(kernel_id, None)
                 continue
             since = self._full_since.setdefault(kernel_id, now)
             if now - since >= THROTTLED_SECONDS and now - self._told.get(kernel_id, -AGAIN_SECONDS) >= AGAIN_SECONDS:
                 self._told[kernel_id] = now
                 used = f"{title(kernel_id)} has used all of its own compute limit ({format_time(limit.compute_milli)}) for a minute"
-                data = {"limit_milli": limit.compute_milli, "used_milli": used_milli}
+                data = {"limit_milli": limit.compute_milli, "used_milli": round(mean)}
                 yield Told("throttled", kernel_id, f"{used}. Raise the limit to make it faster.", data)
 
 

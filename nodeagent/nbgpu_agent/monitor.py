@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nbgpu.models import SliceDevice
-from nbgpu.quantities import format_memory
+from nbgpu.quantities import MIB, format_memory
 from nbgpu.words import times
 
 from . import layout
@@ -41,6 +41,8 @@ HOSTILE_SECONDS = 60.0
 OWED_TOLD_NS = 100_000_000
 """GPU time taken beyond the turns in one look: from this on somebody is told, and not only charged."""
 BURST_SECONDS = 0.7
+FULL_BYTES = MIB
+"""With less left than that a limit is full, in words."""
 REFUSALS_MOST = 1_000_000
 """Of one slot, between two looks: more is nothing that a program did."""
 REMEDY = "Free some or get a larger slice."  # short: JupyterLab cuts a notice after 140 characters
@@ -491,7 +493,7 @@ def refusal_message(
     left = allowed_bytes - used_bytes
     if left >= refused_bytes:  # freed since, or its holder died
         return f"{refused}: {limit} of {format_memory(allowed_bytes)} was too full then ({format_memory(used_bytes)} in use now). {remedy}"
-    state = f"is full ({format_memory(used_bytes)} in use)" if left * 16 < allowed_bytes else f"has {format_memory(left)} left"
+    state = f"is full ({format_memory(used_bytes)} in use)" if left < FULL_BYTES else f"has {format_memory(left)} left"
     return f"{refused}: {limit} of {format_memory(allowed_bytes)} {state}. {remedy}"
 
 

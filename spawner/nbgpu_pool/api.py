@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Path, Query, Response
@@ -17,6 +18,7 @@ from nbgpu.models import (
     DeviceBooks,
     Grant,
     GrantState,
+    Hints,
     Launch,
     LaunchGrant,
     LaunchRequest,
@@ -30,6 +32,7 @@ from . import events
 from .auth import Guard, Principal
 from .books import Entry
 from .front import Front
+from .hot import Hot
 from .problems import ERRORS, install_handlers, without_422
 from .service import Service
 
@@ -87,6 +90,8 @@ def create_app(service: Service, guard: Guard | None = None) -> FastAPI:
     """
     app = FastAPI(title="nbgpu pool", version=__version__, docs_url=None, redoc_url=None, summary="Who gets which part of which GPU.")
     app.state.service = service
+    acts = partial(_acquire, service), partial(_give_up, service), partial(_following, service)
+    app.add_middleware(Hot, acquire=acts[0], release=acts[1], follow=acts[2])
     app.add_middleware(Front, guard=guard)
     install_handlers(app)
     app.include_router(router)
@@ -112,11 +117,26 @@ def _must_be_free_for(speaker: Principal, request: Request, pool: Service) -> No
         raise NbgpuError("This request_id is taken; use a new one.", code="conflict", status=409, field="request_id")
 
 
+def _acquire(pool: Service, request: Request, speaker: Principal) -> Grant:
+    _must_be_free_for(speaker, request, pool)
+    return pool.request(request)
+
+
+def _give_up(pool: Service, request_id: str, speaker: Principal) -> Grant | None:
+    entry = pool.core.entry(request_id)
+    if entry is not None and not speaker.sees(entry.request.owner.hub):
+        return None
+    return pool.cancel(request_id, speaker.hub)
+
+
+def _following(pool: Service, request_id: str, speaker: Principal, held: bool) -> Response:
+    return events.Following(pool, _entry(pool, request_id, speaker), touch=speaker.role == "hub", held=held)
+
+
 @router.post("/v1/requests")
 async def make_request(body: Request, pool: Pool, speaker: Speaker) -> Grant:
     """Ask for a slice: granted at once, or queued. Idempotent by `request_id`."""
-    _must_be_free_for(speaker, body, pool)
-    return pool.request(body)
+    return _acquire(pool, body, speaker)
 
 
 @router.post("/v1/launches")
@@ -143,19 +163,15 @@ async def get_request(request_id: RequestId, pool: Pool, speaker: Speaker) -> Gr
 
 
 @router.get("/v1/requests/{request_id}/events", response_class=StreamingResponse)
-async def follow_request(request_id: RequestId, pool: Pool, speaker: Speaker, held: Annotated[bool, Query()] = False) -> StreamingResponse:
+async def follow_request(request_id: RequestId, pool: Pool, speaker: Speaker, held: Annotated[bool, Query()] = False) -> Response:
     """Server-sent events `grant`, at each change, until the request is no longer queued; with `held`, until it has ended."""
-    entry = _entry(pool, request_id, speaker)
-    return events.stream(events.of_request(pool, entry, touch=speaker.role == "hub", held=held))
+    return _following(pool, request_id, speaker, held)
 
 
 @router.delete("/v1/requests/{request_id}", response_model=Grant, responses={204: {"description": "Unknown; remembered."}})
 async def give_up(request_id: RequestId, pool: Pool, speaker: Speaker) -> Any:
     """Leave the queue, or ask a slice back. An unknown id is remembered: its late request is answered `gone`."""
-    entry = pool.core.entry(request_id)
-    if entry is not None and not speaker.sees(entry.request.owner.hub):
-        return Response(status_code=204)
-    return pool.cancel(request_id, speaker.hub) or Response(status_code=204)
+    return _give_up(pool, request_id, speaker) or Response(status_code=204)
 
 
 @router.post("/v1/requests/{request_id}/replace")
@@ -213,6 +229,18 @@ async def availability(body: AvailabilityQuery, pool: Pool, speaker: Speaker) ->
 async def follow_pool(pool: Pool, speaker: Speaker) -> StreamingResponse:
     """Server-sent events `change`: ask for the availability again."""
     return events.stream(events.of_pool(pool))
+
+
+@router.get("/v1/hints")
+async def get_hints(pool: Pool, speaker: Speaker) -> Hints:
+    """Return which idle server's move, or end, would let in somebody who waits; nothing is moved by it."""
+    return events.hints_for(pool, speaker)
+
+
+@router.get("/v1/hints/events", response_class=StreamingResponse)
+async def follow_hints(pool: Pool, speaker: Speaker) -> StreamingResponse:
+    """Server-sent events `hints`, now and at each change."""
+    return events.stream(events.of_hints(pool, speaker))
 
 
 @router.get("/v1/devices")

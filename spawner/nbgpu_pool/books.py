@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from bisect import insort
+from collections.abc import Generator, Iterable, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from nbgpu.models import Device, GrantState, Owner, Request, Slice, SliceDevice
 
-from .placement import Buckets, Place, Room, of_each_kind, order
+from .placement import Buckets, Place, Policy, Room, of_each_kind, order, place
 from .quotas import Holding, total
-from .shapes import MAX_DEVICES, Part, Want, by_model, want_of
+from .shapes import MAX_DEVICES, Part, Want, by_model, resolve, want_of
 
 if TYPE_CHECKING:
     from .placement.valued import Valued
@@ -22,6 +23,8 @@ HOLDING = frozenset({GrantState.reserved, GrantState.bound, GrantState.releasing
 
 MOST_COSTS = 4096
 """Wants whose cost is remembered."""
+MOST_MISFITS = 64
+"""And those of which it is remembered that they fit nowhere."""
 
 
 @dataclass
@@ -141,6 +144,10 @@ def adopted(found: Slice, number: int, now: float) -> Entry:
     return Entry(request, want_of(request), number, now, slice=found, adopted=True, at_ledger=True)
 
 
+def _number(entry: Entry) -> int:
+    return entry.number
+
+
 def _free(room: Room) -> int:
     return max(0, room.free_milli) if room.device.healthy and not room.coming else 0
 
@@ -186,15 +193,19 @@ class Books:
     """One device of each model and size."""
     free_milli: int = 0
     """Of all healthy devices that are there."""
+    all_healthy: bool = True
     parked: set[str] = field(default_factory=set[str])
     """All that are parked are among these."""
     _empty: list[Room] = field(default_factory=list[Room])
     _here: list[Room] = field(default_factory=list[Room])
     _to_come: list[Room] = field(default_factory=list[Room])
-    _queued: set[str] = field(default_factory=set[str])
-    """All that wait are among these."""
+    _queued: list[Entry] = field(default_factory=list[Entry])
+    """All that wait are among these, in their order."""
+    _misfits: dict[Want, set[str]] = field(default_factory=dict[Want, set[str]])
+    """What fits nowhere, and the nodes where something came free since that was found."""
     _of_user: dict[tuple[str, str], set[str]] = field(default_factory=dict[tuple[str, str], set[str]])
     """And all of a user among these."""
+    _use: dict[Want, int] = field(default_factory=dict[Want, int])
     _costs: dict[Want, Part | None] = field(default_factory=dict[Want, "Part | None"])
 
     def by_value(self) -> None:
@@ -215,7 +226,7 @@ class Books:
         """Note a request; its state may change later."""
         self.entries[entry.slice_id] = entry
         if entry.state == GrantState.queued:
-            self._queued.add(entry.slice_id)
+            insort(self._queued, entry, key=_number)
         if self.valued is not None:
             self.valued.arrived(entry.want)
         owner = entry.request.owner
@@ -248,6 +259,7 @@ class Books:
         self.less = dict(less or {})
         self.devices = {device.uuid: device for device in sorted(devices, key=order)}
         self._costs.clear()
+        self._use.clear()
         self.rooms = {uuid: Room.empty(device) for uuid, device in self.devices.items()}
         for uuid, part in self.less.items():
             self.rooms[uuid].free_bytes -= part.memory_bytes
@@ -258,6 +270,7 @@ class Books:
             if entry.holds:
                 self._count(entry, 1)
         self.free_milli = sum(_free(room) for room in self._here)
+        self.all_healthy = all(room.device.healthy for room in self._here)
         self._sort()
         self.kinds = list({(device.model, device.usable_bytes): device for device in self.devices.values()}.values())
         kinds = of_each_kind(self.rooms.values())
@@ -276,9 +289,30 @@ class Books:
             self._sort()
 
     def _sort(self) -> None:
+        self._misfits.clear()
         self.buckets = Buckets(self.rooms)
         if self.valued is not None:
             self.valued = type(self.valued)(self.rooms, self.valued)
+
+    def decide(self, want: Want, barred: Set[str], cap: Part | None, policy: Policy) -> Place | None:
+        """Return where `want` goes, of the devices that are there; None: nowhere."""
+        if self.valued is not None:
+            found = self.valued.place(want, barred, cap)
+            if found is not None:
+                return found
+        return self.fitting(want, barred, cap, policy)
+
+    def fitting(self, want: Want, barred: Set[str], cap: Part | None, policy: Policy) -> Place | None:
+        """Return where `want` fits best."""
+        if want.device_count == 1:
+            return self.buckets.place(want, barred, cap, policy, coming=False)
+        return place(self._here, want, barred=barred, cap=cap, policy=policy)
+
+    def refresh(self) -> None:
+        """Do what the next decision would have to do first: when there is time."""
+        self.buckets.refresh()
+        if self.valued is not None:
+            self.valued.refresh()
 
     def empty_of_each_kind(self) -> list[Room]:
         """Return what one node of each kind would have if it were empty and healthy."""
@@ -302,9 +336,11 @@ class Books:
         """End a holding entry's hold: `state` is ``gone`` or, for a revoked reservation, ``queued``."""
         if entry.holds:
             self._book(entry, -1)
+        if state == GrantState.queued:
+            self.waiting()  # forgets that it was among them once
         entry.state, entry.wanted, entry.moving = state, None, None
         if state == GrantState.queued:
-            self._queued.add(entry.slice_id)
+            insort(self._queued, entry, key=_number)
 
     def take_in(self, entry: Entry) -> None:
         """Count an adopted entry's slice."""
@@ -333,7 +369,35 @@ class Books:
             room.take(part) if sign > 0 else room.give_back(part)
             self.free_milli += _free(room) - before
             nodes.add(room.device.node)
+        if sign < 0:
+            for freed in self._misfits.values():
+                freed |= nodes
         return nodes
+
+    def of_use(self, want: Want) -> int:
+        """Return how many of the devices that are there could, if they were empty, hold a part of `want`."""
+        if want not in self._use:
+            if len(self._use) >= MOST_COSTS:
+                self._use.clear()
+            self._use[want] = sum(resolve(want, room.device) is not None for room in self._here)
+        return self._use[want]
+
+    def may_fit(self, want: Want) -> bool:
+        """Return False where it is known that `want` fits nowhere: it did not, and where something came free since it does not either."""
+        freed = self._misfits.get(want)
+        if freed is None:
+            return True
+        if freed and place(self.buckets.of(freed), want) is not None:
+            del self._misfits[want]
+            return True
+        freed.clear()
+        return False
+
+    def misfits(self, want: Want) -> None:
+        """Note that `want` fits nowhere now."""
+        if len(self._misfits) >= MOST_MISFITS:
+            self._misfits.clear()
+        self._misfits[want] = set()
 
     def wanted_back(self) -> list[Entry]:
         """Return the parked slices that want to come back and have no room yet, who waits longest first."""
@@ -363,10 +427,10 @@ class Books:
 
     def waiting(self) -> list[Entry]:
         """Return the queue, first come first."""
-        there = (self.entries.get(one) for one in self._queued)
-        found = sorted((one for one in there if one is not None and one.state == GrantState.queued), key=lambda one: one.number)
+        queued = GrantState.queued
+        found = [one for one in self._queued if one.state is queued]
         if len(found) < len(self._queued):
-            self._queued = {one.slice_id for one in found}
+            self._queued = list(found)
         return found
 
     def cost(self, want: Want) -> Part | None:

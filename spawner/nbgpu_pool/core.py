@@ -145,8 +145,7 @@ class Core(Held):
             raise NbgpuError("That share is not free any more; you keep your place in the queue.", code="no-room", status=409)
         self.books.add(entry)
         self.books.give(entry, found, self.settings.quotas.counted(request.groups))
-        for passed in walk.waiting:
-            passed.overtaken += not passed.holder
+        walk.passed(found)
         self._effects.granted.append(entry.slice_id)
         self._withdraw(old, "given up for a smaller share", now)
         return self.grant(entry, now)
@@ -168,7 +167,7 @@ class Core(Held):
         waiting = [one for one in self.books.waiting() if one is not but]
         if len(waiting) >= self.settings.queue_total:
             raise Unavailable(f"The queue is full ({counted(len(waiting), 'request')} in it); try again later.", code="queue-full")
-        mine = sum((one.request.owner.hub, one.request.owner.user) == (request.owner.hub, request.owner.user) for one in waiting)
+        mine = sum(one.state == GrantState.queued and one is not but for one in self.books.of_user(request.owner))
         if mine >= self.settings.queue_per_user:
             raise Refused(f"You have {mine} requests in the queue already; that is the most one user may have.", code="queue-full")
 
@@ -532,6 +531,7 @@ class Core(Held):
         entry.slice, entry.full = seen.slice, seen.full
         if queued is not None:
             entry.request, entry.want, entry.adopted = queued.request, queued.want, False
+            queued.state = GrantState.gone  # it stands for another now
         entry.state, entry.expires = GrantState.reserved, now + self.settings.reservation_ttl_seconds
         if unwanted:
             entry.state, entry.expires, entry.withdrawn, entry.reason = GrantState.releasing, None, True, "given back"

@@ -6,6 +6,7 @@ Here rather than in the routes, so that a new route is closed until somebody ope
 from __future__ import annotations
 
 import asyncio
+import sys
 
 from nbgpu.errors import NbgpuError
 from nbgpu.http import App, Receive, Reread, Scope, Send, answer_error, read_body
@@ -41,7 +42,7 @@ class Front:
         """Serve one request, or refuse it."""
         try:
             scope.setdefault("state", {})["speaker"] = self._speaker(scope)
-            body = await asyncio.wait_for(read_body(receive, BODY_BYTES), BODY_SECONDS)
+            body = await _in_time(receive) if _has_body(scope) else b""
             if body is None:
                 raise NbgpuError(f"The body of a request may have {BODY_BYTES} bytes.", code="too-large", status=413, field="body")
         except NbgpuError as error:
@@ -69,3 +70,14 @@ class Front:
         if scope["method"] != "GET" and asked not in READS:
             speaker.must_be_hub()
         return speaker
+
+
+def _has_body(scope: Scope) -> bool:
+    return any(name in (b"content-length", b"transfer-encoding") and value != b"0" for name, value in scope["headers"])
+
+
+async def _in_time(receive: Receive) -> bytes | None:
+    if sys.version_info < (3, 11):
+        return await asyncio.wait_for(read_body(receive, BODY_BYTES), BODY_SECONDS)
+    async with asyncio.timeout(BODY_SECONDS):  # `wait_for` makes a task of it, a sixth of all that a call costs
+        return await read_body(receive, BODY_BYTES)

@@ -35,9 +35,14 @@ class IdlePolicy:
             return False
         if entry.busy or entry.parking or entry.wanted is not None or entry.moving is not None:
             return False
-        if entry.request.owner.user in self.users or self.groups.intersection((*entry.request.groups, *entry.slice.groups)):
+        if self.protects(entry):
             return False
         return sum(part.memory_bytes for part in entry.slice.devices) >= self.least_bytes
+
+    def protects(self, entry: Entry) -> bool:
+        """Return whether a slice is left alone, whatever it does."""
+        groups = (*entry.request.groups, *(entry.slice.groups if entry.slice is not None else ()))
+        return entry.request.owner.user in self.users or bool(self.groups.intersection(groups))
 
 
 def note_of(entry: Entry) -> str | None:

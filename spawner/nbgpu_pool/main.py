@@ -21,7 +21,7 @@ from fastapi import FastAPI
 
 from nbgpu import alive, logs
 from nbgpu.errors import NbgpuError
-from nbgpu.http import MOST_CONNECTIONS, PatientProtocol
+from nbgpu.http import PatientProtocol
 from nbgpu.paths import AGENT_SOCKET, POOL_SOCKET, runtime_dir
 
 from .api import create_app
@@ -33,6 +33,8 @@ from .lock import InstanceLock
 from .service import Service
 
 LOCK_FILE = "pool.lock"
+MOST_CONNECTIONS = 8000
+"""Of one listening socket: everybody who waits keeps one for their events."""
 log = logging.getLogger("nbgpu.pool")
 
 
@@ -115,7 +117,7 @@ def _run_kubernetes(options: Options) -> int:
 
 def _raise_file_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 4 * MOST_CONNECTIONS
+    wanted = 3 * MOST_CONNECTIONS
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(hard, wanted), hard))
 
@@ -147,10 +149,18 @@ async def _serve(config: Config, guard: Guard, place: Path, sockets: list[socket
 
 def _server(app: FastAPI | Gate) -> uvicorn.Server:
     config = uvicorn.Config(
-        app, http=PatientProtocol, lifespan="off", access_log=False, log_config=None, proxy_headers=False,
+        app, http=Protocol, lifespan="off", access_log=False, log_config=None, proxy_headers=False,
         timeout_graceful_shutdown=2, timeout_keep_alive=60, ws="none",
     )  # fmt: skip
     return _Server(config)
+
+
+class Protocol(PatientProtocol):
+    """The pool's server protocol."""
+
+    def most_connections(self) -> int:
+        """Return how many connections there may be at a time."""
+        return MOST_CONNECTIONS
 
 
 class _Server(uvicorn.Server):

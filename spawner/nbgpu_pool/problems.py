@@ -82,18 +82,19 @@ def without_422(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-def _answer(error: NbgpuError) -> Response:
+def answer_of(error: NbgpuError) -> Response:
+    """Return the answer that says what is wrong."""
     return JSONResponse(error.as_json(), error.status, headers={"Retry-After": "2"} if error.status == 503 else None)
 
 
 async def _known(_: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, NbgpuError)
-    return _answer(error)
+    return answer_of(error)
 
 
 async def _invalid(_: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return _answer(words_for(error.errors()))
+    return answer_of(words_for(error.errors()))
 
 
 def words_for(errors: Sequence[Any]) -> NbgpuError:
@@ -121,7 +122,7 @@ def _shown(name: str) -> str:
 async def _http(_: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 400:  # FastAPI's word for a body that cannot be decoded
-        return _answer(NbgpuError("The body is no JSON.", code="invalid", status=400, field="body"))
+        return answer_of(NbgpuError("The body is no JSON.", code="invalid", status=400, field="body"))
     phrase = HTTPStatus(error.status_code).phrase
     code = {404: "unknown", 405: "method"}.get(error.status_code, "http")
     body = NbgpuError(f"{phrase}: see /openapi.json for what there is.", code=code, status=error.status_code).as_json()
@@ -130,4 +131,4 @@ async def _http(_: HttpRequest, error: Exception) -> Response:
 
 async def _unknown(http: HttpRequest, error: Exception) -> Response:
     log.error("%s %s failed", http.method, http.url.path, exc_info=error)
-    return _answer(NbgpuError("The pool failed at this request; its log says why.", code="internal", status=500))
+    return answer_of(NbgpuError("The pool failed at this request; its log says why.", code="internal", status=500))

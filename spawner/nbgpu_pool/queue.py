@@ -2,21 +2,30 @@
 
 A request that does not fit lets later ones pass until it has waited `overtake_seconds` or was passed `overtake_count` times.
 From then on it is *protected*: the devices on which least must be freed for it are earmarked, and nobody else is placed there.
-Sessions on them end, nothing new begins, so it gets in; the rest of the pool goes on serving others.
+Sessions on them end, nothing new begins, so it gets in; the rest of the pool goes on serving others. Where those sessions are long ones
+that does not bound how often it is passed: when that was `Fairness.most` times, nobody who came later gets any device that it could use.
+
+A request is passed when a later one is granted a device that it could use. Who waits for a quota is passed by nobody.
 """
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
-from functools import cached_property
 
 from nbgpu.quantities import WHOLE_MILLI
 
 from .books import Books, Entry
 from .placement import DEFAULT_POLICY, Place, Policy, nearest, place
 from .quotas import Quotas, Tally
-from .shapes import Part, Want
+from .shapes import Part, Want, resolve
+
+MOST_PER_DEVICE = 10
+"""`Fairness.most` is at least that for each device: to keep a whole pool for one who waits costs everybody, and in a large one a hundred
+pass in a minute.
+"""
+MOST_PROTECTED = 20
+"""So many at a time have devices of their own kept for them, the first of the queue: for thousands it would take the pool's time."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,10 @@ class Fairness:
 
     overtake_count: int = 50
     overtake_seconds: float = 900.0
+
+    def most(self, devices: int) -> int:
+        """Return how often a request that could use so many devices may be passed in all."""
+        return max(4 * self.overtake_count, MOST_PER_DEVICE * devices)
 
     def protects(self, entry: Entry, now: float) -> bool:
         """Whether nobody may take `entry`'s room any more."""
@@ -63,16 +76,21 @@ class Pass:
         self.kept = kept
         self.rooms, self.coming = books.ordered_rooms(), books.coming_rooms()
         self.barred: set[str] = set()
+        self.protected = 0
         self.kept_milli = 0
         self.waiting: list[Entry] = []
+        self._closed: set[Want] = set()
+        """Of those for whom all that they could use is kept."""
         self._misfits: set[tuple[Want, Part | None, int]] = set()
         self.tally = Tally.of(quotas, books.holdings(frozenset(quotas.groups), granted_only=True) if quotas.any() else [], books.free_milli)
 
     def serve(self, now: float) -> list[Entry]:
         """Grant all that can be granted now; return those entries."""
         granted: list[Entry] = []
+        quotas = self.quotas.any()
         for entry in self.books.waiting():
-            found = self.find(entry)
+            misfit = not quotas and not entry.earmark and (entry.want, None, len(self.barred) + len(self.kept)) in self._misfits
+            found = None if misfit else self.find(entry)
             if found is None:
                 self._wait(entry, now)
                 continue
@@ -82,8 +100,7 @@ class Pass:
             if found[0][0].coming:  # took nothing of what is here
                 self.tally.free_milli += _sum(found).compute_milli
             entry.earmark, entry.holder, entry.reason = (), "", None
-            for passed in self.waiting:
-                passed.overtaken += not passed.holder
+            self.passed(found)
             granted.append(entry)
         return granted
 
@@ -97,14 +114,16 @@ class Pass:
         if cap is not None and self._over(entry.want, cap):
             entry.holder = words
             return None
-        barred = (self.barred - set(entry.earmark)) | self.kept
-        key = entry.want, cap, len(barred)
+        barred = (self.barred - set(entry.earmark)) | self.kept if entry.earmark or self.kept else self.barred
+        key = entry.want, cap, len(self.barred) + len(self.kept)
         if not entry.earmark and key in self._misfits:
             return None
-        found = self._place(entry.want, barred, cap)
+        found = self._place(entry.want, barred, cap) if self.books.may_fit(entry.want) else None
         if found is None:
             if not entry.earmark:
                 self._misfits.add(key)
+                if cap is None and self.books.may_fit(entry.want) and (not barred or self._place(entry.want, frozenset(), None) is None):
+                    self.books.misfits(entry.want)
             return None
         if found[0][0].coming:
             return found
@@ -113,6 +132,14 @@ class Pass:
         if self.tally.free_milli - milli < kept + self.kept_milli:
             return None
         return found
+
+    def passed(self, found: Place) -> None:
+        """Note that those who wait are passed by one who gets a place that they could use too."""
+        if found[0][0].coming:  # there is one more for everybody
+            return
+        device = found[0][0].device
+        for entry in self.waiting:
+            entry.overtaken += not entry.holder and resolve(entry.want, device) is not None
 
     def keep_for_waiting(self, now: float, but: Entry | None = None) -> None:
         """Keep what those who wait have a right to, all but one: `find` then answers for a newcomer."""
@@ -130,19 +157,11 @@ class Pass:
         return found or self._here(want, barred, cap) or self._to_come(want, cap)
 
     def _here(self, want: Want, barred: Set[str], cap: Part | None) -> Place | None:
-        found = self.books.valued.place(want, barred, cap) if self.books.valued is not None else None
-        if found is not None:
-            return found
-        return self._fitting(want, barred, cap)
+        return self.books.decide(want, barred, cap, self.policy)
 
-    def _fitting(self, want: Want, barred: Set[str], cap: Part | None) -> Place | None:
-        if want.device_count == 1:
-            return self.books.buckets.place(want, barred, cap, self.policy, coming=False)
-        return place(self.rooms, want, barred=barred, cap=cap, policy=self.policy)
-
-    @cached_property
-    def _healthy(self) -> set[str]:
-        return {room.device.uuid for room in self.rooms if room.device.healthy}
+    def _healthy(self, uuids: Iterable[str]) -> bool:
+        rooms = (self.books.rooms.get(uuid) for uuid in uuids)
+        return all(room is not None and room.device.healthy and not room.coming for room in rooms)
 
     def _to_come(self, want: Want, cap: Part | None) -> Place | None:
         return place(self.coming, want, cap=cap, policy=self.policy) if self.coming else None
@@ -167,12 +186,29 @@ class Pass:
             if cost is not None:
                 self.tally.reserve(entry.request.owner, self.quotas.counted(entry.request.groups), cost)
             return
-        if not entry.earmark or not self._healthy.issuperset(entry.earmark) or self.barred.intersection(entry.earmark):
+        if entry.overtaken >= self.fairness.most(self.books.of_use(entry.want)):
+            entry.earmark = () if entry.want in self._closed else self._all_of_use(entry.want)
+            self._closed.add(entry.want)
+        elif self.protected >= MOST_PROTECTED:
+            entry.earmark = ()
+            return
+        elif not entry.earmark or not self._healthy(entry.earmark) or self.barred.intersection(entry.earmark):
             entry.earmark = nearest(self.rooms, entry.want, barred=self.barred)
+        self.protected += 1
         self.barred.update(entry.earmark)
-        if cost is not None and self._fitting(entry.want, self.barred - set(entry.earmark), None) is not None:
+        if cost is not None and self.books.may_fit(entry.want) and self._fits(entry):
             # It fits, but for others' guarantees: what comes free adds up for it instead of going to smaller ones.
             self.kept_milli += min(cost.compute_milli, WHOLE_MILLI * len(self.rooms))
+
+    def _fits(self, entry: Entry) -> bool:
+        return self.books.fitting(entry.want, self.barred - set(entry.earmark), None, self.policy) is not None
+
+    def _all_of_use(self, want: Want) -> tuple[str, ...]:
+        """Return all devices that `want` could be placed on; none where there are too few of them now, whoever else waits."""
+        if not nearest(self.rooms, want, barred=self.barred):
+            return ()
+        there = (room.device for room in self.rooms if room.device.healthy and room.device.uuid not in self.barred)
+        return tuple(device.uuid for device in there if resolve(want, device) is not None)
 
 
 def _sum(found: Place) -> Part:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from nbgpu.models import (
     AvailabilityQuery,
     Grant,
     GrantState,
+    Hints,
     Launch,
     LaunchGrant,
     LaunchRequest,
@@ -25,15 +26,21 @@ from nbgpu.models import (
     Slice,
 )
 
+from . import hints
 from .availability import answer
 from .books import Entry
-from .core import Core
+from .core import STARTING, Core
 from .ledger import Ledger, LedgerRefused
 from .metrics import Metrics
 from .state import Settings
 
 TICK_SECONDS = 0.5
 RETRY_SECONDS = 0.5
+WOKEN_AT_ONCE = 50
+"""So many of those who wait for a change are woken at a time,"""
+WAKING_SECONDS = 0.05
+"""and after so long the next."""
+HINTS_SECONDS = 1.0
 REFUSED_SECONDS = 10.0
 """The longest pause before the ledger is asked again for what it refused."""
 
@@ -54,8 +61,15 @@ class Service:
         self._refused: dict[str, float] = {}
         """How long was waited after what the ledger refused of a slice last."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._hints: tuple[float, Hints] | None = None
+        self._refreshes = False
         self._wake = asyncio.Event()
-        self._waiters: set[asyncio.Future[None]] = set()
+        self._waiters: set[asyncio.Future[bool]] = set()
+        self._following: dict[str, set[asyncio.Future[bool]]] = {}
+        """Those of them that follow one request, by its id."""
+        self._due: list[asyncio.Future[bool]] = []
+        """Who has to be woken still."""
+        self._waking: asyncio.TimerHandle | None = None
         self._announced = 0
 
     # -- life --------------------------------------------------------------------------------------------------------
@@ -123,13 +137,14 @@ class Service:
                 waited = self.clock() - entry.enqueued
                 self.metrics.waited(waited)
                 where = ",".join(f"{one.index}:{one.compute_milli}" for one in entry.slice.devices)
-                log.info(
-                    "granted %s %s node=%s devices=%s waited=%.1fs", request_id, _who(entry.request.owner), entry.slice.node, where, waited
-                )
+                who, asked = _who(entry.request.owner), _asked(entry.request)
+                log.info("granted %s %s %s node=%s devices=%s waited=%.1fs", request_id, who, asked, entry.slice.node, where, waited)
         for request_id in effects.ended:
             entry = self.core.ended.get(request_id)
             if entry is not None:
                 log.info("gone %s %s: %s", request_id, _who(entry.request.owner), entry.reason)
+        for request_id in (*effects.granted, *effects.ended):
+            self._wake_all(self._following.get(request_id, ()))
         for slice_id in effects.parks:
             self._spawn(self._park(slice_id))
         for what, slice_ids in ((self._release, effects.releases), (self._resize_again, effects.resizes), (self._move, effects.moves)):
@@ -138,6 +153,13 @@ class Service:
                     self._asking.add(slice_id)
                     self._spawn(self._ask(what, slice_id))
         self._announce()
+        if not self._refreshes:
+            self._refreshes = True
+            asyncio.get_running_loop().call_soon(self._refresh)  # the answer goes out first
+
+    def _refresh(self) -> None:
+        self._refreshes = False
+        self.core.books.refresh()
 
     async def _ask(self, what: Callable[[str], Awaitable[None]], slice_id: str) -> None:
         """Ask the ledger for something that is asked again until it is answered."""
@@ -236,25 +258,52 @@ class Service:
     # -- waiting for changes -----------------------------------------------------------------------------------------
 
     def _announce(self, force: bool = False) -> None:
-        if self._announced != self.core.generation or force:
-            self._announced = self.core.generation
-            for waiter in self._waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
+        """Wake those who wait for a change, some at a time: thousands of them must not keep the others' answers waiting."""
+        if force:
+            self._wake_all(list(self._waiters))
+        elif self._waking is None and (self._due or self._announced != self.core.generation):
+            if not self._due:
+                self._announced, self._due = self.core.generation, list(self._waiters)
+            now, self._due = self._due[:WOKEN_AT_ONCE], self._due[WOKEN_AT_ONCE:]
+            if now:
+                self._wake_all(now)
+                self._waking = asyncio.get_running_loop().call_later(WAKING_SECONDS * len(now) / WOKEN_AT_ONCE, self._go_on_waking)
 
-    async def changed(self, since: int, timeout_seconds: float) -> bool:
-        """Wait until the core's generation is another than `since`; False when the time is up first."""
+    def _go_on_waking(self) -> None:
+        self._waking = None
+        self._announce()
+
+    @staticmethod
+    def _wake_all(waiters: Iterable[asyncio.Future[bool]], changed: bool = True) -> None:
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(changed)
+
+    async def changed(self, since: int, timeout_seconds: float, of: str | None = None) -> bool:
+        """Wait until the core's generation is another than `since`; False when the time is up first.
+
+        Parameters
+        ----------
+        of : str, optional
+            Id of the request that is followed: who waits is woken at once when it is granted or ends.
+        """
         if self.core.generation != since or self.closing:
             return True
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[bool] = loop.create_future()
+        late = loop.call_later(timeout_seconds, self._wake_all, (waiter,), False)
         self._waiters.add(waiter)
+        if of is not None:
+            self._following.setdefault(of, set()).add(waiter)
         try:
-            await asyncio.wait_for(waiter, timeout_seconds)
-            return True
-        except (TimeoutError, asyncio.TimeoutError):
-            return False
+            return await waiter
         finally:
+            late.cancel()
             self._waiters.discard(waiter)
+            if of is not None:
+                self._following[of].discard(waiter)
+                if not self._following[of]:
+                    del self._following[of]
 
     # -- commands ----------------------------------------------------------------------------------------------------
 
@@ -264,9 +313,8 @@ class Service:
         fresh = self.core.entry(request.request_id) is None
         with self.metrics.placement():
             grant = self.core.request(request, now)
-        if fresh:
-            asked = f"n={request.device_count} compute={request.compute_milli} memory={request.memory_milli or request.memory_bytes}"
-            log.info("request %s %s %s -> %s", request.request_id, _who(request.owner), asked, grant.state.value)
+        if fresh and grant.state != GrantState.reserved:  # else one line tells all of it: `settle`
+            log.info("request %s %s %s -> %s", request.request_id, _who(request.owner), _asked(request), grant.state.value)
         self.settle()
         return grant
 
@@ -289,7 +337,8 @@ class Service:
     def cancel(self, request_id: str, hub: str | None) -> Grant | None:
         """Give a request up."""
         entry = self.core.cancel(request_id, hub, self.clock())
-        log.info("release %s -> %s", request_id, entry.state.value if entry else "unknown, remembered")
+        if entry is None or entry.state != GrantState.gone:
+            log.info("release %s -> %s", request_id, entry.state.value if entry else "unknown, remembered")
         self.settle()
         return self.core.grant(entry, self.clock()) if entry else None
 
@@ -368,6 +417,19 @@ class Service:
     def availability(self, query: AvailabilityQuery) -> list[Availability]:
         """Return what each shape of a query would meet."""
         return answer(self.core, query, self.clock())
+
+    def hints(self) -> Hints:
+        """Return whose move or end would let in somebody who waits; found anew once a second at most, as it looks at all devices."""
+        if not self.core.ready:
+            raise Unavailable(STARTING, code="starting")
+        now = self.clock()
+        if self._hints is None or now - self._hints[0] >= HINTS_SECONDS:
+            self._hints = now, hints.answer(self.core, now)
+        return self._hints[1]
+
+
+def _asked(request: Request) -> str:
+    return f"n={request.device_count} compute={request.compute_milli} memory={request.memory_milli or request.memory_bytes}"
 
 
 def _who(owner: Owner) -> str:

@@ -18,7 +18,7 @@ def out_of_service(books: Books, want: Want) -> str | None:
     want : Want
         For which no place was found on devices that are healthy.
     """
-    if all(room.device.healthy for room in books.ordered_rooms()):
+    if books.all_healthy:
         return None
     for _, node in groupby(books.ordered_rooms(), key=lambda room: room.device.node):
         fit = [room for room in node if (part := resolve(want, room.device)) is not None and room.fits(part)]

@@ -141,6 +141,7 @@ class PoolClient:
             return self._devices[1]
         if self._asking is None:
             self._asking = asyncio.ensure_future(self._ask_for_devices())
+            self._asking.add_done_callback(_heard)
         return await asyncio.shield(self._asking)
 
     async def _ask_for_devices(self) -> list[DeviceBooks]:
@@ -173,6 +174,12 @@ class PoolClient:
         except (OSError, StreamClosedError) as error:
             raise PoolUnavailable(NO_ANSWER) from error
         return response.body
+
+
+def _heard(asked: asyncio.Future[list[DeviceBooks]]) -> None:
+    """Take note of an error that all who waited for it have left: the page was closed, or took too long."""
+    if not asked.cancelled():
+        asked.exception()
 
 
 def _read(adapter: TypeAdapter[_T], body: bytes) -> _T:

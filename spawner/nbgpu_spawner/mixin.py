@@ -491,7 +491,7 @@ class GPUSliceMixin(_Spawner):
             await asyncio.wait_for(self.pool.release(request_id), 5)
             _clean.add(owner)
         except (NbgpuError, asyncio.TimeoutError) as error:
-            self.log.warning("%s: could not release request %s yet: %s", self._log_name, request_id, error)
+            self.log.warning("%s: could not release request %s yet: %s", self._log_name, request_id, error or type(error).__name__)
             in_background(self._release_later(request_id))
 
     async def _release_later(self, request_id: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,7 +14,8 @@ from jupyterhub.scopes import needs_scope
 from tornado import web
 
 from nbgpu.errors import InvalidValue, NbgpuError
-from nbgpu.models import Grant, Resize
+from nbgpu.models import DeviceBooks, Grant, Resize
+from nbgpu.quantities import WHOLE_MILLI
 
 from .client import PoolUnavailable
 from .mixin import GPUSliceMixin
@@ -81,16 +83,12 @@ async def resize(spawner: GPUSliceMixin, asked: Any) -> dict[str, Any]:
     with suppress(PoolUnavailable):  # then the pool's own check has to do
         books = await spawner.pool.devices()
         check_against(wish, [book.device for book in books], max((book.least_bytes for book in books), default=0))
-    request_id = spawner.gpu_running_request()
-    if request_id is None:
-        raise NbgpuError("This server has no slice of a GPU.", code="no-slice", status=404)
+    request_id = _running(spawner)
     now = time.monotonic()
     if now - _asked.get(spawner, -PAUSE_SECONDS) < PAUSE_SECONDS:
         raise NbgpuError("That was asked a moment ago. Try again in some seconds.", code="too-often", status=429)
     _asked[spawner] = now
-    if (await spawner.pool.grant(request_id)).request.owner != spawner.gpu_owner():
-        # the id may have come from a pod's annotation, which others may have written
-        raise NbgpuError("This server has no slice of a GPU.", code="no-slice", status=404)
+    await _own(spawner, request_id)
     try:
         return answer(await spawner.pool.resize(request_id, limits(wish)))
     except NbgpuError as error:
@@ -102,24 +100,68 @@ async def resize(spawner: GPUSliceMixin, asked: Any) -> dict[str, Any]:
         raise NbgpuError(message, code="state", status=409) from error
 
 
+async def room(spawner: GPUSliceMixin) -> dict[str, Any]:
+    """Return what is free beside a running server's slice, on each of its GPUs. Raises NbgpuError with words for its user."""
+    must_be_offered(spawner.gpu_resize, await spawner.gpu_profiles())
+    grant = await _own(spawner, _running(spawner))
+    mine = {part.uuid for part in grant.slice.devices} if grant.slice is not None else set()
+    books = [book for book in await spawner.pool.devices(max_age_seconds=0) if book.device.uuid in mine]
+    return {"devices": [_free(book) for book in books]}
+
+
+def _free(book: DeviceBooks) -> dict[str, Any]:
+    device, healthy = book.device, book.device.healthy  # nothing grows on a GPU that is not
+    return {
+        "uuid": device.uuid,
+        "index": device.index,
+        "free_bytes": max(0, device.usable_bytes - book.memory_granted_bytes) if healthy else 0,
+        "free_milli": max(0, WHOLE_MILLI - book.compute_granted_milli) if healthy else 0,
+    }
+
+
+def _running(spawner: GPUSliceMixin) -> str:
+    request_id = spawner.gpu_running_request()
+    if request_id is None:
+        raise NbgpuError("This server has no slice of a GPU.", code="no-slice", status=404)
+    return request_id
+
+
+async def _own(spawner: GPUSliceMixin, request_id: str) -> Grant:
+    grant = await spawner.pool.grant(request_id)
+    if grant.request.owner != spawner.gpu_owner():
+        # the id may have come from a pod's annotation, which others may have written
+        raise NbgpuError("This server has no slice of a GPU.", code="no-slice", status=404)
+    return grant
+
+
 class ResizeHandler(APIHandler):
-    """``POST /hub/api/nbgpu/resize?user=&server=``: for the server's own token, and for who may use the server."""
+    """``/hub/api/nbgpu/resize?user=&server=``: for the server's own token, and for who may use the server.
+
+    ``GET`` says what is free beside its slice, ``POST`` asks for another size.
+    """
+
+    async def get(self) -> None:
+        """Answer as :meth:`post` does."""
+        await self._for_user(room)
 
     async def post(self) -> None:
         """Answer for the named server of the token's user, or of `user` to who has access to it."""
+        await self._for_user(lambda spawner: resize(spawner, self._body()))
+
+    async def _for_user(self, act: Callable[[GPUSliceMixin], Awaitable[dict[str, Any]]]) -> None:
         if self.current_user is None:
             raise web.HTTPError(403)
         user_name = self.get_argument("user", "", strip=False) or self.current_user.name
-        await self._resize(user_name=user_name, server_name=self.get_argument("server", "", strip=False))
+        await self._answer(act, user_name=user_name, server_name=self.get_argument("server", "", strip=False))
 
     @needs_scope("access:servers")
-    async def _resize(self, user_name: str, server_name: str) -> None:
+    async def _answer(self, act: Callable[[GPUSliceMixin], Awaitable[dict[str, Any]]], user_name: str, server_name: str) -> None:
         user = self.find_user(user_name)
         spawner = user.spawners.get(server_name) if user is not None and server_name in user.orm_user.orm_spawners else None
         if spawner is None or not isinstance(spawner, GPUSliceMixin):
             raise web.HTTPError(404, "No such server with a slice of a GPU")
         try:
-            found = await resize(spawner, self._body())
+            found = await act(spawner)
         except NbgpuError as error:
             self.set_status(error.status)
             found = error.as_json()

@@ -22,6 +22,12 @@ from ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOTS = Path(__file__).parent / "shots"
+PARTS = [ROOT, ROOT / "spawner", ROOT / "nodeagent", ROOT / "labextension"]
+BUILT = ROOT / "labextension" / "nbgpu_lab" / "labextension"
+THIS_CHECKOUT = """
+load_subconfig({config!r})
+c.Spawner.environment.update({{"JUPYTER_PATH": {shared!r}}})
+"""
 
 
 @dataclass
@@ -61,6 +67,7 @@ def running_hub(config: Path, base: Path, **environment: str) -> Iterator[Hub]:
     env.update(NBGPU_RUNTIME_DIR=str(runtime), NBGPU_PORT=str(port))
     env.update(NBGPU_SIM_STATE=f"/dev/shm/{base.name}", NBGPU_SIM_DEVICES="1", **environment)
     binaries = [str(Path(sys.executable).parent), str(ROOT / "node_modules" / ".bin")]
+    env["PYTHONPATH"] = os.pathsep.join([*map(str, PARTS), env.get("PYTHONPATH", "")])
     env["PATH"] = os.pathsep.join([*binaries, env.get("PATH", "")])
     log = base / "hub.log"
     with log.open("wb") as out:
@@ -87,10 +94,21 @@ def running_hub(config: Path, base: Path, **environment: str) -> Iterator[Hub]:
         Path(env["NBGPU_SIM_STATE"]).unlink(missing_ok=True)
 
 
+def of_this_checkout(config: Path, base: Path) -> Path:
+    """Write, in `base`, the same configuration with servers that show this checkout's front end: another's may be the installed one."""
+    shared = base / "jupyter"
+    (shared / "labextensions").mkdir(parents=True)
+    (shared / "labextensions" / "nbgpu-lab").symlink_to(BUILT)
+    written = base / "config.py"
+    written.write_text(THIS_CHECKOUT.format(config=str(config), shared=str(shared)))
+    return written
+
+
 @pytest.fixture(scope="module")
 def hub() -> Iterator[Hub]:
     """Start the embedded default as ``make run`` does, in directories of its own."""
-    with running_hub(ROOT / "jupyterhub_config.py", Path(tempfile.mkdtemp(prefix="nbgpu-browser-"))) as running:
+    base = Path(tempfile.mkdtemp(prefix="nbgpu-browser-"))
+    with running_hub(of_this_checkout(ROOT / "jupyterhub_config.py", base), base) as running:
         yield running
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from browser_hub import Hub, shot
+from browser_hub import BUILT, Hub, shot
 from browser_kit import wait_for
 from lab_pages import (
     ALLOCATE,
@@ -35,6 +35,9 @@ from playwright.sync_api import Browser, expect
 from nbgpu.quantities import GIB
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
+
+ENTRY = """JSON.parse(document.getElementById('jupyter-config-data').textContent)
+    .federated_extensions.find(one => one.name === 'nbgpu-lab').load.split('/').at(-1)"""
 
 
 def books(hub: Hub) -> dict[str, list[dict[str, Any]]]:
@@ -81,6 +84,12 @@ def test_a_notebook_with_a_quarter(chromium: Browser, hub: Hub) -> None:
     shot(ada, "1-start-page")
     start(ada, "quarter")
     in_lab(ada)
+
+    # nothing is to be saved where nothing was done
+    ada.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for()
+    ada.wait_for_timeout(1000)
+    expect(ada.locator(".lm-DockPanel-tabBar .jp-mod-dirty")).to_have_count(0)
+    assert [path.name for path in BUILT.glob("static/remoteEntry.*.js")] == [ada.evaluate(ENTRY)], "the front end is this checkout's"
 
     # the status bar, the panel and every way of asking say the slice's number
     expect(ada.locator(".nbgpu-Status")).to_contain_text("of 19.5 GiB")
@@ -148,6 +157,8 @@ def test_a_notebook_with_a_quarter(chromium: Browser, hub: Hub) -> None:
     dorothy = log_in(chromium, hub, "dorothy")
     start(dorothy, "half")
     wait_for("dorothy has the other half", lambda: sizes(hub) == {"ada": 39 * GIB, "dorothy": 39 * GIB}, 60)
+    ada.locator("#nbgpu-panel").get_by_role("button", name="Change the size of this slice").click()
+    expect(ada.locator(".nbgpu-Resize-room")).to_have_text("Free on GPU 0 now: 0 % of its time, 0 B of its memory.")
     ask_for_size(ada, "3/4")
     size_refused(ada, "GPU 0 has 0 B of memory free, and 19.5 GiB more are asked for.")
     without_notices(ada)
@@ -160,7 +171,14 @@ def test_a_notebook_with_a_quarter(chromium: Browser, hub: Hub) -> None:
     assert "OUT_OF_MEMORY" in run_cell(ada, "print(driver.cuMemAlloc(6 * 1024**3)[0].name)")
     assert sizes(hub) == {"ada": 39 * GIB // 2, "dorothy": 39 * GIB}
     stop(dorothy, hub)
-    stop(ada, hub)
+
+    # a server that is stopped is said to be stopped on the page that is left open, and nothing false is told
+    told = ada.locator("#nbgpu-panel .nbgpu-Happened li").count()
+    stop(sign_in(chromium, hub, "ada", "/hub/home"), hub)
+    expect(ada.locator(".nbgpu-Panel-away")).to_contain_text("This server was stopped.")
+    assert ada.locator("#nbgpu-panel .nbgpu-Happened li").count() <= told
+    without_notices(ada)
+    shot(ada, "6-stopped")
 
 
 def test_a_refused_value_can_be_mended(chromium: Browser, hub: Hub) -> None:

@@ -300,8 +300,7 @@ def test_a_refusal_is_told_within_a_second_and_a_burst_once_a_second(agent: Agen
     first = own.call("GET", "/v1/events?after=-1&wait_seconds=5", wait_seconds=5)
     assert time.monotonic() - before < 1
     assert first[0]["message"] == (
-        "Notebook kernel 3f2a0000… was refused 2 GiB: this server's slice of 19.5 GiB is full (19 GiB in use). "
-        "Free some or get a larger slice."
+        "Notebook kernel 3f2a0000… was refused 2 GiB: this server's slice of 19.5 GiB has 512 MiB left. Free some or get a larger slice."
     )
     assert (first[0]["kernel_id"], first[0]["data"]["count"]) == ("3f2a0000-1111-2222", 1)
     for _ in range(200):

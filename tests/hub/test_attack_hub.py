@@ -139,6 +139,11 @@ def test_a_server_may_ask_for_another_size_of_its_own_slice_only(hub: Hub, ada: 
         assert {what: answer.status_code for what, answer in refused.items()} == {
             "another's": 404, "no such user": 404, "no such server": 404, "nobody": 403, "a page without XSRF": 403,
         }  # fmt: skip
+        for what, answer in (("another's", hub.api("GET", "nbgpu/resize?user=grace", None, tokens["ada"])),
+                             ("nobody", hub.api("GET", "nbgpu/resize?user=ada", None, "wrong"))):  # fmt: skip
+            assert answer.status_code in (403, 404), what
+            assert "free" not in answer.text
+        assert hub.api("GET", "nbgpu/resize?user=ada", None, tokens["ada"]).status_code == 200, "control: its own"
         assert milli() == [250, 250]
         answer = resize(hub, tokens["ada"], "ada")
         assert answer.status_code == 200, "control: its own"

@@ -101,7 +101,12 @@ def test_a_running_server_grows_to_its_quota_and_no_further(stack: tuple[Hub, Po
 
         return until(ask, 10, "asked without haste")
 
+    def free() -> dict[str, Any]:
+        (device,) = hub.api("GET", "nbgpu/resize?user=alan", None, token).json()["devices"]
+        return {name: device[name] for name in ("index", "free_bytes", "free_milli")}
+
     assert probe(hub, "alan")["total"] == memory_share_bytes(78 * GIB, 125)
+    assert free() == {"index": 0, "free_bytes": 78 * GIB - memory_share_bytes(78 * GIB, 125), "free_milli": 875}
     assert resize("1/4").status_code == 200
     until(lambda: probe(hub, "alan")["total"] == memory_share_bytes(78 * GIB, 250), 5, "a quarter is in force")
     refused = resize("1/2")

@@ -6,9 +6,11 @@ import asyncio
 import json
 import os
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from lab_helpers import until
 from tornado.httpclient import HTTPClientError
 from tornado.netutil import bind_sockets
 
-from nbgpu_lab import hub
+from nbgpu_lab import hub, idle
 from nbgpu_lab.client import SliceClient
 from nbgpu_lab.extension import SCHEMA_ID
 from nbgpu_lab.notices import Notices
@@ -46,6 +48,54 @@ async def test_what_is_nested_too_deep_is_a_plain_400(agent: FakeAgent, jp_fetch
         await jp_fetch("nbgpu/api", path, method=method, body=NESTED)
     assert refused.value.code == 400
     assert refusal(refused.value)["field"] == "body"
+
+
+async def test_an_agents_answer_that_is_nested_too_deep_is_none(agent: FakeAgent, jp_fetch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    await usage(jp_fetch)
+
+    async def nested(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 100_000)
+        writer.close()
+
+    monkeypatch.setattr(agent, "_serve", nested)
+    await agent.stop()
+    await agent.start()
+    with pytest.raises(HTTPClientError) as refused:
+        await jp_fetch("nbgpu/api/kernels/abc", method="PUT", body='{"memory": "1/2"}')
+    assert refused.value.code == 503
+
+
+async def test_a_session_of_no_path_is_a_kernel_of_no_notebook(agent: FakeAgent, jp_fetch: Any) -> None:
+    """Whoever has the server's token may write that, a kernel too."""
+    body = json.dumps({"name": "", "type": "notebook", "path": "a.ipynb", "kernel": {"name": "python3"}})
+    session = json.loads((await jp_fetch("api/sessions", method="POST", body=body)).body)
+    with suppress(HTTPClientError):  # the server fails over it, and keeps it
+        await jp_fetch("api/sessions", session["id"], method="PATCH", body='{"path": null, "name": null}')
+    (kept,) = json.loads((await jp_fetch("api/sessions")).body)
+    assert kept["path"] is None
+    answer = await usage(jp_fetch)
+    assert answer["agent"]["ok"] is True
+    (kernel,) = answer["kernels"]
+    assert (kernel["kernel_id"], kernel["path"]) == (session["kernel"]["id"], None)
+    assert kernel["name"]
+
+
+async def test_sessions_that_cannot_be_listed_end_nothing(agent: FakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the agent was told of busy kernels stands, and it is told again once they are known."""
+    monkeypatch.setattr(idle, "NOT_OFFERED_SECONDS", idle.LOOK_SECONDS)
+    answers: list[Any] = [{"abc": {"state": "busy"}}, sqlite3.OperationalError("database is locked"), {"abc": {"state": "idle"}}]
+
+    async def kernels() -> Any:
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    telling = asyncio.ensure_future(idle.tell_kernels(SliceClient(agent.socket_path), kernels))
+    await until(lambda: len(answers) == 1 or telling.done())
+    assert not telling.done()
+    telling.cancel()
 
 
 JUNK_EVENTS: list[Any] = [

@@ -129,6 +129,7 @@ def test_a_strangers_notebook_runs_nothing(lab: Lab, page: Any) -> None:
     assert page.evaluate("window.jupyterapp.shell.currentWidget.content.activeCell.model.trusted") is False
     wait_for(lambda: monitors.count() == len(JUNK))
     for monitor in monitors.all():
+        monitor.scroll_into_view_if_needed()  # else it is not drawn
         monitor.get_by_text("first.ipynb: 8 GiB").wait_for()
     assert page.locator(".nbgpu-monitor").get_by_text("this notebook").count() == 0
     assert page.locator(".nbgpu-monitor img, .nbgpu-monitor script").count() == 0

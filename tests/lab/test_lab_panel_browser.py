@@ -4,6 +4,7 @@ who does not answer; by keyboard, in both themes. The agent and the hub are stan
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -38,7 +39,10 @@ window.fetch = async (...asked) => {
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Grants up to half a GPU."""
+    """Grants up to half a GPU, of which a quarter is free."""
+
+    def do_GET(self) -> None:
+        self._say(200, {"devices": [{"uuid": "GPU-1", "index": 0, "free_bytes": 19 * GIB, "free_milli": 250}]})
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -50,6 +54,9 @@ class Hub(BaseHTTPRequestHandler):
         else:
             message = "Your quota is half a GPU: with this slice you would hold a whole one."
             status, answer = 403, {"error": {"code": "quota", "message": message}}
+        self._say(status, answer)
+
+    def _say(self, status: int, answer: object) -> None:
         body = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
@@ -107,7 +114,16 @@ def tab_to(page: Any, selector: str, most: int = 60) -> None:
 
 
 def metadata(lab: Lab, notebook: str) -> Any:
-    return lab.call(f"api/contents/{notebook}")["content"]["metadata"].get("nbgpu")
+    """Return what a notebook says of its limit, once its file, which the server writes in place, can be read."""
+    read: list[Any] = []
+
+    def found() -> bool:
+        with contextlib.suppress(ValueError):
+            read.append(json.loads((lab.notebooks / notebook).read_text())["metadata"].get("nbgpu"))
+        return bool(read)
+
+    wait_for(found)
+    return read[0]
 
 
 def test_kernels_and_history(lab: Lab, page: Any) -> None:
@@ -194,7 +210,8 @@ def test_a_limit_is_kept_in_the_notebook(lab: Lab, page: Any) -> None:
     closed.get_by_role("button", name=re.compile("^Limit of second")).click()
     closed.get_by_role("button", name="Remove").click()
     closed.get_by_text("from the notebook").wait_for(state="detached")
-    assert (metadata(lab, LONG), lab.kernels[1] in lab.agent.limits) == (None, False)
+    wait_for(lambda: metadata(lab, LONG) is None)  # it is saved once the limit is gone
+    assert lab.kernels[1] not in lab.agent.limits
 
 
 def test_a_notebook_that_cannot_be_written_is_said(lab: Lab, page: Any) -> None:
@@ -211,6 +228,26 @@ def test_a_notebook_that_cannot_be_written_is_said(lab: Lab, page: Any) -> None:
     row.get_by_text("set here").wait_for()
 
 
+def test_a_part_of_the_time_is_shown_as_it_was_written(lab: Lab, page: Any) -> None:
+    """Ten percent of an eighth are 12.5 thousandths of the GPU: 12 are in force, which the form says."""
+    lab.agent.compute_milli = 125
+    try:
+        open_lab(page, lab, THEMES[0])
+        row = page.locator(f'#nbgpu-panel [data-kernel="{lab.kernels[1]}"]')
+        limit = row.get_by_role("button", name=re.compile("^Limit of"))
+        limit.click()
+        row.get_by_label("Compute limit").fill("10 %")
+        page.keyboard.press("Enter")
+        limit.get_by_text("10 %").wait_for()
+        assert lab.agent.limits[lab.kernels[1]]["compute_milli"] == 12
+        limit.click()
+        assert row.get_by_label("Compute limit").input_value() == "10 %"
+        row.get_by_text("12 of this slice's 125 are in force").wait_for()
+        pictures(page, "limit-rounded")
+    finally:
+        lab.agent.compute_milli = 250
+
+
 def test_another_size_of_the_slice(lab: Lab, page: Any) -> None:
     open_lab(page, lab, THEMES[0])
     panel = page.locator("#nbgpu-panel")
@@ -219,6 +256,7 @@ def test_another_size_of_the_slice(lab: Lab, page: Any) -> None:
     page.keyboard.press("Enter")
     form = panel.get_by_role("form", name="Size of this slice")
     assert form.get_by_label("Share of a GPU").input_value() == "1/4"
+    form.get_by_text("Free on GPU 0 now: 1/4 of its time, 19 GiB of its memory.").wait_for()
     form.get_by_label("Share of a GPU").fill("1")
     page.keyboard.press("Enter")
     form.get_by_role("alert").filter(has_text="Your quota is half a GPU").wait_for()
@@ -312,19 +350,22 @@ def test_the_panel_is_open_again_where_it_was_open(lab: Lab, page: Any) -> None:
     fill_slice(lab)
     panel, tab = page.get_by_role("region", name="GPU slice"), page.locator('.jp-SideBar.jp-mod-right [data-id="nbgpu-panel"]')
 
-    def kept() -> Any:
-        return page.expect_response(lambda answer: "/api/workspaces/" in answer.url and answer.request.method == "PUT")
+    def kept(is_open: bool) -> Any:
+        words = f'"nbgpu-lab:panel":{{"open":{str(is_open).lower()}}}'
+        return page.expect_response(
+            lambda answer: "/api/workspaces/" in answer.url and answer.request.method == "PUT" and words in (answer.request.post_data or "")
+        )
 
     def again() -> None:
         page.goto(f"{lab.url}/lab/tree/first.ipynb?token={lab.token}")
         page.locator(".nbgpu-Status").wait_for()
 
-    with kept():
+    with kept(True):
         open_lab(page, lab, "JupyterLab Light")
     again()
     panel.wait_for()
     page.locator(".jp-Notebook .jp-Cell").first.wait_for()
-    with kept():
+    with kept(False):
         tab.click()
     again()
     tab.wait_for()

@@ -203,3 +203,44 @@ async def test_junk_at_a_restart_leaves_the_limit_and_says_so(agent: FakeAgent, 
     (notice,) = notices.SERVER.after(0)
     assert notice["message"].endswith("Its kernel keeps the limit that it has.")
     await stop(manager)
+
+
+async def test_what_is_told_of_a_kernel_that_starts_has_its_notebooks_name(agent: FakeAgent, jp_fetch: Any, jp_root_dir: Path) -> None:
+    """The server's list has neither the kernel nor its session yet."""
+    (jp_root_dir / "deep").mkdir()
+    notebook(jp_root_dir / "deep", {"nbgpu": {"memory": "5 GiB"}})
+    set_limit = agent._limit
+
+    def tell(kernel_id: str, body: Any) -> Any:
+        agent.tell("limit-changed", f"Notebook kernel {kernel_id[:8]}… may use 5 GiB.", kernel_id=kernel_id, level="info")
+        return set_limit(kernel_id, body)
+
+    agent._limit = tell  # type: ignore[method-assign]
+    path = "deep/train.ipynb"
+    body = json.dumps({"name": "train.ipynb", "type": "notebook", "path": path, "kernel": {"name": "python3"}})
+    await jp_fetch("api/sessions", method="POST", body=body)
+    await until(lambda: notices.SERVER.after(0))
+    (notice,) = notices.SERVER.after(0)
+    assert notice["message"] == "train.ipynb may use 5 GiB."
+    assert (notice["name"], notice["path"]) == ("train.ipynb", path)
+
+
+async def test_nobody_is_told_that_a_kernel_that_has_ended_has_no_limit(agent: FakeAgent, jp_fetch: Any, jp_root_dir: Path) -> None:
+    """Also as the server stops, which ends its kernels. Control: of a kernel that lives it is told."""
+    notebook(jp_root_dir, {"nbgpu": {"memory": "5 GiB"}})
+    body = json.dumps({"name": "", "type": "notebook", "path": "train.ipynb", "kernel": {"name": "python3"}})
+    session = json.loads((await jp_fetch("api/sessions", method="POST", body=body)).body)
+    kernel_id, set_limit = session["kernel"]["id"], agent._limit
+
+    def tell(kernel_id: str, body: Any) -> Any:
+        agent.tell("limit-changed", f"of {'none' if body['memory_bytes'] is None else 'some'}", kernel_id=kernel_id, level="info")
+        return set_limit(kernel_id, body)
+
+    agent._limit = tell  # type: ignore[method-assign]
+    await jp_fetch("nbgpu/api/kernels", kernel_id, method="PUT", body="{}")
+    await jp_fetch("nbgpu/api/kernels", kernel_id, method="PUT", body='{"memory": "1/2"}')
+    await jp_fetch("api/sessions", session["id"], method="DELETE")
+    await until(lambda: agent.events[-1]["message"] == "of none")
+    agent.tell("kernel-ended", "the last")
+    await until(lambda: notices.SERVER.after(0) and notices.SERVER.after(0)[-1]["message"] == "the last")
+    assert [one["message"] for one in notices.SERVER.after(0)] == ["of none", "of some", "the last"]

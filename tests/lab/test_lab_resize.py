@@ -22,8 +22,11 @@ class FakeHub(web.RequestHandler):
     def initialize(self, heard: Heard, answer: dict[str, Any]) -> None:
         self.heard, self.answer = heard, answer
 
+    def get(self) -> None:
+        self.post()
+
     def post(self) -> None:
-        self.heard.append((self.request.headers["Authorization"], self.request.query, json.loads(self.request.body)))
+        self.heard.append((self.request.headers["Authorization"], self.request.query, json.loads(self.request.body or b"null")))
         self.set_status(self.answer["status"])
         self.finish(self.answer["body"])
 
@@ -59,6 +62,12 @@ async def test_asks_the_hub_with_the_servers_own_token(agent: FakeAgent, jp_fetc
     assert json.loads((await jp_fetch("nbgpu/api/usage")).body)["may_resize"] is True
     assert (await resize(jp_fetch, gpu_fraction="1/2"))["in_force"] is True
     assert heard == [("token the-servers", "user=ada+l%26x%3Dy&server=big", {"gpu_fraction": "1/2"})]
+
+
+async def test_asks_the_hub_what_is_free(agent: FakeAgent, jp_fetch: Any, heard: Heard, answer: dict[str, Any]) -> None:
+    answer["body"] = '{"devices": [{"uuid": "GPU-1", "index": 0, "free_bytes": 5, "free_milli": 250}]}'
+    assert json.loads((await jp_fetch("nbgpu/api/resize")).body) == json.loads(answer["body"])
+    assert heard == [("token the-servers", "user=ada+l%26x%3Dy&server=big", None)]
 
 
 @pytest.mark.parametrize(

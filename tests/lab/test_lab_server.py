@@ -158,8 +158,30 @@ async def test_where_a_limit_comes_from_is_told(agent: FakeAgent, jp_fetch: Any,
     await jp_fetch("nbgpu/api/kernels/abc", method="PUT", body="{}")
     assert await source() is None
     for number in range(3000):
-        origins.remember(str(number), {"memory_bytes": 1}, "panel")
+        origins.remember(str(number), {"memory_bytes": 1}, "panel", {"compute": "1/2"})
     assert len(origins._set) <= 1000
+    assert len(origins._parts) <= 1000
+
+
+@pytest.mark.parametrize(("asked", "milli", "part"), [("10 %", 12, 100), ("2.5%", 3, 25), ("1/2", 62, 500)])
+async def test_a_part_of_the_time_is_told_as_it_was_asked_for(agent: FakeAgent, jp_fetch: Any, asked: str, milli: int, part: int) -> None:
+    """What is in force is whole thousandths of the GPU's time: 10 % of an eighth are 12, which are 9.6 %."""
+    agent.compute_milli = 125
+    agent.kernel("abc", GIB)
+
+    async def told() -> tuple[int, int | None]:
+        await asyncio.sleep(EVERY_SECONDS)
+        kernel = (await usage(jp_fetch))["kernels"][0]
+        return kernel["limit"]["compute_milli"], kernel["limit_part_milli"]
+
+    await jp_fetch("nbgpu/api/kernels/abc", method="PUT", body=json.dumps({"compute": asked}))
+    assert await told() == (milli, part)
+    await jp_fetch("nbgpu/api/kernels/abc", method="PUT", body=json.dumps({"memory": "1/2", "compute_milli": milli}))
+    assert await told() == (milli, part), "the memory alone was changed"
+    agent.limits["abc"] = {"memory_bytes": None, "compute_milli": 20}
+    assert await told() == (20, None), "something else is in force"
+    await jp_fetch("nbgpu/api/kernels/abc", method="PUT", body=json.dumps({"compute_milli": 20}))
+    assert await told() == (20, None)
 
 
 @pytest.mark.parametrize("path", ["<img src=x onerror=alert(1)>.ipynb", "a\nb\x1b[2J\u202e.ipynb", '"}]; evil.ipynb', "x" * 10_000])
@@ -411,3 +433,21 @@ async def test_a_busy_gpu_keeps_its_server(agent: FakeAgent, jp_fetch: Any, monk
 
 async def no_kernels() -> dict[str, Any]:
     return {}
+
+
+async def test_as_the_server_ends_nobody_is_told_that_its_kernels_have(agent: FakeAgent, jp_fetch: Any, jp_serverapp: Any) -> None:
+    """Control: while it runs, it is told."""
+    jp_serverapp.write_server_info_file()
+    try:
+        body = json.dumps({"name": "", "type": "notebook", "path": "a.ipynb", "kernel": {"name": "python3"}})
+        await jp_fetch("api/sessions", method="POST", body=body)
+        for message in ("while it runs", "as it ends"):
+            agent.tell("kernel-ended", message, level="info")
+            await until(lambda: agent.count(f"/v1/events?after={agent.events[-1]['id']}"))
+            jp_serverapp.remove_server_info_file()
+    finally:
+        jp_serverapp.remove_server_info_file()
+    agent.tell("refused", "and else")
+    await until(lambda: agent.count(f"/v1/events?after={agent.events[-1]['id']}"))
+    told = [one["message"] for one in json.loads((await jp_fetch("nbgpu/api/events")).body)]
+    assert told == ["while it runs", "and else"]

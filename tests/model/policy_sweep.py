@@ -30,6 +30,10 @@ STRICT_BESIDE = {"50/50": "strict 50 beside 50", "70/30": "strict 30 beside 70"}
 MEAN_POINTS, WORST_POINTS, BUSY_RATIO = 1.0, 2.0, 0.99
 STRICT_POINTS, LATE_STRICT_POINTS = 0.5, 0.6
 LONG_LEAST, LONG_MOST = 24.0, 30.0
+LONG_BESIDE_MILLIS, LONG_BESIDE_KERNELS_MS = (300, 550), (20.0, 50.0, 100.0)
+LONG_BESIDE_LEAST = 0.9
+"""Of its share, for a strict slice beside GPU kernels so long (where its own are, the part that LONG_LEAST is of LONG_MOST); and of that
+what the driver does not lose when it runs two in turn."""
 GATE_P99_MS, VISIT_RATIO, VISIT_BUSY = 1.0, 0.6, 0.97
 
 
@@ -127,6 +131,43 @@ def long_cell(lib: c.CDLL, gpu: Gpu, strict: bool, seconds: int = 60) -> dict[st
     }
 
 
+def long_beside_cell(
+    lib: c.CDLL, gpu: Gpu, milli: int, kernel_ms: float, strict: bool, own_ms: float = 1.0, seconds: int = 20
+) -> dict[str, Any]:
+    """Play a strict slice beside one, burst or strict, whose GPU kernels of `kernel_ms` outlast its turns.
+
+    Never far below its share, never above.
+    """
+    works = [Work(milli, own_ms, strict=True), Work(1000 - milli, kernel_ms, strict=strict)]
+    with Sim(lib, gpu, works) as sim:
+        sim.run(8)
+        share = sim.run(seconds)[0]
+    # The driver alone gives it half, which is nearly a share of 55 %: beside that its neighbour has three processes in the control.
+    beside = dataclasses.replace(works[1], processes=3 if milli > 500 else 1)
+    with Sim(lib, gpu, [works[0], beside], limited=False) as sim:
+        control = sim.run(2)[0]
+    due = milli / 10
+    part = LONG_LEAST / LONG_MOST if own_ms > max(KERNELS_MS) else LONG_BESIDE_LEAST
+    least = due * part * gpu.slice_ms / (gpu.slice_ms + gpu.switch_ms)
+    most = due + STRICT_POINTS + own_ms / seconds / 10  # one kernel may lie across the end
+    return {
+        "gpu": vars(gpu),
+        "kernel_ms": kernel_ms,
+        "own_ms": own_ms,
+        "strict": strict,
+        "share": round(share, 2),
+        "control_share": round(control, 2),
+        "misses": [] if least <= share <= most else ["share"],
+        "control_blind": least <= control <= most,
+    }
+
+
+def long_beside(lib: c.CDLL, gpus: Iterable[Gpu], milli: int, own_ms: float = 1.0) -> list[dict[str, Any]]:
+    """Play it beside every length, burst and strict."""
+    cells = itertools.product(gpus, LONG_BESIDE_KERNELS_MS, (False, True))
+    return [long_beside_cell(lib, gpu, milli, kernel_ms, strict, own_ms) for gpu, kernel_ms, strict in cells]
+
+
 def percentile(values: list[float], part: float) -> float:
     """Return the value below which `part` of them are."""
     return sorted(values)[min(len(values) - 1, int(len(values) * part))]
@@ -179,6 +220,8 @@ def sweep(lib: c.CDLL, gpus: list[Gpu], windows: int) -> dict[str, list[dict[str
         out[strict_too] = [share_cell(lib, gpu, SHARES[name], kernel_ms, windows, strict=True) for gpu in gpus for kernel_ms in KERNELS_MS]
     out["strict 30 alone"] = [strict_cell(lib, gpu, kernel_ms, windows) for gpu in gpus for kernel_ms in KERNELS_MS]
     out["100 ms kernels at 30"] = [long_cell(lib, gpu, strict) for gpu in gpus for strict in (True, False)]
+    for milli in LONG_BESIDE_MILLIS:
+        out[f"strict {milli / 10:g} beside 20 to 100 ms kernels"] = long_beside(lib, gpus, milli)
     out["5 ms every 50 ms"] = [visit_cell(lib, gpu) for gpu in gpus]
     out["5 ms every 50 ms, beside 5 ms kernels"] = [visit_cell(lib, gpu, 5.0, visit_ratio=1.0) for gpu in gpus]
     return out

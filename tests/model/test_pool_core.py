@@ -1,7 +1,9 @@
-"""The pool's core against every order of requests, crashes and late or lost messages that Hypothesis can think of.
+"""The pool's core against every order of requests, crashes, lost nodes and late or lost messages that Hypothesis can think of.
 
 The ledger here behaves as the agent does: idempotent PUT that never exceeds a device, DELETE that only asks, slices that end with
 their last process. Messages to it can be late, lost, or answered to nobody; the pool can lose its memory at any moment.
+
+10,000 histories: ``NBGPU_MODEL_EXAMPLES=10000 python -m pytest tests/model/test_pool_core.py -k agree``.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from nbgpu.errors import NbgpuError
 from nbgpu.models import Device, GrantState, Owner, Request, Slice
 from nbgpu.quantities import GIB
+from nbgpu_pool import queue
 from nbgpu_pool.books import Entry
 from nbgpu_pool.core import Core
 from nbgpu_pool.placement import Policy
@@ -32,8 +35,14 @@ DEVICES = [
 USABLE = {device.uuid: device.usable_bytes for device in DEVICES}
 TTL = 100.0
 QUEUE_TTL = 500.0
-USER_LIMIT_MILLI = 1500
+USER_LIMITS_MILLI = [1500, 1500, 1000, 2500]
 EXAMPLES = int(os.environ.get("NBGPU_MODEL_EXAMPLES", "200"))
+
+
+@pytest.fixture(autouse=True)
+def _small_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request may be passed four times in all, so that short histories reach it."""
+    monkeypatch.setattr(queue, "MOST_PER_DEVICE", 0)
 
 
 @dataclass
@@ -67,6 +76,10 @@ class Truth:
         return False
 
 
+seldom = precondition(lambda self: self.number % 4 == 3)
+"""Else a history is all mishaps, and the pool is empty in most of them."""
+
+
 class PoolMachine(RuleBasedStateMachine):
     make_core: Callable[[Settings], Core] = Core
 
@@ -74,9 +87,17 @@ class PoolMachine(RuleBasedStateMachine):
         super().__init__()
         self.truth = Truth()
         self.now = 1000.0
+        self.behind = 0.0
+        """How far the clock has gone back in all."""
+        self.devices = {device.uuid: device for device in DEVICES}
+        """That the ledger shows."""
+        self.always_there = True
+        self.limit_milli = USER_LIMITS_MILLI[0]
+        self.within: set[str] = set()
+        """Requests whose grant was seen to be within the quota."""
         self.settings = Settings(
-            quotas=Quotas(default=Limits(limit_milli=USER_LIMIT_MILLI)),
-            fairness=Fairness(overtake_count=3, overtake_seconds=300),
+            quotas=Quotas(default=Limits(limit_milli=self.limit_milli)),
+            fairness=Fairness(overtake_count=1, overtake_seconds=300),
             reservation_ttl_seconds=TTL,
             queue_ttl_seconds=QUEUE_TTL,
         )
@@ -114,6 +135,21 @@ class PoolMachine(RuleBasedStateMachine):
         self.requests[asked.request_id] = asked
         self.post(asked)
 
+    @rule(several=st.lists(st.tuples(st.sampled_from([250, 500, 1000]), st.sampled_from([1, 1, 2]), st.sampled_from("abc")), max_size=5))
+    def several_at_once(self, several: list[tuple[int, int, str]]) -> None:
+        for milli, count, user in several:
+            self.request(milli, count, user, None)
+
+    @precondition(lambda self: self.core.ready and self.core.books.waiting())
+    @rule(milli=st.sampled_from([125, 250]))
+    def small_ones_come_and_go(self, milli: int) -> None:
+        for user in "abcabc":
+            self.request(milli, 1, user, None)
+            asked = self.core.books.entries.get(f"request-{self.number:04d}")
+            if asked is not None and not asked.at_ledger:
+                self.nobody_is_passed_for_ever()
+                self.core.cancel(asked.slice_id, "h", self.now)
+
     @precondition(lambda self: self.requests)
     @rule(pick=st.integers(0, 1000))
     def repeat(self, pick: int) -> None:
@@ -130,7 +166,8 @@ class PoolMachine(RuleBasedStateMachine):
         try:
             self.core.request(asked, self.now)
         except NbgpuError as error:
-            if error.code not in ("starting", "quota", "conflict", "queue-full"):
+            impossible = error.code == "impossible" and not self.always_there
+            if error.code not in ("starting", "quota", "conflict", "queue-full") and not impossible:
                 raise
 
     @precondition(lambda self: self.requests)
@@ -194,6 +231,10 @@ class PoolMachine(RuleBasedStateMachine):
         del self.truth.slices[running[pick % len(running)]]
 
     @rule()
+    def there_is_time(self) -> None:
+        self.core.books.refresh()
+
+    @rule()
     def send_snapshot(self) -> None:
         self.asked = self.core.mark
 
@@ -202,10 +243,11 @@ class PoolMachine(RuleBasedStateMachine):
     def answer_snapshot(self) -> None:
         assert self.asked is not None
         seen = [Seen(found, state) for found, state in self.truth.slices.values()]
-        self.core.snapshot(Snapshot(self.asked, DEVICES, seen), self.now)
+        self.core.snapshot(Snapshot(self.asked, list(self.devices.values()), seen), self.now)
         self.certain |= set(self.truth.slices)
         self.asked = None
 
+    @seldom
     @rule()
     def agent_away(self) -> None:
         self.core.away(self.now)
@@ -225,6 +267,32 @@ class PoolMachine(RuleBasedStateMachine):
         self.now += seconds
         self.core.tick(self.now)
 
+    @seldom
+    @rule(seconds=st.sampled_from([-50.0, -300.0, 7200.0]))
+    def clock_jumps(self, seconds: float) -> None:
+        seconds = max(seconds, self.behind - QUEUE_TTL)
+        self.behind += max(0.0, -seconds)
+        self.now += seconds
+        self.core.tick(self.now)
+
+    @seldom
+    @rule(pick=st.integers(0, len(DEVICES) - 1), fate=st.sampled_from(["sick", "gone", "well", "well"]))
+    def device_changes(self, pick: int, fate: str) -> None:
+        """Its slices stay where they are, as the ledger's."""
+        device = DEVICES[pick]
+        self.devices.pop(device.uuid, None)
+        if fate != "gone":
+            self.devices[device.uuid] = device.model_copy(update={"healthy": fate == "well"})
+        self.always_there &= fate == "well"
+
+    @seldom
+    @rule(limit=st.sampled_from(USER_LIMITS_MILLI))
+    def quota_changes(self, limit: int) -> None:
+        self.limit_milli = limit
+        self.settings = replace(self.settings, quotas=Quotas(default=Limits(limit_milli=limit)))
+        self.core.settings = replace(self.core.settings, quotas=self.settings.quotas)
+
+    @seldom
     @rule()
     def pool_is_killed(self) -> None:
         self.core = type(self).make_core(self.settings)
@@ -260,25 +328,34 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def quotas_hold(self) -> None:
-        if self.core.ready:
-            for user in "abc":
-                held = sum(
-                    sum(part.compute_milli for _, part in entry.parts())
-                    for entry in self.core.books.entries.values()
-                    if entry.request.owner.user == user and entry.state in (GrantState.reserved, GrantState.bound)
-                )
-                assert held <= USER_LIMIT_MILLI + 1000 * bool(self.late_seen()), user
+        """Whoever is granted something is within the quota of that moment; a lower one takes nothing back."""
+        held = [one for one in self.core.books.entries.values() if one.state in (GrantState.reserved, GrantState.bound)]
+        fresh = {one.request.owner.user for one in held if one.slice_id not in self.within and not one.adopted}
+        self.within = {one.slice_id for one in held}
+        for user in fresh:
+            mine = [one for one in held if one.request.owner.user == user]
+            milli = sum(part.compute_milli for one in mine for _, part in one.parts())
+            assert milli <= self.limit_milli + 1000 * self.late_seen(), user
+
+    @invariant()
+    def nobody_is_passed_for_ever(self) -> None:
+        if self.always_there:
+            for one in self.core.books.waiting():
+                assert one.overtaken <= self.settings.fairness.most(self.core.books.of_use(one.want)), one.slice_id
 
     def late_seen(self) -> bool:
         """After a crash or a late PUT the ledger may hold more of one user than was granted knowingly."""
         return any(entry.adopted for entry in self.core.books.entries.values())
 
     def teardown(self) -> None:
+        self.devices = {device.uuid: device for device in DEVICES}
         self.settle()
         at_ledger = {key for key, entry in self.core.books.entries.items() if entry.at_ledger}
         assert at_ledger == set(self.truth.slices), "the books differ from the ledger"
         for key in [key for key, (_, state) in self.truth.slices.items() if state == "running"]:
             del self.truth.slices[key]
+        self.settle()
+        self.everybody_gets_in()
         for _ in range(4):
             self.now += max(TTL, QUEUE_TTL) + 1
             self.core.tick(self.now)
@@ -286,6 +363,21 @@ class PoolMachine(RuleBasedStateMachine):
         assert not self.core.books.entries, "something leaked"
         assert not self.truth.slices, "a slice leaked at the ledger"
         assert all(room.free_milli == 1000 and room.part_count == 0 for room in self.core.books.rooms.values())
+
+    def everybody_gets_in(self) -> None:
+        """Those who hold something give it back, again and again, until nobody waits: nobody starves."""
+        for _ in range(len(self.core.books.entries)):
+            for entry in [one for one in self.core.books.entries.values() if one.holds]:
+                self.core.cancel(entry.slice_id, "h", self.now)
+            self.settle()
+        limit = Quotas(default=Limits(limit_milli=self.limit_milli))
+        waits = [one for one in self.core.books.waiting() if not self.above(one, limit)]
+        assert not waits, f"{[one.slice_id for one in waits]} wait in an empty pool"
+
+    def above(self, entry: Entry, quotas: Quotas) -> bool:
+        """Whether a request is by itself above a quota that was lowered after it had come."""
+        cost = self.core.books.cost(entry.want)
+        return cost is not None and cost.compute_milli > (quotas.default.limit_milli or 0)
 
     def settle(self) -> None:
         """Let all messages arrive."""
@@ -301,11 +393,25 @@ class PoolMachine(RuleBasedStateMachine):
                 del self.truth.slices[key]
 
 
+class OvertakenForEver(Core):
+    """Control: keeps nothing for those who wait."""
+
+    def __init__(self, settings: Settings):
+        super().__init__(replace(settings, fairness=Fairness(overtake_count=10**9, overtake_seconds=1e12)))
+
+
+class IgnoresQuotas(Core):
+    """Control: grants whatever the quotas."""
+
+    def __init__(self, settings: Settings):
+        super().__init__(replace(settings, quotas=Quotas()))
+
+
 QUICK = settings(max_examples=EXAMPLES, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(max(120, EXAMPLES))
 def test_books_and_ledger_agree_whatever_happens() -> None:
     run_state_machine_as_test(PoolMachine, settings=QUICK)
 
@@ -318,7 +424,7 @@ class ByValue(Core):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(max(120, EXAMPLES))
 def test_books_and_ledger_agree_whatever_the_rule() -> None:
     machine = type("ByValueMachine", (PoolMachine,), {"make_core": staticmethod(ByValue)})
     run_state_machine_as_test(machine, settings=settings(QUICK, max_examples=max(EXAMPLES // 5, 1)))
@@ -348,7 +454,7 @@ class TrustsOldSnapshots(Core):
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("broken", [FreesEarly, NoRebuild, TrustsOldSnapshots])
+@pytest.mark.parametrize("broken", [FreesEarly, NoRebuild, TrustsOldSnapshots, OvertakenForEver, IgnoresQuotas])
 def test_control_a_broken_core_is_found(broken: type[Core]) -> None:
     once = settings(QUICK, max_examples=400, print_blob=False, phases=[Phase.generate], report_multiple_bugs=False)
     machine = type("BrokenMachine", (PoolMachine,), {"make_core": staticmethod(broken)})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import policy_sweep
 import pytest
-from gpu_sim import HONEST, LATE, RUNS_ON, Gpu, Sim, Work, build
+from gpu_sim import ALWAYS_BUSY, HONEST, LATE, RUNS_ON, Gpu, Sim, Work, build
 from policy_sweep import SHARES
 
 QUICK_HISTORIES, SOAK_HISTORIES, CHUNK = 200, 100_000, 500
@@ -87,6 +87,52 @@ def test_a_strict_slice_that_waits_for_its_neighbours_turn_is_found(tmp_path: Pa
     """Turns then come in more than a period each, and a second holds now more of them and now fewer."""
     faulty = build(tmp_path, {"= strict_is_due(d) ||": "= (strict_is_due(d) && false) ||"})
     assert missed(strict_beside(faulty, "70/30", CORNERS["slices stop by themselves"]))
+
+
+@pytest.mark.parametrize("gpus", CORNERS.values(), ids=CORNERS)
+@pytest.mark.parametrize("own_ms", [1.0, 100.0])
+@pytest.mark.parametrize("milli", policy_sweep.LONG_BESIDE_MILLIS)
+def test_a_strict_slice_gets_its_share_beside_long_kernels_in_every_corner(lib: c.CDLL, milli: int, own_ms: float, gpus: list[Gpu]) -> None:
+    assert not missed(policy_sweep.long_beside(lib, gpus, milli, own_ms))
+
+
+TOO_LITTLE = {
+    "pays for more than it gets": {
+        "pay(s, passed / sharing);": "s->bucket_ns -= s->strict ? (int64_t)(passed - passed / sharing) : 0, pay(s, passed / sharing);"
+    },
+    "beside one that goes on before it is done": {"may_run(d, s) && !runs_on(s) && (*of": "may_run(d, s) && (*of"},
+}
+ALWAYS_BELIEVED = {
+    "s->overran = s->was_idle;": "s->overran = true;",
+    "{ return s->closed_at + 4 * d->config.whole_ns; }": "{ return d && s ? SCHED_NEVER : 0; }",
+}
+
+
+@pytest.mark.parametrize("name", TOO_LITTLE)
+def test_a_strict_slice_that_gets_too_little_beside_long_kernels_is_found(tmp_path: Path, name: str) -> None:
+    """Where another one's work outlasts its turn, it has half of the GPU and pays half; as long as that one is seen to end."""
+    cells = missed(policy_sweep.long_beside(build(tmp_path, TOO_LITTLE[name]), [Gpu()], 300))
+    assert 100.0 in {cell["kernel_ms"] for cell in cells}
+
+
+STUCK = {
+    "stopped": Work(700, liar=ALWAYS_BUSY, work_ms=5, gap_ms=30_000),
+    "computes": Work(700, liar=ALWAYS_BUSY),
+    "visits": Work(700, liar=ALWAYS_BUSY, work_ms=5, gap_ms=500),
+}
+
+
+@pytest.mark.parametrize("rings", [False, True])
+@pytest.mark.parametrize("name", STUCK)
+def test_who_says_for_ever_that_it_is_busy_lends_a_strict_slice_nothing(lib: c.CDLL, tmp_path: Path, name: str, rings: bool) -> None:
+    """A process that is stopped says so."""
+    most = []
+    for policy in (lib, build(tmp_path, ALWAYS_BELIEVED)):
+        with Sim(policy, Gpu(rings=rings), [Work(300, strict=True), STUCK[name]]) as sim:
+            sim.run(2)
+            most.append(max(sim.run(1)[0] for _ in range(40)))
+    assert most[0] <= 30 + policy_sweep.WORST_POINTS
+    assert most[1] > 40, "the word must count, or the test shows nothing"
 
 
 @pytest.mark.parametrize("gpus", CORNERS.values(), ids=CORNERS)
@@ -198,7 +244,7 @@ OUTLASTING = {
             "= strict_is_due(d) ||": "= (strict_is_due(d) && false) ||",  # either of the two is enough here
         },
     ),
-    "long kernels": (Work(87, 40.0), False, {"? d->now : next;": "? next : next;"}),
+    "long kernels": (Work(87, 80.0), False, {"? d->now : next;": "? next : next;"}),
 }
 
 
@@ -235,8 +281,9 @@ REMEMBERED = (1193, 2049, 7103, 11224, 17215, 33134, 47956, 50526, 52617, 52645,
 # Where rings are heard: who had rung in its turn that it is done was waited for 5 ms after its end; who does not stop by itself, and so
 # took most of a second turn, came back after one turn of a strict slice; a dead one got, unasked, the turn of one that did not want it, or
 # was let in beside that. In 3099930 it was the judge's: it took what strict ones' buckets could not hold, as P became shorter, for spent;
-# in 4243470 it took one GPU kernel, not two, for what somebody who does not stop by itself has outstanding when its gate closes.
-REMEMBERED_RINGS = (320, 325, 568, 619, 79679, 627483, 3030951, 3099930, 4243470)
+# in 4243470 it took one GPU kernel, not two, for what somebody who does not stop by itself has outstanding when its gate closes. In 4106536
+# one that came from a long pause had its turn before one that waited: it counted since its last turn, not since it came.
+REMEMBERED_RINGS = (320, 325, 568, 619, 79679, 627483, 3030951, 3099930, 4106536, 4243470)
 
 
 @pytest.mark.parametrize(("rings", "seeds"), [(False, REMEMBERED), (True, REMEMBERED_RINGS)], ids=MODES)
@@ -260,8 +307,8 @@ def test_many_random_histories(lib: c.CDLL, rings: bool) -> None:
 FAULTS = {
     "forgets the debt of what ran on after a turn": (
         {
-            "    s->vt += (int64_t)(vt_ns * WHOLE / s->weight_milli);": "    if (s->phase == PHASE_OPEN)\n"
-            "        s->vt += (int64_t)(vt_ns * WHOLE / s->weight_milli);"
+            "    s->vt += (int64_t)(ns * WHOLE / s->weight_milli);": "    if (s->phase == PHASE_OPEN)\n"
+            "        s->vt += (int64_t)(ns * WHOLE / s->weight_milli);"
         },
         {1, 3, 4},
         False,
@@ -280,6 +327,7 @@ FAULTS = {
         FIRST_SEED,
     ),
     "waits for a ring from who has rung": ({"owner->quiet_since <= owner->open_since + SOON_NS;": "true;"}, {2}, True, REMEMBERED_RINGS[0]),
+    "lets who comes from a pause go before who waits": ({"max_u64(s->closed_at, s->woke_at)": "s->closed_at"}, {1}, True, 4106536),
 }
 
 

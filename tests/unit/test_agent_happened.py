@@ -54,7 +54,13 @@ def throttled(milli: int, limit: int | None, seconds: range) -> list[int]:
 
 def test_a_limit_that_slows_for_a_minute_is_said_once_in_ten() -> None:
     assert throttled(125, 125, range(1000, 2000)) == [1060, 1660]
-    assert throttled(119, 125, range(1000, 1000 + 55)) == []
+    assert throttled(114, 125, range(1000, 1000 + 55)) == []
+
+
+def test_single_looks_that_find_it_between_two_gpu_kernels_do_not_begin_the_minute_anew() -> None:
+    happened, limits = Happened(), {KERNEL: KernelLimit(compute_milli=125)}
+    looks = [happened.look([slot(milli=60 if now % 15 == 0 else 127)], limits, now) for now in range(1000, 1100)]
+    assert [told.kind for found in looks for told in found] == ["throttled"]
 
 
 @pytest.mark.parametrize(("milli", "limit"), [(100, 125), (250, None)])
@@ -65,7 +71,7 @@ def test_a_limit_that_leaves_room_or_is_none_is_not_said(milli: int, limit: int 
 def test_a_pause_begins_the_minute_anew() -> None:
     happened, limits = Happened(), {KERNEL: KernelLimit(compute_milli=125)}
     for now in range(1000, 1200):
-        assert happened.look([slot(milli=0 if now % 50 == 0 else 125)], limits, now) == []
+        assert happened.look([slot(milli=0 if now % 50 < 5 else 125)], limits, now) == []
 
 
 def test_what_was_known_of_a_kernel_goes_with_it() -> None:

@@ -8,10 +8,10 @@ GIB = 1024**3
 
 
 def test_says_who_which_limit_and_what_to_do():
-    text = refusal_message("1a2b3c4d-5e6f", 2 * GIB, 3, "slice", 20 * GIB, 19 * GIB)
+    text = refusal_message("1a2b3c4d-5e6f", 2 * GIB, 3, "slice", 20 * GIB, 20 * GIB)
     assert "1a2b3c4d" in text
     assert "refused 2 GiB (3 times)" in text
-    assert "this server's slice of 20 GiB is full (19 GiB in use)" in text
+    assert "this server's slice of 20 GiB is full (20 GiB in use)" in text
     assert "Free some" in text
 
 

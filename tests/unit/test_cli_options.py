@@ -87,6 +87,13 @@ def test_an_error_is_one_line_and_an_exit_status(runtime: Path, words: list[str]
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize("command", ["status", "limit"])
+def test_in_a_hubs_server_without_a_slice_that_is_said(runtime: Path, command: str) -> None:
+    done = nbgpu(command, runtime=runtime, JUPYTERHUB_SERVICE_PREFIX="/user/ada/")
+    assert done.returncode == 1
+    assert "No GPU slice here" in done.stderr
+
+
 def test_debug_shows_where(runtime: Path) -> None:
     assert "Traceback" in nbgpu("status", runtime=runtime, NBGPU_DEBUG="1").stderr
 

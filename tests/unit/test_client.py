@@ -123,7 +123,8 @@ def test_server_sent_events(serve: Serve) -> None:
     assert list(client.stream("/x")) == [("grant", {"n": 1}), ("grant", {"n": 2}), ("message", 3)]
 
 
-def test_a_stream_that_breaks_off_is_unavailable(serve: Serve) -> None:
-    client = Client(serve(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\ndata: {bad\n\n"), "pool")
+@pytest.mark.parametrize("data", [b"{bad", b"[" * 100_000], ids=["bad", "nested too deep"])
+def test_a_stream_that_breaks_off_is_unavailable(serve: Serve, data: bytes) -> None:
+    client = Client(serve(b"HTTP/1.1 200 OK\r\nContent-Length: 200000\r\n\r\ndata: " + data + b"\n\n"), "pool")
     with pytest.raises(Unavailable):
         list(client.stream("/x"))

@@ -46,7 +46,9 @@ class Pool:
                 **more,
             }
         )
-        return self.core.request(request, self.now)
+        grant = self.core.request(request, self.now)
+        self.core.books.refresh()  # as the service does after its answer
+        return grant
 
     def run(self, grant: Grant) -> str:
         """The server of a grant starts."""
@@ -331,3 +333,50 @@ def test_a_device_that_goes_sick_gets_nothing_new_and_keeps_what_runs() -> None:
     pool.devices = [pool.devices[0].model_copy(update={"healthy": True})]
     pool.sync()
     assert pool.state("request-00002") == GrantState.reserved
+
+
+def most_passed(most: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """One asks for a whole device where long sessions hold a part of each; small ones come and go beside them, and pass it."""
+    monkeypatch.setattr("nbgpu_pool.queue.MOST_PER_DEVICE", most)
+    pool = Pool(4, fairness=Fairness(overtake_count=5, overtake_seconds=1e9), queue_per_user=10**4)
+    for _ in range(4):  # two on each of two devices; each is opened by a half
+        pool.started(500)
+    for key in [key for key, seen in pool.running.items() if seen.slice.devices[0].uuid in ("GPU-0", "GPU-1")][::2]:
+        pool.end(key)
+    for _ in range(2):
+        pool.started(1000)
+    large = pool.ask(1000, user="large").request.request_id
+    short: list[str] = []
+    for _ in range(500):
+        grant = pool.ask(125, user="small")
+        if grant.state == GrantState.reserved:
+            short.append(pool.run(grant))
+        if len(short) > 2:
+            pool.end(short.pop(0))
+    entry = pool.core.known(large)
+    assert entry.state == GrantState.queued
+    for key in list(pool.running):
+        pool.end(key)
+    assert pool.state(large) == GrantState.reserved
+    return entry.overtaken
+
+
+def test_nobody_is_passed_more_often_than_the_policy_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert most_passed(0, monkeypatch) == 20
+    assert most_passed(10, monkeypatch) == 40
+    assert most_passed(10**6, monkeypatch) > 100, "control: with no bound it is passed for as long as others come"
+
+
+def test_who_can_be_placed_nowhere_now_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its devices are out of service: that it was passed often keeps nothing from the others, nor do they count as passing it."""
+    monkeypatch.setattr("nbgpu_pool.queue.MOST_PER_DEVICE", 0)
+    pool = Pool(1, fairness=Fairness(overtake_count=0, overtake_seconds=0))
+    other = pool.devices[0].model_copy(update={"uuid": "GPU-x", "model": "Other", "node": "x"})
+    pool.devices.append(other)
+    pool.sync()
+    pool.devices[1] = other.model_copy(update={"healthy": False})
+    pool.sync()
+    large = pool.ask(1000, model="Other").request.request_id
+    for _ in range(3):
+        assert pool.ask(250, user="v").state == GrantState.reserved
+    assert pool.core.known(large).overtaken == 0

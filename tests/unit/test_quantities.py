@@ -97,6 +97,13 @@ def test_a_bad_amount_of_memory_names_field_and_range(written: object) -> None:
     assert "binary unit" in caught.value.message
 
 
+def test_a_decimal_unit_is_refused_with_what_to_write() -> None:
+    with pytest.raises(InvalidValue, match=r"such as 20 GiB or 512 MiB: 5 GiB"):
+        parse_memory("5 GB")
+    with pytest.raises(InvalidValue, match=r"512 MiB\.?$"):
+        parse_memory("0 GB")
+
+
 @pytest.mark.parametrize(
     ("written", "size"),
     [

@@ -1,6 +1,7 @@
 """Rooms by what is left of them: of thousands of devices only a few dozen differ, so that a place is found without looking at each.
 
-The same place as `best_fit.place` finds, for one device: a test compares them.
+The same place as `best_fit.place` finds, for one device: a test compares them. The places of what was asked for last are kept: a change
+is compared with them when there is time (`refresh`), so that most decisions are one look.
 """
 
 from __future__ import annotations
@@ -11,6 +12,17 @@ from typing import NamedTuple
 
 from ..shapes import Part, Want, resolve
 from .best_fit import Place, Policy, Room, scarce, score
+
+MOST_KEPT = 16
+"""Wants whose place is kept."""
+
+
+class Best(NamedTuple):
+    """The place of a want, nobody being barred from any; the less the better."""
+
+    value: tuple[int, ...]
+    rank: int
+    part: Part
 
 
 class State(NamedTuple):
@@ -45,6 +57,13 @@ class Buckets:
         self._state: list[State | None] = [None] * len(self._rooms)
         self._ranks: dict[State, list[int]] = {}
         self._count = sum(not room.coming for room in self._rooms)
+        self._idle = 0
+        """Idle devices that are there."""
+        self._kept: dict[tuple[Want, Policy], Best | None] = {}
+        self._kept_scarce = False
+        """Whether idle devices were scarce for those."""
+        self._touched: set[int] = set()
+        """Ranks that have changed since."""
         for node in self._nodes:
             self.changed(node)
 
@@ -57,6 +76,8 @@ class Buckets:
             old = self._state[rank]
             if state == old:
                 continue
+            self._touched.add(rank)
+            self._idle += _idle(state) - _idle(old)
             if old is not None:
                 bucket = self._ranks[old]
                 del bucket[bisect_left(bucket, rank)]
@@ -81,26 +102,81 @@ class Buckets:
             room.coming,
         )
 
+    def of(self, nodes: Iterable[str]) -> list[Room]:
+        """Return the rooms of some nodes, in the fixed order."""
+        return [self._rooms[rank] for rank in sorted(rank for node in nodes for rank in self._nodes.get(node, ()))]
+
     def place(self, want: Want, barred: Set[str], cap: Part | None, policy: Policy, *, coming: bool) -> Place | None:
         """Return the best place for `want`, of one device."""
+        if not coming:
+            if self._touched:
+                self.refresh()
+            key = want, policy
+            best = self._kept.get(key, _UNKNOWN)
+            if best is _UNKNOWN:
+                if len(self._kept) >= MOST_KEPT:
+                    self._kept.pop(next(iter(self._kept)))
+                best = self._kept[key] = self._look(want, frozenset(), None, policy, coming=False)
+            if best is None:
+                return None
+            room, part = self._rooms[best.rank], best.part
+            if (not barred or room.device.uuid not in barred) and (cap is None or _within(part, cap)):
+                return [(room, part)]
+        best = self._look(want, barred, cap, policy, coming=coming)
+        return [(self._rooms[best.rank], best.part)] if best is not None else None
+
+    def refresh(self) -> None:
+        """Bring the places that are kept up to date: when there is time, else the next decision does."""
+        last_idle = scarce(self._idle, self._count)
+        touched, self._touched = self._touched, set()
+        for key, best in self._kept.items():
+            want, policy = key
+            if last_idle != self._kept_scarce or (best is not None and best.rank in touched):
+                best = self._look(want, frozenset(), None, policy, coming=False)
+            else:
+                for rank in touched:
+                    better = self._value(rank, want, policy, last_idle)
+                    if better is not None and (best is None or better[:2] < best[:2]):
+                        best = better
+            self._kept[key] = best
+        self._kept_scarce = last_idle
+
+    def _value(self, rank: int, want: Want, policy: Policy, last_idle: bool) -> Best | None:
+        """Return how good a room is for `want`; None where it does not fit."""
+        room, state = self._rooms[rank], self._state[rank]
+        part = resolve(want, room.device)
+        if state is None or state.coming or part is None or not room.fits(part):
+            return None
+        return Best((*score(room, part, policy, last_idle), state.idle_count), rank, part)
+
+    def _look(self, want: Want, barred: Set[str], cap: Part | None, policy: Policy, *, coming: bool) -> Best | None:
+        """Look at each state."""
         out = {self._rank[uuid] for uuid in barred if uuid in self._rank}
-        best: tuple[tuple[int, ...], int, Part] | None = None
-        idle = sum(len(ranks) for state, ranks in self._ranks.items() if state.idle_count and not state.coming)
-        last_idle = scarce(idle, self._count)
+        best: Best | None = None
+        last_idle = scarce(self._idle, self._count)
         for state, ranks in self._ranks.items():
             first = self._rooms[ranks[0]]
             part = resolve(want, first.device)
-            if state.coming != coming or part is None or not first.fits(part):
-                continue
-            if cap is not None and (part.memory_bytes > cap.memory_bytes or part.compute_milli > cap.compute_milli):
+            if state.coming != coming or part is None or not first.fits(part) or not (cap is None or _within(part, cap)):
                 continue
             value = *score(first, part, policy, last_idle), state.idle_count
-            if best is not None and value > best[0]:
+            if best is not None and value > best.value:
                 continue
-            rank = next((one for one in ranks if one not in out), None)
+            rank = next((one for one in ranks if one not in out), None) if out else ranks[0]
             if rank is not None and (best is None or (value, rank) < best[:2]):
-                best = value, rank, part
-        return [(self._rooms[best[1]], best[2])] if best is not None else None
+                best = Best(value, rank, part)
+        return best
+
+
+_UNKNOWN = Best((), -1, Part(0, 0))
+
+
+def _idle(state: State | None) -> bool:
+    return state is not None and state.idle_count > 0 and not state.coming
+
+
+def _within(part: Part, cap: Part) -> bool:
+    return part.memory_bytes <= cap.memory_bytes and part.compute_milli <= cap.compute_milli
 
 
 def of_each_kind(rooms: Iterable[Room]) -> list[Room]:

@@ -170,8 +170,16 @@ class Ours:
 
     def arrived(self, need: Need) -> None:
         """Count an arrival; renew the weights when it is time."""
+        self.note(need)
+        self.renew()
+
+    def note(self, need: Need) -> None:
+        """Count an arrival."""
         self.demand.arrived(need)
         self._arrivals += 1
+
+    def renew(self) -> None:
+        """Renew the weights when it is time."""
         if self._arrivals >= self._next:
             self._next = self._arrivals + min(self._arrivals, self.parameters.reweigh_every)
             self.reweigh()

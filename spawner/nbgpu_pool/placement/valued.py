@@ -13,6 +13,8 @@ from .fleet import Fleet, Gpu, Need, Node
 from .rules import Ours
 
 MOST_WANTS = 1024
+MOST_KEPT = 16
+"""Wants whose place is kept up to date."""
 
 
 class Valued:
@@ -41,6 +43,9 @@ class Valued:
             self.changed(node)
         self.rule = Ours(self.fleet, learnt=before.rule if before is not None else None)
         self.chooser = Chooser(self.fleet, self.rule)
+        self._kept: dict[Want, Place | None] = {}
+        self._kept_at = (-1, -1)
+        """The fleet's clock and the rule's version when those were found."""
 
     def changed(self, node: str) -> None:
         """Take over what has changed of a node's rooms."""
@@ -51,12 +56,31 @@ class Valued:
         self.fleet.put(row, [milli for milli, _ in there], [memory for _, memory in there])
 
     def arrived(self, want: Want) -> None:
-        """Learn that somebody asks; where it means other parts on other models, that is several shapes."""
+        """Learn that somebody asks; where it means other parts on other models, that is several shapes. `refresh` draws the consequences."""
         for need, _ in self._meant(want):
-            self.rule.arrived(need)
+            self.rule.note(need)
 
     def place(self, want: Want, barred: Set[str], cap: Part | None) -> Place | None:
         """Return the place with the best score; None: none was found."""
+        if not barred and cap is None:
+            if self._kept_at == (self.fleet.clock, self.rule.version) and want in self._kept:
+                return self._kept[want]
+            if want not in self._kept and len(self._kept) >= MOST_KEPT:
+                self._kept.pop(next(iter(self._kept)))
+            found = self._kept[want] = self._look(want, barred, cap)  # of another moment than the others it is void until `refresh`
+            return found
+        return self._look(want, barred, cap)
+
+    def refresh(self) -> None:
+        """Renew weights where it is time, and find the places of what is asked for: when there is time, as it takes 100 times a look."""
+        self.rule.renew()
+        at = self.fleet.clock, self.rule.version
+        if self._kept_at != at:
+            self.chooser.refresh()
+            self._kept = {want: self._look(want, frozenset(), None) for want in self._kept}
+            self._kept_at = at
+
+    def _look(self, want: Want, barred: Set[str], cap: Part | None) -> Place | None:
         kept = None
         if barred:
             kept = np.zeros(self.fleet.left.shape, np.bool_)

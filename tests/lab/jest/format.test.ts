@@ -5,6 +5,8 @@ import {
   formatMemory,
   formatMemoryOf,
   fullest,
+  busiestPercent,
+  kernelPercent,
   kernelTotals,
   formatPart,
   memoryLevel,
@@ -125,9 +127,28 @@ test('a kernel on two devices holds the sum', () => {
   };
   expect(kernelTotals(kernel({ devices: [one, one] }))).toEqual({
     usedBytes: 2,
-    peakBytes: 4,
-    computeMilli: 6
+    peakBytes: 4
   });
+});
+
+test('what is computed is that of the device where it is most, in percent of the share there', () => {
+  const [first] = answer(0).devices;
+  const second = { ...first, uuid: 'GPU-2', utilization_percent: 100 };
+  const use = (uuid: string, compute_used_milli: number) => ({
+    uuid,
+    memory_used_bytes: 0,
+    memory_peak_bytes: 0,
+    compute_used_milli
+  });
+  const devices = [first, second];
+  const one = kernel({ devices: [use('GPU-1', 0), use('GPU-2', 125)] });
+  expect(kernelPercent(one, devices)).toBe(50);
+  expect(busiestPercent(devices)).toBe(100);
+  const bursting = [{ ...first, compute_used_milli: 500 }];
+  expect(
+    kernelPercent(kernel({ devices: [use('GPU-1', 500)] }), bursting)
+  ).toBe(100);
+  expect(kernelPercent(kernel(), devices)).toBe(0);
 });
 
 test('what the driver sees beyond the kernels is unseen, unless it is as little as a moment makes', () => {

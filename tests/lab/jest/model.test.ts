@@ -249,12 +249,13 @@ test('a server that does not answer is said, with the last values and since when
   expect(model.usage?.devices.length).toBe(1);
 });
 
-test('a page whose login is over is told apart from a server that is away', async () => {
+test('a page whose login is over and a server that was stopped are told apart from one that is away', async () => {
   await model.tick();
   await model.tick();
   for (const [status, who] of [
     [403, 'nobody'],
-    [503, 'server']
+    [503, 'server'],
+    [424, 'stopped']
   ]) {
     api.usage = async () => {
       throw Object.assign(new Error('no'), { status });

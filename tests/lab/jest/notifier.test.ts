@@ -148,3 +148,37 @@ test('a notification that JupyterLab has not shown yet is left alone, and follow
   jest.advanceTimersByTime(10_000);
   expect(emitted).toBe(1);
 });
+
+test('ninety kernels that are refused memory at once are four notifications, of which one counts', () => {
+  for (let number = 0; number < 90; number += 1) {
+    const kernel_id = `made-up-${number}`;
+    happenAtOnce('refused', { kernel_id, name: null, time: 1 });
+  }
+  jest.advanceTimersByTime(2000);
+  expect([emitted, messages()[3]]).toEqual([4, '87 more like this. refused.']);
+  // one of the first goes on by itself, another kind is told by itself, and one of the many again
+  happen('refused', { kernel_id: 'made-up-0', name: null, time: 2 });
+  happen('suspended');
+  happen('refused', { kernel_id: 'made-up-50', name: null, time: 3 });
+  expect([emitted, messages()]).toEqual([
+    5,
+    [
+      'refused. (2 times)',
+      'refused.',
+      'refused.',
+      '87 more like this. refused.',
+      'x.ipynb: suspended.'
+    ]
+  ]);
+});
+
+test('things that do not follow fast are told apart', () => {
+  for (let number = 0; number < 6; number += 1) {
+    happen('refused', { kernel_id: `kernel-${number}`, time: number });
+    jest.advanceTimersByTime(30_000);
+  }
+  expect([emitted, messages()]).toEqual([
+    6,
+    Array(6).fill('x.ipynb: refused.')
+  ]);
+});

@@ -1,10 +1,11 @@
 import {
+  computeWords,
   kindWords,
   shortened,
   sourceWords,
   stateWords
 } from '../../../labextension/src/words';
-import { kernel, trans } from './usage';
+import { answer, kernel, trans } from './usage';
 import type { INotice } from '../../../labextension/src/api';
 
 const REFUSED =
@@ -76,4 +77,13 @@ test('one endless sentence ends between words', () => {
   const text = shortened(notice(null, 'word '.repeat(100)), 140);
   expect(text.length).toBeLessThanOrEqual(140);
   expect(text).toMatch(/word…$/);
+});
+
+test('a burst slice bursts; a strict one is never said to', () => {
+  const [device] = answer(0).devices;
+  const busy = { ...device, compute_used_milli: 450, utilization_percent: 100 };
+  expect(computeWords(busy, 'burst', trans)).toBe(
+    '100 % of 1/4 GPU, bursting to 45 %'
+  );
+  expect(computeWords(busy, 'strict', trans)).toBe('100 % of 1/4 GPU');
 });
