@@ -2,6 +2,7 @@
 
 Commands: ``hold MIB`` (allocates, fills, answers the checksum), ``sum``, ``launch``, ``work`` (launches without end),
 ``more MIB`` (allocates, answers the CUresult), ``less`` (frees what ``more`` allocated),
+``second MIB`` (as ``more``, on the slice's second device),
 ``managed``, ``share`` (hands the memory out), ``drop`` (frees what is managed).
 """
 
@@ -78,6 +79,15 @@ class Kernel:
         result = self.cuda.lib.cuMemAlloc_v2(c.byref(memory), c.c_size_t(mib * MIB))
         self.extra += [memory] if result == 0 else []
         return str(result)
+
+    def second(self, mib: int) -> str:
+        from sim_client import Cuda
+
+        Cuda(1)  # its context is the current one from here on
+        try:
+            return self.more(mib)
+        finally:
+            self.cuda.call("cuCtxSetCurrent", self.cuda.context)
 
     def less(self) -> str:
         while self.extra:

@@ -226,6 +226,56 @@ def test_memory_that_no_checkpoint_takes_stays_and_its_user_is_told(agent: Agent
     pair.close()
 
 
+def test_all_devices_of_a_slice_are_given_back_and_looked_at(agent: AgentProcess) -> None:
+    """A kernel on two GPUs comes back only where both have the room."""
+    one, two = agent.slice(100), agent.slice(100, device=1)
+    wanted = one.model_copy(update={"devices": [*one.devices, *two.devices]})
+    launch = agent.put(wanted)
+    ada, other = Notebook(launch, "kernel-a", 3000, agent), Notebook(launch, "kernel-b", 1, agent)
+    for notebook in (ada, other):
+        agent.adopt(wanted.slice_id, notebook.pid)
+
+    def used() -> list[int]:
+        return [device.memory_used_bytes // MIB for device in usage(launch).devices]
+
+    def ask(what: str) -> Any:
+        return ada.client.call("POST", f"/v1/kernels/kernel-a/{what}")
+
+    def away() -> KernelAway | None:
+        return next(kernel.away for kernel in usage(launch).kernels if kernel.kernel_id == "kernel-a")
+
+    assert ada.do("second", 5000) == "0"
+    assert other.do("second", 5000) == "2", "the control"
+    assert min(used()) > 3000
+    time.sleep(1)
+    ask("suspend")
+    until(lambda: (found := away()) is not None and found.phase == "parked", 20, "it is suspended")
+    assert max(used()) < 1200
+    assert other.do("second", 5000) == "0"
+    with pytest.raises(NbgpuError, match="free some or suspend"):
+        ask("resume")
+    other.do("less")
+    ask("resume")
+    until(lambda: away() is None, 20, "it is back")
+    assert min(used()) > 3000
+    assert ada.do("sum") == ada.sum
+    assert other.do("second", 5000) == "2"
+    for notebook in (ada, other):
+        notebook.close()
+
+
+def test_a_kernel_that_is_killed_while_it_waits_leaves_nothing_behind(agent: AgentProcess) -> None:
+    pair = Pair(agent)
+    pair.suspend()
+    assert pair.other.do("more", pair.mib) == "0"
+    pair.ada.begin("launch")
+    until(lambda: pair.events("wanting-memory"), 10, "it waits")
+    pair.ada.kill()
+    pair.is_("here", 5)
+    assert pair.other.do("launch") == "launched"
+    pair.close()
+
+
 def test_the_hosts_memory_is_bounded_over_slices_and_kernels(runtime: Path) -> None:
     agent = AgentProcess(runtime).start("--idle-host-memory", "3 GiB")
     pair = Pair(agent, 2048)
