@@ -82,7 +82,7 @@ class Pass:
         self._closed: set[Want] = set()
         """Of those for whom all that they could use is kept."""
         self._misfits: set[tuple[Want, Part | None, int]] = set()
-        self.tally = Tally.of(quotas, books.holdings(frozenset(quotas.groups), granted_only=True) if quotas.any() else [], books.free_milli)
+        self.tally = Tally(quotas, books.granted_by(frozenset(quotas.groups)) if quotas.any() else {}, books.free_milli)
 
     def serve(self, now: float) -> list[Entry]:
         """Grant all that can be granted now; return those entries."""
