@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from nbgpu.models import Device, GrantState, Owner, Request, Slice, SliceDevice
 from nbgpu.quantities import WHOLE_MILLI
 
+from .granted import Granted
 from .placement import Buckets, Place, Policy, Room, of_each_kind, order, place
-from .quotas import Holding, total
+from .quotas import Account, Holding, total
 from .shapes import MAX_DEVICES, Part, Want, by_model, resolve, want_of
 
 if TYPE_CHECKING:
@@ -224,6 +225,7 @@ class Books:
     """All that are parked are among these."""
     timed: set[str] = field(default_factory=set[str])
     """All whose longest session is known are among these."""
+    granted: Granted = field(default_factory=Granted)
     _empty: list[Room] = field(default_factory=list[Room])
     _here: list[Room] = field(default_factory=list[Room])
     _to_come: list[Room] = field(default_factory=list[Room])
@@ -386,6 +388,7 @@ class Books:
 
     def _book(self, entry: Entry, sign: int) -> None:
         self.changes += 1
+        self.granted.touched(entry.slice_id)
         for node in self._count(entry, sign):
             self.buckets.changed(node)
             if self.valued is not None:
@@ -514,6 +517,10 @@ class Books:
         """
         entries = self.entries.values() if of is None else self.of_user(of)
         return [self.holding(entry, counted) for entry in entries if entry is not but and (entry.holds or not granted_only)]
+
+    def granted_by(self, groups: frozenset[str]) -> dict[Account, Part]:
+        """Return what is granted, by whose quota it counts for; `groups` are those that have one."""
+        return self.granted.by_account(self.entries, groups, self.holding)
 
     def holding(self, entry: Entry, counted: frozenset[str]) -> Holding:
         """Return what one request holds, or would hold at least."""

@@ -102,6 +102,7 @@ class Core(Held):
     def _again(self, known: Entry, request: Request, now: float) -> Grant:
         if known.adopted and known.request.owner == request.owner and known.request.device_count == request.device_count:
             known.request, known.want, known.adopted = request, want_of(request), False
+            self.books.granted.touched(known.slice_id)  # its groups may be others
         if known.request != request:
             raise NbgpuError(
                 f"Request {request.request_id} exists already and asks for something else; use a new request_id.",

@@ -199,6 +199,7 @@ class Held(ABC):
         wants_from = None if seen.wanted_seconds is None else now - seen.wanted_seconds
         if (entry.full, entry.wants_from is None) != (seen.full, wants_from is None):
             self._changed()
+            self.books.granted.touched(entry.slice_id)
         entry.used_bytes = seen.used_bytes
         entry.full, entry.idle_from = seen.full, None if seen.idle_seconds is None else now - seen.idle_seconds
         entry.wants_from = wants_from if entry.wants_from is None or wants_from is None else entry.wants_from

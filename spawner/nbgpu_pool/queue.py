@@ -88,7 +88,7 @@ class Pass:
         self._closed: set[Want] = set()
         """Of those for whom all that they could use is kept."""
         self._misfits: set[tuple[Want, Part | None, int, frozenset[str]]] = set()
-        self.tally = Tally.of(quotas, books.holdings(frozenset(quotas.groups), granted_only=True) if quotas.any() else [], books.free_milli)
+        self.tally = Tally(quotas, books.granted_by(frozenset(quotas.groups)) if quotas.any() else {}, books.free_milli)
         if quotas.lent:
             self.tally.call(books.asking())
 

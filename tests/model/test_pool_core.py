@@ -25,7 +25,7 @@ from nbgpu_pool.books import Entry
 from nbgpu_pool.core import Core
 from nbgpu_pool.placement import Policy
 from nbgpu_pool.queue import Fairness
-from nbgpu_pool.quotas import Limits, Quotas
+from nbgpu_pool.quotas import Limits, Quotas, Tally
 from nbgpu_pool.state import Seen, Settings, Snapshot
 
 DEVICES = [
@@ -128,6 +128,7 @@ class PoolMachine(RuleBasedStateMachine):
         asked = Request(
             request_id=f"request-{self.number:04d}",
             owner=Owner(hub="h", user=user, server=str(self.number % 3)),
+            groups=["staff"] if user == "a" else [],
             compute_milli=milli,
             device_count=count,
             model=model,
@@ -336,6 +337,13 @@ class PoolMachine(RuleBasedStateMachine):
             mine = [one for one in held if one.request.owner.user == user]
             milli = sum(part.compute_milli for one in mine for _, part in one.parts())
             assert milli <= self.limit_milli + 1000 * self.late_seen(), user
+
+    @invariant()
+    def what_is_counted_for_quotas_is_what_is_held(self) -> None:
+        groups = frozenset({"staff"})
+        plain = Tally.of(self.core.settings.quotas, self.core.books.holdings(groups, granted_only=True), 0)
+        held = {account: part for account, part in plain.held.items() if part != (0, 0)}
+        assert self.core.books.granted_by(groups) == held
 
     @invariant()
     def nobody_is_passed_for_ever(self) -> None:

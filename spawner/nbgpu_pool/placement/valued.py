@@ -56,7 +56,7 @@ class Valued:
         self.fleet.put(row, [milli for milli, _ in there], [memory for _, memory in there])
 
     def arrived(self, want: Want) -> None:
-        """Learn that somebody asks; where it means other parts on other models, that is several shapes. `refresh` takes note of it."""
+        """Learn that somebody asks; where it means other parts on other models, that is several shapes. `refresh` does the rest."""
         for need, _ in self._meant(want):
             self.rule.note(need)
 
