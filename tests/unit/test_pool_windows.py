@@ -284,3 +284,13 @@ def test_mistakes_in_it_are_named(tmp_path: Path, old: str, new: str, says: str)
         load(file)
     assert says in caught.value.message
     assert "line 3" in caught.value.message
+
+
+def test_a_class_that_takes_its_places_overtakes_nobody() -> None:
+    """Else those who wait would in the end be kept the very devices that the class has."""
+    pool = Pool("09:05")
+    pool.started(1000, user="x")
+    outsider = pool.ask(125, user="y")
+    for n in range(8):
+        pool.started(125, user=f"s{n}", groups=["bio"])
+    assert pool.core.known(outsider.request.request_id).overtaken == 0
