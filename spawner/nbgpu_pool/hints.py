@@ -28,17 +28,18 @@ def answer(core: Core, now: float) -> Hints:
     idle = idle_ones(core.books, core.settings.idle, now)
     parked = sum(one.full is not None for one in core.books.entries.values())
     waiting = core.books.waiting()
-    known: dict[Want, Hint | None] = {}
+    known: dict[tuple[Want, frozenset[str]], Hint | None] = {}
     found: list[Hint] = []
     for entry in waiting[:MOST_WAITING]:
-        if entry.holder or not idle:  # who waits for a quota is not helped by room
+        if entry.holder or entry.kept or not idle:  # who waits for a quota, or for what is kept for others, is not helped by room
             continue
         if entry.earmark:  # what is kept for it counts for it alone
             told = hint(core.books, waiting, entry, idle, core.settings.policy, now)
         else:
-            if entry.want not in known:
-                known[entry.want] = hint(core.books, waiting, entry, idle, core.settings.policy, now)
-            told = known[entry.want]
+            kind = entry.want, core.books.closed(entry)
+            if kind not in known:
+                known[kind] = hint(core.books, waiting, entry, idle, core.settings.policy, now)
+            told = known[kind]
         if told is not None:
             found.append(told.model_copy(update={"request_id": entry.slice_id, "owner": entry.request.owner}))
     return Hints(hints=found, idle_count=len(idle), parked_count=parked, waiting_count=len(waiting))
@@ -55,7 +56,7 @@ def idle_ones(books: Books, policy: IdlePolicy, now: float) -> list[Entry]:
 
 def hint(books: Books, waiting: Iterable[Entry], entry: Entry, idle: Sequence[Entry], policy: Policy, now: float) -> Hint | None:
     """Return how one of `idle` lets `entry` in: by its move if that will do, else by its end; None: one is not enough, or it fits."""
-    barred = {uuid for one in waiting if one is not entry for uuid in one.earmark} | books.kept()
+    barred = {uuid for one in waiting if one is not entry for uuid in one.earmark} | books.kept() | books.closed(entry)
     held: dict[str, list[tuple[str, Part]]] = {}
     for one in idle:
         if len(parts := one.own_parts()) == 1:

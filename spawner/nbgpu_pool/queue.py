@@ -164,7 +164,7 @@ class Pass:
             return
         device = found[0][0].device
         for entry in self.waiting:
-            if not entry.holder and resolve(entry.want, device) is not None:
+            if not entry.holder and resolve(entry.want, device) is not None and device.uuid not in self.books.closed(entry):
                 entry.pass_by(now)
 
     def _preferred(self, entry: Entry, barred: Set[str], cap: Part | None) -> Place | None:

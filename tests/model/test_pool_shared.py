@@ -13,7 +13,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule, run_state_machine_as_test
-from test_pool_core import DEVICES, EXAMPLES, QUICK, TTL, USER_LIMIT_MILLI, PoolMachine
+from test_pool_core import DEVICES, EXAMPLES, QUICK, TTL, USER_LIMITS_MILLI, PoolMachine
 
 from nbgpu.models import GrantState, Request
 from nbgpu_pool.core import Core
@@ -23,11 +23,10 @@ from nbgpu_pool.quotas import Limits, Quotas
 from nbgpu_pool.state import Seen, Settings, Snapshot
 from nbgpu_pool.windows import Window
 
-DEFAULT = Limits(limit_milli=USER_LIMIT_MILLI)
-QUOTAS = [
-    Quotas(default=DEFAULT, groups={"g": Limits(guarantee_milli=500, lend=True), "h": Limits(limit_milli=3000, weight=2)}),
-    Quotas(default=DEFAULT, groups={"g": Limits(guarantee_milli=1000, lend=True), "h": Limits(guarantee_milli=250)}),
-    Quotas(default=DEFAULT),
+GROUP_QUOTAS = [
+    {"g": Limits(guarantee_milli=500, lend=True), "h": Limits(limit_milli=3000, weight=2)},
+    {"g": Limits(guarantee_milli=1000, lend=True), "h": Limits(guarantee_milli=250)},
+    {},
 ]
 EVERY_DAY = frozenset(range(7))
 WINDOWS = (
@@ -35,13 +34,17 @@ WINDOWS = (
     Window("evening", "g", 12, 250, EVERY_DAY, 18 * 60, 20 * 60, ZoneInfo("UTC"), 7200, 600, model="Big"),
 )
 GROUPS = {"a": ["g"], "b": ["h"], "c": ["h", "other"]}
-SHARED = Settings(quotas=QUOTAS[0], windows=WINDOWS, give_back=GiveBack(end_idle_after_seconds=60, busy_notice_seconds=600))
+SHARED = Settings(windows=WINDOWS, give_back=GiveBack(end_idle_after_seconds=60, busy_notice_seconds=600))
 
 
 class SharedCore(Core):
     def __init__(self, of: Settings):
         fairness = Fairness(of.fairness.overtake_count, of.fairness.overtake_seconds, fair=True)
-        super().__init__(replace(of, quotas=SHARED.quotas, windows=SHARED.windows, give_back=SHARED.give_back, fairness=fairness))
+        super().__init__(
+            replace(
+                of, quotas=replace(of.quotas, groups=GROUP_QUOTAS[0]), windows=SHARED.windows, give_back=SHARED.give_back, fairness=fairness
+            )
+        )
 
 
 class SharedMachine(PoolMachine):
@@ -49,7 +52,16 @@ class SharedMachine(PoolMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.shrunk = self.asked_count = 0
+        self.shrunk = self.asked_count = self.number_of_quotas = 0
+
+    def quotas(self) -> Quotas:
+        return Quotas(default=Limits(limit_milli=self.limit_milli), groups=GROUP_QUOTAS[self.number_of_quotas])
+
+    @rule(limit=st.sampled_from(USER_LIMITS_MILLI))
+    def quota_changes(self, limit: int) -> None:
+        self.limit_milli = limit
+        self.settings = replace(self.settings, quotas=Quotas(default=Limits(limit_milli=limit)))
+        self.core.configure(replace(self.core.settings, quotas=self.quotas()), self.now)
 
     def post(self, asked: Request) -> None:
         number = int(asked.request_id[-4:])
@@ -82,7 +94,7 @@ class SharedMachine(PoolMachine):
             Seen(found, state, used_bytes=0, idle_seconds=100.0 if state == "running" else None)
             for found, state in self.truth.slices.values()
         ]
-        self.core.snapshot(Snapshot(self.asked, DEVICES, seen), self.now)
+        self.core.snapshot(Snapshot(self.asked, list(self.devices.values()), seen), self.now)
         self.certain |= set(self.truth.slices)
         self.asked = None
 
@@ -110,13 +122,14 @@ class SharedMachine(PoolMachine):
 
     @rule(number=st.integers(0, 2), fair=st.booleans(), windows=st.booleans())
     def configuration_changes(self, number: int, fair: bool, windows: bool) -> None:
+        self.number_of_quotas = number
         now = self.core.settings
         fairness = replace(now.fairness, fair=fair)
-        changed = replace(now, quotas=QUOTAS[number], fairness=fairness, windows=WINDOWS if windows else ())
+        changed = replace(now, quotas=self.quotas(), fairness=fairness, windows=WINDOWS if windows else ())
         self.core.configure(changed, self.now)
 
     @rule(hour=st.integers(0, 23))
-    def clock_jumps(self, hour: int) -> None:
+    def clock_on_the_wall_jumps(self, hour: int) -> None:
         self.core.ahead = hour * 3600.0 - self.now % 86_400
         self.core.tick(self.now)
 
@@ -143,7 +156,10 @@ def test_books_and_ledger_agree_whatever_groups_share() -> None:
     class Counted(SharedMachine):
         def teardown(self) -> None:
             met.update(shrunk=self.shrunk, asked=self.asked_count)
+            self.devices = {device.uuid: device for device in DEVICES}
             self.settle()
+            self.number_of_quotas = 2  # what is kept for others waits for nobody
+            self.core.configure(replace(self.core.settings, quotas=self.quotas(), windows=()), self.now)
             self.now += TTL + 1  # a reservation whose PUT never arrived is known to the books until then
             self.core.tick(self.now)
             super().teardown()

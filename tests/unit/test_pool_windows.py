@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from zoneinfo import ZoneInfo
@@ -11,7 +12,7 @@ from test_pool_queue import Pool as Base
 
 from nbgpu.errors import NbgpuError
 from nbgpu.models import AvailabilityQuery, GrantState, Owner, Resize, Shape
-from nbgpu_pool import availability
+from nbgpu_pool import availability, hints
 from nbgpu_pool.config import ConfigError, load
 from nbgpu_pool.quotas import Limits, Quotas
 from nbgpu_pool.windows import Window, reservations
@@ -284,3 +285,23 @@ def test_mistakes_in_it_are_named(tmp_path: Path, old: str, new: str, says: str)
         load(file)
     assert says in caught.value.message
     assert "line 3" in caught.value.message
+
+
+def test_a_class_that_takes_its_places_overtakes_nobody() -> None:
+    """Else those who wait would in the end be kept the very devices that the class has."""
+    pool = Pool("09:05")
+    pool.started(1000, user="x")
+    outsider = pool.ask(125, user="y")
+    for n in range(8):
+        pool.started(125, user=f"s{n}", groups=["bio"])
+    assert pool.core.known(outsider.request.request_id).overtaken == 0
+
+
+def test_no_hint_names_a_server_whose_place_is_kept_for_others() -> None:
+    for clock, named in (("09:05", False), ("12:00", True)):
+        pool = Pool(clock, devices=1)
+        held = pool.started(1000, user="s", groups=["bio"])
+        pool.running[held] = replace(pool.running[held], idle_seconds=5000.0)
+        pool.sync()
+        pool.ask(500, user="x")
+        assert bool(hints.answer(pool.core, pool.now).hints) == named
