@@ -43,7 +43,8 @@ queue: {per_user: 10000, total: 10000}
 EVERYBODY = {("get", "/healthz")}
 READS = {
     ("get", "/v1/requests"), ("get", "/v1/requests/{request_id}"), ("get", "/v1/requests/{request_id}/events"),
-    ("post", "/v1/availability"), ("get", "/v1/availability/events"), ("get", "/v1/devices"), ("get", "/v1/asks"), ("get", "/metrics"),
+    ("post", "/v1/availability"), ("get", "/v1/availability/events"), ("get", "/v1/devices"), ("get", "/metrics"),
+    ("get", "/v1/asks"), ("get", "/v1/reservations"), ("get", "/v1/hints"), ("get", "/v1/hints/events"),
 }  # fmt: skip
 CHANGES = {
     ("post", "/v1/requests"), ("post", "/v1/launches"), ("delete", "/v1/requests/{request_id}"),
@@ -232,7 +233,7 @@ def test_no_token_is_ever_shown(place: Place) -> None:
     command = Path(f"/proc/{place.pool.process.pid}/cmdline").read_text()
     everything = "\n".join([*answers, place.said(), command])
     assert "Bearer" in everything
-    assert "request " in place.said(), "control: requests are logged"
+    assert "granted " in place.said(), "control: requests are logged"
     for token in (*TOKENS.values(), stray):
         assert token not in everything
 
