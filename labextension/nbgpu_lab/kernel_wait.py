@@ -1,4 +1,4 @@
-"""In a Python kernel: a cell waits before its first line while the server's slice is parked, and can be interrupted (docs/idle.md).
+"""In a Python kernel: a cell waits before its first line while its GPU memory is on the host, and can be interrupted (docs/idle.md).
 
 An IPython extension that the kernel provisioner names. It imports nothing of nbgpu's: kernels have environments of their own.
 """
@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -18,10 +19,14 @@ from typing import Any
 
 LIMIT_AT = 112
 """Where `ctl` has the memory limit of the slice's first device: 0 while it is parked (`nbgpu_agent.layout`)."""
+FLAG_AT, AWAY_AT, SLOTS = 40, 13376, 256
+"""Where it has whether some kernel's memory is on the host, and the words that say whose: an owner's, or its complement on the way."""
 LOOK_SECONDS = 0.25
 ANSWER_SECONDS = 5.0
 LENT = "This notebook's GPU was lent to others while it was idle."
 WAITS = f"{LENT} The cell waits for it, before all new requests; interrupt it to give up."
+MOVED = "This notebook's GPU memory is in host memory."
+MOVED_WAITS = f"{MOVED} The cell waits until it is back, as soon as this server has room for it; interrupt it to give up."
 GIVEN_UP = "Interrupted while waiting for the GPU: the cell did not run."
 
 
@@ -78,23 +83,42 @@ class Wait:
         """Return whether the slice holds nothing now."""
         return os.pread(self._ctl, 8, LIMIT_AT) == bytes(8)
 
+    def moved(self) -> bool:
+        """Return whether this process's memory is on the host by its user's wish, or on its way there or back."""
+        if os.pread(self._ctl, 4, FLAG_AT) in (b"", bytes(4)):
+            return False
+        found = os.pread(self._ctl, 8 * SLOTS, AWAY_AT)
+        words = struct.unpack(f"<{len(found) // 8}Q", found[: len(found) // 8 * 8])
+        return any(os.getpid() in (word >> 32, (word ^ (2**64 - 1)) >> 32) for word in words if word)
+
     def visit(self, node: Any) -> Any:
         """Return the cell as it is, once the GPU is there."""
         if self.parked():
-            update = self._show(bundle(WAITS))
-            began = time.monotonic()
-            if not self._interruptible(update):
-                update(bundle(LENT))
-                raise self._rejected(GIVEN_UP)
-            update(bundle(f"{LENT} It is back after {max(1, round(time.monotonic() - began))}\u00a0s."))
+            self._hold(LENT, WAITS, self._wait)
+        if self.moved():
+            self._hold(MOVED, MOVED_WAITS, self._wait_for_memory)
         return node
 
-    def _interruptible(self, update: Update) -> bool:
+    def _hold(self, what: str, waits: str, wait: Callable[[Update], None]) -> None:
+        """Say what the cell waits for, and wait; the cell is not run when it is interrupted."""
+        update = self._show(bundle(waits))
+        began = time.monotonic()
+        if not self._interruptible(wait, update):
+            update(bundle(what))
+            raise self._rejected(GIVEN_UP)
+        update(bundle(f"{what} It is back after {max(1, round(time.monotonic() - began))}\u00a0s."))
+
+    def _wait_for_memory(self, _: Update) -> None:
+        """The Jupyter server tells the agent that a cell waits here."""
+        while self.moved():
+            time.sleep(LOOK_SECONDS)
+
+    def _interruptible(self, wait: Callable[[Update], None], update: Update) -> bool:
         """Wait; return False when interrupted. IPython has another handler for SIGINT while it runs what awaits."""
         main = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGINT, signal.default_int_handler) if main else None
         try:
-            self._wait(update)
+            wait(update)
             return True
         except KeyboardInterrupt:
             return False

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from test_lab_slice import LIBRARIES, ROOT, Kernel, Server, environment, wait_fo
 
 from nbgpu.client import AgentClient
 from nbgpu_agent import layout
-from nbgpu_lab.kernel_wait import GIVEN_UP, LIMIT_AT, WAITS, waiting_words
+from nbgpu_lab.kernel_wait import AWAY_AT, FLAG_AT, GIVEN_UP, LIMIT_AT, MOVED_WAITS, SLOTS, WAITS, waiting_words
 
 pytestmark = [
     pytest.mark.slow,
@@ -126,6 +127,7 @@ def test_who_waited_before_is_told() -> None:
 
 def test_where_the_limit_is() -> None:
     assert layout.Ctl.device.offset + layout.CtlDevice.mem_limit.offset == LIMIT_AT
+    assert (layout.Ctl.kernels_away.offset, layout.Ctl.away.offset, layout.SLOTS) == (FLAG_AT, AWAY_AT, SLOTS)
 
 
 def test_ada_goes_to_lunch(place: Place) -> None:
@@ -156,3 +158,41 @@ def test_ada_goes_to_lunch(place: Place) -> None:
     wait_for("the notice that it is back", lambda: kinds_of(ada)[-1] == "restored", 10)
     assert kinds_of(ada) == ["parked", "wanting", "restored"]
     assert notebook.run("print('ran' in globals())").strip() == "False", "the cell that was interrupted did not run"
+
+
+def test_one_notebook_makes_room_for_the_other(place: Place) -> None:
+    ada, _ = place.server("ada")
+    wait_for("ada's server", ada.answers, 60)
+    one, two = ada.open("one.ipynb"), ada.open("two.ipynb")
+    one.run(HOLD)
+    two.run(HOLD)
+    most = ada.usage()["devices"][0]["memory_limit_bytes"] // 2**20
+    held = int(one.run("print(idle_program.lunch_mib())"))
+    before = one.run(f"print(k.hold({held}))")
+    assert two.run(f"print(k.more({most - held // 2}))").strip() == "2", "the control"
+
+    def moved() -> bool:
+        try:
+            return ada.call(f"nbgpu/api/kernels/{one.id}/suspend", {}, "POST")["phase"] == "parked"
+        except urllib.error.HTTPError:  # what ran a moment ago may still be counted
+            return False
+
+    wait_for("its memory is in the host's", moved, 30)
+    assert two.run(f"print(k.more({most - held // 2}))").strip() == "0"
+    cell = begin(one, "ran = True; print(k.sum())")
+    told(one, cell, MOVED_WAITS)
+    ada.call(f"api/kernels/{one.id}/interrupt", {}, "POST")
+    assert one.client.get_shell_msg(timeout=20)["content"]["status"] == "error", GIVEN_UP
+    time.sleep(1)  # ipykernel aborts what comes right behind an error
+    cell = begin(one, "print(k.sum())")
+    told(one, cell, MOVED_WAITS)
+
+    def notices() -> list[str]:
+        return [notice["message"] for notice in ada.call("nbgpu/api/events?after=0") if notice["kind"] == "wanting-memory"]
+
+    wait_for("the notice that says what to do", notices, 15)
+    assert notices()[0].startswith("one.ipynb waits for its memory: it needs")
+    two.run("k.less()")
+    assert before.strip() in told(one, cell, before.strip(), 60)
+    assert one.run("print('ran' in globals())").strip() == "False", "the cell that was interrupted did not run"
+    assert len(notices()) == 1
