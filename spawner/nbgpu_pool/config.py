@@ -14,7 +14,7 @@ Example
       groups:
         students: {limit: 4, guarantee: 1, per_user: 1/4}
     placement: {rule: best-fit}           # or `value`: docs/placement.md
-    queue: {total: 1000, per_user: 5, overtake_count: 50, overtake_seconds: 900, order: arrival}
+    queue: {total: 1000, per_user: 5, overtake_count: 200, overtake_seconds: 7200, order: arrival}
     idle: {after_seconds: 1800, least_memory: 4 GiB, protect_groups: [staff]} # one machine: docs/idle.md
     give_back: {end_idle_after_seconds: 1800, notice_seconds: 300} # of guarantees with `lend: true`: docs/quotas.md
     reservations:                         # classes: docs/quotas.md
@@ -160,9 +160,9 @@ class QueueConfig(Closed):
 
     total: Annotated[int, Field(ge=0, le=100_000)] = 1000
     per_user: Annotated[int, Field(ge=0, le=100_000)] = 10
-    overtake_count: Annotated[int, Field(ge=0, le=1_000_000)] = 50
+    overtake_count: Annotated[int, Field(ge=0, le=1_000_000)] = 200
     """How often a request that does not fit may be overtaken."""
-    overtake_seconds: Annotated[float, Field(ge=0, le=1e7)] = 900.0
+    overtake_seconds: Annotated[float, Field(ge=0, le=1e7)] = 7200.0
     """And for how long."""
     order: Literal["arrival", "fair"] = "arrival"
     """``fair``: of those who wait, the group that holds least comes first (docs/quotas.md)."""

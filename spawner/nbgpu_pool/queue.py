@@ -32,8 +32,8 @@ MOST_PROTECTED = 20
 class Fairness:
     """How long a request that does not fit may be overtaken."""
 
-    overtake_count: int = 50
-    overtake_seconds: float = 900.0
+    overtake_count: int = 200
+    overtake_seconds: float = 7200.0
     fair: bool = False
     """Groups are served by what they hold (`fair`): it is no overtaking that another group's turn comes first, however long that takes."""
 
