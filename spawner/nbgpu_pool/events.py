@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Coroutine
+from typing import Any, cast
 
 from starlette.responses import Response, StreamingResponse
 
@@ -76,8 +77,7 @@ async def _send(send: Send, text: str) -> None:
 def _left(receive: Receive) -> bool:
     """Return whether the client has hung up, without waiting for it to."""
     while True:
-        told = receive()
-        assert isinstance(told, Coroutine)
+        told = cast("Coroutine[None, None, dict[str, Any]]", receive())
         try:
             told.send(None)
         except StopIteration as done:
