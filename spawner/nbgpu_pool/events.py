@@ -77,7 +77,7 @@ async def _send(send: Send, text: str) -> None:
 def _left(receive: Receive) -> bool:
     """Return whether the client has hung up, without waiting for it to."""
     while True:
-        told = cast("Coroutine[Any, Any, Any]", receive())
+        told = cast("Coroutine[None, None, dict[str, Any]]", receive())
         try:
             told.send(None)
         except StopIteration as done:
