@@ -50,7 +50,8 @@ def test_numbers_carry_their_units_in_their_names(model: type[models.Model]) -> 
     """A number is a count, an index, a version, a generation, a time or a place; or its name ends with its unit."""
     units = ("_bytes", "_milli", "_seconds", "_percent")
     bare = {
-        "index", "device_count", "process_count", "idle_count", "parked_count", "waiting_count", "version", "generation", "time", "created", "position", "refusals", "launches", "id",
+        "index", "device_count", "process_count", "idle_count", "parked_count", "waiting_count",
+        "version", "generation", "time", "created", "position", "refusals", "launches", "id",
         "pids", "pid", "since", "data",
     }  # fmt: skip
     for name, field in model.model_fields.items():
