@@ -351,11 +351,13 @@ class Away:
                 elif not live.on_host(row):
                     others += size
                     of_kernel += size if row.kernel_id == kernel_id else 0
-            if own and own + others > part.memory_bytes:
+            # Anybody in the server may write its slots: what the driver saw go comes back, up to the overhead that nobody tells of.
+            own = max(own, entry.device_bytes[index] - live.ctl.words.device[index].overhead_cap)
+            if own > 0 and own + others > part.memory_bytes:
                 free = format_memory(max(0, part.memory_bytes - others))
                 return f"needs {format_memory(own)}, and {free} of this server are free: free some or suspend another notebook"
             most = limit.memory_bytes if limit is not None else None
-            if own and most is not None and own + of_kernel > most:
+            if own > 0 and most is not None and own + of_kernel > most:
                 return f"needs {format_memory(own)}, and its own limit is {format_memory(most)}: raise it"
         return None
 
