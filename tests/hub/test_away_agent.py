@@ -341,6 +341,26 @@ def test_what_a_slot_says_meanwhile_makes_no_room(agent: AgentProcess, word: str
     pair.close()
 
 
+def test_a_kernel_that_is_there_is_not_suspended_again_under_another_name(agent: AgentProcess) -> None:
+    """To leave the second one as it was would bring the memory of the first back, whoever has its room by then."""
+    pair = Pair(agent)
+    pair.suspend()
+    assert pair.other.do("more", pair.mib) == "0"
+    slot, _ = recorded(pair)["slots"][0]
+    at = layout.Use.slot.offset + slot * ctypes.sizeof(layout.UseSlot) + layout.UseSlot.kernel_id.offset
+    with (Path(pair.launch.slice_dir) / "use").open("r+b", buffering=0) as use:
+        os.pwrite(use.fileno(), b"kernel-x\0", at)
+        assert "a process of it is in host memory already" in pair.refused("suspend", "kernel-x").message
+        os.pwrite(use.fileno(), b"kernel-a\0", at)
+    time.sleep(1)
+    assert smi_used_mib(pair.launch) < pair.slice.devices[0].memory_bytes // MIB
+    assert pair.phase() == "parked"
+    pair.other.do("less")
+    pair.ask("resume")
+    pair.is_("here")
+    pair.close()
+
+
 def test_nothing_is_suspended_unless_an_administrator_says_so() -> None:
     with own_agent() as agent:
         notebook, wanted = open_notebook(agent)
