@@ -38,6 +38,8 @@ SEEN_SECONDS = 0.005
 TRIES = 5
 BETWEEN_SECONDS = 1.0
 """Between two suspensions in a slice: each costs the machine a process, and is asked for by anybody."""
+MOST_AWAY = 32
+"""Kernels of one slice: four times a second it is looked at each whether it wants its memory and has room."""
 RESTARTED = "the agent was started anew"
 BUSY = "it computes at this moment: interrupt it, or wait until it is done"
 
@@ -95,8 +97,8 @@ class Away:
         return live.record.kernels_away.get(kernel_id) if self._agent.slices.get(live.id) is live else None
 
     @staticmethod
-    def _rows(live: LiveSlice, entry: AwayKernel) -> list[UseRow]:
-        return [row for row in live.tenant.read() if (row.slot, row.owner) in entry.slots]
+    def _rows(live: LiveSlice, entry: AwayKernel, rows: list[UseRow] | None = None) -> list[UseRow]:
+        return [row for row in (live.tenant.read() if rows is None else rows) if (row.slot, row.owner) in entry.slots]
 
     # ---- what is seen
 
@@ -112,8 +114,9 @@ class Away:
         """Four times a second: somebody waits for memory that is on the host, or there may be room for it by now."""
         for live in list(self._agent.slices.values()):
             if live.record.kernels_away:
+                rows = live.tenant.read()
                 for kernel_id, entry in live.record.kernels_away.items():
-                    if entry.wanted_since is None and any(row.wants_back for row in self._rows(live, entry)):
+                    if entry.wanted_since is None and any(row.wants_back for row in self._rows(live, entry, rows)):
                         self.want(live, kernel_id)
                 self._bring_back_wanted(live)
 
@@ -166,6 +169,9 @@ class Away:
             return "not all of its processes are known"
         if any(Process(one.pid, one.start_time) in processes for one in live.record.suspended):
             return "the watchdog has stopped a process of it"
+        # Its slots may say so by now. To undo the second one would bring back what the first one has there.
+        if any(Process(root.pid, root.start_time) in processes for one in live.record.kernels_away.values() for root in one.processes):
+            return "a process of it is in host memory already, with another kernel"
         if any(live.tenant.states[row.slot].process in processes for row in rows if row.kernel_id != kernel_id):
             return "a process of it says that it is of another kernel too"
         if any(row.busy_since or row.want for row in own) or self._agent.parking.busy(live, kernel_id):
@@ -174,6 +180,8 @@ class Away:
 
     def _too_much(self, live: LiveSlice, needed_bytes: int) -> str | None:
         """Return why so much of a slice may not be moved to the host's memory: nobody has more there than on the GPU."""
+        if len(live.record.kernels_away) >= MOST_AWAY:
+            return f"{MOST_AWAY} notebooks of this server are in host memory already"
         most = sum(part.memory_bytes for part in live.slice.devices)
         there = sum(entry.memory_bytes for entry in live.record.kernels_away.values())
         if there + needed_bytes > most:
@@ -351,11 +359,13 @@ class Away:
                 elif not live.on_host(row):
                     others += size
                     of_kernel += size if row.kernel_id == kernel_id else 0
-            if own and own + others > part.memory_bytes:
+            # Anybody in the server may write its slots: what the driver saw go comes back, up to the overhead that nobody tells of.
+            own = max(own, entry.device_bytes[index] - live.ctl.words.device[index].overhead_cap)
+            if own > 0 and own + others > part.memory_bytes:
                 free = format_memory(max(0, part.memory_bytes - others))
                 return f"needs {format_memory(own)}, and {free} of this server are free: free some or suspend another notebook"
             most = limit.memory_bytes if limit is not None else None
-            if own and most is not None and own + of_kernel > most:
+            if own > 0 and most is not None and own + of_kernel > most:
                 return f"needs {format_memory(own)}, and its own limit is {format_memory(most)}: raise it"
         return None
 

@@ -71,6 +71,8 @@ class Entry:
     """How often a later request was granted while this one did not fit."""
     passed_from: float | None = None
     """Since when."""
+    passed: list[Entry] = field(default_factory=lambda: list[Entry](), compare=False, repr=False)
+    """Whom it has passed, until a server runs in it."""
     protected: bool = False
     """It has been overtaken for long enough (`Fairness`)."""
     earmark: tuple[str, ...] = ()
@@ -369,6 +371,9 @@ class Books:
         """End a holding entry's hold: `state` is ``gone`` or, for a revoked reservation, ``queued``."""
         if entry.holds:
             self._book(entry, -1)
+        for other in entry.passed:  # to ask and give back again and again must make nobody wait
+            other.overtaken -= 1
+        entry.passed = []
         if state == GrantState.queued:
             self.waiting()  # forgets that it was among them once
         entry.state, entry.wanted, entry.moving = state, None, None

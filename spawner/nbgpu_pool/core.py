@@ -144,7 +144,7 @@ class Core(Held):
             raise NbgpuError("That share is not free any more; you keep your place in the queue.", code="no-room", status=409)
         self.books.add(entry)
         self.books.give(entry, found, self.settings.quotas.counted(request.groups))
-        walk.passed(found, now)
+        walk.passed(entry, found, now)
         self._effects.granted.append(entry.slice_id)
         self._withdraw(old, "given up for a smaller share", now)
         return self.grant(entry, now)
@@ -455,6 +455,7 @@ class Core(Held):
 
     def _bound(self, entry: Entry, started: float) -> None:
         entry.state, entry.expires, entry.started, entry.was_bound = GrantState.bound, None, started, True
+        entry.passed = []
         self._changed()
 
     def _withdraw(self, entry: Entry, reason: str, now: float) -> None:

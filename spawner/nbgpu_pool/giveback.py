@@ -100,14 +100,19 @@ def plan(books: Books, quotas: Quotas, policy: GiveBack, asked: dict[str, Ask], 
         return found
     rooms = {room.device.uuid: replace(room) for room in books.ordered_rooms()}
     _give(rooms, _on_its_way_back(books))
+    stages = [list(stage) for stage in _stages(books, quotas, policy, asked, tally, least_bytes, now)]
+    # With all that could be given: who finds no room there is spared the search, and the pool with them.
+    most = {uuid: replace(room) for uuid, room in rooms.items()}
+    for gain in {gain.entry.slice_id: gain for stage in stages for gain in stage}.values():
+        _give(most, gain.parts)
     for entry, whose in claimants:
         barred = {uuid for one in line if one is not entry for uuid in one.earmark} | books.kept() | books.closed(entry)
 
         def fits(want: Entry = entry, barred: set[str] = barred) -> bool:
             return place(list(rooms.values()), want.want, barred=barred, policy=placing) is not None
 
-        if not fits():
-            gains = _needed(rooms, fits, _stages(books, quotas, policy, asked, tally, least_bytes, now))
+        if not fits() and place(list(most.values()), entry.want, barred=barred, policy=placing) is not None:
+            gains = _needed(rooms, fits, stages)
             for gain in gains:
                 if gain.target is not None:
                     found.shrinks.append((gain.entry, gain.target, whose))
@@ -116,6 +121,7 @@ def plan(books: Books, quotas: Quotas, policy: GiveBack, asked: dict[str, Ask], 
         spot = place(list(rooms.values()), entry.want, barred=barred, policy=placing)
         for room, part in spot or ():
             room.take(part)
+            most[room.device.uuid].take(part)
     return found
 
 
@@ -208,13 +214,27 @@ def _smaller(entry: Entry, books: Books, keep_milli: int, least_bytes: int, now:
 def _needed(rooms: dict[str, Room], fits: Callable[[], bool], stages: Iterable[list[_Gain]]) -> list[_Gain]:
     """Return the mildest and fewest that make room, taken into account in `rooms`; nothing where even all would not."""
     chosen: dict[str, _Gain] = {}
+
+    def choose(gain: _Gain) -> None:
+        before = chosen.pop(gain.entry.slice_id, None)
+        if before is not None:
+            _give(rooms, before.parts, back=False)
+        _give(rooms, gain.parts)
+        chosen[gain.entry.slice_id] = gain
+
     for gains in stages:
+        before_all = dict(chosen)
         for gain in gains:
-            before = chosen.pop(gain.entry.slice_id, None)
-            if before is not None:
-                _give(rooms, before.parts, back=False)
+            choose(gain)
+        if not fits():
+            continue  # not even all of them: they are not tried one by one
+        for gain in chosen.values():
+            _give(rooms, gain.parts, back=False)
+        for gain in before_all.values():
             _give(rooms, gain.parts)
-            chosen[gain.entry.slice_id] = gain
+        chosen = before_all
+        for gain in gains:
+            choose(gain)
             if fits():
                 for other in list(chosen.values())[:-1]:  # some may have been on other devices
                     _give(rooms, other.parts, back=False)

@@ -6,7 +6,7 @@ would help nobody.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 
 from nbgpu.models import GrantState, Hint, Hints
@@ -17,10 +17,13 @@ from .idle import IdlePolicy
 from .placement import Policy, one_move, place
 from .shapes import Part, Want
 
+Held = Mapping[str, Sequence[tuple[str, Part]]]
 IDLE_SECONDS = 900.0
 """How long a server must have been idle where parking is off and no policy says."""
 MOST_WAITING = 20
 """Of the queue, the first so many are looked at; of equal requests once."""
+MOST_ENDS = 100
+"""For each of them so many idle servers, longest idle first, are looked at for what their end would give."""
 
 
 def answer(core: Core, now: float) -> Hints:
@@ -28,17 +31,18 @@ def answer(core: Core, now: float) -> Hints:
     idle = idle_ones(core.books, core.settings.idle, now)
     parked = sum(one.full is not None for one in core.books.entries.values())
     waiting = core.books.waiting()
+    held = _held(idle)
     known: dict[tuple[Want, frozenset[str]], Hint | None] = {}
     found: list[Hint] = []
     for entry in waiting[:MOST_WAITING]:
         if entry.holder or entry.kept or not idle:  # who waits for a quota, or for what is kept for others, is not helped by room
             continue
         if entry.earmark:  # what is kept for it counts for it alone
-            told = hint(core.books, waiting, entry, idle, core.settings.policy, now)
+            told = hint(core.books, waiting, entry, idle, held, core.settings.policy, now)
         else:
             kind = entry.want, core.books.closed(entry)
             if kind not in known:
-                known[kind] = hint(core.books, waiting, entry, idle, core.settings.policy, now)
+                known[kind] = hint(core.books, waiting, entry, idle, held, core.settings.policy, now)
             told = known[kind]
         if told is not None:
             found.append(told.model_copy(update={"request_id": entry.slice_id, "owner": entry.request.owner}))
@@ -54,13 +58,20 @@ def idle_ones(books: Books, policy: IdlePolicy, now: float) -> list[Entry]:
     return sorted(long, key=lambda one: (one.idle_from or 0.0, one.number))
 
 
-def hint(books: Books, waiting: Iterable[Entry], entry: Entry, idle: Sequence[Entry], policy: Policy, now: float) -> Hint | None:
-    """Return how one of `idle` lets `entry` in: by its move if that will do, else by its end; None: one is not enough, or it fits."""
-    barred = {uuid for one in waiting if one is not entry for uuid in one.earmark} | books.kept() | books.closed(entry)
-    held: dict[str, list[tuple[str, Part]]] = {}
+def _held(idle: Iterable[Entry]) -> Held:
+    """Return what could be moved, by device: slices of one device."""
+    found: dict[str, list[tuple[str, Part]]] = {}
     for one in idle:
         if len(parts := one.own_parts()) == 1:
-            held.setdefault(parts[0][0], []).append((one.slice_id, parts[0][1]))
+            found.setdefault(parts[0][0], []).append((one.slice_id, parts[0][1]))
+    return found
+
+
+def hint(
+    books: Books, waiting: Iterable[Entry], entry: Entry, idle: Sequence[Entry], held: Held, policy: Policy, now: float
+) -> Hint | None:
+    """Return how one of `idle` lets `entry` in: by its move if that will do, else by its end; None: one is not enough, or it fits."""
+    barred = {uuid for one in waiting if one is not entry for uuid in one.earmark} | books.kept() | books.closed(entry)
     move = one_move(books.ordered_rooms(), books.buckets, held, entry.want, barred=barred, policy=policy)
     if move is not None:
         to = move.to[0][0].device
@@ -68,7 +79,7 @@ def hint(books: Books, waiting: Iterable[Entry], entry: Entry, idle: Sequence[En
         return _hint("move", books.entries[move.slice_id], entry, [move.source], devices, now, to_device=to.uuid, to_node=to.node)
     if books.fitting(entry.want, barred, None, policy) is not None:
         return None
-    for one in idle:
+    for one in idle[:MOST_ENDS]:
         devices = _after_end(books, entry.want, one, barred, policy)
         if devices:
             return _hint("end", one, entry, [uuid for uuid, _ in one.own_parts()], devices, now)

@@ -35,6 +35,8 @@ from .service import Service
 LOCK_FILE = "pool.lock"
 MOST_CONNECTIONS = 8000
 """Of one listening socket: everybody who waits keeps one for their events."""
+SOCKETS = 3
+"""There are descriptors for so many full sockets: the Unix socket, the address, and as many for all else."""
 log = logging.getLogger("nbgpu.pool")
 
 
@@ -118,7 +120,7 @@ def _run_kubernetes(options: Options) -> int:
 
 def _raise_file_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 3 * MOST_CONNECTIONS
+    wanted = SOCKETS * MOST_CONNECTIONS
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(hard, wanted), hard))
 
@@ -185,8 +187,9 @@ class Protocol(PatientProtocol):
     """The pool's server protocol."""
 
     def most_connections(self) -> int:
-        """Return how many connections there may be at a time."""
-        return MOST_CONNECTIONS
+        """Return how many connections there may be at a time; fewer where the process may not have that many descriptors."""
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else min(MOST_CONNECTIONS, soft // SOCKETS)
 
 
 class _Server(uvicorn.Server):

@@ -5,7 +5,8 @@ From then on it is *protected*: the devices on which least must be freed for it 
 Sessions on them end, nothing new begins, so it gets in; the rest of the pool goes on serving others. Where those sessions are long ones
 that does not bound how often it is passed: when that was `Fairness.most` times, nobody who came later gets any device that it could use.
 
-A request is passed when a later one is granted a device that it could use. Who waits for a quota is passed by nobody.
+A request is passed when a later one of another user is granted a device that it could use; one that is given back before a server ran in
+it has passed nobody. Who waits for a quota is passed by nobody.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class Pass:
             if found[0][0].coming:  # took nothing of what is here
                 self.tally.free_milli += _sum(found).compute_milli
             entry.earmark, entry.holder, entry.reason = (), "", None
-            self.passed(found, now)
+            self.passed(entry, found, now)
             granted.append(entry)
         return granted
 
@@ -158,14 +159,18 @@ class Pass:
             return None
         return found
 
-    def passed(self, found: Place, now: float) -> None:
-        """Note that those who wait are passed by one who gets a place that they could use too."""
+    def passed(self, by: Entry, found: Place, now: float) -> None:
+        """Note that those who wait are passed by one who gets a place that they could use too; by their own servers they are not."""
         if found[0][0].coming:  # there is one more for everybody
             return
         device = found[0][0].device
+        user = by.request.owner.hub, by.request.owner.user
         for entry in self.waiting:
+            if (entry.request.owner.hub, entry.request.owner.user) == user:
+                continue
             if not entry.holder and resolve(entry.want, device) is not None and device.uuid not in self.books.closed(entry):
                 entry.pass_by(now)
+                by.passed.append(entry)
 
     def _preferred(self, entry: Entry, barred: Set[str], cap: Part | None) -> Place | None:
         """Return a place on what is kept for `entry`, or else not on what is soon kept for others; None: anywhere."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import resource
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,7 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 import nbgpu.http
 from nbgpu.errors import NbgpuError
 from nbgpu.http import PatientProtocol
-from nbgpu_pool import front
+from nbgpu_pool import front, main
 from nbgpu_pool.api import create_app
 from nbgpu_pool.auth import Guard, Principal, Token
 from nbgpu_pool.ledger import AgentLedger
@@ -115,6 +116,14 @@ async def test_more_connections_than_there_may_be(runtime: Path, monkeypatch: py
         for _, writer in streams:
             writer.close()
     assert answered == served_
+
+
+async def test_connections_are_bounded_by_the_descriptors_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which the hub on the other socket, and the pool itself, need some when strangers have taken all of theirs."""
+    protocol = main.Protocol.__new__(main.Protocol)
+    for limit, most in ((4096, 1365), (24_000, 8000), (10**6, 8000), (resource.RLIM_INFINITY, 8000)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+        assert protocol.most_connections() == most
 
 
 async def test_every_token_is_compared_whole_and_in_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:

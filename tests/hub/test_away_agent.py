@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
@@ -25,6 +26,7 @@ from test_idle_tricks import RESTORE, unlimited
 from nbgpu.errors import NbgpuError
 from nbgpu.models import KernelAway, Launch
 from nbgpu.quantities import MIB
+from nbgpu_agent import layout
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.skipif(missing_libraries() is not None, reason=str(missing_libraries()))]
 
@@ -310,6 +312,53 @@ def test_who_restores_itself_is_found_beyond_its_slice(runtime: Path) -> None:
     assert pair.other.do("launch") == "launched", "not the one who has the room by right"
     pair.close()
     agent.close()
+
+
+def recorded(pair: Pair) -> dict[str, Any]:
+    return json.loads((Path(pair.launch.slice_dir) / "slice.json").read_text())["kernels_away"]["kernel-a"]
+
+
+@pytest.mark.parametrize("word", ["used", "owner"])
+def test_what_a_slot_says_meanwhile_makes_no_room(agent: AgentProcess, word: str) -> None:
+    """Anybody in the server may write its slots: what comes back is what the driver saw go."""
+    pair = Pair(agent)
+    pair.suspend()
+    assert pair.other.do("more", pair.mib) == "0"
+    entry = recorded(pair)
+    slot, owner = entry["slots"][0]
+    at = layout.Use.slot.offset + slot * ctypes.sizeof(layout.UseSlot) + getattr(layout.UseSlot, word).offset
+    before = (pair.mib * MIB).to_bytes(8, "little") if word == "used" else owner.to_bytes(8, "little")
+    with (Path(pair.launch.slice_dir) / "use").open("r+b", buffering=0) as use:
+        assert before[4:] == os.pread(use.fileno(), 8, at)[4:]
+        os.pwrite(use.fileno(), bytes(8), at)
+        assert "free some or suspend another" in pair.refused("resume").message
+        time.sleep(1)
+        assert recorded(pair) == entry
+        os.pwrite(use.fileno(), before, at)
+    pair.other.do("less")
+    pair.ask("resume")
+    pair.is_("here")
+    pair.close()
+
+
+def test_a_kernel_that_is_there_is_not_suspended_again_under_another_name(agent: AgentProcess) -> None:
+    """To leave the second one as it was would bring the memory of the first back, whoever has its room by then."""
+    pair = Pair(agent)
+    pair.suspend()
+    assert pair.other.do("more", pair.mib) == "0"
+    slot, _ = recorded(pair)["slots"][0]
+    at = layout.Use.slot.offset + slot * ctypes.sizeof(layout.UseSlot) + layout.UseSlot.kernel_id.offset
+    with (Path(pair.launch.slice_dir) / "use").open("r+b", buffering=0) as use:
+        os.pwrite(use.fileno(), b"kernel-x\0", at)
+        assert "a process of it is in host memory already" in pair.refused("suspend", "kernel-x").message
+        os.pwrite(use.fileno(), b"kernel-a\0", at)
+    time.sleep(1)
+    assert smi_used_mib(pair.launch) < pair.slice.devices[0].memory_bytes // MIB
+    assert pair.phase() == "parked"
+    pair.other.do("less")
+    pair.ask("resume")
+    pair.is_("here")
+    pair.close()
 
 
 def test_nothing_is_suspended_unless_an_administrator_says_so() -> None:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from nbgpu.quantities import GIB, MIB
+from nbgpu_agent.away import MOST_AWAY, Away
 from nbgpu_agent.idle import REFUSED_SECONDS, REPORT_SECONDS, IdleWatch, host_refusal, parse_meminfo
 
 
@@ -71,3 +72,18 @@ def test_the_hosts_memory_is_bounded_by_the_option_and_by_what_is_there() -> Non
     assert "available" in str(host_refusal(GIB, 0, GIB, 2 * GIB - 1, 4 * GIB)), "a GiB stays on a small machine"
     assert parse_meminfo("MemTotal:  4 kB\nMemFree: 1 kB\nMemAvailable:   2 kB\n") == (2048, 4096)
     assert parse_meminfo("") == (0, 0), "what is not known is not there"
+
+
+def test_so_many_kernels_of_a_slice_are_on_the_host_at_most() -> None:
+    """Four times a second the agent looks at each, and anybody may start hundreds."""
+
+    def refused(there: int) -> str | None:
+        entries = {f"k{number}": SimpleNamespace(memory_bytes=MIB) for number in range(there)}
+        live: Any = SimpleNamespace(
+            slice=SimpleNamespace(devices=[SimpleNamespace(memory_bytes=GIB)]), record=SimpleNamespace(kernels_away=entries)
+        )
+        agent, checkpoints = SimpleNamespace(), SimpleNamespace(host_refusal=lambda _: None)
+        return Away(agent, checkpoints)._too_much(live, MIB)  # type: ignore[arg-type]
+
+    assert refused(MOST_AWAY - 1) is None
+    assert "32 notebooks" in str(refused(MOST_AWAY))

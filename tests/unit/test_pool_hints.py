@@ -11,11 +11,12 @@ import pytest
 from test_pool_api import HUB, READ, bearer
 from test_pool_held import Pool
 
-from nbgpu.models import Hint
+from nbgpu.models import GrantState, Hint
 from nbgpu_pool import events
+from nbgpu_pool import hints as pool_hints
 from nbgpu_pool.api import create_app
 from nbgpu_pool.auth import Guard, Principal, Token
-from nbgpu_pool.hints import IDLE_SECONDS, MOST_WAITING, answer
+from nbgpu_pool.hints import IDLE_SECONDS, MOST_ENDS, MOST_WAITING, answer
 from nbgpu_pool.idle import IdlePolicy
 from nbgpu_pool.service import Service
 from nbgpu_pool.state import Settings, Snapshot
@@ -142,3 +143,24 @@ async def test_the_api_tells_them_to_those_who_may_know(monkeypatch: pytest.Monk
         service.settle()
         assert json.loads((await asyncio.wait_for(anext(source), 5)).partition("data: ")[2])["hints"] == []
         await source.aclose()
+
+
+def test_a_long_queue_for_what_nobody_s_end_would_give_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of many idle servers was tried for each who waits: seconds in which the pool answered nobody, for whoever asked for that."""
+    looks = 0
+    real = pool_hints._after_end
+
+    def counted(*given: object) -> list[str]:
+        nonlocal looks
+        looks += 1
+        return real(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pool_hints, "_after_end", counted)
+    pool = HintPool(nodes=MOST_ENDS // 4, devices=8)
+    for number in range(4 * MOST_ENDS):
+        entry = pool.core.known(pool.ask(500, f"u{number}").request.request_id)
+        entry.state, entry.idle_from, entry.expires = GrantState.bound, -2 * IDLE_SECONDS, None
+    for count in (2, 3, 4):
+        pool.ask(1000, f"w{count}", device_count=count)
+    assert pool.hints() == []
+    assert 0 < looks <= 3 * MOST_ENDS

@@ -380,3 +380,34 @@ def test_who_can_be_placed_nowhere_now_stops_nobody(monkeypatch: pytest.MonkeyPa
     for _ in range(3):
         assert pool.ask(250, user="v").state == GrantState.reserved
     assert pool.core.known(large).overtaken == 0
+
+
+def asked_and_given_back(pool: Pool, user: str, rounds: int) -> None:
+    for _ in range(rounds):
+        grant = pool.ask(125, user=user)
+        assert grant.state == GrantState.reserved
+        pool.core.cancel(grant.request.request_id, "h", pool.now)
+
+
+@pytest.mark.parametrize("user", ["large", "other"])
+def test_who_asks_and_gives_back_again_and_again_makes_nobody_wait(user: str) -> None:
+    """A whole pool would be kept for one whose own small requests, or an accomplice's, pass it often enough."""
+    pool = Pool(4, fairness=Fairness(overtake_count=5, overtake_seconds=1e9))
+    for _ in range(4):
+        pool.started(750)
+    large = pool.core.known(pool.ask(1000, user="large").request.request_id)
+    asked_and_given_back(pool, user, 200)
+    assert (large.overtaken, large.earmark) == (0, ())
+    assert pool.ask(125, user="honest").state == GrantState.reserved
+
+
+def test_one_s_own_servers_do_not_pass_one() -> None:
+    pool = Pool(fairness=Fairness(overtake_count=5, overtake_seconds=1e9))
+    pool.started(500)
+    large = pool.core.known(pool.ask(1000, user="large").request.request_id)
+    for _ in range(10):
+        pool.end(pool.started(125, user="large", server="small"))
+    assert large.overtaken == 0
+    for number in range(1, 4):
+        pool.end(pool.started(125, user="other"))
+        assert large.overtaken == number, "the control: another's that ran counts"
