@@ -23,7 +23,7 @@ PATH = "/v1/requests"
 _ONE = re.compile(rf"{PATH}/([a-z0-9][a-z0-9-]{{6,46}}[a-z0-9])")
 _EVENTS = re.compile(rf"{_ONE.pattern}/events")
 _HELD = {b"": False, b"held=true": True}
-_JSON = (b"content-type", b"application/json")
+_JSON = [b"application/json"]
 
 Acquire = Callable[[Request, Principal], Grant]
 Release = Callable[[str, Principal], "Grant | None"]
@@ -47,7 +47,7 @@ class Hot:
         method, path = scope["method"], scope["path"]
         speaker: Principal = scope["state"]["speaker"]
         try:
-            if method == "POST" and path == PATH and _JSON in scope["headers"]:
+            if method == "POST" and path == PATH and [value for name, value in scope["headers"] if name == b"content-type"] == _JSON:
                 body = await read_body(receive, BODY_BYTES) or b""
                 receive = Reread(body, receive)
                 asked = _read(body)
