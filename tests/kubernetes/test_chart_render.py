@@ -13,7 +13,17 @@ from chart_kit import CHART, KUBE_VERSION, helm, options, pick, render
 from nbgpu_agent.main import parse, policy_of
 from nbgpu_agent.policy import KINDS, Policy
 from nbgpu_pool import config as pool_config
-from nbgpu_pool.config import ComingConfig, Config, DefaultQuota, GroupQuota, QueueConfig, QuotaConfig, UserQuota
+from nbgpu_pool.config import (
+    ComingConfig,
+    Config,
+    DefaultQuota,
+    GiveBackConfig,
+    GroupQuota,
+    QueueConfig,
+    QuotaConfig,
+    ReservationConfig,
+    UserQuota,
+)
 
 pytestmark = pytest.mark.kubernetes
 
@@ -100,11 +110,13 @@ def test_all_of_the_pools_configuration_can_be_given_and_nothing_else() -> None:
     groups, users = (quotas[name]["additionalProperties"]["$ref"].rpartition("/")[2] for name in ("groups", "users"))
     for told, model in (
         (config["quotas"], QuotaConfig), (quotas["default"], DefaultQuota), (named[users], UserQuota), (named[groups], GroupQuota),
-        (config["queue"], QueueConfig), (config["coming"]["items"], ComingConfig),
+        (config["queue"], QueueConfig), (config["coming"]["items"], ComingConfig), (config["give_back"], GiveBackConfig),
+        (config["reservations"]["items"], ReservationConfig),
     ):  # fmt: skip
-        assert set(told["properties"]) == set(model.model_fields)
+        fields = {field.alias or name: field for name, field in model.model_fields.items()}
+        assert set(told["properties"]) == set(fields)
         assert told["additionalProperties"] is False
-        assert set(told.get("required", [])) == {name for name, field in model.model_fields.items() if field.is_required()}
+        assert set(told.get("required", [])) == {name for name, field in fields.items() if field.is_required()}
 
 
 def test_a_whole_configuration_of_the_pool_passes() -> None:
