@@ -417,6 +417,12 @@ class IgnoresQuotas(Core):
         super().__init__(replace(settings, quotas=Quotas()))
 
 
+@pytest.fixture(autouse=True)
+def _small_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In so short a history nobody is passed ten times for each device."""
+    monkeypatch.setattr("nbgpu_pool.queue.MOST_PER_DEVICE", 1)
+
+
 QUICK = settings(max_examples=EXAMPLES, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
