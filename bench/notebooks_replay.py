@@ -222,6 +222,7 @@ class _Queue:
         for entry in granted:
             ((uuid, part),) = entry.parts()
             self.held.put(entry.slice_id, uuid, part)
+            entry.passed = []  # its server runs at once, so it has passed them
         return granted
 
     def _move_for(self, entry: Entry) -> bool:
