@@ -22,6 +22,7 @@ from .happened import title
 from .idle import Signature, signature
 from .live import LiveSlice
 from .marks import mark
+from .movers import Movers
 from .native import UseRow
 from .procs import Process
 from .slicedir import AwayKernel, Root
@@ -63,7 +64,7 @@ class Away:
     def __init__(self, agent: Agent, checkpoints: Checkpoints):
         self._agent = agent
         self._checkpoints = checkpoints
-        self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._tasks: Movers[tuple[str, str]] = Movers()
         self._not_before: dict[str, float] = {}
 
     def load(self) -> None:
@@ -77,21 +78,10 @@ class Away:
 
     async def close(self) -> None:
         """Leave everything as it is: the next agent goes on."""
-        for task in self._tasks.values():
-            task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await self._tasks.close()
 
     def _spawn(self, live: LiveSlice, kernel_id: str, work: Coroutine[Any, Any, None]) -> None:
-        key = live.id, kernel_id
-        task = self._tasks[key] = asyncio.create_task(work)
-
-        def done(ended: asyncio.Task[None]) -> None:
-            if self._tasks.get(key) is ended:
-                del self._tasks[key]
-            if not ended.cancelled() and ended.exception() is not None:
-                log.error("slice=%s owner=%s kernel=%s: suspending failed", live.id, live.owner, kernel_id, exc_info=ended.exception())
-
-        task.add_done_callback(done)
+        self._tasks.start((live.id, kernel_id), work, f"slice={live.id} owner={live.owner} kernel={kernel_id}: suspending failed")
 
     def _entry(self, live: LiveSlice, kernel_id: str) -> AwayKernel | None:
         return live.record.kernels_away.get(kernel_id) if self._agent.slices.get(live.id) is live else None

@@ -5,11 +5,10 @@ Each step is written in the slice's record before it is made: an agent that is k
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
-from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Coroutine, Mapping
+from typing import TYPE_CHECKING, Any
 
 from nbgpu.models import Idle, Lent, Usage
 from nbgpu.quantities import format_memory
@@ -19,6 +18,7 @@ from .checkpoint import USED, Checkpoints
 from .idle import MOST_KERNELS, REPORT_SECONDS, IdleWatch, signature
 from .live import LiveSlice
 from .marks import mark
+from .movers import Movers
 from .native import UseRow
 from .procs import Process
 from .slicedir import Parked, Root
@@ -47,7 +47,7 @@ class Parking:
         self._agent = agent
         self._checkpoints = checkpoints
         self._watches: dict[str, IdleWatch] = {}
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._tasks: Movers[str] = Movers()
         self._told_at, self._to_tell = 0.0, False
 
     @property
@@ -68,21 +68,10 @@ class Parking:
 
     async def close(self) -> None:
         """Leave everything as it is: the next agent goes on."""
-        for task in self._tasks.values():
-            task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await self._tasks.close()
 
-    def _spawn(self, live: LiveSlice, work: object) -> None:
-        assert asyncio.iscoroutine(work)
-        task = self._tasks[live.id] = asyncio.create_task(work)
-
-        def done(ended: asyncio.Task[None]) -> None:
-            if self._tasks.get(live.id) is ended:
-                del self._tasks[live.id]
-            if not ended.cancelled() and ended.exception() is not None:
-                log.error("slice=%s owner=%s: parking failed", live.id, live.owner, exc_info=ended.exception())
-
-        task.add_done_callback(done)
+    def _spawn(self, live: LiveSlice, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.start(live.id, work, f"slice={live.id} owner={live.owner}: parking failed")
 
     def _here(self, live: LiveSlice) -> bool:
         return self._agent.slices.get(live.id) is live
