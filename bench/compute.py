@@ -62,6 +62,8 @@ SCENARIOS: dict[str, list[Share]] = {
     "50/50": [Share(500), Share(500)],
     "50/50, 2 : 1": [Share(500, processes=2), Share(500)],
     "75/25": [Share(750), Share(250)],
+    "70/30": [Share(700), Share(300)],
+    "10/20/30/40": [Share(milli) for milli in (100, 200, 300, 400)],
     "8 x 12.5": [Share(125, processes=2), *[Share(125)] * 7],
     "strict 30 alone": [Share(300, strict=True)],
 }

@@ -12,9 +12,9 @@ from nbgpu.models import Device, GrantState, Owner, Request, Slice, SliceDevice
 from nbgpu.quantities import WHOLE_MILLI
 
 from .granted import Granted
-from .placement import Buckets, Place, Policy, Room, of_each_kind, order, place
+from .placement import Buckets, Place, Policy, Room, of_each_kind, of_use, order, place
 from .quotas import Account, Holding, total
-from .shapes import MAX_DEVICES, Part, Want, by_model, resolve, want_of
+from .shapes import MAX_DEVICES, Part, Want, by_model, want_of
 
 if TYPE_CHECKING:
     from .placement.valued import Valued
@@ -237,7 +237,7 @@ class Books:
     """What fits nowhere, and the nodes where something came free since that was found."""
     _of_user: dict[tuple[str, str], set[str]] = field(default_factory=dict[tuple[str, str], set[str]])
     """And all of a user among these."""
-    _use: dict[Want, int] = field(default_factory=dict[Want, int])
+    _use: dict[Want, frozenset[str]] = field(default_factory=dict[Want, frozenset[str]])
     _costs: dict[Want, Part | None] = field(default_factory=dict[Want, "Part | None"])
 
     def by_value(self) -> None:
@@ -414,12 +414,12 @@ class Books:
                 freed |= nodes
         return nodes
 
-    def of_use(self, want: Want) -> int:
-        """Return how many of the devices that are there could, if they were empty, hold a part of `want`."""
+    def of_use(self, want: Want) -> frozenset[str]:
+        """Return the devices that are there which `want` could be placed on if they were empty."""
         if want not in self._use:
             if len(self._use) >= MOST_COSTS:
                 self._use.clear()
-            self._use[want] = sum(resolve(want, room.device) is not None for room in self._here)
+            self._use[want] = of_use(self._here, want)
         return self._use[want]
 
     def may_fit(self, want: Want) -> bool:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from nbgpu.quantities import WHOLE_MILLI
 
 from .books import Books, Entry
-from .placement import DEFAULT_POLICY, Place, Policy, nearest, place
+from .placement import DEFAULT_POLICY, Place, Policy, nearest, of_use, place
 from .quotas import Quotas, Tally, format_gpus
-from .shapes import Part, Want, resolve
+from .shapes import Part, Want
 
 MOST_PER_DEVICE = 10
 """`Fairness.most` is at least that for each device: to keep a whole pool for one who waits costs everybody, and in a large one a hundred
@@ -163,14 +163,16 @@ class Pass:
         """Note that those who wait are passed by one who gets a place that they could use too; by their own servers they are not."""
         if found[0][0].coming:  # there is one more for everybody
             return
-        device = found[0][0].device
+        uuid = found[0][0].device.uuid
         user = by.request.owner.hub, by.request.owner.user
         for entry in self.waiting:
             if (entry.request.owner.hub, entry.request.owner.user) == user:
                 continue
-            if not entry.holder and resolve(entry.want, device) is not None and device.uuid not in self.books.closed(entry):
+            if not entry.holder and uuid in self.books.of_use(entry.want) and uuid not in self.books.closed(entry):
                 entry.pass_by(now)
                 by.passed.append(entry)
+                if entry.overtaken in (self.fairness.overtake_count, self.fairness.most(len(self.books.of_use(entry.want)))):
+                    self._keep(entry, now)
 
     def _preferred(self, entry: Entry, barred: Set[str], cap: Part | None) -> Place | None:
         """Return a place on what is kept for `entry`, or else not on what is soon kept for others; None: anywhere."""
@@ -222,40 +224,39 @@ class Pass:
         return cost is not None and (cost.compute_milli > cap.compute_milli or cost.memory_bytes > cap.memory_bytes)
 
     def _wait(self, entry: Entry, now: float) -> None:
-        """Leave `entry` in the queue; keep its room when it is protected."""
+        """Leave `entry` in the queue."""
         self.waiting.append(entry)
-        entry.protected = self.fairness.protects(entry, now)
-        if not entry.protected:
+        entry.protected = False
+        self._keep(entry, now)
+
+    def _keep(self, entry: Entry, now: float) -> None:
+        """Keep the room of one that waits, when it is protected: again where it was passed once too often in this very walk."""
+        if not self.fairness.protects(entry, now):
             return
+        anew, entry.protected = not entry.protected, True
         cost = self.books.cost(entry.want)
         if entry.holder:
             if cost is not None:
                 self.tally.reserve(entry.request.owner, self.quotas.counted(entry.request.groups), cost)
             return
         closed = self.books.closed(entry)
-        if entry.overtaken >= self.fairness.most(self.books.of_use(entry.want)):
-            entry.earmark = () if entry.want in self._closed else self._all_of_use(entry.want, self.barred | closed)
+        others = self.barred if anew else self.barred - set(entry.earmark)
+        if entry.overtaken >= self.fairness.most(len(self.books.of_use(entry.want))):
+            entry.earmark = () if entry.want in self._closed else tuple(sorted(of_use(self.rooms, entry.want, barred=closed) - others))
             self._closed.add(entry.want)
-        elif self.protected >= MOST_PROTECTED:
+        elif anew and self.protected >= MOST_PROTECTED:
             entry.earmark = ()
             return
-        elif not entry.earmark or not self._healthy(entry.earmark) or (self.barred | closed).intersection(entry.earmark):
-            entry.earmark = nearest(self.rooms, entry.want, barred=self.barred | closed)
-        self.protected += 1
+        elif not entry.earmark or not self._healthy(entry.earmark) or (others | closed).intersection(entry.earmark):
+            entry.earmark = nearest(self.rooms, entry.want, barred=others | closed)
+        self.protected += anew
         self.barred.update(entry.earmark)
-        if cost is not None and self.books.may_fit(entry.want) and self._fits(entry, closed):
+        if anew and cost is not None and self.books.may_fit(entry.want) and self._fits(entry, closed):
             # It fits, but for others' guarantees: what comes free adds up for it instead of going to smaller ones.
             self.kept_milli += min(cost.compute_milli, WHOLE_MILLI * len(self.rooms))
 
     def _fits(self, entry: Entry, closed: Set[str]) -> bool:
         return self.books.fitting(entry.want, (self.barred - set(entry.earmark)) | closed, None, self.policy) is not None
-
-    def _all_of_use(self, want: Want, barred: Set[str]) -> tuple[str, ...]:
-        """Return all devices that `want` could be placed on; none where there are too few of them now, whoever else waits."""
-        if not nearest(self.rooms, want, barred=barred):
-            return ()
-        there = (room.device for room in self.rooms if room.device.healthy and room.device.uuid not in barred)
-        return tuple(device.uuid for device in there if resolve(want, device) is not None)
 
 
 def _sum(found: Place) -> Part:

@@ -362,7 +362,7 @@ class PoolMachine(RuleBasedStateMachine):
     def nobody_is_passed_for_ever(self) -> None:
         if self.always_there:
             for one in self.core.books.waiting():
-                assert one.overtaken <= self.settings.fairness.most(self.core.books.of_use(one.want)), one.slice_id
+                assert one.overtaken <= self.settings.fairness.most(len(self.core.books.of_use(one.want))), one.slice_id
 
     def late_seen(self) -> bool:
         """After a crash or a late PUT the ledger may hold more of one user than was granted knowingly."""

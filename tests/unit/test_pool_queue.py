@@ -411,3 +411,28 @@ def test_one_s_own_servers_do_not_pass_one() -> None:
     for number in range(1, 4):
         pool.end(pool.started(125, user="other"))
         assert large.overtaken == number, "the control: another's that ran counts"
+
+
+def test_in_one_walk_too_nobody_is_passed_more_often_than_the_policy_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the agent was away many came; they are all looked at at once when it is there again."""
+    monkeypatch.setattr("nbgpu_pool.queue.MOST_PER_DEVICE", 0)
+    pool = Pool(3, fairness=Fairness(overtake_count=1, overtake_seconds=1e9))
+    for _ in range(3):
+        pool.started(600, user="a")
+    large = pool.core.known(pool.ask(1000, user="large").request.request_id)
+    pool.core.away(pool.now)
+    small = [pool.ask(125, user=f"small-{n}").request.request_id for n in range(15)]
+    pool.sync()
+    assert large.overtaken == 4
+    assert sum(pool.state(one) == GrantState.reserved for one in small) == 4
+    assert set(large.earmark) == {"GPU-0", "GPU-1", "GPU-2"}
+
+
+def test_a_device_alone_is_of_no_use_to_who_wants_two() -> None:
+    pool = Pool(3, node_size=2, fairness=Fairness(overtake_count=5, overtake_seconds=1e9))
+    pool.started(1000, count=2)
+    pair = pool.core.known(pool.ask(250, user="pair", count=2).request.request_id)
+    other = pool.ask(250, user="other").slice
+    assert other is not None
+    assert other.devices[0].uuid == "GPU-2"
+    assert pair.overtaken == 0

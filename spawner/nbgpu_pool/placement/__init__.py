@@ -8,7 +8,7 @@ to date by what changes), `rules` (how good a place is), `values` (what free GPU
 that is), `remainders` (what is left of a device, and what it is good for).
 """
 
-from .best_fit import DEFAULT_POLICY, Place, Policy, Room, family, nearest, order, place, score
+from .best_fit import DEFAULT_POLICY, Place, Policy, Room, family, nearest, of_use, order, place, score
 from .buckets import Buckets, of_each_kind
 from .moves import Move, one_move
 
@@ -22,6 +22,7 @@ __all__ = [
     "family",
     "nearest",
     "of_each_kind",
+    "of_use",
     "one_move",
     "order",
     "place",

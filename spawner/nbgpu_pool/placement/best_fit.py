@@ -204,5 +204,14 @@ def nearest(rooms: Sequence[Room], want: Want, *, barred: Set[str] = frozenset()
     return best[1] if best else ()
 
 
+def of_use(rooms: Iterable[Room], want: Want, *, barred: Set[str] = frozenset()) -> frozenset[str]:
+    """Return the healthy devices that `want` could be placed on if they were empty: enough of one model on one node."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for room in rooms:
+        if room.device.healthy and room.device.uuid not in barred and resolve(want, room.device) is not None:
+            alike.setdefault(_node_and_model(room), []).append(room.device.uuid)
+    return frozenset(uuid for uuids in alike.values() if len(uuids) >= want.device_count for uuid in uuids)
+
+
 def _node_and_model(room: Room) -> tuple[str, str]:
     return room.device.node, room.device.model
