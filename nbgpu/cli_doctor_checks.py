@@ -19,7 +19,7 @@ from .cli_common import agent, backend_words, in_a_pod, limiter_only, pool
 from .cli_doctor import Check, Facts
 from .errors import NbgpuError
 from .models import GrantState
-from .paths import AGENT_SOCKET, POOL_SOCKET, SYSTEM_RUNTIME, runtime_dir
+from .paths import AGENT_SOCKET, POOL_SOCKET, SYSTEM_RUNTIME, runtime_path
 from .quantities import MIB, WHOLE_MILLI, format_memory
 from .words import counted
 
@@ -85,7 +85,7 @@ def libraries(facts: Facts) -> list[Check]:
 
 def runtime(facts: Facts) -> list[Check]:
     """The runtime directory and its sockets are this user's and closed to others."""
-    folder = runtime_dir()
+    folder = runtime_path()
     if not folder.is_dir():
         return [Check("runtime directory", "note", f"{folder} does not exist: nothing has run yet")]
     info = folder.stat()
@@ -105,7 +105,7 @@ def runtime(facts: Facts) -> list[Check]:
 def agent_and_pool(facts: Facts) -> list[Check]:
     """Both answer, or neither was started."""
     found: list[Check] = []
-    folder = runtime_dir()
+    folder = runtime_path()
     try:
         facts.node = agent().node()
         facts.slices = agent().slices().slices
@@ -144,7 +144,7 @@ def _silent(part: str, started: bool, error: NbgpuError) -> Check:
     """Agent or pool does not answer: a fault where somebody had started it or a unit of systemd should have, else as expected."""
     if started:
         return Check(part, "error", error.message, START)
-    folder = runtime_dir()
+    folder = runtime_path()
     unit = next((name for name in (f"nbgpu-{part}.service", "nbgpu-hub.service") if (UNITS / name).is_file()), None)
     if folder == SYSTEM_RUNTIME and unit:
         return Check(part, "error", f"not running, though {unit} is installed", f"systemctl status {unit}; journalctl -u {unit}")
@@ -268,14 +268,14 @@ def lab_parts(facts: Facts) -> list[Check]:
 def held_slices() -> list[str]:
     """Return the slices that an agent has left in the runtime directory, or serves there."""
     try:
-        return sorted(path.parent.name for path in (runtime_dir() / "slices").glob("[!.]*/slice.json"))
+        return sorted(path.parent.name for path in (runtime_path() / "slices").glob("[!.]*/slice.json"))
     except OSError:
         return []
 
 
 def leftovers(facts: Facts) -> list[Check]:
     """Slices' directories that the agent does not know; those that no agent serves are told of above."""
-    folder = runtime_dir() / "slices"
+    folder = runtime_path() / "slices"
     if facts.node is None:
         return []
     try:

@@ -20,7 +20,7 @@ from .cli_serve import LOCK, START_SECONDS, STOP_SECONDS, command_of, is_served,
 from .client import AgentClient, PoolClient, SliceClient
 from .errors import NbgpuError, Unavailable
 from .models import Usage
-from .paths import AGENT_SOCKET, POOL_SOCKET, runtime_dir
+from .paths import AGENT_SOCKET, POOL_SOCKET, runtime_path
 from .quantities import GIB, MIB, format_memory
 from .words import counted
 
@@ -79,7 +79,7 @@ def probe(facts: Facts) -> list[Check]:
     folder = libraries_dir()
     if folder is None or not (folder / "libnbgpu.so").is_file():
         return []
-    runtime = runtime_dir()
+    runtime = runtime_path()
     if facts.node is not None and facts.pool_answers:
         return in_slice(runtime)
     if facts.node is not None or facts.pool_answers or _starts(runtime):

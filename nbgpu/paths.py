@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from .errors import NbgpuError
+
 AGENT_SOCKET = "agent.sock"
 POOL_SOCKET = "pool.sock"
 SYSTEM_RUNTIME = Path("/run/nbgpu")
 """The runtime directory of root's agent and pool, who hand out the machine's GPUs to everybody."""
 
 
-def runtime_dir() -> Path:
-    """Return the directory of sockets and slices.
+def runtime_path() -> Path:
+    """Return the directory of sockets and slices, whoever made it.
 
-    ``$NBGPU_RUNTIME_DIR``, else ``/run/nbgpu`` for root, else ``nbgpu`` in the user's own runtime directory.
-    It is not created here.
+    ``$NBGPU_RUNTIME_DIR``, else ``/run/nbgpu`` for root, else ``nbgpu`` in the user's own runtime directory, else one in ``/tmp``.
     """
     named = os.environ.get("NBGPU_RUNTIME_DIR")
     if named:
@@ -23,4 +24,29 @@ def runtime_dir() -> Path:
     if os.geteuid() == 0:
         return SYSTEM_RUNTIME
     own = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(own) / "nbgpu" if own else Path(f"/tmp/nbgpu-{os.geteuid()}")
+    return Path(own) / "nbgpu" if own else _in_tmp()
+
+
+def runtime_dir() -> Path:
+    """Return `runtime_path`, to be used: a pool that answers in it says with which environment programs are started.
+
+    It is not created here.
+
+    Raises
+    ------
+    NbgpuError
+        In ``/tmp``, where anybody may make it, another user has.
+    """
+    found = runtime_path()
+    if found == _in_tmp():
+        try:
+            maker = found.lstat().st_uid
+        except FileNotFoundError:
+            return found
+        if maker != os.geteuid() or found.is_symlink():
+            raise NbgpuError(f"{found} belongs to another user: set NBGPU_RUNTIME_DIR to a folder of your own.", code="runtime")
+    return found
+
+
+def _in_tmp() -> Path:
+    return Path(f"/tmp/nbgpu-{os.geteuid()}")

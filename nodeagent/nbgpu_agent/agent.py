@@ -93,7 +93,7 @@ class Agent:
         self.suspender = suspender or Suspender(GpuLock("", ""))
         self.events = EventLog()
         self.slices: dict[str, LiveSlice] = {}
-        self.checkpoints = Checkpoints(settings.cuda, settings.idle_host_bytes, self._moved_bytes)
+        self.checkpoints = Checkpoints(settings.cuda, settings.idle_host_bytes, self._moved_bytes, self._moving_bytes)
         self.parking = Parking(self, self.checkpoints)
         self.away = Away(self, self.checkpoints)
         self.driver_limits: DriverLimits | None = None
@@ -160,6 +160,12 @@ class Agent:
         """Return the host memory that is taken by what was moved there, or will be."""
         parked = sum(live.record.parked.memory_bytes for live in self.slices.values() if live.record.parked is not None)
         return parked + sum(one.memory_bytes for live in self.slices.values() for one in live.record.kernels_away.values())
+
+    def _moving_bytes(self) -> int:
+        """Return the part of it that is on its way to the host: of several slices at the same time."""
+        parked = (live.record.parked for live in self.slices.values() if live.record.parked is not None)
+        away = (one for live in self.slices.values() for one in live.record.kernels_away.values())
+        return sum(one.memory_bytes for of in (parked, away) for one in of if one.phase == "parking")
 
     def write_limits(self, live: LiveSlice) -> None:
         """Write the limits that are in force where the slice's processes read them, and tell the driver."""

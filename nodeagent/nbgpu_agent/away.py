@@ -197,21 +197,22 @@ class Away:
         own = [row for row in rows if row.kernel_id == kernel_id]
         found = {process for row in own if (process := live.tenant.states[row.slot].process) is not None}
         told = live.memory_by_device(kernel_id)
+        if why is None:
+            why = self._not_now(live)
+        if why is None:  # from here on the driver is asked, by the one thread that the watchdog's looks go through
+            self._not_before = {name: at for name, at in self._not_before.items() if name in self._agent.slices}
+            self._not_before[live.id] = time.monotonic() + BETWEEN_SECONDS
         held = await self._checkpoints.held(live.slice.devices, [one.pid for one in found], told) if why is None else ()
         if self._agent.slices.get(live.id) is not live:
             why = "its server has ended"
         elif why is None and not self._is_there(live, kernel_id):
             why = self._why_not(live, live.tenant.read(), kernel_id) or self._too_much(live, sum(held))
-        if why is None and any(key[0] == live.id for key in self._tasks):
-            why = "another notebook of this server is on its way to or from the host: try again in a moment"
-        if why is None and time.monotonic() < self._not_before.get(live.id, 0.0):
-            why = "another one was suspended within the last second: try again in a moment"
+        if why is None:
+            why = self._under_way(live)
         if why is not None:
             raise Conflict(f"{title(kernel_id)} is not suspended: {why}.", field="kernel_id")
         if self._is_there(live, kernel_id):
             return
-        self._not_before = {name: at for name, at in self._not_before.items() if name in self._agent.slices}
-        self._not_before[live.id] = time.monotonic() + BETWEEN_SECONDS
         entry = AwayKernel(
             phase="parking",
             processes=tuple(Root(pid=one.pid, start_time=one.start_time) for one in found),
@@ -223,6 +224,15 @@ class Away:
         mark("kernel.parking-saved")
         self._agent.touch()
         self._spawn(live, kernel_id, self._suspend(live, kernel_id, entry))
+
+    def _under_way(self, live: LiveSlice) -> str | None:
+        moving = any(key[0] == live.id for key in self._tasks)
+        return "another notebook of this server is on its way to or from the host: try again in a moment" if moving else None
+
+    def _not_now(self, live: LiveSlice) -> str | None:
+        """Return why nothing of a slice may be suspended at this moment, whatever it is."""
+        soon = time.monotonic() < self._not_before.get(live.id, 0.0)
+        return self._under_way(live) or ("it was asked for within the last second already: try again in a moment" if soon else None)
 
     def _is_there(self, live: LiveSlice, kernel_id: str) -> bool:
         """Return whether a kernel is suspended, or will be; Conflict for one that comes back at this moment."""

@@ -62,18 +62,22 @@ class Checkpoints:
         Host memory that all that is moved may take together; 0 = nothing is ever moved.
     moved_bytes : callable
         Returns what it takes now.
+    moving_bytes : callable
+        Returns how much of that is on its way: the host may not have given it yet.
     """
 
-    def __init__(self, cuda: str, host_bytes: int, moved_bytes: Callable[[], int]):
+    def __init__(self, cuda: str, host_bytes: int, moved_bytes: Callable[[], int], moving_bytes: Callable[[], int] = lambda: 0):
         self._cuda = cuda
         self.host_bytes = host_bytes
         self._moved_bytes = moved_bytes
+        self._moving_bytes = moving_bytes
         self.room: Callable[[str, Collection[int]], Awaitable[tuple[int, int] | None]] = _unknown
         """Returns (free bytes of a device, bytes that some processes hold there), as the driver tells."""
 
     def host_refusal(self, needed_bytes: int) -> str | None:
         """Return why the host's memory is too small for so many bytes more; None when it is not."""
-        return host_refusal(needed_bytes, self._moved_bytes(), self.host_bytes, *parse_meminfo(Path("/proc/meminfo").read_text()))
+        available, total = parse_meminfo(Path("/proc/meminfo").read_text())
+        return host_refusal(needed_bytes, self._moved_bytes(), self.host_bytes, max(0, available - self._moving_bytes()), total)
 
     async def held(self, parts: Sequence[SliceDevice], pids: Collection[int], told: Sequence[int] = ()) -> tuple[int, ...]:
         """Return what processes hold on each of a slice's devices, bytes, as the driver says.

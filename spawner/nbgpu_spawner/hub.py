@@ -12,7 +12,7 @@ from typing import Any
 from jupyterhub.spawner import LocalProcessSpawner, SimpleLocalProcessSpawner
 from traitlets import import_item
 
-from nbgpu.paths import POOL_SOCKET, runtime_dir
+from nbgpu.paths import POOL_SOCKET, runtime_dir, runtime_path
 
 from . import resize, z2jh
 from .handlers import HANDLERS
@@ -70,7 +70,7 @@ def setup(
         c.GPUSliceMixin.gpu_hub_name = found.hub_name
         c.KubeGPUMixin.gpu_image_has_lab = found.image_has_lab
     embedded = not pool_url if embedded is None else embedded
-    directory = Path(runtime) if runtime else runtime_dir()
+    directory = Path(runtime) if runtime else runtime_path() if pool_url else runtime_dir()
     c.JupyterHub.spawner_class = gpu_spawner_class(c.JupyterHub.get("spawner_class"))
     if profiles is not None:
         # named for both: KubeSpawner has a trait of this name of its own

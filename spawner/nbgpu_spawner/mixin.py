@@ -19,7 +19,7 @@ from traitlets.config import Configurable
 
 from nbgpu.errors import InvalidValue, NbgpuError, Refused, Unavailable
 from nbgpu.models import NAME_LENGTH, Grant, GrantState, Owner, Request
-from nbgpu.paths import POOL_SOCKET, runtime_dir
+from nbgpu.paths import POOL_SOCKET, runtime_dir, runtime_path
 
 from . import form, waiting
 from .client import REFUSED_BY_NODE, PoolClient, PoolUnavailable
@@ -129,7 +129,7 @@ class GPUSliceMixin(_Spawner):
 
     @default("pool_socket")
     def _default_pool_socket(self) -> str:
-        return str(runtime_dir() / POOL_SOCKET)
+        return str((runtime_path() if self.pool_url else runtime_dir()) / POOL_SOCKET)
 
     @default("start_timeout")
     def _default_start_timeout(self) -> int:

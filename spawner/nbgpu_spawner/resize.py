@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable
@@ -24,9 +25,13 @@ from .profiles import AMOUNTS, Profile
 
 PAUSE_SECONDS = 2.0
 """A server may ask so often: each time is written down by the pool and its node."""
+ROOM_SECONDS = 1.0
+"""So long an answer of what is free beside a server is given again: each is two of the few calls that the hub makes at a time for all."""
 _MOST_BYTES = 4096
 _asked: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
 """By spawner: when it was asked for last (CLOCK_MONOTONIC seconds)."""
+_rooms: WeakKeyDictionary[Any, tuple[float, asyncio.Task[dict[str, Any]]]] = WeakKeyDictionary()
+"""By spawner: since when it is asked what is free, and the answer, which may be on its way."""
 
 
 def wanted(asked: Any) -> Wish:
@@ -89,6 +94,7 @@ async def resize(spawner: GPUSliceMixin, asked: Any) -> dict[str, Any]:
         raise NbgpuError("That was asked a moment ago. Try again in some seconds.", code="too-often", status=429)
     _asked[spawner] = now
     await _own(spawner, request_id)
+    _rooms.pop(spawner, None)
     try:
         return answer(await spawner.pool.resize(request_id, limits(wish)))
     except NbgpuError as error:
@@ -103,7 +109,21 @@ async def resize(spawner: GPUSliceMixin, asked: Any) -> dict[str, Any]:
 async def room(spawner: GPUSliceMixin) -> dict[str, Any]:
     """Return what is free beside a running server's slice, on each of its GPUs. Raises NbgpuError with words for its user."""
     must_be_offered(spawner.gpu_resize, await spawner.gpu_profiles())
-    grant = await _own(spawner, _running(spawner))
+    request_id, now = _running(spawner), time.monotonic()
+    known = _rooms.get(spawner)
+    if known is None or now - known[0] >= ROOM_SECONDS:
+        known = _rooms[spawner] = now, asyncio.create_task(_look(spawner, request_id))
+        known[1].add_done_callback(lambda asked: asked.cancelled() or asked.exception())
+    try:
+        return await asyncio.shield(known[1])
+    except NbgpuError:
+        if _rooms.get(spawner) is known:
+            del _rooms[spawner]
+        raise
+
+
+async def _look(spawner: GPUSliceMixin, request_id: str) -> dict[str, Any]:
+    grant = await _own(spawner, request_id)
     mine = {part.uuid for part in grant.slice.devices} if grant.slice is not None else set()
     books = [book for book in await spawner.pool.devices(max_age_seconds=0) if book.device.uuid in mine]
     return {"devices": [_free(book) for book in books]}

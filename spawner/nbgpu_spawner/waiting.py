@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -15,12 +16,16 @@ from .form import describe, template
 from .options import Wish
 from .sizes import Free
 
+MOST_EVENTS = 100
+"""Of a start so many are kept, the last: who waits can make one by each press of a button."""
+
 
 class Progress:
-    """An append-only list of progress events that any number of readers follow, each from its beginning."""
+    """A list of progress events that any number of readers follow, each from its beginning, or from the oldest that is kept."""
 
     def __init__(self) -> None:
-        self._events: list[dict[str, Any]] = []
+        self._events: deque[dict[str, Any]] = deque(maxlen=MOST_EVENTS)
+        self._told = 0
         self._news = asyncio.Event()
         self.settled = False
         self.readers = 0
@@ -33,6 +38,7 @@ class Progress:
             event["html_message"] = html
         if not self._events or self._events[-1] != event:
             self._events.append(event)
+            self._told += 1
             self._wake()
 
     def settle(self) -> None:
@@ -54,9 +60,9 @@ class Progress:
                     reading.readers -= 1
                     reading, index = current(), 0
                     reading.readers += 1
-                while index < len(reading._events):
-                    index += 1
-                    yield dict(reading._events[index - 1])
+                while index < reading._told:
+                    index = max(index, reading._told - len(reading._events)) + 1
+                    yield dict(reading._events[index - 1 - reading._told])
                 if reading.settled:
                     return
                 try:

@@ -1,0 +1,61 @@
+"""A quota in GPUs, and who asks for a thousandth of the time with all of the memory (docs/quotas.md). Pure."""
+
+from __future__ import annotations
+
+import pytest
+from test_pool_held import Pool
+
+from nbgpu.errors import Refused
+from nbgpu.models import GrantState
+from nbgpu.quantities import GIB
+from nbgpu_pool.queue import Fairness
+from nbgpu_pool.quotas import Limits, Quotas
+
+QUARTER = Quotas(default=Limits(limit_milli=250))
+
+
+@pytest.mark.xfail(strict=True, reason="a quota in GPUs is compared with GPU time alone")
+def test_a_limit_keeps_one_person_from_taking_all() -> None:
+    """So says the table of what to tune. The control: more time than the limit is refused."""
+    pool = Pool(devices=4, quotas=QUARTER)
+    with pytest.raises(Refused, match="Your quota"):
+        pool.ask(1000, "m")
+    for _ in range(4):
+        with pytest.raises(Refused):
+            pool.ask(1, "m", memory_bytes=80 * GIB)
+    assert pool.ask(250, "other").state == GrantState.reserved, "one user holds the memory of four GPUs with a quota of a quarter"
+
+
+@pytest.mark.xfail(strict=True, reason="a quota in GPUs is compared with GPU time alone")
+def test_per_user_of_a_group_likewise() -> None:
+    pool = Pool(devices=2, quotas=Quotas(groups={"students": Limits(per_user_milli=250)}))
+    with pytest.raises(Refused):
+        pool.ask(1, "m", memory_bytes=80 * GIB, device_count=2, groups=["students"])
+    assert pool.ask(250, "other", groups=["students"]).state == GrantState.reserved
+
+
+@pytest.mark.xfail(strict=True, reason="a quota in GPUs is compared with GPU time alone")
+def test_a_running_server_grows_its_memory_past_a_quota_in_gpus() -> None:
+    pool = Pool(quotas=QUARTER)
+    key = pool.running(250, "m")
+    with pytest.raises(Refused):
+        pool.resize(key, memory_bytes=80 * GIB)
+
+
+@pytest.mark.xfail(strict=True, reason="a growth passes nobody")
+def test_growing_past_who_waits_is_passing_them() -> None:
+    """What is given by a start counts as passing (`Pass.passed`); what is given by a resize should."""
+    pool = Pool(fairness=Fairness(overtake_count=3, fair=True))
+    small, leaves = pool.running(10, "m"), [pool.running(240, f"u{number}") for number in range(4)]
+    waits = pool.ask(500, "w").request.request_id
+    milli = 10
+    for key in leaves:
+        del pool.seen[key]
+        pool.core.mark += 1
+        pool.sync()
+        milli += 240
+        if milli < 900:
+            pool.resize(small, compute_milli=milli, memory_milli=milli)
+            pool.in_force(small)
+        pool.core.touch(pool.core.known(waits), pool.now)
+    assert pool.core.known(waits).overtaken > 0, f"m has grown to {milli - 240} thousandths past one who waits, and passed nobody"
