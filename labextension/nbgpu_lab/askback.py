@@ -50,11 +50,11 @@ class AskedBack:
         """What the last notice said: the end, and how long that was away."""
 
     def now(self) -> Json | None:
-        """Return what a page shows: `seconds` (until the end; below 0: since then), `ends` (the hub stops it then), `reason`; None: nothing."""
+        """Return what a page shows: `seconds` until the end, `ends` (the hub stops it then), `reason`; None: nothing is asked."""
         return self._asked and {**self._asked, "seconds": round(self._until - self._clock(), 1)}
 
     def hear(self, asked: object) -> None:
-        """Take over what the hub says: an object as in docs/interfaces.md, None where nothing is asked. What is neither counts as not heard."""
+        """Take over what the hub says: an object as in docs/interfaces.md, None where nothing is asked; what is neither is not heard."""
         if asked is None:
             if self._asked is not None:
                 self._asked = None

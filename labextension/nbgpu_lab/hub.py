@@ -1,4 +1,4 @@
-"""What this server asks of the JupyterHub that started it, with the server's own token: another size of its slice, whether it is asked back."""
+"""What this server asks of the JupyterHub that started it, with its own token: another size of its slice, whether it is asked back."""
 
 from __future__ import annotations
 

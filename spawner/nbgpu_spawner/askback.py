@@ -7,7 +7,6 @@ was told, and only if it is still asked back at that moment.
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple

@@ -79,7 +79,8 @@ def test_an_end_that_moves_and_another_reason_are_said() -> None:
 
 
 @pytest.mark.parametrize(
-    "junk", [[], "x", {}, {"seconds": "5", "ends": True, "reason": "r"}, {"seconds": float("nan"), "ends": True, "reason": "r"}, {"seconds": 1}]
+    "junk",
+    [[], "x", {}, {"seconds": "5", "ends": True, "reason": "r"}, {"seconds": float("nan"), "ends": True, "reason": "r"}, {"seconds": 1}],
 )
 def test_junk_is_not_heard(junk: object) -> None:
     heard = Heard()

@@ -45,8 +45,7 @@ def test_one_that_was_told_and_is_due_is_ended() -> None:
         ([ask()], None, {}),
         ([ask()], None, {"b" * 8: ADA}),
     ],
-    ids=["withdrawn", "early", "untold", "promised", "told of another reason", "another's", "another hub's", "another server of the user"]
-    + ["not running", "recreated with another slice"],
+    ids=["withdrawn", "early", "untold", "promised", "other reason", "another's", "another hub's", "another server", "ended", "recreated"],
 )
 def test_nobody_else_is_ended(asks: list[AskBack], told: dict[str, Told] | None, running: dict[str, Owner] | None) -> None:
     assert ended(asks, told, running) == []
