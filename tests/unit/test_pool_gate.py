@@ -11,7 +11,8 @@ from nbgpu_pool.gate import Gate
 
 
 @pytest.mark.parametrize(
-    ("leads", "path", "status"), [(True, "/v1/asks", 200), (False, "/v1/asks", 503), (False, "/v1/devices", 200), (True, "/v1/devices", 200)]
+    ("leads", "path", "status"),
+    [(True, "/v1/asks", 200), (False, "/v1/asks", 503), (False, "/v1/devices", 200), (True, "/v1/devices", 200)],
 )
 def test_what_is_asked_back_is_told_by_who_leads_alone(leads: bool, path: str, status: int) -> None:
     said: list[Any] = []
