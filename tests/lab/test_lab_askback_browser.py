@@ -95,8 +95,9 @@ def test_pages_ask_nothing_of_the_hub(lab: Lab, hub: Hub, page: Any) -> None:
     """The server asks, as often as the hub wants: however many pages are open."""
     hub.due = None
     open_lab(page, lab, "JupyterLab Light")
-    other = page.context.new_page()
-    other.goto(page.url)
+    other = page.context.browser.new_context().new_page()
+    other.goto(f"{lab.url}/lab?token={lab.token}")
+    other.wait_for_selector(".nbgpu-Status")
     before, begun = hub.count, time.monotonic()
     page.wait_for_timeout(12_000)
     assert hub.count - before <= (time.monotonic() - begun) / 7.5 + 1
