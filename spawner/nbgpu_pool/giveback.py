@@ -17,7 +17,7 @@ from nbgpu.quantities import MIB
 from .books import Books, Entry
 from .placement import Policy, Room, place
 from .quotas import Quotas, Tally
-from .resize import must_fit
+from .resize import grows, must_fit
 from .shapes import Part, resolve
 
 STEPS = 4
@@ -135,9 +135,9 @@ def to_grow(books: Books, quotas: Quotas, shrunk: Iterable[Entry]) -> tuple[Entr
         still = entry.state == GrantState.bound and entry.full is None and entry.wanted is None and entry.moving is None
         if entry.slice is None or entry.whole is None or entry.busy or entry.parking or not still:
             continue
-        if [part.uuid for part in entry.slice.devices] != [part.uuid for part in entry.whole.devices]:
-            continue
         target = entry.slice.model_copy(update={"devices": entry.whole.devices})
+        if not grows(entry.slice, target) or [part.uuid for part in entry.slice.devices] != [part.uuid for part in target.devices]:
+            continue  # its node had refused to make it smaller, or it was moved
         try:
             must_fit(entry, target, books, quotas)
         except NbgpuError:

@@ -309,3 +309,14 @@ def test_a_growth_that_its_node_refuses_is_not_tried_for_ever() -> None:
     pool.core.drain()
     assert pool.grant(keys[0]).resizing is None
     assert keys[0] not in grown(pool, GROW_SECONDS)
+
+
+def test_one_whose_node_refused_to_make_it_smaller_has_nothing_to_grow_back_to() -> None:
+    pool = Pool(quotas=LENT)
+    keys = [pool.running(500, user) for user in "ab"]
+    for key in keys:
+        pool.uses(key, 5)
+    mine = pool.ask(250, "m", groups=["bio"]).request.request_id
+    assert set(pool.shrunk(refuse=True)) == set(keys)
+    pool.core.cancel(mine, "h", pool.now)
+    assert grown(pool, GROW_SECONDS) == {}
