@@ -19,6 +19,7 @@ from nbgpu_spawner import askback
 askback.LOOK_SECONDS, askback.LEAST_SECONDS = {look}, {least}
 c.GPUSliceMixin.gpu_end_asked_back = {ends}
 c.GPUSliceMixin.pool_timeout = 1.0
+c.Authenticator.refresh_pre_stop = True
 c.JupyterHub.allow_named_servers = True
 def stopped(spawner):
     with open({hook!r}, "a") as out:
