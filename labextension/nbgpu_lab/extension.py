@@ -16,6 +16,7 @@ from nbgpu.errors import NbgpuError
 from nbgpu.kernel_names import write_names
 from nbgpu.logs import one_line
 
+from . import askback, hub
 from .client import SliceClient
 from .handlers import routes
 from .idle import tell_kernels
@@ -44,12 +45,15 @@ def load(serverapp: Any) -> None:
     life = Life(Path(serverapp.info_file))
     client = SliceClient(socket_path)
     sampler = Sampler(client, lambda: kernels_of(serverapp), SERVER, tell_names=NameFile(serverapp.log).write, ends=life.ends)
-    web_app.add_handlers(".*$", routes(web_app.settings["base_url"], sampler, SERVER))
+    asked = askback.AskedBack(SERVER)
+    web_app.add_handlers(".*$", routes(web_app.settings["base_url"], sampler, SERVER, asked))
     _emit_notices(serverapp)
     _follow_kernels(serverapp, sampler, life)
     _use_provisioner(serverapp)
     idle = tell_kernels(SliceClient(socket_path), lambda: kernels_of(serverapp))
     tasks = [sampler.follow_events(), _keep_busy_server(sampler, web_app.settings), idle]
+    if hub.offered():
+        tasks.append(askback.follow(asked))
     web_app.settings["nbgpu_tasks"] = [_start(serverapp, task) for task in tasks]
     serverapp.log.info("nbgpu: this server has a GPU slice, its agent is asked at %s", socket_path)
 

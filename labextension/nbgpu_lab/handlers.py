@@ -17,6 +17,7 @@ from nbgpu.errors import InvalidValue, NbgpuError, Unavailable
 from nbgpu.kernel_limits import kernel_limit
 
 from . import hub
+from .askback import AskedBack
 from .notices import Notices
 from .sampler import NO_SLICE, Sampler
 
@@ -46,9 +47,9 @@ class SliceHandler(APIHandler):
     auth_resource = "nbgpu"
     _track_activity = False  # a page that polls must not keep an idle server alive
 
-    def initialize(self, sampler: Sampler | None, notices: Notices) -> None:
+    def initialize(self, sampler: Sampler | None, notices: Notices, asked: AskedBack | None) -> None:
         """Take what the application was made with."""
-        self.sampler = sampler
+        self.sampler, self.asked = sampler, asked
         self.notices = notices
 
     def slice(self) -> Sampler:
@@ -87,6 +88,7 @@ class UsageHandler(SliceHandler):
             return NO_SLICE
         # "now", so that a page whose clock is another one can say when things were
         usage = {**await self.sampler.usage(), "now": time.time(), "may_resize": hub.offered(), "last_event": self.notices.last_id}
+        usage["asked_back"] = self.asked.now() if self.asked is not None else None
         if self.get_query_argument("after", None) is None:
             return usage
         return {**usage, "events": self.notices.after(self.whole_number("after", 0, 0, 2**53))}
@@ -185,9 +187,11 @@ class ResizeHandler(SliceHandler):
         return await hub.resize(self.json_object('an object such as {"gpu_fraction": "1/2"}'))
 
 
-def routes(base_url: str, sampler: Sampler | None, notices: Notices) -> list[tuple[str, type[SliceHandler], dict[str, Any]]]:
+def routes(
+    base_url: str, sampler: Sampler | None, notices: Notices, asked: AskedBack | None = None
+) -> list[tuple[str, type[SliceHandler], dict[str, Any]]]:
     """Return the routes to add to a Jupyter server's web application."""
-    made_with = {"sampler": sampler, "notices": notices}
+    made_with = {"sampler": sampler, "notices": notices, "asked": asked}
     paths: list[tuple[str, type[SliceHandler]]] = [
         ("usage", UsageHandler),
         ("history", HistoryHandler),

@@ -1,4 +1,4 @@
-"""What this server asks of the JupyterHub that started it, with the server's own token: another size of its slice."""
+"""What this server asks of the JupyterHub that started it, with its own token: another size of its slice, whether it is asked back."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def offered() -> bool:
 
 async def resize(asked: dict[str, Any]) -> Any:
     """Ask for a larger or smaller slice, in the words of the start page; return what the hub answers. Raises as :func:`room` does."""
-    return await _ask("POST", json.dumps(asked))
+    return await _ask("POST", "resize", json.dumps(asked))
 
 
 async def room() -> Any:
@@ -38,16 +38,21 @@ async def room() -> Any:
     NbgpuError
         The hub or the pool said no, in its own words.
     """
-    return await _ask("GET", None)
+    return await _ask("GET", "resize")
 
 
-async def _ask(method: str, body: str | None) -> Any:
+async def asked() -> Any:
+    """Return whether the hub says that this server is asked back (docs/interfaces.md). Raises as :func:`room` does."""
+    return await _ask("GET", "asked")
+
+
+async def _ask(method: str, what: str, body: str | None = None) -> Any:
     if not offered():
         raise NbgpuError("No JupyterHub has started this server: its slice keeps its size.", code="not-offered", status=403)
     env = os.environ
     query = urlencode({"user": env["JUPYTERHUB_USER"], "server": env.get("JUPYTERHUB_SERVER_NAME", "")})
     request = HTTPRequest(
-        f"{env['JUPYTERHUB_API_URL'].rstrip('/')}/nbgpu/resize?{query}",
+        f"{env['JUPYTERHUB_API_URL'].rstrip('/')}/nbgpu/{what}?{query}",
         method=method,
         headers={"Authorization": f"token {env['JUPYTERHUB_API_TOKEN']}", "Content-Type": "application/json"},
         body=body,

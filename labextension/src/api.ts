@@ -96,6 +96,16 @@ export interface ILent {
   position: number | null;
 }
 
+/** The server is asked back for somebody who waits. */
+export interface IAskedBack {
+  /** Until its end; below 0: since then. */
+  seconds: number;
+  /** The hub stops it then; else its user is asked to. */
+  ends: boolean;
+  /** To go on from "because". */
+  reason: string;
+}
+
 export interface IUsage {
   slice_id: string;
   mode: 'strict' | 'burst';
@@ -111,6 +121,7 @@ export interface IUsage {
   /** There is a hub that may be asked for another size. */
   may_resize?: boolean;
   lent?: ILent | null;
+  asked_back?: IAskedBack | null;
   /** Kernels' GPU memory may be moved to the host's. */
   may_suspend?: boolean;
 }

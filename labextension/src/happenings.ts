@@ -66,6 +66,11 @@ export function isTold(notice: INotice): boolean {
   return notice.level !== 'info' || notice.kind === 'throttled';
 }
 
+/** Whether it says that this server is asked back, and not that this is over. */
+export function isOpenAsk(notice: INotice): boolean {
+  return notice.kind === 'asked-back' && notice.level !== 'info';
+}
+
 /** When it was, in the reader's own way; with the day, unless it was today. */
 export function moment(seconds: number, now = Date.now()): string {
   const time = new Date(seconds * 1000);

@@ -15,6 +15,7 @@ import type {
   IWrittenSize
 } from './api';
 import { ServerClock } from './clock';
+import { isOpenAsk } from './happenings';
 import { HISTORY_SECONDS, History, HOUR_SECONDS } from './history';
 import type { ISliceModel, IStale } from './tokens';
 
@@ -293,10 +294,14 @@ export class SliceModel implements ISliceModel {
     const last = answer.last_event ?? this._lastEvent;
     // below: another server, whose clock is behind the last one's
     this._lastEvent = last < this._lastEvent ? 0 : last;
-    if (!first) {
-      fresh.forEach(notice => this._noticed.emit(notice));
-    }
+    // what was before this page is listed, not told; but for what goes on
+    const told = first ? this._goesOn(fresh) : fresh;
+    told.forEach(notice => this._noticed.emit(notice));
     this._changed.emit();
+  }
+
+  private _goesOn(notices: INotice[]): INotice[] {
+    return this._usage?.asked_back ? notices.filter(isOpenAsk).slice(-1) : [];
   }
 
   /** The server was started anew, with another slice. */

@@ -2,7 +2,8 @@ import type { Notification } from '@jupyterlab/apputils';
 import type { TranslationBundle } from '@jupyterlab/translation';
 
 import type { INotice } from './api';
-import { happenings, type IHappening, isTold } from './happenings';
+import { askedLong } from './askback';
+import { happenings, type IHappening, isOpenAsk, isTold } from './happenings';
 import type { News } from './news';
 import type { ISliceModel } from './tokens';
 import { shortened } from './words';
@@ -73,8 +74,14 @@ export class Notifier {
     return [...things].indexOf(thing) < APART ? 0 : things.size - APART;
   }
 
-  private _text({ latest, times }: IHappening, shared: number): string {
-    const { trans } = this._options;
+  private _text(happening: IHappening, shared: number): string {
+    const { model, trans } = this._options;
+    const { times } = happening;
+    let { latest } = happening;
+    const asked = model.usage?.asked_back;
+    if (asked && isOpenAsk(latest)) {
+      latest = { ...latest, message: askedLong(asked, trans) }; // the time that is left now: it may have been said long ago
+    }
     if (shared > 1) {
       const more = trans.__('%1 more like this. ', shared);
       return more + shortened(latest, MAX_LENGTH - more.length);
@@ -90,7 +97,7 @@ export class Notifier {
     const back = latest.kind === 'restored';
     const type = back ? 'success' : latest.level;
     const options = {
-      autoClose: panel ? NOT_SHOWN : AUTO_CLOSE_MS,
+      autoClose: panel ? NOT_SHOWN : !isOpenAsk(latest) && AUTO_CLOSE_MS,
       actions: panel
         ? []
         : [{ label: trans.__('Show panel'), callback: openPanel }]

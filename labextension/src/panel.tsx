@@ -9,6 +9,7 @@ import { Latest, WhatHappened } from './happened';
 import { sliceIcon } from './icons';
 import type { ILimitKeeper } from './keep';
 import { Kernels } from './kernels';
+import { askedLong } from './askback';
 import { lentLong } from './lent';
 import { news } from './news';
 import { Resize } from './resize';
@@ -96,6 +97,14 @@ export class SlicePanel extends ReactWidget {
             )}
             <div className="nbgpu-Panel-lent" role="status">
               {usage.lent && <p>{lentLong(usage.lent, trans)}</p>}
+              {usage.asked_back && (
+                <p>
+                  {askedLong(usage.asked_back, trans)}{' '}
+                  {trans.__(
+                    'Files are kept; what is only in memory is lost. You can start a server again afterwards.'
+                  )}
+                </p>
+              )}
             </div>
             <Ranges
               seconds={historySeconds}

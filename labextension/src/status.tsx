@@ -5,6 +5,7 @@ import * as React from 'react';
 import { Boundary } from './boundary';
 import { busiestPercent, formatMemoryOf } from './format';
 import { sliceIcon, warningIcon } from './icons';
+import { askedLong, askedShort } from './askback';
 import { lentLong, lentShort } from './lent';
 import type { ISliceModel } from './tokens';
 import {
@@ -45,6 +46,11 @@ export class StatusItem extends ReactWidget {
         ? trans.__('GPU: this server has no slice any more')
         : trans.__('GPU: the node agent does not answer yet');
       return this._button('warning', words, words);
+    }
+    const asked = usage.asked_back;
+    if (asked && !model.stale) {
+      const words = `${sliceName(usage, trans)}: ${askedShort(asked, trans)}`;
+      return this._button('warning', words, askedLong(asked, trans));
     }
     if (usage.lent && !model.stale) {
       const words = `${sliceName(usage, trans)}: ${lentShort(usage.lent, trans)}`;

@@ -103,6 +103,8 @@ class Entry:
     """GPU memory that it uses in all; None: the ledger does not tell."""
     taken_back: bool = False
     """`wanted` takes back what was lent: what it uses stays its own (`giveback`)."""
+    whole: Slice | None = None
+    """What it was before it was made smaller for others, to grow back to; None: it was not, or its user has chosen since."""
     spared_until: float = 0.0
     """Until then nothing more is taken back from it: its node has refused."""
     park_mark: int | None = None

@@ -327,6 +327,7 @@ class Core(Held):
             elif entry.state == GrantState.reserved and (self.connected or not entry.at_ledger):
                 self._withdraw(entry, "the reservation expired before a server carried it", now)
         self._give_up_growing(now)
+        self._grow_back(now)
         self._move_loose(now)
         self._forget(now)
         served, at = self._served

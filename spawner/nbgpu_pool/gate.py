@@ -40,12 +40,17 @@ class Gate:
             await self._state(send, 200)
         elif scope["path"] == "/readyz":
             await self._state(send, 200 if self._ready() else 503)
-        elif self.app is None or not (self._leads() or (scope["method"], scope["path"]) in READS or scope["method"] == "GET"):
+        elif self.app is None or not (self._leads() or self._reads(scope)):
             # what only reads is answered from the cache, which says so, until it is known that another leads
             refusal = self._refusal()
             await answer_error(send, refusal.status, refusal.as_json(), {"retry-after": "2"})
         else:
             await self.app(scope, receive, send)
+
+    @staticmethod
+    def _reads(scope: Scope) -> bool:
+        """Whether it only reads; what is asked back is acted upon."""
+        return ((scope["method"], scope["path"]) in READS or scope["method"] == "GET") and scope["path"] != "/v1/asks"
 
     def _ready(self) -> bool:
         return self.app is not None and self._leads() and self.core is not None and self.core.ready

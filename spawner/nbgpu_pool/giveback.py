@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from nbgpu.errors import NbgpuError
 from nbgpu.models import GrantState, Owner, Slice
 from nbgpu.quantities import MIB
 
 from .books import Books, Entry
 from .placement import Policy, Room, place
 from .quotas import Quotas, Tally
+from .resize import grows, must_fit
 from .shapes import Part, resolve
 
 STEPS = 4
@@ -123,6 +125,25 @@ def plan(books: Books, quotas: Quotas, policy: GiveBack, asked: dict[str, Ask], 
             room.take(part)
             most[room.device.uuid].take(part)
     return found
+
+
+def to_grow(books: Books, quotas: Quotas, shrunk: Iterable[Entry]) -> tuple[Entry, Slice] | None:
+    """Return which of the slices that were made smaller can have back what they were, and that; none while anybody waits."""
+    if books.waiting():
+        return None
+    for entry in shrunk:
+        still = entry.state == GrantState.bound and entry.full is None and entry.wanted is None and entry.moving is None
+        if entry.slice is None or entry.whole is None or entry.busy or entry.parking or not still:
+            continue
+        target = entry.slice.model_copy(update={"devices": entry.whole.devices})
+        if not grows(entry.slice, target) or [part.uuid for part in entry.slice.devices] != [part.uuid for part in target.devices]:
+            continue  # its node had refused to make it smaller, or it was moved
+        try:
+            must_fit(entry, target, books, quotas)
+        except NbgpuError:
+            continue
+        return entry, target
+    return None
 
 
 def _claimants(line: Iterable[Entry], lent: Sequence[tuple[str, str]], tally: Tally, books: Books) -> Iterable[tuple[Entry, str]]:

@@ -12,7 +12,7 @@ from nbgpu.words import rough_time
 
 from .books import Books, Entry, Unplaced, slice_at
 from .fair import Fair
-from .giveback import Ask, plan
+from .giveback import Ask, plan, to_grow
 from .idle import has_room, note_of, to_park
 from .queue import Pass
 from .quotas import format_gpus
@@ -29,6 +29,8 @@ MOVED_SECONDS = 12.0
 """And how long after a move: kube-scheduler looks again within 10 seconds."""
 SPARED_SECONDS = 600.0
 """For so long nothing more is taken back from a slice whose node has refused that."""
+GROW_SECONDS, GROW_PAUSE_SECONDS = 600.0, 60.0
+"""For so long nothing has been made smaller before a slice grows back; and the time from one that does to the next."""
 SESSION_NOTICE_SECONDS = 600.0
 """Before its end a session's user is told; of a short one a tenth before."""
 AVOID_SECONDS = 300.0
@@ -57,6 +59,10 @@ class Held(ABC):
         """Slices that the ledger was asked to park."""
         self.parking_for = ""
         """For which request."""
+        self._shrunk: dict[str, None] = {}
+        """Slices that were made smaller for others, in that order."""
+        self._grow_from = 0.0
+        """None of them grows back before."""
         self.asks: dict[str, Ask] = {}
         """What is asked back, by slice; where for several reasons, for the first that is due."""
         self._asked: dict[str, dict[str, Ask]] = {}
@@ -120,6 +126,7 @@ class Held(ABC):
             return None
         must_hold_a_program(asked, target, self.books, self.settings.smallest_bytes)
         must_fit(entry, target, self.books, self.settings.quotas)
+        entry.whole = None  # what its user chooses now is what it is
         return self._tell(entry, target, now, note=None)
 
     def resize_again(self, entry: Entry) -> Slice | None:
@@ -265,9 +272,26 @@ class Held(ABC):
         for entry, target, whose in found.shrinks:
             share = format_gpus(sum(one.compute_milli for one in target.devices))
             note = f"The slice was made smaller, {share} is left: it was lent, and {whose} needs what is guaranteed to them."
+            entry.whole = entry.whole or entry.slice
+            self._shrunk[entry.slice_id] = None
+            self._grow_from = now + GROW_SECONDS
             self._tell(entry, target, now, note, taken_back=True)
             entry.busy -= 1
         self._ask_back("guarantee", found.asks)
+
+    def _grow_back(self, now: float) -> None:
+        """Let one slice that was made smaller have back what it was: once, after a while in which nobody needed room."""
+        if not self._shrunk or not self.connected or now < self._grow_from:
+            return
+        entries = {one: self.books.entries.get(one) for one in self._shrunk}
+        self._shrunk = {one: None for one, entry in entries.items() if entry is not None and entry.whole is not None}
+        found = to_grow(self.books, self.settings.quotas, [entry for one in self._shrunk if (entry := entries[one]) is not None])
+        if found is not None:
+            entry, target = found
+            entry.whole = None
+            self._grow_from = now + GROW_PAUSE_SECONDS
+            self._tell(entry, target, now, note=None)
+            entry.busy -= 1
 
     def _overdue(self, now: float) -> Iterator[Ask]:
         """Yield whose longest session ends soon, or has ended."""

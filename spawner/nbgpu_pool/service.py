@@ -441,7 +441,15 @@ class Service:
         return reservations(self.core.books, self.core.settings.windows, self.wall())
 
     def asks(self) -> list[AskBack]:
-        """Return what is asked back, first due first."""
+        """Return what is asked back, first due first.
+
+        Raises
+        ------
+        Unavailable
+            What is known may not be so any more. Who acts on this ends servers, and one that was idle may be busy.
+        """
+        if not self.core.ready or not self.core.connected:
+            raise Unavailable(self.core.away_words, code="agent-away" if self.core.ready else "starting")
         now = self.clock()
         return [
             AskBack(

@@ -6,7 +6,8 @@ import asyncio
 import json
 import socket
 import time
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any, Generic, TypeVar
 
 from pydantic import TypeAdapter
 from tornado.httpclient import HTTPClientError, HTTPRequest
@@ -16,6 +17,7 @@ from tornado.simple_httpclient import HTTPStreamClosedError, HTTPTimeoutError, S
 
 from nbgpu.errors import NbgpuError, Refused, Unavailable
 from nbgpu.models import (
+    AskBack,
     Availability,
     AvailabilityQuery,
     DeviceBooks,
@@ -44,6 +46,7 @@ _LAUNCH = TypeAdapter(Launch)
 _LAUNCH_GRANT = TypeAdapter(LaunchGrant)
 _AVAILABILITY = TypeAdapter(list[Availability])
 _DEVICES = TypeAdapter(list[DeviceBooks])
+_ASKS = TypeAdapter(list[AskBack])
 _T = TypeVar("_T")
 
 
@@ -66,6 +69,39 @@ class _UnixResolver(Resolver):
 def _body(of: Model) -> dict[str, Any]:
     """Return a request's body, without what is not set: a pool that is older than this hub does not know all of it."""
     return of.model_dump(mode="json", exclude_none=True)
+
+
+class _Shared(Generic[_T]):
+    """A question whose answer many want: it is asked once for all of them, and kept."""
+
+    def __init__(self, ask: Callable[[], Awaitable[_T]]):
+        self._ask = ask
+        self._answer: tuple[float, _T] | None = None
+        self._asking: asyncio.Task[tuple[float, _T]] | None = None
+
+    async def get(self, max_age_seconds: float) -> tuple[float, _T]:
+        """Return when it was asked and the answer, at most so old; whoever asks meanwhile joins the question that is on its way."""
+        if self._answer is not None and time.monotonic() - self._answer[0] <= max_age_seconds:
+            return self._answer
+        if self._asking is None:
+            self._asking = asyncio.ensure_future(self._asked())
+            self._asking.add_done_callback(_heard)
+        return await asyncio.shield(self._asking)
+
+    async def _asked(self) -> tuple[float, _T]:
+        asked = time.monotonic()
+        try:
+            found = await self._ask()
+        finally:
+            self._asking = None
+        self._answer = (asked, found)
+        return self._answer
+
+
+def _heard(asked: asyncio.Future[Any]) -> None:
+    """Take note of an error that all who waited for it have left: the page was closed, or took too long."""
+    if not asked.cancelled():
+        asked.exception()
 
 
 class PoolClient:
@@ -94,8 +130,8 @@ class PoolClient:
         # the hub may have configured another client class globally; only this one takes a resolver
         self._starts, self._others = (SimpleAsyncHTTPClient(force_instance=True, max_clients=AT_ONCE, resolver=resolver) for _ in range(2))
         self._timeout = timeout_seconds
-        self._devices: tuple[float, list[DeviceBooks]] | None = None
-        self._asking: asyncio.Task[list[DeviceBooks]] | None = None
+        self._devices = _Shared(lambda: self._get(_DEVICES, "/v1/devices"))
+        self._asks = _Shared(lambda: self._get(_ASKS, "/v1/asks"))
 
     async def acquire(self, request: Request) -> Grant:
         """Ask for a slice. Asking again with the same request id returns the same grant."""
@@ -143,21 +179,14 @@ class PoolClient:
 
     async def devices(self, max_age_seconds: float = 5.0) -> list[DeviceBooks]:
         """Return the pool's devices, at most `max_age_seconds` old; whoever asks meanwhile joins the question that is on its way."""
-        if self._devices is not None and time.monotonic() - self._devices[0] <= max_age_seconds:
-            return self._devices[1]
-        if self._asking is None:
-            self._asking = asyncio.ensure_future(self._ask_for_devices())
-            self._asking.add_done_callback(_heard)
-        return await asyncio.shield(self._asking)
+        return (await self._devices.get(max_age_seconds))[1]
 
-    async def _ask_for_devices(self) -> list[DeviceBooks]:
-        asked = time.monotonic()
-        try:
-            found = _read(_DEVICES, await self._call("GET", "/v1/devices"))
-        finally:
-            self._asking = None
-        self._devices = (asked, found)
-        return found
+    async def asks(self, max_age_seconds: float = 5.0) -> tuple[float, list[AskBack]]:
+        """Return when it was asked (CLOCK_MONOTONIC seconds) and what the pool asks back, of all hubs that it tells this one of."""
+        return await self._asks.get(max_age_seconds)
+
+    async def _get(self, kind: TypeAdapter[_T], path: str) -> _T:
+        return _read(kind, await self._call("GET", path))
 
     async def _call(self, method: str, path: str, body: Any = None) -> bytes:
         request = HTTPRequest(
@@ -180,12 +209,6 @@ class PoolClient:
         except (OSError, StreamClosedError) as error:
             raise PoolUnavailable(NO_ANSWER) from error
         return response.body
-
-
-def _heard(asked: asyncio.Future[list[DeviceBooks]]) -> None:
-    """Take note of an error that all who waited for it have left: the page was closed, or took too long."""
-    if not asked.cancelled():
-        asked.exception()
 
 
 def _read(adapter: TypeAdapter[_T], body: bytes) -> _T:

@@ -14,17 +14,17 @@ from weakref import WeakKeyDictionary
 from jupyterhub.utils import maybe_future, url_path_join
 from tornado.httputil import url_concat
 from traitlets import Any as AnyTrait
-from traitlets import Bool, Dict, Enum, Float, Integer, Unicode, default
+from traitlets import Bool, Enum, Float, Integer, Unicode, default
 from traitlets.config import Configurable
 
 from nbgpu.errors import InvalidValue, NbgpuError, Refused, Unavailable
 from nbgpu.models import NAME_LENGTH, Grant, GrantState, Owner, Request
 from nbgpu.paths import POOL_SOCKET, runtime_dir, runtime_path
 
-from . import form, waiting
+from . import askback, form, waiting
 from .client import REFUSED_BY_NODE, PoolClient, PoolUnavailable
 from .line import Line
-from .options import SETTINGS, Wish, check_against, wish_from
+from .options import SETTINGS, NotAnObject, UserOptions, Wish, check_against, wish_from
 from .profiles import Profile, check_keys, for_groups, initialise, options_from_form, selected, wish_of
 from .refusal import GPURefusal, refusal, spare_failure_counter
 
@@ -44,21 +44,6 @@ _clean: set[Owner] = set()
 """Owners of whom this process knows that they hold nothing: what an earlier hub left behind was asked back once."""
 
 
-class NotAnObject(dict[str, Any]):
-    """What came as ``user_options`` and is no JSON object: empty as options, until they are checked and refused."""
-
-    def __init__(self, value: object):
-        super().__init__()
-        self.value = value
-
-
-class _UserOptions(Dict):
-    """Takes what JupyterHub 5 passes on unseen. A plain `Dict` raises while the hub sets a start up: a 500, and a server that never was."""
-
-    def validate(self, obj: Any, value: Any) -> Any:
-        return super().validate(obj, value if isinstance(value, dict) else NotAnObject(value))
-
-
 class GPUSliceMixin(_Spawner):
     """Gives a spawner's servers a slice of a GPU. Put it before the spawner class: ``class Mine(GPUSliceMixin, SomeSpawner)``.
 
@@ -66,7 +51,7 @@ class GPUSliceMixin(_Spawner):
     (release, refusal, options, progress) happens here.
     """
 
-    user_options = _UserOptions(help="What the user asked for: by the form, or as JSON through the REST API.")
+    user_options = UserOptions(help="What the user asked for: by the form, or as JSON through the REST API.")
     gpu_fraction = AnyTrait(
         None,
         allow_none=True,
@@ -118,6 +103,12 @@ class GPUSliceMixin(_Spawner):
         config=True,
         help="""Whether users may make the slice of a running server larger or smaller, from JupyterLab, within their quotas.
         None: where a profile lets them say how much (`gpu_custom`), or there are no profiles.""",
+    )
+    gpu_end_asked_back = Bool(
+        False,
+        config=True,
+        help="""Whether the hub ends servers that the pool asks back (docs/quotas.md), once their notice is over: only those whose users
+        were told in JupyterLab. False: their users are asked, and the servers go on.""",
     )
     gpu_isolates = Bool(True, help="False: all servers run as one account, which the start page then says.")
     pool_socket = Unicode(config=True, help="Unix socket of the pool on this machine. Not used when `pool_url` is set.")
@@ -483,6 +474,7 @@ class GPUSliceMixin(_Spawner):
         if request_id is not None:
             await self._patiently(lambda: self.pool.bind(request_id, pid), time.monotonic())
             self._gpu_bound = True
+            askback.watch(self)
 
     async def give_back(self) -> None:
         """Ask the pool to take the grant back, even when the calling task is being cancelled."""
@@ -565,6 +557,8 @@ class GPUSliceMixin(_Spawner):
         super().load_state(state)
         self._gpu_request_id = state.get("gpu_request_id")
         self._gpu_bound = self._gpu_request_id is not None
+        if self._gpu_bound:
+            askback.watch(self)
 
     def clear_state(self) -> None:
         """Forget the last start's messages; not the request id, which is still to be released after a server died."""

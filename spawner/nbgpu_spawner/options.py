@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from traitlets import Dict
+
 from nbgpu.errors import InvalidValue
 from nbgpu.models import Device, Mode, Owner, Request, Shape
 from nbgpu.quantities import format_memory, format_share, least_allowed, memory_share_bytes, parse_fraction, parse_memory
@@ -27,6 +29,21 @@ LABELS: Mapping[str, str] = {
 }
 """What the start page calls them: errors use the same words, on the page and from the REST API."""
 MOST_DEVICES = 16
+
+
+class NotAnObject(dict[str, Any]):
+    """What came as ``user_options`` and is no JSON object: empty as options, until they are checked and refused."""
+
+    def __init__(self, value: object):
+        super().__init__()
+        self.value = value
+
+
+class UserOptions(Dict):
+    """Takes what JupyterHub 5 passes on unseen. A plain `Dict` raises while the hub sets a start up: a 500, and a server that never was."""
+
+    def validate(self, obj: Any, value: Any) -> Any:
+        return super().validate(obj, value if isinstance(value, dict) else NotAnObject(value))
 
 
 @dataclass(frozen=True)

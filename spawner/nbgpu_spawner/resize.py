@@ -1,4 +1,4 @@
-"""A running server asks for a larger or smaller slice: its user's right is checked here, quotas and room in the pool."""
+"""What a running server asks for its user: a larger or smaller slice (quotas and room are the pool's), and whether it is asked back."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from nbgpu.errors import InvalidValue, NbgpuError
 from nbgpu.models import DeviceBooks, Grant, Resize
 from nbgpu.quantities import WHOLE_MILLI
 
+from .askback import watch
 from .client import PoolUnavailable
 from .mixin import GPUSliceMixin
 from .options import Wish, check_against, wish_from
@@ -88,7 +89,7 @@ async def resize(spawner: GPUSliceMixin, asked: Any) -> dict[str, Any]:
     with suppress(PoolUnavailable):  # then the pool's own check has to do
         books = await spawner.pool.devices()
         check_against(wish, [book.device for book in books], max((book.least_bytes for book in books), default=0))
-    request_id = _running(spawner)
+    request_id = running_request(spawner)
     now = time.monotonic()
     if now - _asked.get(spawner, -PAUSE_SECONDS) < PAUSE_SECONDS:
         raise NbgpuError("That was asked a moment ago. Try again in some seconds.", code="too-often", status=429)
@@ -109,7 +110,7 @@ async def resize(spawner: GPUSliceMixin, asked: Any) -> dict[str, Any]:
 async def room(spawner: GPUSliceMixin) -> dict[str, Any]:
     """Return what is free beside a running server's slice, on each of its GPUs. Raises NbgpuError with words for its user."""
     must_be_offered(spawner.gpu_resize, await spawner.gpu_profiles())
-    request_id, now = _running(spawner), time.monotonic()
+    request_id, now = running_request(spawner), time.monotonic()
     known = _rooms.get(spawner)
     if known is None or now - known[0] >= ROOM_SECONDS:
         known = _rooms[spawner] = now, asyncio.create_task(_look(spawner, request_id))
@@ -139,7 +140,8 @@ def _free(book: DeviceBooks) -> dict[str, Any]:
     }
 
 
-def _running(spawner: GPUSliceMixin) -> str:
+def running_request(spawner: GPUSliceMixin) -> str:
+    """Return the id of the slice that a server runs in. Raises NbgpuError with words for its user."""
     request_id = spawner.gpu_running_request()
     if request_id is None:
         raise NbgpuError("This server has no slice of a GPU.", code="no-slice", status=404)
@@ -154,21 +156,11 @@ async def _own(spawner: GPUSliceMixin, request_id: str) -> Grant:
     return grant
 
 
-class ResizeHandler(APIHandler):
-    """``/hub/api/nbgpu/resize?user=&server=``: for the server's own token, and for who may use the server.
+class ServerHandler(APIHandler):
+    """What a server asks of the hub with its own token: ``?user=&server=``. Who may use the server may ask too."""
 
-    ``GET`` says what is free beside its slice, ``POST`` asks for another size.
-    """
-
-    async def get(self) -> None:
-        """Answer as :meth:`post` does."""
-        await self._for_user(room)
-
-    async def post(self) -> None:
+    async def for_server(self, act: Callable[[GPUSliceMixin], Awaitable[dict[str, Any]]]) -> None:
         """Answer for the named server of the token's user, or of `user` to who has access to it."""
-        await self._for_user(lambda spawner: resize(spawner, self._body()))
-
-    async def _for_user(self, act: Callable[[GPUSliceMixin], Awaitable[dict[str, Any]]]) -> None:
         if self.current_user is None:
             raise web.HTTPError(403)
         user_name = self.get_argument("user", "", strip=False) or self.current_user.name
@@ -189,6 +181,18 @@ class ResizeHandler(APIHandler):
         self.set_header("Content-Type", "application/json")
         self.finish(json.dumps(found))
 
+
+class ResizeHandler(ServerHandler):
+    """``/hub/api/nbgpu/resize``: ``GET`` says what is free beside a server's slice, ``POST`` asks for another size."""
+
+    async def get(self) -> None:
+        """Answer with what is free."""
+        await self.for_server(room)
+
+    async def post(self) -> None:
+        """Answer with what became of it."""
+        await self.for_server(lambda spawner: resize(spawner, self._body()))
+
     def _body(self) -> Any:
         try:
             return json.loads(self.request.body) if len(self.request.body) <= _MOST_BYTES else None
@@ -196,4 +200,17 @@ class ResizeHandler(APIHandler):
             return None
 
 
-HANDLERS = [(r"/api/nbgpu/resize", ResizeHandler)]
+class AskedHandler(ServerHandler):
+    """``GET /hub/api/nbgpu/asked``: whether a server's slice is asked back, for its user to read."""
+
+    async def get(self) -> None:
+        """Answer; to a token of the server's user it counts as told to them."""
+        await self.for_server(self._asked)
+
+    async def _asked(self, spawner: GPUSliceMixin) -> dict[str, Any]:
+        request_id, token = running_request(spawner), self.get_token()
+        user_reads = token is not None and token.user_id == spawner.user.orm_user.id
+        return await watch(spawner).tell(spawner, request_id, user_reads=user_reads)
+
+
+HANDLERS = [(r"/api/nbgpu/resize", ResizeHandler), (r"/api/nbgpu/asked", AskedHandler)]

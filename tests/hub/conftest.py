@@ -52,6 +52,7 @@ def calm_pool(pool: FakePool) -> FakePool:
         pool.prepare_refused, pool.small_free = None, False
         pool.fail_next.clear()
         pool.grants.clear()
+        pool.asks.clear()
         pool.calls.clear()
     return pool
 

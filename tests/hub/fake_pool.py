@@ -37,6 +37,8 @@ class FakePool(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         The node's words when it refuses what the pool has granted.
     stall_seconds : float
         Every answer takes so long.
+    asks : dict
+        What is asked back: for each request id (due by the clock of `time.monotonic`, more of the ask).
     grants : dict
         What was asked for, by request id, with its state.
     calls : list
@@ -54,6 +56,7 @@ class FakePool(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         self.fail_next: dict[str, int] = {}
         self.prepare_refused: str | None = None
         self.stall_seconds = 0.0
+        self.asks: dict[str, tuple[float, dict[str, Any]]] = {}
         self.grants: dict[str, dict[str, Any]] = {}
         self.bound_pids: dict[str, int | None] = {}
         self.availability: list[dict[str, Any]] | None = None
@@ -107,6 +110,8 @@ class FakePool(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             return self._launch(body["request"])
         if parts == ["devices"]:
             return 200, [{"device": device(i), "memory_granted_bytes": 0, "compute_granted_milli": 0, "slices": []} for i in range(2)]
+        if parts == ["asks"]:
+            return 200, [self._asked(request_id, due, more) for request_id, (due, more) in self.asks.items()]
         if parts == ["availability"]:
             return 200, self.availability or [self._available(shape) for shape in body["shapes"]]
         if parts == ["release"]:
@@ -173,6 +178,12 @@ class FakePool(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
 
     def _prepared(self) -> dict[str, Any]:
         return {"env": self.launch_env, "slice_dir": "/nowhere", "socket": "/nowhere/api.sock"}
+
+    def _asked(self, request_id: str, due: float, more: dict[str, Any]) -> dict[str, Any]:
+        owner = self.grants[request_id]["request"]["owner"] if request_id in self.grants else None
+        why = "it uses what is guaranteed to group bio and was lent"
+        ask = {"request_id": request_id, "owner": owner, "kind": "guarantee", "idle": True, "reason": why, "needs": "it must be stopped"}
+        return {**ask, "due_seconds": due - time.monotonic(), **more}
 
     def _available(self, shape: Any) -> dict[str, Any]:
         milli = shape.get("memory_milli") or shape.get("compute_milli") or 100

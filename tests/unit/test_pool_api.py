@@ -473,3 +473,17 @@ async def test_reservations_and_what_is_asked_back() -> None:
         assert ask["due_seconds"] < -39
         assert "must be stopped by its user or by hub hub" in ask["needs"]
         assert (await w.grant(request_id))["note"].startswith("Please save your work and stop this server now")
+
+
+async def test_what_may_not_be_so_any_more_is_asked_back_from_nobody() -> None:
+    """Who acts on it ends servers: one that was idle may be busy since the node was last heard of."""
+    async with world() as w:
+        request_id = await w.bound(125, session_seconds=60)
+        w.service.core.known(request_id).started -= 100
+        await w.until(lambda: w.service.asks(), 15)
+        await w.agent.stop()
+        await w.until(lambda: not w.service.core.connected)
+        refused = await w.http.get("/v1/asks")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "agent-away")
+        w.service.core.ready = False
+        assert (await w.http.get("/v1/asks")).json()["error"]["code"] == "starting"

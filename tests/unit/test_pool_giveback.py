@@ -12,9 +12,10 @@ from nbgpu.models import GrantState
 from nbgpu.quantities import GIB
 from nbgpu_pool import giveback
 from nbgpu_pool.giveback import GiveBack
-from nbgpu_pool.held import SPARED_SECONDS
+from nbgpu_pool.held import GROW_PAUSE_SECONDS, GROW_SECONDS, SPARED_SECONDS
 from nbgpu_pool.idle import IdlePolicy
 from nbgpu_pool.quotas import Limits, Quotas
+from nbgpu_pool.state import Seen
 
 LENT = Quotas(groups={"bio": Limits(guarantee_milli=500, lend=True)})
 KEPT = Quotas(groups={"bio": Limits(guarantee_milli=500)})
@@ -228,3 +229,94 @@ def test_who_could_not_be_let_in_by_all_that_is_lent_costs_the_pool_little(monke
     looks = 0
     pool.ask(10, user="another")
     assert 0 < looks <= 6
+
+
+def grown(pool: Pool, seconds: float = 1.0) -> dict[str, int]:
+    """Return what slices are told to have again, in milli-GPU; the node does it."""
+    pool.sync(seconds)
+    told: dict[str, int] = {}
+    for key in pool.core.drain().resizes:
+        entry = pool.core.known(key)
+        target = pool.core.resize_again(entry)
+        assert target is not None
+        assert not entry.taken_back
+        told[key] = target.devices[0].compute_milli
+        pool.core.end_resize(entry, None, True, pool.now)
+        pool.seen[key] = replace(pool.seen[key], wanted=target)
+        pool.in_force(key)
+    return told
+
+
+def shrunk_pool() -> tuple[Pool, list[str], str]:
+    """Two slices were made smaller for one who is there now."""
+    pool = Pool(quotas=LENT)
+    keys = [pool.running(500, user) for user in "ab"]
+    for key in keys:
+        pool.uses(key, 5)
+    mine = pool.ask(250, "m", groups=["bio"]).request.request_id
+    assert pool.shrunk() == dict.fromkeys(keys, 375)
+    entry = pool.core.known(mine)
+    pool.seen[mine] = Seen(pool.core.begin_prepare(entry), "running")
+    pool.core.end_prepare(entry, None, True, pool.now)
+    pool.sync()
+    assert pool.grant(mine).state == GrantState.bound
+    return pool, keys[::-1], mine
+
+
+def test_what_was_made_smaller_grows_back_one_at_a_time_once_nobody_needs_it() -> None:
+    pool, keys, mine = shrunk_pool()
+    assert grown(pool, GROW_SECONDS) == {}, "there is no room"
+    pool.end(mine)
+    assert grown(pool) == {keys[0]: 500}
+    assert pool.grant(keys[0]).note is None
+    assert grown(pool, GROW_PAUSE_SECONDS / 2) == {}
+    assert grown(pool, GROW_PAUSE_SECONDS / 2) == {keys[1]: 500}
+    assert [entry.slice.devices[0].memory_bytes // GIB for entry in map(pool.core.known, keys) if entry.slice] == [40, 40]
+    assert grown(pool, GROW_SECONDS) == {}, "that is all"
+
+
+def test_it_does_not_go_to_and_fro() -> None:
+    pool, keys, mine = shrunk_pool()
+    pool.end(mine)
+    assert grown(pool, GROW_SECONDS - 1) == {}
+    assert grown(pool) == {keys[0]: 500}
+    pool.uses(keys[0], 5)
+    pool.ask(250, "m", groups=["bio"])
+    assert pool.shrunk(), "taken again"
+    assert grown(pool, GROW_SECONDS - 1) == {}
+
+
+def test_nothing_grows_back_while_anybody_waits_or_where_the_user_has_chosen_since() -> None:
+    pool, keys, mine = shrunk_pool()
+    pool.end(mine)
+    pool.resize(keys[0], compute_milli=300)
+    pool.in_force(keys[0])
+    waits = pool.ask(1000, "w").request.request_id
+    assert grown(pool, GROW_SECONDS) == {}
+    pool.core.cancel(waits, "h", pool.now)
+    assert grown(pool) == {keys[1]: 500}
+    assert grown(pool, GROW_SECONDS) == {}
+
+
+def test_a_growth_that_its_node_refuses_is_not_tried_for_ever() -> None:
+    pool, keys, mine = shrunk_pool()
+    pool.end(mine)
+    pool.sync(GROW_SECONDS)
+    pool.core.drain()
+    entry = pool.core.known(keys[0])
+    assert pool.core.resize_again(entry) is not None
+    pool.core.end_resize(entry, "no", False, pool.now)
+    pool.core.drain()
+    assert pool.grant(keys[0]).resizing is None
+    assert keys[0] not in grown(pool, GROW_SECONDS)
+
+
+def test_one_whose_node_refused_to_make_it_smaller_has_nothing_to_grow_back_to() -> None:
+    pool = Pool(quotas=LENT)
+    keys = [pool.running(500, user) for user in "ab"]
+    for key in keys:
+        pool.uses(key, 5)
+    mine = pool.ask(250, "m", groups=["bio"]).request.request_id
+    assert set(pool.shrunk(refuse=True)) == set(keys)
+    pool.core.cancel(mine, "h", pool.now)
+    assert grown(pool, GROW_SECONDS) == {}

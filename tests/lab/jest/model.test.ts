@@ -120,6 +120,22 @@ test('notices of the time before the page opened are listed, not told', async ()
   expect(model.notices.map(({ id }) => id)).toEqual([1, 2]);
 });
 
+test('a page that is opened while the server is asked back tells of that, and of nothing else before it', async () => {
+  const asked = { seconds: 90, ends: true, reason: 'group bio waits' };
+  const told = { ...notice(2), kind: 'asked-back' };
+  const events = [notice(1), told, { ...told, id: 3 }, notice(4)];
+  api.next = { ...answer(100), events, last_event: 4, asked_back: asked };
+  await model.tick();
+  expect(noticed).toEqual([3]);
+});
+
+test('one that is not asked back any more tells nothing', async () => {
+  const told = { ...notice(2), kind: 'asked-back' };
+  api.next = { ...answer(100), events: [told], last_event: 2 };
+  await model.tick();
+  expect(noticed).toEqual([]);
+});
+
 test('the event stream says that there is news; what it is, the server says', async () => {
   await model.tick();
   await model.tick();

@@ -104,6 +104,26 @@ test('what was dismissed and happens again is told again', () => {
   expect([messages().length, emitted]).toEqual([1, 2]);
 });
 
+test('a server that is asked back: it stays in view, with the time that is left, until that is over', () => {
+  const asked = { seconds: 90, ends: true, reason: 'group bio waits' };
+  model.usage = { asked_back: asked };
+  const server = { kernel_id: null, name: null };
+  happen('asked-back', server);
+  expect([...shown.values()]).toMatchObject([
+    {
+      message:
+        'Save your work: this server will be stopped in 2 min, because group bio waits.',
+      autoClose: false
+    }
+  ]);
+  model.usage = { asked_back: null };
+  happen('asked-back', { ...server, level: 'info', time: 900 });
+  expect([...shown.values()]).toMatchObject([
+    { message: 'asked-back.', type: 'info' }
+  ]);
+  expect(shown.get('n1')?.autoClose).toBeGreaterThan(0);
+});
+
 test('what is only to be listed is not told', () => {
   happen('limit-changed', { level: 'info' });
   happen('restored', { level: 'info' });
