@@ -92,6 +92,14 @@ export function kernelName(kernel: IKernelUsage, trans: Words): string {
   return kernel.name ?? trans.__('Kernel %1', kernel.kernel_id.slice(0, 8));
 }
 
+const OTHER_DIRECTION =
+  /[\u0590-\u08ff\u200e\u200f\u202a-\u202e\u2066-\u2069\ufb1d-\ufefc]/;
+
+/** A name inside other words: one that is written from right to left leaves the order of what is around it alone. */
+export function isolated(name: string): string {
+  return OTHER_DIRECTION.test(name) ? `\u2068${name}\u2069` : name;
+}
+
 const UNUSED_SECONDS = 60;
 
 /** "busy", "idle for 12 min"; empty where the server does not know the kernel. */

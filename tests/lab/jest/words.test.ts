@@ -1,5 +1,6 @@
 import {
   computeWords,
+  isolated,
   kindWords,
   shortened,
   sourceWords,
@@ -31,6 +32,14 @@ test('a kernel is named with its language where its name does not say it', () =>
   expect(named('Statistics', 'R')).toBe('Statistics (R)');
   expect(named('Julia 1.11', null)).toBe('Julia 1.11');
   expect(named(null, 'R')).toBe('');
+});
+
+test('a name from right to left leaves the words around it in their order', () => {
+  expect(isolated('מחברת')).toBe('\u2068מחברת\u2069');
+  expect(isolated('a\u202eb')).toBe('\u2068a\u202eb\u2069');
+  for (const name of ['train.ipynb', 'ノート.ipynb', 'тетрадь.ipynb']) {
+    expect(isolated(name)).toBe(name);
+  }
 });
 
 test('says where a limit comes from', () => {
