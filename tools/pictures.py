@@ -1,4 +1,4 @@
-"""Make the pictures of the docs anew, in both themes: `make pictures` (some of them: ``ARGS="lab"``, ``ARGS="hub"``; another folder: ``--out``).
+"""Make the pictures of the docs anew, in both themes: `make pictures` (some: ``ARGS=lab`` or ``ARGS=hub``; another folder: ``--out``).
 
 JupyterLab's are of a real JupyterLab whose slice has an agent of the tests (its numbers are made up), the hub's and ``lab`` of what `make
 run` starts, on a simulated GPU. Each file stays below 150 kB. Look at what it made: it checks nothing but that everything came into view.
@@ -15,9 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "lab"), str(ROOT / "tests" / "browser"), str(ROOT / "tools")]
 
-import pictures_hub
-import pictures_lab
-from browser_kit import chromium
+import pictures_hub  # noqa: E402
+import pictures_lab  # noqa: E402
+from browser_kit import chromium  # noqa: E402
 
 MOST_BYTES = 150_000
 PARTS = {"lab": pictures_lab.make, "hub": pictures_hub.make}

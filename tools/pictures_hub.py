@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from browser_hub import Hub, of_this_checkout, running_hub
-from lab_pages import ALLOCATE, SECOND, in_lab, kernel_row, log_in, menu, press_start, run_cell, sign_in, start, without_notices
-from playwright.sync_api import Browser, Page, expect
+from lab_pages import ALLOCATE, CELLS, SECOND, in_lab, kernel_row, log_in, menu, press_start, run_cell, sign_in, start, without_notices
+from playwright.sync_api import Browser, FloatRect, Page, expect
 
 ROOT = Path(__file__).resolve().parent.parent
-WIDTH = 900
+WIDTH = 1000
 LAB = {"width": 1400, "height": 900}
 IN_LAB = re.compile(r".*/user/.*")
 
@@ -25,20 +25,30 @@ def make(browser: Browser, out: Path) -> Iterator[Path]:
         ada = log_in(browser, hub, "ada")
         ada.set_viewport_size({"width": WIDTH, "height": 700})
         expect(ada.locator(".nbgpu-row[data-slug=quarter]")).to_contain_text("Free now")
+        expect(ada.locator("#nbgpu-simulated")).to_be_visible()
         yield from shots(ada, out, "start", whole=True)
         yield from in_a_slice(ada, out)
         yield from when_full(browser, hub, out)
 
 
-def shots(page: Page, out: Path, name: str, *, whole: bool = False) -> Iterator[Path]:
-    """Yield a picture of a page of the hub in each theme; the whole page, or what is in view."""
+def shots(page: Page, out: Path, name: str, *, whole: bool = False, top: str = "") -> Iterator[Path]:
+    """Yield a picture of a page of the hub in each theme: what is in view, or the whole page, from `top` on where it names something."""
     for theme in ("dark", "light"):
         page.emulate_media(color_scheme=theme)  # type: ignore[arg-type]
         expect(page.locator("html")).to_have_attribute("data-bs-theme", theme)
         page.wait_for_timeout(700)
         path = out / f"{name}-{theme}.png"
-        page.screenshot(path=path, full_page=whole, animations="disabled")
+        page.screenshot(path=path, full_page=whole, clip=from_the_top_of(page, top) if top else None, animations="disabled")
         yield path
+
+
+def from_the_top_of(page: Page, selector: str) -> FloatRect:
+    """Return the part of a page from something on to its end."""
+    page.evaluate("scrollTo(0, 0)")
+    box = page.locator(selector).first.bounding_box()
+    assert box
+    end = page.evaluate("document.body.scrollHeight")
+    return {"x": box["x"] - 12, "y": box["y"] - 12, "width": box["width"] + 24, "height": end - box["y"] + 12}
 
 
 def in_a_slice(ada: Page, out: Path) -> Iterator[Path]:
@@ -50,6 +60,8 @@ def in_a_slice(ada: Page, out: Path) -> Iterator[Path]:
     ada.wait_for_selector("#nbgpu-panel:visible")
     menu(ada, "Run", "Run All Cells")
     expect(ada.locator(".nbgpu-Latest")).to_contain_text("fractions.ipynb was refused 9.7 GiB")
+    expect(ada.locator(f"{CELLS} .jp-CodeCell .jp-InputPrompt").last).to_have_text(re.compile(r"\[\d+\]:"))
+    expect(kernel_row(ada, "fractions.ipynb")).to_contain_text("300 MiB")  # it has given back all but its context
     menu(ada, "File", "New", "Notebook")
     ada.locator(".jp-Dialog button.jp-mod-accept").click()
     expect(ada.locator("#jp-main-statusbar")).to_contain_text("| Idle")
@@ -64,13 +76,19 @@ def in_a_slice(ada: Page, out: Path) -> Iterator[Path]:
     expect(ada.locator(".nbgpu-Latest")).to_contain_text("Untitled.ipynb was refused")
     without_notices(ada)
     ada.wait_for_timeout(1500)
-    for theme in ("Dark", "Light"):
-        ada.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", f"JupyterLab {theme}")
-        ada.wait_for_selector(f'body[data-jp-theme-name="JupyterLab {theme}"]', state="attached")
-        ada.wait_for_timeout(700)
-        path = out / f"lab-{theme.lower()}.png"
-        ada.screenshot(path=path, animations="disabled")
-        yield path
+    yield path_of(ada, out, "lab-light")
+    menu(ada, "Settings", "Theme", "JupyterLab Dark")
+    ada.wait_for_selector('body[data-jp-theme-name="JupyterLab Dark"]', state="attached")
+    yield path_of(ada, out, "lab-dark")
+
+
+def path_of(page: Page, out: Path, name: str) -> Path:
+    """Return where a picture of what is in view was written, once colours have faded."""
+    page.mouse.move(2, 500)
+    page.wait_for_timeout(1500)
+    path = out / f"{name}.png"
+    page.screenshot(path=path, animations="disabled")
+    return path
 
 
 def when_full(browser: Browser, hub: Hub, out: Path) -> Iterator[Path]:
@@ -94,7 +112,7 @@ def when_full(browser: Browser, hub: Hub, out: Path) -> Iterator[Path]:
     lin.get_by_role("button", name="Leave the queue").locator("visible=true").first.click()
     expect(lin.locator(".nbgpu-row[data-slug=half] input[type=radio]")).to_be_checked()
     expect(lin.locator("#nbgpu-offer")).to_be_visible()
-    yield from shots(lin, out, "start-full", whole=True)
+    yield from shots(lin, out, "start-full", whole=True, top=".nbgpu-row")
     yield from small(browser, hub, out, "start", "#nbgpu-offer")
 
 
@@ -106,6 +124,9 @@ def small(browser: Browser, hub: Hub, out: Path, name: str, sign: str) -> Iterat
         page = page if scale == 1 else enlarged(browser, page, scale)
         page.set_viewport_size({"width": width, "height": height})
         page.locator(sign).first.wait_for()
+        chosen = page.locator("#nbgpu input:checked")
+        if chosen.count():
+            chosen.evaluate("one => one.parentElement.scrollIntoView({block: 'center'})")
         yield from shots(page, out, f"{name}-{where}")
         page.context.close()
 

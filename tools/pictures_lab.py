@@ -19,7 +19,9 @@ from playwright.sync_api import Browser, Locator, Page
 from test_lab_browser import Lab, running_lab, wait_for
 from test_lab_panel_browser import Hub
 
-SIZE = {"width": 1280, "height": 860}
+SIZE = {"width": 1280, "height": 900}
+STATUS_BAR = 26
+"""Its height, pixels."""
 SECOND = 1000
 THEMES = {"dark": "JupyterLab Dark", "light": "JupyterLab Light"}
 NOTEBOOKS = {
@@ -27,9 +29,8 @@ NOTEBOOKS = {
     "explore.ipynb": ["# What the slice holds", "%gpu", "import nbgpu\nnbgpu.SliceMonitor()"],
     "données 2026.ipynb": ["# Data", "1"],
 }
-REFUSED = (
-    "{} was refused 2 GiB: its own limit of 5 GiB has 1 GiB left. Free memory in it, or raise its limit."  # as the agent says it
-)
+OWN_LIMIT = "was refused 2 GiB: its own limit of 5 GiB has 1 GiB left. Free memory in it, or raise its limit."
+THE_SLICE = "was refused 9 GiB: this server's slice of 20 GiB has 7 GiB left. Free memory, or restart a kernel that holds some."
 
 
 def make(browser: Browser, out: Path) -> Iterator[Path]:
@@ -66,7 +67,9 @@ def write(path: Path, sources: list[str]) -> None:
     """Write a notebook: a heading, then code."""
     blank = {"metadata": {}, "source": ""}
     code = {**blank, "cell_type": "code", "execution_count": None, "outputs": []}
-    cells = [{**(blank | {"cell_type": "markdown"} if not n else code), "id": f"cell-{n}", "source": text} for n, text in enumerate(sources)]
+    cells = [
+        {**(blank | {"cell_type": "markdown"} if not n else code), "id": f"cell-{n}", "source": text} for n, text in enumerate(sources)
+    ]
     metadata = {"kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}}
     path.write_text(json.dumps({"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}))
 
@@ -132,12 +135,16 @@ class Views:
 
     def shots(self, name: str, *parts: str, around: int = 0) -> Iterator[Path]:
         """Yield a picture in each theme: of the whole page, or of what holds all `parts`, with so many pixels around."""
+        clip = self.around(parts, around) if parts else None
+        toast = ".Toastify__toast" in parts  # which its own animation closes
+        if not toast:
+            self.page.mouse.move(2, 500)
         for short, theme in THEMES.items():
             self.page.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", theme)
             self.page.wait_for_selector(f'body[data-jp-theme-name="{theme}"]', state="attached")
             self.page.wait_for_timeout(700)  # colours fade
             path = self.out / f"{name}-{short}.png"
-            self.page.screenshot(path=path, clip=self.around(parts, around) if parts else None, animations="disabled")  # type: ignore[arg-type]
+            self.page.screenshot(path=path, clip=clip, animations="allow" if toast else "disabled")  # type: ignore[arg-type]
             yield path
 
     def around(self, parts: tuple[str, ...], more: int) -> dict[str, float]:
@@ -145,14 +152,16 @@ class Views:
         boxes = [box for part in parts if (box := self.page.locator(part).locator("visible=true").first.bounding_box())]
         left, top = (max(0, min(box[side] for box in boxes) - more) for side in ("x", "y"))
         right = min(SIZE["width"], max(box["x"] + box["width"] for box in boxes) + more)
-        bottom = min(SIZE["height"], max(box["y"] + box["height"] for box in boxes) + more)
+        lowest = SIZE["height"] - (0 if "#jp-main-statusbar" in parts else STATUS_BAR)
+        bottom = min(lowest, max(box["y"] + box["height"] for box in boxes) + more)
         return {"x": left, "y": top, "width": right - left, "height": bottom - top}
 
-    def tell(self, kind: str, message: str, kernel_id: str | None = None, level: str = "warning", **data: int) -> None:
-        """Let the agent tell something."""
+    def tell(self, kind: str, what: str, kernel_id: str, level: str = "warning", **data: int) -> None:
+        """Let the agent tell what a kernel did, or what became of it."""
 
         def now() -> None:
-            self.lab.agent.tell(kind, message, kernel_id=kernel_id, level=level)
+            message = what if "{}" in what else f"{{}} {what}"
+            self.lab.agent.tell(kind, message.format(f"Notebook kernel {kernel_id[:8]}…"), kernel_id=kernel_id, level=level)
             self.lab.agent.events[-1]["data"] = data
 
         self.lab.loop.call_soon_threadsafe(now)
@@ -176,10 +185,11 @@ class Views:
 
     def panel(self) -> Iterator[Path]:
         """Status bar and panel."""
-        self.tell("limit-changed", f"Notebook kernel {self.explore[:8]}… may use 5 GiB.", self.explore, "info")
-        self.tell("refused", REFUSED.format(f"Notebook kernel {self.explore[:8]}…"), self.explore, count=3)
+        self.tell("limit-changed", "is limited to 5 GiB and 1/2 of the slice's time.", self.explore, "info")
+        self.tell("refused", OWN_LIMIT, self.explore, count=3)
         wait_for(lambda: len(self.lab.call("nbgpu/api/events?after=0")) >= 2)
-        self.open("train.ipynb")
+        for notebook in reversed(self.kernels):  # a kernel that nobody has spoken to is said to start
+            self.open(notebook)
         self.run_all(".jp-OutputArea-output")
         self.page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for()
         self.page.get_by_role("region", name="What happened").get_by_text("was refused 2 GiB").wait_for()
@@ -226,26 +236,30 @@ class Views:
         page.locator(".lm-Menu").get_by_text("Move to Host Memory…").click()
         page.locator(".jp-Dialog").get_by_role("button", name="Move").click()
         self.row(self.train).get_by_text("Its 8 GiB are in host memory.").wait_for()
-        agent.used_bytes -= 8 * GIB
+        agent.used_bytes, agent.used_milli = 5 * GIB, 20
+        agent.kernels[self.train]["milli"] = 0
         page.wait_for_timeout(2500)
         yield from self.shots("moved", "#nbgpu-panel section[aria-label=Kernels]", around=8)
         agent.away.clear()
         agent.may_suspend = False
-        agent.used_bytes += 8 * GIB
+        agent.kernels[self.train]["milli"] = 160
+        agent.used_bytes, agent.used_milli = 13 * GIB, 180
 
     def happened(self) -> Iterator[Path]:
         """The list, and the newest below the panel's content."""
         page = self.page
-        self.tell("killed", f"Process 4711 of notebook kernel {self.data[:8]}… was ended: it held 2 GiB beside its limiter.", None, "error")
-        self.tell("throttled", f"Notebook kernel {self.explore[:8]}… is slowed by its own limit of time.", self.explore, "info")
-        ended = f"Notebook kernel {self.data[:8]}… ended: the 3 GiB of GPU memory that it held are free again."
-        self.tell("kernel-ended", ended, self.data, "info")
-        over = f"Notebook kernel {self.train[:8]}… holds 8 GiB, its limit is now 6 GiB. Until it frees some, it is refused more."
-        self.tell("over-limit", over, self.train)
+        by_itself = "it used the GPU (3 GiB) without nbgpu's limiter"
+        self.tell("killed", f"Process 4711 ({{}}) was ended: {by_itself}. Restart its kernel or program.", self.data, "error", pid=4711)
+        slowed = "has used all of its own compute limit (1/8 of the GPU) for a minute. Raise the limit to make it faster."
+        self.tell("throttled", slowed, self.explore, "info")
+        self.tell("kernel-ended", "ended: the 3 GiB of GPU memory that it held are free again.", self.data, "info", freed_bytes=3 * GIB)
+        self.lab.agent.limits[self.train] = {"memory_bytes": 6 * GIB, "compute_milli": None}
+        self.tell("over-limit", "holds 8 GiB, its limit is now 6 GiB. Until it frees some, it is refused more.", self.train)
         page.locator(".nbgpu-Latest").get_by_text("holds 8 GiB").wait_for()
         page.get_by_role("region", name="What happened").evaluate("one => one.scrollIntoView({block: 'end'})")
         page.wait_for_timeout(1500)
         yield from self.shots("happened", "#nbgpu-panel")
+        del self.lab.agent.limits[self.train]
 
     def toast(self) -> Iterator[Path]:
         """With the panel closed: a notification. And the notebook's log."""
@@ -254,9 +268,9 @@ class Views:
         page.locator("#nbgpu-panel").wait_for(state="hidden")
         page.evaluate("window.jupyterapp.commands.execute('logconsole:open')")
         page.locator(".jp-LogConsolePanel").wait_for()
-        self.tell("refused", REFUSED.format(f"Notebook kernel {self.train[:8]}…"), self.train)
-        page.locator(".Toastify__toast").filter(has_text="was refused 2 GiB").wait_for()
-        page.locator(".jp-LogConsolePanel").get_by_text("was refused 2 GiB").wait_for()
+        self.tell("refused", THE_SLICE, self.train)
+        page.locator(".jp-LogConsolePanel").get_by_text("was refused 9 GiB").wait_for()
+        page.locator(".Toastify__toast").filter(has_text="was refused 9 GiB").hover()  # else it goes
         page.wait_for_timeout(1500)
         yield from self.shots("toast", ".jp-LogConsolePanel", "#jp-main-statusbar", ".Toastify__toast")
 
@@ -283,16 +297,16 @@ class Views:
         page.evaluate("window.jupyterapp.commands.execute('settingeditor:open', {query: 'GPU slice'})")
         page.locator(".jp-SettingsForm").get_by_label("Show in the status bar").wait_for()
         page.locator(".jp-SettingsPanel").evaluate("one => one.scrollTo(0, 0)")
-        yield from self.shots("settings", ".jp-SettingsPanel", ".jp-PluginList")
+        yield from self.shots("settings", ".jp-SettingsForm", around=8)
 
     def away(self) -> Iterator[Path]:
         """The agent does not answer."""
         self.open("train.ipynb")
         self.lab.away(True)
-        self.page.get_by_text("The node agent does not answer since").wait_for()
+        self.page.get_by_text("The node agent has not answered since").wait_for()
         yield from self.shots("away")
         self.lab.away(False)
-        self.page.get_by_text("The node agent does not answer since").wait_for(state="detached")
+        self.page.get_by_text("The node agent has not answered since").wait_for(state="detached")
 
     def notebook7(self) -> Iterator[Path]:
         """Notebook 7 with the monitor in a cell and the panel."""

@@ -27,8 +27,9 @@ class SliceProvisioner(LocalProvisioner):
     """A local kernel that carries ``NBGPU_KERNEL_ID``; its limit comes from the notebook's metadata.
 
     ``"nbgpu": {"memory": "5 GiB", "compute": "1/2"}`` in a notebook's metadata limits its kernel before the process starts; a fraction
-    is of the server's slice. In a server without one it gives a Python kernel ``%gpu`` alone, which says so. Junk there becomes a notice: the kernel starts in any case. A restart of the kernel reads the metadata again;
-    a limit that was set since, from the panel without keeping it in the notebook or by a command, outlives it.
+    is of the server's slice. Junk there becomes a notice: the kernel starts in any case. A restart of the kernel reads the metadata again;
+    a limit that was set since, from the panel without keeping it in the notebook or by a command, outlives it. In a server without a
+    slice a Python kernel gets ``%gpu`` alone, which says so.
     """
 
     _started = False

@@ -173,12 +173,12 @@ export function staleWords(stale: IStale, trans: Words): string {
   switch (stale.who) {
     case 'agent':
       return trans.__(
-        'The node agent does not answer since %1. Limits stay in force; what is shown is from then.',
+        'The node agent has not answered since %1. Limits stay in force; what is shown is from then.',
         since
       );
     case 'server':
       return trans.__(
-        'The Jupyter server does not answer since %1. What is shown is from then.',
+        'The Jupyter server has not answered since %1. What is shown is from then.',
         since
       );
     case 'stopped':
@@ -188,7 +188,7 @@ export function staleWords(stale: IStale, trans: Words): string {
       );
     case 'nobody':
       return trans.__(
-        'The Jupyter server tells this page nothing since %1: it was started anew, or your login is over. Reload the page.',
+        'The Jupyter server has told this page nothing since %1: it was started anew, or your login is over. Reload the page.',
         since
       );
   }
