@@ -28,7 +28,6 @@ PROVISIONER = "nbgpu-provisioner"
 _SCHEMA = Path(__file__).with_name("event_schemas") / "slice-v1.yaml"
 _ACTIVITY_SECONDS = 60
 KERNEL_ACTIONS = "https://events.jupyter.org/jupyter_server/kernel_actions/v1"
-LOADING = ("history_request", "history_reply")
 SESSION_SECONDS = 1.0
 """A kernel's session is saved after the kernel has started."""
 
@@ -49,7 +48,6 @@ def load(serverapp: Any) -> None:
     web_app.add_handlers(".*$", routes(web_app.settings["base_url"], sampler, SERVER))
     _emit_notices(serverapp)
     _follow_kernels(serverapp, sampler, life)
-    _loading_is_no_use(serverapp.kernel_manager)
     idle = tell_kernels(SliceClient(socket_path), lambda: kernels_of(serverapp))
     tasks = [sampler.follow_events(), _keep_busy_server(sampler, web_app.settings), idle]
     web_app.settings["nbgpu_tasks"] = [_start(serverapp, task) for task in tasks]
@@ -105,13 +103,6 @@ def _follow_kernels(serverapp: Any, sampler: Sampler, life: Life) -> None:
         serverapp.event_logger.add_listener(schema_id=KERNEL_ACTIONS, listener=heard)
     except Exception as error:  # another version of the server: names are as of the last look at the panel
         serverapp.log.debug("nbgpu: kernels that come and go are not followed: %s", error)
-
-
-def _loading_is_no_use(manager: Any) -> None:
-    """Let a page that is loaded, which asks each kernel for its history, leave it idle since it last did something."""
-    types = getattr(manager, "untracked_message_types", None)  # Jupyter's list, of what is nobody's use of a kernel
-    if types is not None:
-        manager.untracked_message_types = [*types, *(one for one in LOADING if one not in types)]
 
 
 def plain_terminals(serverapp: Any) -> None:

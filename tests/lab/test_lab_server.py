@@ -35,17 +35,6 @@ async def test_no_slice_shows_nothing(jp_fetch: Any) -> None:
     assert refusal.value.code == 404
 
 
-async def test_a_page_that_is_loaded_leaves_kernels_idle_since_they_were(agent: FakeAgent, jp_serverapp: Any) -> None:
-    """JupyterLab asks for the history then; Jupyter alone would take that for use."""
-    tracked = jp_serverapp.kernel_manager.track_message_type
-    assert [tracked(kind) for kind in ("history_request", "execute_request", "comm_msg")] == [False, True, True]
-
-
-async def test_without_a_slice_jupyter_is_as_ever(jp_serverapp: Any) -> None:
-    """Control of the test above."""
-    assert jp_serverapp.kernel_manager.track_message_type("history_request")
-
-
 async def test_many_tabs_cost_the_agent_no_more(agent: FakeAgent, jp_fetch: Any) -> None:
     answers = await asyncio.gather(*(usage(jp_fetch) for _ in range(100)))
     assert {answer["devices"][0]["memory_used_bytes"] for answer in answers} == {3 * GIB}
