@@ -121,7 +121,11 @@ def running_lab(base: Path, cell: list[str] = MONITOR, others: tuple[str, ...] =
         yield running
     finally:
         server.terminate()
-        server.wait(30)
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:  # one that was shut down from its page may wait for a thread of anyio's
+            server.kill()
+            server.wait(10)
         asyncio.run_coroutine_threadsafe(end(agent), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(5)

@@ -10,7 +10,6 @@ import pytest
 from test_lab_browser import BUILT, SHOTS, Lab, fill_slice, open_lab, running_lab, wait_for
 from test_lab_browser import lab as lab  # fixtures
 from test_lab_browser import page as page
-from test_lab_happened_browser import shot
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.skipif(not BUILT.is_dir(), reason="front end not built: make setup")]
 TOAST = ".Toastify__toast"
@@ -89,4 +88,3 @@ def test_a_server_that_was_shut_down_from_its_page_is_said_to_be_stopped(page: A
         page.evaluate("void window.jupyterapp.commands.execute('filemenu:shutdown')")
         page.locator(".jp-Dialog button.jp-mod-accept").click()
         page.locator("#nbgpu-panel").get_by_text("This server was stopped. What is shown is from").wait_for()
-        shot(page, SHOTS / "shut-down.png")
