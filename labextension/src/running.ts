@@ -12,7 +12,7 @@ import { holders, type IHolder } from './holders';
 import { sliceIcon } from './icons';
 import { onChange, whenPresent } from './present';
 import { CommandIDs, DOMAIN, ISliceModel } from './tokens';
-import { isolated } from './words';
+import { beforeACut, isolated } from './words';
 
 /** The section of the Running panel with the kernels that hold GPU memory. */
 class GpuKernels implements IRunningSessions.IManager {
@@ -67,7 +67,7 @@ class GpuKernels implements IRunningSessions.IManager {
     const words = name ?? this._trans.__('Kernel %1', kernelId.slice(0, 8));
     return {
       icon: () => sliceIcon,
-      label: () => `${memory} · ${isolated(words)}`, // a long name is cut at its end
+      label: () => `${memory} · ${beforeACut(words)}`, // a long name is cut at its end
       labelTitle: () =>
         this._trans.__(
           '%1 holds %2 of GPU memory',
