@@ -113,10 +113,21 @@ class Plan:
 class _Gain(NamedTuple):
     """What one slice could give."""
 
+    slice_id: str
     entry: Entry
     parts: list[tuple[str, Part]]
-    target: Slice | None
-    """Its new limits; None: all of it goes."""
+    whole: bool
+    """It would have to end; else it is made smaller by `parts`, in the order of its devices."""
+
+    @property
+    def target(self) -> Slice:
+        """Return its new limits."""
+        assert self.entry.slice is not None
+        devices = [
+            part.model_copy(update=_less(Part(part.memory_bytes, part.compute_milli), less)._asdict())
+            for part, (_, less) in zip(self.entry.slice.devices, self.parts, strict=True)
+        ]
+        return self.entry.slice.model_copy(update={"devices": devices})
 
 
 def what_matters(books: Books, quotas: Quotas) -> tuple[object, ...]:
@@ -160,15 +171,15 @@ def plan(
     rooms = {room.device.uuid: replace(room) for room in books.ordered_rooms()}
     _give(rooms, _on_its_way_back(books))
     stages = [list(stage) for stage in _stages(books, quotas, policy, asked, tally, least_bytes, now)]
-    offered = {gain.entry.slice_id: gain for stage in stages for gain in stage}
+    offered = _most(stages)
+    milder = _most(stages[:-1]) if policy.busy_notice_seconds is not None else {}
     # With all that could be given: who finds no room there is spared the search, and the pool with them.
     most = {uuid: replace(room) for uuid, room in rooms.items()}
     for gain in offered.values():
         _give(most, gain.parts)
-    whole = {one for one, gain in offered.items() if gain.target is None}
     waits = {claim.entry.slice_id for claim in claims}
     # Each slice gives once: to the one that it is asked back for, or to the first who takes something of it.
-    given = {one.slice_id: one.claimant for one in asked.values() if one.claimant in waits and one.slice_id in whole}
+    given = {key: ask.claimant for key, ask in asked.items() if ask.claimant in waits and key in offered and offered[key].whole}
     for claim in claims:
         entry = claim.entry
         barred = {uuid for one in line if one is not entry for uuid in one.earmark} | books.kept() | books.closed(entry)
@@ -176,24 +187,22 @@ def plan(
         def find(want: Entry = entry, barred: set[str] = barred, of: dict[str, Room] = rooms) -> Place | None:
             return place(list(of.values()), want.want, barred=barred, policy=placing)
 
-        mine = entry.slice_id
-        own = [offered[one] for one, whose in given.items() if whose == mine and one in whole]
-        gains: list[_Gain] = []
-        spot = find()
+        mine, gains, spot = entry.slice_id, list[_Gain](), find()
+        own = [offered[one] for one, whose in given.items() if whose == mine]
+        given = {one: whose for one, whose in given.items() if whose != mine}
         if spot is None:
-            left = [[gain for gain in stage if given.get(gain.entry.slice_id, mine) == mine] for stage in stages]
             may_take = not spent & {claim.holder, claim.user}
-            milder = left[:-1] if may_take and policy.busy_notice_seconds is not None else []
-            gains = _still_needed(rooms, find, own, milder, policy, now)
+            instead = [gain for gain in milder.values() if gain.slice_id not in given] if may_take else []
+            gains = _still_needed(rooms, find, own, instead, policy, now)
             if not gains and may_take and find(of=most) is not None:
-                gains = _needed(rooms, find, left)
-        given = {one: whose for one, whose in given.items() if whose != mine} | dict.fromkeys((one.entry.slice_id for one in gains), mine)
+                gains = _needed(rooms, find, [[gain for gain in stage if gain.slice_id not in given] for stage in stages])
+        given |= dict.fromkeys((one.slice_id for one in gains), mine)
         for gain in gains:
             _give(rooms, gain.parts)
-            if gain.target is not None:
-                found.shrinks.append(Shrink(gain.entry, gain.target, gain.parts, claim))
-            else:
+            if gain.whole:
                 found.asks.append(_ask(gain.entry, policy, asked, claim, now))
+            else:
+                found.shrinks.append(Shrink(gain.entry, gain.target, gain.parts, claim))
         if gains:
             found.claims.append(claim)
             spot = find()
@@ -291,9 +300,14 @@ def _stages(
     calm.sort(key=lambda one: one.slice_id not in asked)
     idle_after = policy.end_idle_after_seconds
     if idle_after is not None:
-        yield [_Gain(one, _left(one), None) for one in calm if _idle_for(one, now) >= idle_after]
+        yield [_Gain(one.slice_id, one, _left(one), whole=True) for one in calm if _idle_for(one, now) >= idle_after]
     if policy.busy_notice_seconds is not None:
-        yield [_Gain(one, _left(one), None) for one in calm]
+        yield [_Gain(one.slice_id, one, _left(one), whole=True) for one in calm]
+
+
+def _most(stages: Iterable[list[_Gain]]) -> dict[str, _Gain]:
+    """Return the most that each slice could give: the later stage takes more."""
+    return {gain.slice_id: gain for stage in stages for gain in stage}
 
 
 def _idle_for(entry: Entry, now: float) -> float:
@@ -321,8 +335,8 @@ def _smaller(entry: Entry, books: Books, keep_milli: int, least_bytes: int, now:
     devices = {part.uuid: books.devices.get(part.uuid) for part in entry.slice.devices}
     if any(device is None for device in devices.values()):
         return None
-    parts, gained = list(entry.slice.devices), list[tuple[str, Part]]()
-    for number, part in enumerate(parts):
+    gained = list[tuple[str, Part]]()
+    for part in entry.slice.devices:
         device = devices[part.uuid]
         granted = resolve(entry.want, device) if device is not None else None
         if granted is None:
@@ -333,23 +347,21 @@ def _smaller(entry: Entry, books: Books, keep_milli: int, least_bytes: int, now:
             keep = max(granted.memory_bytes * keep_milli // 1000, int(entry.used_bytes * SPARE), least_bytes, MIB)
             memory = min(memory, keep // MIB * MIB)
         gained.append((part.uuid, Part(part.memory_bytes - memory, part.compute_milli - compute)))
-        parts[number] = part.model_copy(update={"memory_bytes": memory, "compute_milli": compute})
     if all(part == Part(0, 0) for _, part in gained):
         return None
-    return _Gain(entry, gained, entry.slice.model_copy(update={"devices": parts}))
+    return _Gain(entry.slice_id, entry, gained, whole=False)
 
 
 def _still_needed(
-    rooms: dict[str, Room], find: Callable[[], Place | None], own: list[_Gain], milder: list[list[_Gain]], policy: GiveBack, now: float
+    rooms: dict[str, Room], find: Callable[[], Place | None], own: list[_Gain], milder: list[_Gain], policy: GiveBack, now: float
 ) -> list[_Gain]:
     """Return those of the slices asked back for one who waits that they still need; none where that is not enough, or milder means are."""
     spot = _with(rooms, own, find) if own else None
     if spot is None:
         return []
-    if milder and not all(_is_idle(gain.entry, policy, now) for gain in own):
-        gains = {gain.entry.slice_id: gain for stage in milder for gain in stage}
-        if _with(rooms, gains.values(), find) is not None:
-            return []
+    busy = milder and not all(_is_idle(gain.entry, policy, now) for gain in own)
+    if busy and _with(rooms, milder, find) is not None:
+        return []
     return _fewest(rooms, find, own, spot)
 
 
@@ -359,7 +371,7 @@ def _needed(rooms: dict[str, Room], find: Callable[[], Place | None], stages: It
     for gains in stages:
 
         def first(count: int, before: dict[str, _Gain] = chosen, gains: list[_Gain] = gains) -> dict[str, _Gain]:
-            return before | {gain.entry.slice_id: gain for gain in gains[:count]}
+            return before | {gain.slice_id: gain for gain in gains[:count]}
 
         def enough(count: int, first: Callable[[int], dict[str, _Gain]] = first) -> bool:
             return _with(rooms, first(count).values(), find) is not None
