@@ -146,6 +146,7 @@ class Core(Held):
         self.books.give(entry, found, self.settings.quotas.counted(request.groups))
         walk.passed(entry, found, now)
         self._effects.granted.append(entry.slice_id)
+        self._claim_replaced(old, entry)
         self._withdraw(old, "given up for a smaller share", now)
         return self.grant(entry, now)
 

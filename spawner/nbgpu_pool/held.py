@@ -309,6 +309,13 @@ class Held(ABC):
             self._left.note(claim, now)
             self._owed += taken
 
+    def _claim_replaced(self, old: Entry, new: Entry) -> None:
+        """Note that a claimant has something smaller instead: what is over is given back at once, and all of it where that one leaves."""
+        if old.slice_id in self._claims:
+            self._claims[new.slice_id] = self._claims.pop(old.slice_id)
+            self._taken[new.slice_id] = taken = self._taken.pop(old.slice_id, [])
+            self._owed += taken
+
     def _give_back(self, now: float) -> None:
         """Let slices have back what was taken from them for one who has left: before anybody else has it."""
         owed, self._owed = self._owed, []

@@ -106,6 +106,29 @@ def test_only_what_was_taken_for_the_one_who_left_is_given_back() -> None:
     assert list(grown(pool, 600).values()) == [500], "and the rest later"
 
 
+def test_who_takes_a_smaller_share_instead_leaves_the_rest_at_once_and_all_of_it_later() -> None:
+    pool, keys = lent()
+    friend = pool.ask(125, "friend", mode="strict").request.request_id
+    mine = claim(pool, 500)
+    first, second = keys
+    told = {key: pool.core.resize_again(pool.core.known(key)) for key in keys}
+    for key in keys:
+        pool.core.end_resize(pool.core.known(key), None, True, pool.now)
+        pool.seen[key] = replace(pool.seen[key], wanted=told[key])
+    pool.in_force(first)
+    assert limits(pool, keys) == [250, 500]
+    old = pool.core.known(mine)
+    smaller = old.request.model_copy(update={"request_id": "request-smaller", "compute_milli": 250})
+    assert pool.core.replace(old, smaller, pool.now).state == GrantState.reserved
+    assert grown(pool) == {second: 500}
+    assert limits(pool, keys) == [250, 500]
+    leave(pool, "request-smaller")
+    assert grown(pool) == {first: 500}
+    assert pool.grant(friend).state == GrantState.queued
+    assert claim(pool, 500), "it has left once"
+    assert pool.shrunk() == dict.fromkeys(keys, 250)
+
+
 def test_who_has_chosen_since_is_left_alone() -> None:
     pool, keys = lent()
     mine = claim(pool)
