@@ -96,7 +96,7 @@ def plan(books: Books, quotas: Quotas, policy: GiveBack, asked: dict[str, Ask], 
     line = [one for one in books.waiting() if not one.holder] if lent else []
     if not line:
         return found
-    tally = Tally.of(quotas, books.holdings(frozenset(quotas.groups), granted_only=True), books.free_milli)
+    tally = Tally.of(quotas, books.holdings(frozenset(quotas.groups), granted_only=True))
     claimants = list(_claimants(line, lent, tally, books))[:MOST_CLAIMANTS]
     if not claimants:
         return found
@@ -153,8 +153,8 @@ def _claimants(line: Iterable[Entry], lent: Sequence[tuple[str, str]], tally: Ta
         cost = books.cost(entry.want)
         for kind, name in lent:
             mine = (name in entry.request.groups) if kind == "group" else (name == entry.request.owner.user)
-            if cost is not None and mine and cost.compute_milli <= unmet[kind, name]:
-                unmet[kind, name] -= cost.compute_milli
+            if cost is not None and mine and cost.counted_milli <= unmet[kind, name]:
+                unmet[kind, name] -= cost.counted_milli
                 yield entry, f"group {name}" if kind == "group" else f"user {name}"
                 break
 
@@ -175,7 +175,7 @@ def _stages(
     books: Books, quotas: Quotas, policy: GiveBack, asked: dict[str, Ask], tally: Tally, least_bytes: int, now: float
 ) -> Iterable[list[_Gain]]:
     """Yield, mildest first, what can be taken from those who hold more than is theirs."""
-    lent = [one for one in books.entries.values() if _borrows(one, quotas, tally)]
+    lent = [one for one in books.entries.values() if _borrows(one, books, quotas, tally)]
     calm = sorted(lent, key=lambda one: (one.idle_from is None, one.idle_from or 0.0, -one.number))
     if policy.shrink:
         for step in range(1, STEPS + 1):
@@ -193,11 +193,11 @@ def _idle_for(entry: Entry, now: float) -> float:
     return -1.0 if entry.idle_from is None else now - entry.idle_from
 
 
-def _borrows(entry: Entry, quotas: Quotas, tally: Tally) -> bool:
+def _borrows(entry: Entry, books: Books, quotas: Quotas, tally: Tally) -> bool:
     """Return whether all that a slice holds is beyond the guarantees of its owner and their groups."""
     if entry.state != GrantState.bound or entry.slice is None or entry.full is not None or entry.moving is not None or entry.parking:
         return False
-    milli = sum(part.compute_milli for _, part in entry.own_parts())
+    milli = books.amount(entry.own_parts()).counted_milli
     owner, groups = entry.request.owner, {*entry.request.groups, *entry.slice.groups}
     mine = [("group", name) for name in groups if name in quotas.groups]
     mine += [("user", owner.user)] if owner.user in quotas.users else []
