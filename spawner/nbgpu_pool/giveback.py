@@ -164,7 +164,7 @@ def plan(
     line = [one for one in books.waiting() if not one.holder] if lent else []
     if not line:
         return found
-    tally = Tally(quotas, books.granted_by(frozenset(quotas.groups)), books.free_milli)
+    tally = Tally(quotas, books.granted_by(frozenset(quotas.groups)))
     claims = list(_claims(line, lent, tally, books))[:MOST_CLAIMANTS]
     if not claims:
         return found
@@ -264,8 +264,8 @@ def _claims(line: Iterable[Entry], lent: Sequence[tuple[str, str]], tally: Tally
     for entry in line:
         cost = books.cost(entry.want)
         for account in _holders(entry, lent):
-            if cost is not None and cost.compute_milli <= unmet[account]:
-                unmet[account] -= cost.compute_milli
+            if cost is not None and cost.counted_milli <= unmet[account]:
+                unmet[account] -= cost.counted_milli
                 yield Claim(entry, *account)
                 break
 
@@ -291,7 +291,7 @@ def _stages(
     books: Books, quotas: Quotas, policy: GiveBack, asked: dict[str, Ask], tally: Tally, least_bytes: int, now: float
 ) -> Iterable[list[_Gain]]:
     """Yield, mildest first, what can be taken from those who hold more than is theirs."""
-    lent = [one for one in books.entries.values() if _borrows(one, quotas, tally)]
+    lent = [one for one in books.entries.values() if _borrows(one, books, quotas, tally)]
     calm = sorted(lent, key=lambda one: (one.idle_from is None, one.idle_from or 0.0, -one.number))
     if policy.shrink:
         for step in range(1, STEPS + 1):
@@ -314,11 +314,11 @@ def _idle_for(entry: Entry, now: float) -> float:
     return -1.0 if entry.idle_from is None else now - entry.idle_from
 
 
-def _borrows(entry: Entry, quotas: Quotas, tally: Tally) -> bool:
+def _borrows(entry: Entry, books: Books, quotas: Quotas, tally: Tally) -> bool:
     """Return whether all that a slice holds is beyond the guarantees of its owner and their groups."""
     if entry.state != GrantState.bound or entry.slice is None or entry.full is not None or entry.moving is not None or entry.parking:
         return False
-    milli = sum(part.compute_milli for _, part in entry.own_parts())
+    milli = books.amount(entry.own_parts()).counted_milli
     owner, groups = entry.request.owner, {*entry.request.groups, *entry.slice.groups}
     mine = [("group", name) for name in groups if name in quotas.groups]
     mine += [("user", owner.user)] if owner.user in quotas.users else []

@@ -18,7 +18,7 @@ from .left import Left
 from .queue import Pass
 from .quotas import format_gpus
 from .resize import RESIZE_SECONDS, above_quota, grows, must_fit, must_hold_a_program, same_limits, target_of
-from .shapes import Part, Want
+from .shapes import Want
 from .state import Effects, Seen, Settings, Snapshot
 from .unusable import out_of_service
 from .windows import Windows
@@ -456,8 +456,7 @@ class Held(ABC):
         if found is None:
             return
         target = slice_at(entry, found, at.groups)
-        total = Part(sum(one.memory_bytes for one in target.devices), sum(one.compute_milli for one in target.devices))
-        if above_quota(entry, total, self.books, self.settings.quotas) is not None:
+        if above_quota(entry, target, self.books, self.settings.quotas) is not None:
             return
         self.books.change(entry, wanted=None, moving=target)
         if is_coming(target.node):

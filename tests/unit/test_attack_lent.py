@@ -16,7 +16,6 @@ from nbgpu_pool.quotas import Limits, Quotas
 ASKED = GiveBack(shrink=False, busy_notice_seconds=600)
 
 
-@pytest.mark.xfail(strict=True, reason="a guarantee is compared with GPU time alone")
 def test_memory_beyond_the_guarantee_is_not_asked_back() -> None:
     """Half a GPU is guaranteed. A thousandth of the time with all of the memory is not within it: all others would have to go."""
     pool = Pool(quotas=LENT, give_back=GiveBack(shrink=False, busy_notice_seconds=600))
@@ -29,7 +28,6 @@ def test_memory_beyond_the_guarantee_is_not_asked_back() -> None:
     assert set(pool.core.asks) != set(servers), "for half a GPU all of them are asked back"
 
 
-@pytest.mark.xfail(strict=True, reason="a guarantee is compared with GPU time alone")
 def test_many_small_ones_with_much_memory_do_not_shrink_a_pool() -> None:
     quotas = Quotas(groups={"bio": Limits(guarantee_milli=500, lend=True)})
     pool = Pool(devices=4, quotas=quotas)
@@ -42,7 +40,6 @@ def test_many_small_ones_with_much_memory_do_not_shrink_a_pool() -> None:
     assert lost <= 500, f"{lost} thousandths were taken from others for a guarantee of 500"
 
 
-@pytest.mark.xfail(strict=True, reason="a guarantee is compared with GPU time alone")
 def test_memory_beyond_the_guarantee_is_not_had_out_of_what_is_kept_for_others() -> None:
     """Geo's half is kept; bio's own half is free: a member of bio may have that, not the memory of both."""
     kept = Quotas(groups={name: Limits(guarantee_milli=500) for name in ("bio", "geo")})
