@@ -424,6 +424,9 @@ class AgentSlice(Model):
     """A slice as the agent knows it: the truth on one machine."""
 
     slice: Slice
+    """What it counts on its devices."""
+    lowered: Slice | None = None
+    """With the limits in force, while it still holds more memory than those: `slice` counts that until it is free. None: as `slice` says."""
     state: Literal["prepared", "running", "releasing"]
     """``prepared``: no process has joined yet."""
     process_count: int

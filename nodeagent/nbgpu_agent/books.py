@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from nbgpu.errors import InvalidValue, NbgpuError
 from nbgpu.models import Device, KernelLimit, Slice
@@ -70,6 +70,13 @@ def emptied(full: Slice) -> Slice:
     """Return what a slice holds while it is parked: nothing of each of its devices."""
     nothing = {"memory_bytes": 0, "compute_milli": 0}
     return full.model_copy(update={"devices": [part.model_copy(update=nothing) for part in full.devices]})
+
+
+def holding(limits: Slice, held_bytes: Sequence[int]) -> Slice:
+    """Return what a slice with these limits counts while it holds so much memory on each of its devices."""
+    pairs = zip(limits.devices, held_bytes, strict=True)
+    parts = [part.model_copy(update={"memory_bytes": max(part.memory_bytes, held)}) for part, held in pairs]
+    return limits.model_copy(update={"devices": parts})
 
 
 def check_kernel_limit(limit: KernelLimit, within: Slice) -> None:

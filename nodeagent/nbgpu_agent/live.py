@@ -108,14 +108,19 @@ class LiveSlice:
 
     @property
     def slice(self) -> Slice:
-        """What the slice is."""
+        """What the slice counts on its devices: its limits or, while it still holds more memory than those, that."""
         return self.record.slice
+
+    @property
+    def limits(self) -> Slice:
+        """The slice with the limits that are in force."""
+        return self.record.lowered or self.record.slice
 
     @property
     def full(self) -> Slice:
         """The slice with its own limits, also while it is parked and has none of them."""
         parked = self.record.parked
-        return self.record.slice if parked is None else parked.full
+        return self.limits if parked is None else parked.full
 
     @property
     def owner(self) -> str:
@@ -425,6 +430,7 @@ class LiveSlice:
         """Return the slice as the API shows it."""
         return AgentSlice(
             slice=self.slice,
+            lowered=self.record.lowered,
             state=self.state,
             process_count=len(self.members()),
             created=self.record.created,

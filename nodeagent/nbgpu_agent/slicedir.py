@@ -147,6 +147,8 @@ class Record(Model):
     limited: str | None = None
     """The cgroup of which the driver may have a memory limit for this slice; written before the limit is set."""
     parked: Parked | None = None
+    lowered: Slice | None = None
+    """With the limits in force, where they were lowered below the memory that it holds: `slice` counts that until it is free."""
     protected: tuple[KernelId, ...] = ()
     """Kernels that are never parked."""
     kernels_away: dict[KernelId, AwayKernel] = Field(default_factory=dict[KernelId, AwayKernel])

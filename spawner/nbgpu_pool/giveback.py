@@ -167,7 +167,9 @@ def _on_its_way_back(books: Books) -> list[tuple[str, Part]]:
             parts += entry.parts()
         elif entry.wanted is not None and entry.holds:
             wanted = {one.uuid: Part(one.memory_bytes, one.compute_milli) for one in entry.wanted.devices}
-            parts += [(uuid, _less(part, wanted[uuid])) for uuid, part in entry.own_parts() if uuid in wanted]
+            less = [(uuid, _less(part, wanted[uuid])) for uuid, part in entry.own_parts() if uuid in wanted]
+            # what its programs keep comes when they let go of it, if ever: nobody is left to wait for that
+            parts += [(uuid, Part(0, part.compute_milli)) for uuid, part in less] if entry.keeps else less
     return parts
 
 
