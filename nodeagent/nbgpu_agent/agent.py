@@ -345,8 +345,11 @@ class Agent:
         check_fits(counts, (other.slice for other in self.slices.values() if other is not live), self.devices)
         live.save(slice=counts, lowered=wanted if counts != wanted else None)
         mark("limits-lowered")
+        if live.record.kernel_limits:
+            live.ctl.set_kernels(live.kernel_limits)
         self.write_limits(live)  # from here on it gets no more: what it uses now is the most that it can hold
         self.turns.change(live)
+        self.turns.change_kernels(live)
         self.settle(live)
         self.touch()
         first = wanted.devices[0]
@@ -375,9 +378,11 @@ class Agent:
     def set_kernel_limit(self, live: LiveSlice, kernel_id: str, limit: KernelLimit) -> KernelLimit:
         """Limit a kernel inside its slice; both None removes its limit."""
         check_kernel_limit(limit, live.full)
-        if live.record.kernel_limits.get(kernel_id, KernelLimit()) == limit:
+        before = live.kernel_limits.get(kernel_id, KernelLimit())
+        if before != limit or limit != live.record.kernel_limits.get(kernel_id, KernelLimit()):
+            live.set_kernel_limit(kernel_id, limit)
+        if before == limit:
             return limit
-        live.set_kernel_limit(kernel_id, limit)
         self.turns.change_kernels(live)
         who = f"Notebook kernel {short(kernel_id)}"
         self.events.add("limit-changed", "info", f"{who} {limit_words(limit)}.", live.id, kernel_id, live.owner)

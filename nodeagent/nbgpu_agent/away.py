@@ -172,7 +172,7 @@ class Away:
         """Return why so much of a slice may not be moved to the host's memory: nobody has more there than on the GPU."""
         if len(live.record.kernels_away) >= MOST_AWAY:
             return f"{MOST_AWAY} notebooks of this server are in host memory already"
-        most = sum(part.memory_bytes for part in live.limits.devices)
+        most = sum(part.memory_bytes for part in live.slice.devices)
         there = sum(entry.memory_bytes for entry in live.record.kernels_away.values())
         if there + needed_bytes > most:
             held = f"it holds {format_memory(needed_bytes)}, and {format_memory(there)} of this server are in host memory already"
@@ -348,7 +348,7 @@ class Away:
     @staticmethod
     def _no_room(live: LiveSlice, kernel_id: str, entry: AwayKernel) -> str | None:
         """Return what a slice lacks for a kernel to come back, as a process that allocates would find; None when it lacks nothing."""
-        limit = live.record.kernel_limits.get(kernel_id)
+        limit = live.kernel_limits.get(kernel_id)
         rows = live.tenant.read()
         for index, part in enumerate(live.limits.devices):
             own = others = of_kernel = 0

@@ -201,7 +201,7 @@ class Monitor:
         memory = self._memory.get(live.id)
         if memory is None:
             memory = self._memory[live.id] = SliceMemory()
-        for one in memory.happened.look(slots, live.record.kernel_limits, time.monotonic()):
+        for one in memory.happened.look(slots, live.kernel_limits, time.monotonic()):
             self._agent.events.add(one.kind, "info", one.message, live.id, one.kernel_id, live.owner, **one.data)
 
     def _hostile(self, live: LiveSlice, what: str) -> None:
@@ -449,7 +449,7 @@ class Monitor:
     def _tell_refusal(self, live: LiveSlice, row: UseRow, count: int, slots: list[SlotUse]) -> None:
         part = live.limits.devices[row.device]
         slots = [slot for slot in slots if slot.device == row.device]
-        limit = live.record.kernel_limits.get(row.kernel_id)
+        limit = live.kernel_limits.get(row.kernel_id)
         slice_used = used = sum(slot.memory_bytes for slot in slots)
         allowed, which = part.memory_bytes, "slice"
         if row.refused_by == layout.REFUSED_DRIVER:

@@ -1,4 +1,4 @@
-"""A slice is made smaller than what its programs hold: nobody else is given that memory until it is free. Real agent, pool and driver (simulated)."""
+"""A slice is made smaller than what its programs hold: nobody else is given that memory until it is free. All real, on a simulated GPU."""
 
 from __future__ import annotations
 
@@ -129,3 +129,26 @@ def test_it_grows_again_into_what_it_still_holds(ada: Ada) -> None:
     until(lambda: ada.pool.client.grant(ada.key).resizing is None, 5)
     assert ada.slice().lowered is None
     assert ada.slice().slice.devices[0].memory_bytes == 18 * GIB
+
+
+def test_kernels_limits_follow_the_slice(ada: Ada) -> None:
+    """Half of the slice's time stays half of it, and no kernel may have more memory than the slice; grown again it is as it was set."""
+    own = ada.notebook.client
+    kernel_id = ada.notebook.kernel_id
+    as_set = {"memory_bytes": 10 * GIB, "compute_milli": 50}
+
+    def kernel() -> dict[str, object]:
+        (found,) = (one for one in own.call("GET", "/v1/usage")["kernels"] if one["kernel_id"] == kernel_id)
+        return found
+
+    assert own.call("PUT", f"/v1/kernels/{kernel_id}", as_set) == as_set
+    assert (kernel()["limit"], kernel()["limit_set"]) == (as_set, None)
+    ada.pool.client.resize(ada.key, Resize(memory_bytes=LEFT_GIB * GIB, compute_milli=30))
+    until(lambda: kernel()["limit"] == {"memory_bytes": LEFT_GIB * GIB, "compute_milli": 15}, 5)
+    assert kernel()["limit_set"] == as_set
+    ada.agent.kill()
+    ada.agent.start("--idle-host-memory", "64 GiB")
+    until(lambda: kernel()["limit"] == {"memory_bytes": LEFT_GIB * GIB, "compute_milli": 15}, 5)
+    until(lambda: ada.books().compute_granted_milli == 30, 5)
+    ada.pool.client.resize(ada.key, Resize(memory_bytes=20 * GIB, compute_milli=100))
+    until(lambda: (kernel()["limit"], kernel()["limit_set"]) == (as_set, None), 5)
