@@ -156,6 +156,7 @@ def slices_table(machine: Machine) -> RenderableType:
             head = [short[known.slice.slice_id], owner_name(known.slice)] if number == 0 else ["", ""]
             held = f", {len(usage.suspended)} suspended" if usage and usage.suspended else ""
             state = known.state if known.idle is None or known.idle.state == "held" else known.idle.state
+            state = "shrinking" if known.lowered is not None else state
             tail = [known.slice.mode, state + held, str(known.process_count)] if number == 0 else ["", "", ""]
             limit, share = (use.memory_limit_bytes, use.compute_limit_milli) if use else (part.memory_bytes, part.compute_milli)
             table.add_row(

@@ -85,6 +85,8 @@ class Entry:
     """What its user should know while it is held."""
     wanted: Slice | None = None
     """The slice as a resize wants it, until the ledger says that it is so (`resize`)."""
+    keeps: bool = False
+    """`wanted` is in force, and it still holds more memory than that: it counts until it is free."""
     wanted_acked: bool = True
     """The ledger has taken note of `wanted`."""
     wanted_mark: int = 0

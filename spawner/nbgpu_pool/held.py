@@ -17,8 +17,8 @@ from .idle import has_room, note_of, to_park
 from .left import Left
 from .queue import Pass
 from .quotas import format_gpus
-from .resize import RESIZE_SECONDS, above_quota, grows, must_fit, must_hold_a_program, same_limits, target_of
-from .shapes import Want
+from .resize import RESIZE_SECONDS, above_quota, grows, keeps_note, must_fit, must_hold_a_program, same_limits, target_of
+from .shapes import Part, Want
 from .state import Effects, Seen, Settings, Snapshot
 from .unusable import out_of_service
 from .windows import Windows
@@ -150,12 +150,22 @@ class Held(ABC):
         entry.busy += 1
         return entry.wanted
 
-    def end_resize(self, entry: Entry, refused: str | None, done: bool, now: float) -> None:
-        """After the ledger was told: `done`, or `refused` with its words, or neither, when nobody knows."""
+    def end_resize(self, entry: Entry, refused: str | None, done: bool, now: float, *, keeps: Slice | None = None) -> None:
+        """After the ledger was told: `done`, or `refused` with its words, or neither, when nobody knows.
+
+        Parameters
+        ----------
+        keeps : Slice, optional
+            What it counts, where it holds more memory than it is left.
+        """
         entry.busy -= 1
         if entry.wanted is None:
             return
         if done:
+            entry.keeps = keeps is not None
+            if keeps is not None:
+                self.books.replace(entry, keeps)
+                self._changed()
             self.mark += 1
             entry.wanted_acked, entry.wanted_mark = True, self.mark
         elif refused is not None and entry.taken_back:
@@ -224,6 +234,9 @@ class Held(ABC):
         if (entry.used_bytes, entry.idle_from is None) != (seen.used_bytes, seen.idle_seconds is None):
             self._planned = ()
         entry.used_bytes = seen.used_bytes
+        if entry.keeps != seen.keeps:
+            entry.keeps = seen.keeps
+            self._changed()
         entry.full, entry.idle_from = seen.full, None if seen.idle_seconds is None else now - seen.idle_seconds
         entry.wants_from = wants_from if entry.wants_from is None or wants_from is None else entry.wants_from
         if seen.full is not None:
@@ -403,7 +416,7 @@ class Held(ABC):
             windows = self.books.windows
             kept = windows.of((uuid for uuid, _ in entry.quota_parts()), entry) if windows is not None and windows.kept else None
             until = f"This GPU is kept for {kept.window.name} from {kept.until} on." if kept is not None else None
-            return entry.note or note_of(entry) or until
+            return entry.note or keeps_note(entry) or note_of(entry) or until
         when = f"within {rough_time(ask.due - now)}" if ask.due > now else "now"
         return f"Please save your work and stop this server {when}: {ask.why}."
 

@@ -154,6 +154,17 @@ def grows(now: Slice, target: Slice) -> bool:
     )
 
 
+def keeps_note(entry: Entry) -> str | None:
+    """Return what the user of a slice should know that still holds more memory than its new limits; None of any other."""
+    if not entry.keeps or entry.wanted is None or entry.slice is None:
+        return None
+    held, limit = (max(part.memory_bytes for part in of.devices) for of in (entry.slice, entry.wanted))
+    return (
+        f"The slice was made smaller: {format_memory(limit)}. Its programs still hold {format_memory(held)}, "
+        "which counts for it until they free it, and are given no more."
+    )
+
+
 def same_limits(one: Slice, other: Slice) -> bool:
     """Return whether two slices are alike in what a resize changes."""
     return one.mode == other.mode and one.devices == other.devices
