@@ -106,6 +106,17 @@ def limit(
 
 
 @app.command()
+def suspend(
+    kernel: Annotated[str, typer.Argument(help="The kernel: its notebook's name or path, or the start of its id.")],
+    as_json: Annotated[bool, AS_JSON] = False,
+) -> None:
+    """Move a kernel's GPU memory to the host's, where the administrator offers it: in a terminal of its server."""
+    from .cli_suspend import suspend as move
+
+    move(kernel, as_json=as_json)
+
+
+@app.command()
 def resume(
     what: Annotated[
         str | None,
@@ -117,7 +128,10 @@ def resume(
     slice_id: Annotated[str | None, typer.Option("--slice", "-s", help="As admin: the slice, or the start of its id.")] = None,
     as_json: Annotated[bool, AS_JSON] = False,
 ) -> None:
-    """List what the watchdog has suspended in a slice (as admin: in all), or let it go on: it is left alone until it ends."""
+    """List what the watchdog has suspended in a slice (as admin: in all), or let it go on: it is left alone until it ends.
+
+    A kernel of this server that `nbgpu suspend` has moved gets its GPU memory back.
+    """
     from . import cli_resume
     from .errors import NbgpuError
 

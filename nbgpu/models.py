@@ -363,6 +363,35 @@ class Usage(Model):
     """Its kernels' GPU memory may be moved to the host (``POST /v1/kernels/{kernel_id}/suspend``)."""
 
 
+EventKind = Literal[
+    "refused",
+    "unlimited",
+    "overhead",
+    "over-limit",
+    "over-share",
+    "foreign",
+    "hostile",
+    "killed",
+    "suspended",
+    "resumed",
+    "not-permitted",
+    "limiter-only",
+    "limit-changed",
+    "kernel-ended",
+    "throttled",
+    "parked",
+    "wanting",
+    "restored",
+    "suspended-by-user",
+    "not-suspended",
+    "wanting-memory",
+    "restored-memory",
+    "lost",
+    "ended",
+]
+"""What agents tell of."""
+
+
 class Event(Model):
     """Something that a person should know of a slice."""
 
@@ -372,32 +401,8 @@ class Event(Model):
     """Unix time, seconds."""
     slice_id: SliceId | None
     kernel_id: str | None = None
-    kind: Literal[
-        "refused",
-        "unlimited",
-        "overhead",
-        "over-limit",
-        "over-share",
-        "foreign",
-        "hostile",
-        "killed",
-        "suspended",
-        "resumed",
-        "not-permitted",
-        "limiter-only",
-        "limit-changed",
-        "kernel-ended",
-        "throttled",
-        "parked",
-        "wanting",
-        "restored",
-        "suspended-by-user",
-        "not-suspended",
-        "wanting-memory",
-        "restored-memory",
-        "lost",
-        "ended",
-    ]
+    kind: str
+    """What it is of, an `EventKind`; a newer agent may have others: who does not know one shows its message."""
     level: Literal["info", "warning", "error"]
     message: str
     """What happened, and what to do."""

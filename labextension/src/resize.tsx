@@ -119,7 +119,7 @@ function ResizeForm(
       <Field
         label={trans.__('GPU memory')}
         value={memory}
-        placeholder={trans.__('as much as the share has')}
+        placeholder={trans.__('follows the share')}
         change={setMemory}
       />
       <div className="nbgpu-Resize-room" aria-live="polite">

@@ -99,7 +99,8 @@ class StartState:
     def as_json(self) -> dict[str, Any]:
         """Return what an open page asks for again and again."""
         offer = {**self.offer.as_json(), "name": self.offer.name} if self.offer else None
-        return {"time": self.time, "problem": self.problem, "profiles": [row.as_json() for row in self.rows], "offer": offer}
+        profiles = [row.as_json() for row in self.rows]
+        return {"time": self.time, "problem": self.problem, "simulated": self.simulated, "profiles": profiles, "offer": offer}
 
 
 async def ask(

@@ -170,6 +170,15 @@ def waiting_grant(**changes: Any) -> Grant:
     return Grant(request=request, state=GrantState.queued, **{"position": 3, "wait_seconds": 240.0, **changes})
 
 
+@pytest.mark.parametrize("simulated", [True, False])
+def test_simulated_gpus_are_said_to_be(simulated: bool) -> None:
+    """On the page, and to a page that was loaded before the pool knew it."""
+    state = form.StartState((), 1.0, simulated=simulated)
+    page = form.render(state, {}, "/x")
+    assert ('id="nbgpu-simulated">' in page, 'id="nbgpu-simulated" hidden>' in page) == (simulated, not simulated)
+    assert state.as_json()["simulated"] is simulated
+
+
 def test_the_words_of_the_queue() -> None:
     place = waiting.place_of(wish(gpu_fraction=0.25), waiting_grant(reason="2 people are before you."), patience_seconds=600)
     assert place.text == "Waiting for a quarter of a GPU: 3rd in line, usually within 4 minutes. 2 people are before you."
