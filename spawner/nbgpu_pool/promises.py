@@ -12,7 +12,7 @@ from .state import Settings
 
 
 def beyond(settings: Settings, devices: Iterable[Device]) -> list[str]:
-    """Return a sentence for the guarantees together, and for each reservation, that need more than all `devices`; none are known: nothing."""
+    """Return a sentence for the guarantees together, and for each reservation, that need more than `devices`; none are known: nothing."""
     quotas, models = settings.quotas, [device.model for device in devices]
     if not models:
         return []

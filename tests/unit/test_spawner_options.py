@@ -13,7 +13,7 @@ from traitlets.config import Config
 from nbgpu.errors import InvalidValue, NbgpuError
 from nbgpu.models import Availability, Device, DeviceBooks, Owner
 from nbgpu.quantities import GIB
-from nbgpu_spawner import form, profiles, setup
+from nbgpu_spawner import form, profiles, setup, sizes
 from nbgpu_spawner.options import check_against, wish_from
 
 OWNER = Owner(hub="h", user="ada")
@@ -224,6 +224,8 @@ def state(**changes: Any) -> form.StartState:
     books = [DeviceBooks(device=device(), memory_granted_bytes=39 * GIB, compute_granted_milli=500, slices=[])]
     answer = Availability(state="free", reason="free now", memory={"H100": 19 * GIB}, compute_milli={"H100": 250})
     answers = changes.pop("answers", [answer] * 4)
+    tried = [one for one in sizes.choices(found, {}) if one.options["profile"] == "custom" and one.wish.shape.memory_milli == 250]
+    changes.setdefault("custom", sizes.Tried(tried, [answer]) if answers else sizes.NOT_TRIED)
     return form.start_state(found, wishes, changes.pop("books", books), answers, **changes)
 
 
@@ -231,7 +233,7 @@ def test_rows_say_what_and_whether() -> None:
     rows = state().rows
     assert rows[0].status == "Always available"
     assert (rows[2].what, rows[2].status) == ("19 GiB, at least a quarter of the GPU's time", "Free now")
-    assert rows[5].status == "The most that is free on one GPU now: 39 GiB and half of its time"
+    assert rows[5].status == "The most that you can have of one GPU now: 19 GiB and a quarter of its time"
     away = state(answers=None, books=[], problem="away")
     assert {row.state for row in away.rows[1:5]} == {"unknown"}
     assert away.rows[2].what == "a quarter of a GPU's memory, at least a quarter of the GPU's time"
