@@ -112,7 +112,8 @@ def queue_forecast(books: Books, kinds: Kinds, now: float, ghosts: Sequence[tupl
     """Return in how many seconds each queued request, and each of `ghosts` behind them, likely gets its place.
 
     Plays the known sessions to their likely ends, serving the queue in order, after the parked slices that come back. Keys: request ids;
-    ``"ghost:<n>"`` for ghosts. What is not reached within the bounds of the play is left out. A ghost is a want and the devices on which it is not placed.
+    ``"ghost:<n>"`` for ghosts.
+    What is not reached within the bounds of the play is left out. A ghost is a want and the devices on which it is not placed.
     """
     rooms = {uuid: replace(room) for uuid, room in books.rooms.items()}
     ends: list[End] = []
