@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LABELS = {"memory": "--memory", "compute": "--compute"}
 OVER = "bold red"
-DROP = ("peak", "processes", "refused", "GPU", "time used")
+DROP = ("peak", "pids", "refused", "GPU", "time used")
 """What a narrow terminal shows without, the least useful first."""
 TIME_LEGEND = "A time limit is a part of the slice's time; in brackets, of the GPU's."
 LARGEST_DENOMINATOR = 16
@@ -210,7 +210,7 @@ def kernels_table(usage: Usage, names: dict[str, KernelName]) -> RenderableType:
     from .cli_table import FittingTable
 
     table = FittingTable(
-        "kernel", "notebook", "processes", "GPU", "memory", "peak", "time used", "memory limit", "time limit", "refused", drop=DROP
+        "kernel", "notebook", "pids", "GPU", "memory", "peak", "time used", "memory limit", "time limit", "refused", drop=DROP
     )
     index = {use.uuid: (use.index, use.memory_limit_bytes) for use in usage.devices}
     kernels = all_kernels(usage, names)
