@@ -20,6 +20,10 @@ class Part(NamedTuple):
     memory_bytes: int
     compute_milli: int
 
+    def without(self, other: Part) -> Part:
+        """Return what is left of it without `other`."""
+        return Part(self.memory_bytes - other.memory_bytes, self.compute_milli - other.compute_milli)
+
     def larger(self, other: Part) -> Part:
         """Return the larger of both, number by number."""
         return Part(max(self.memory_bytes, other.memory_bytes), max(self.compute_milli, other.compute_milli))

@@ -256,6 +256,11 @@ def test_another_size_of_the_slice(lab: Lab, page: Any) -> None:
     page.keyboard.press("Enter")
     form = panel.get_by_role("form", name="Size of this slice")
     assert form.get_by_label("Share of a GPU").input_value() == "1/4"
+    assert form.get_by_label("GPU memory").input_value() == "20 GiB"
+    form.get_by_role("button", name="Ask for it").click()  # as it stands: nothing is asked for
+    form.wait_for(state="detached")
+    assert not panel.get_by_text("Granted:").count()
+    button.click()
     form.get_by_text("Free on GPU 0 now: 1/4 of its time, 19 GiB of its memory.").wait_for()
     form.get_by_label("Share of a GPU").fill("1")
     page.keyboard.press("Enter")
