@@ -14,9 +14,9 @@ from .books import Books, Entry, Unplaced, slice_at
 from .fair import Fair
 from .giveback import Ask, plan, to_grow
 from .idle import has_room, note_of, to_park
-from .queue import Pass
+from .queue import Pass, outgrow
 from .quotas import format_gpus
-from .resize import RESIZE_SECONDS, above_quota, grows, must_fit, must_hold_a_program, same_limits, target_of
+from .resize import RESIZE_SECONDS, above_quota, grows, growth, must_fit, must_hold_a_program, same_limits, target_of
 from .shapes import Part, Want
 from .state import Effects, Seen, Settings, Snapshot
 from .unusable import out_of_service
@@ -126,6 +126,7 @@ class Held(ABC):
             return None
         must_hold_a_program(asked, target, self.books, self.settings.smallest_bytes)
         must_fit(entry, target, self.books, self.settings.quotas)
+        outgrow(self.books, entry, growth(entry, target).keys(), now)
         entry.whole = None  # what its user chooses now is what it is
         return self._tell(entry, target, now, note=None)
 
