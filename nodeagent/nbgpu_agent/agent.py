@@ -13,7 +13,7 @@ from nbgpu.errors import InvalidValue, NbgpuError
 from nbgpu.models import AgentSlice, AgentSlices, Backend, Device, KernelLimit, Launch, Node, Slice
 from nbgpu.quantities import format_memory, format_time
 
-from . import procs, slicedir
+from . import adoption, procs, slicedir
 from .away import Away
 from .backend import DriverLimits
 from .books import Conflict, check_fits, check_kernel_limit, check_slice, holding, resized
@@ -234,8 +234,18 @@ class Agent:
         return live
 
     def adopt(self, slice_id: str, pid: int) -> AgentSlice:
-        """Take a running process and its descendants into a slice."""
+        """Take a running process and its descendants into a slice.
+
+        Raises
+        ------
+        NbgpuError
+            There is no such slice (NoSuchSlice) or process, or the process is not the slice's to have (Conflict).
+        """
         live = self.find(slice_id)
+        why = adoption.why_not(live, pid, self.slices.values())
+        if why is not None:
+            log.warning("not adopted slice=%s owner=%s: process %d %s", live.id, live.owner, pid, why)
+            raise Conflict(f"Process {pid} is not adopted into slice {live.id}: it {why}.", field="pid")
         if live.adopt(pid):
             log.info("adopted slice=%s owner=%s: process %d", live.id, live.owner, pid)
             self.touch(ANSWERED_SECONDS)

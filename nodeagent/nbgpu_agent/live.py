@@ -240,6 +240,10 @@ class LiveSlice:
             return self._cgroups.pod_of(pid) in self.record.claim.pods
         return self.record.cgroup is not None and self._cgroups.holds(self.record.cgroup, pid)
 
+    def holds(self, process: Process) -> bool:
+        """Return whether exactly this process is known to belong to the slice, by such signs."""
+        return self.has_member(process.pid) and self._known.get(process.pid, process) == process
+
     def learn_descendants(self) -> None:
         """Without a cgroup: remember who descends from the members now, for when those in between are gone."""
         if self.record.cgroup is None and (self._known or self.record.roots):

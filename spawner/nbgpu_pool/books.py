@@ -73,6 +73,8 @@ class Entry:
     """Since when."""
     passed: list[Entry] = field(default_factory=lambda: list[Entry](), compare=False, repr=False)
     """Whom it has passed, until a server runs in it."""
+    outgrown: int = 0
+    """Those who waited when it last grew have numbers up to this."""
     protected: bool = False
     """It has been overtaken for long enough (`Fairness`)."""
     earmark: tuple[str, ...] = ()

@@ -15,9 +15,9 @@ from .fair import Fair
 from .giveback import Ask, Claim, given_back, plan, to_grow, what_matters
 from .idle import has_room, note_of, to_park
 from .left import Left
-from .queue import Pass
+from .queue import Pass, outgrow
 from .quotas import format_gpus
-from .resize import RESIZE_SECONDS, above_quota, grows, keeps_note, must_fit, must_hold_a_program, same_limits, target_of
+from .resize import RESIZE_SECONDS, above_quota, grows, growth, keeps_note, must_fit, must_hold_a_program, same_limits, target_of
 from .shapes import Part, Want
 from .state import Effects, Seen, Settings, Snapshot
 from .unusable import out_of_service
@@ -140,6 +140,7 @@ class Held(ABC):
             return None
         must_hold_a_program(asked, target, self.books, self.settings.smallest_bytes)
         must_fit(entry, target, self.books, self.settings.quotas)
+        outgrow(self.books, entry, growth(entry, target).keys(), now)
         entry.whole = None  # what its user chooses now is what it is
         return self._tell(entry, target, now, note=None)
 

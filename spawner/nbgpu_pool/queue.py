@@ -6,7 +6,8 @@ Sessions on them end, nothing new begins, so it gets in; the rest of the pool go
 that does not bound how often it is passed: when that was `Fairness.most` times, nobody who came later gets any device that it could use.
 
 A request is passed when a later one of another user is granted a device that it could use; one that is given back before a server ran in
-it has passed nobody. Who waits for a quota is passed by nobody.
+it has passed nobody. Who waits for a quota is passed by nobody. A running server that grows passes those who wait too, each of them once:
+else two users, one of whom waits, could have that one protected by growing and shrinking again and again.
 """
 
 from __future__ import annotations
@@ -163,12 +164,9 @@ class Pass:
         """Note that those who wait are passed by one who gets a place that they could use too; by their own servers they are not."""
         if found[0][0].coming:  # there is one more for everybody
             return
-        uuid = found[0][0].device.uuid
-        user = by.request.owner.hub, by.request.owner.user
+        uuids = {found[0][0].device.uuid}
         for entry in self.waiting:
-            if (entry.request.owner.hub, entry.request.owner.user) == user:
-                continue
-            if not entry.holder and uuid in self.books.of_use(entry.want) and uuid not in self.books.closed(entry):
+            if _passes(by, entry, uuids, self.books):
                 entry.pass_by(now)
                 by.passed.append(entry)
                 if entry.overtaken in (self.fairness.overtake_count, self.fairness.most(len(self.books.of_use(entry.want)))):
@@ -257,6 +255,25 @@ class Pass:
 
     def _fits(self, entry: Entry, closed: Set[str]) -> bool:
         return self.books.fitting(entry.want, (self.barred - set(entry.earmark)) | closed, None, self.policy) is not None
+
+
+def outgrow(books: Books, by: Entry, uuids: Set[str], now: float) -> None:
+    """Note that those who wait are passed by a running server that takes more of the devices `uuids`: each of them once by each server."""
+    if not uuids:
+        return
+    before = by.outgrown
+    for entry in books.waiting():
+        by.outgrown = max(by.outgrown, entry.number)
+        if entry.number > before and _passes(by, entry, uuids, books):
+            entry.pass_by(now)
+
+
+def _passes(by: Entry, entry: Entry, uuids: Set[str], books: Books) -> bool:
+    """Return whether `by` passes one who waits when it takes something of `uuids`: of another user, who could use one of them."""
+    one, other = by.request.owner, entry.request.owner
+    if entry.holder or (one.hub, one.user) == (other.hub, other.user):
+        return False
+    return bool((uuids & books.of_use(entry.want)) - books.closed(entry))
 
 
 def hopeless(books: Books, want: Want) -> bool:

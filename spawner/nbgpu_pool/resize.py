@@ -70,16 +70,12 @@ def must_fit(entry: Entry, target: Slice, books: Books, quotas: Quotas) -> None:
         No room (409, ``no-room``).
     """
     assert entry.slice is not None
-    held = dict(entry.own_parts())
-    counts = {one.uuid: Part(one.memory_bytes, one.compute_milli) for one in target.devices}
-    grows = {uuid: _minus(part.larger(held[uuid]), held[uuid]) for uuid, part in counts.items()}
-    if all(part == Part(0, 0) for part in grows.values()):
+    grows = growth(entry, target)
+    if not grows:
         return
     barred = {uuid for one in books.waiting() for uuid in one.earmark} | books.kept() | books.closed(entry)
     for uuid, more in grows.items():
         room = books.rooms.get(uuid)
-        if more == Part(0, 0):
-            continue
         if room is None or not room.device.healthy:
             raise _no_room(f"GPU {uuid} is not healthy, or its node is away: nothing grows there now.")
         if uuid in barred:
@@ -103,6 +99,14 @@ def must_fit(entry: Entry, target: Slice, books: Books, quotas: Quotas) -> None:
         free, kept = format_gpus(max(0, books.free_milli)), format_gpus(kept_milli)
         words = f"{free[:1].upper()}{free[1:]} is free in all, of which {kept} is kept for users and groups with a guarantee"
         raise _no_room(f"{words}; {words_of(asked)}." if asked.by_memory else f"{words}.")
+
+
+def growth(entry: Entry, target: Slice) -> dict[str, Part]:
+    """Return what `target` takes beyond what is booked for `entry`, by device; devices where it takes no more are left out."""
+    held = dict(entry.own_parts())
+    counts = {one.uuid: Part(one.memory_bytes, one.compute_milli) for one in target.devices}
+    more = {uuid: _minus(part.larger(held[uuid]), held[uuid]) for uuid, part in counts.items()}
+    return {uuid: part for uuid, part in more.items() if part != Part(0, 0)}
 
 
 def above_quota(entry: Entry, target: Slice, books: Books, quotas: Quotas) -> str | None:
