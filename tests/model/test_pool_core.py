@@ -128,7 +128,7 @@ class PoolMachine(RuleBasedStateMachine):
         count=st.sampled_from([1, 1, 1, 2]),
         user=st.sampled_from("abc"),
         model=st.sampled_from([None, None, "Big"]),
-        memory_milli=st.sampled_from([None, None, 125, 1000]),
+        memory_milli=st.sampled_from([None, None, None, None, 125, 1000]),
     )
     def request(self, milli: int, count: int, user: str, model: str | None, memory_milli: int | None = None) -> None:
         self.number += 1
