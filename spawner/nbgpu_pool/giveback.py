@@ -90,13 +90,16 @@ class Claim(NamedTuple):
         return *self.holder, self.entry.request.owner.hub, self.entry.request.owner.user
 
 
+Taken = list[tuple[str, Part]]
+"""What is taken from a slice, by device, in the order of its devices."""
+
+
 class Shrink(NamedTuple):
     """A slice that is made smaller."""
 
     entry: Entry
     target: Slice
-    taken: list[tuple[str, Part]]
-    """By device, in the order of the slice's."""
+    taken: Taken
     claim: Claim
 
 
@@ -231,7 +234,7 @@ def to_grow(books: Books, quotas: Quotas, shrunk: Iterable[Entry]) -> tuple[Entr
     return None
 
 
-def given_back(entry: Entry, taken: Sequence[tuple[str, Part]]) -> Slice | None:
+def given_back(entry: Entry, taken: Taken) -> Slice | None:
     """Return a slice with what was taken from it, as far as it was so before; None: it has that, or is another by now."""
     now = entry.wanted or entry.slice
     if now is None or entry.whole is None:

@@ -12,7 +12,7 @@ from nbgpu.words import rough_time
 
 from .books import Books, Entry, Unplaced, slice_at
 from .fair import Fair
-from .giveback import Ask, Claim, given_back, plan, to_grow, what_matters
+from .giveback import Ask, Claim, Taken, given_back, plan, to_grow, what_matters
 from .idle import has_room, note_of, to_park
 from .left import Left
 from .queue import Pass, outgrow
@@ -68,9 +68,9 @@ class Held(ABC):
         """None of them grows back before."""
         self._claims: dict[str, Claim] = {}
         """For whom something is taken or asked back, by request."""
-        self._taken: dict[str, list[tuple[str, list[tuple[str, Part]]]]] = {}
-        """What was taken for a request: from which slice, and how much, by device."""
-        self._owed: list[tuple[str, list[tuple[str, Part]]]] = []
+        self._taken: dict[str, list[tuple[str, Taken]]] = {}
+        """What was taken for a request, and from which slices."""
+        self._owed: list[tuple[str, Taken]] = []
         """What is to be given back at once, as in `_taken`."""
         self._left = Left()
         self._planned: tuple[object, ...] = ()
