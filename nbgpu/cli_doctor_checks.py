@@ -30,6 +30,8 @@ GET_LIBRARIES = "take the platform wheel (py3-none-any has no C libraries); from
 START = "Start it: `nbgpu serve`, or the hub whose service it is."
 PROXY = "configurable-http-proxy"
 OLDEST_HUB = (5, 4)
+ABOVE_BYTES = 64 * MIB
+"""So much more than its limit a slice may seem to use: the driver takes memory in larger pieces than programs ask for."""
 UNITS = Path("/etc/systemd/system")
 _HOLDING = {GrantState.bound, GrantState.releasing}
 
@@ -166,6 +168,11 @@ def books(facts: Facts) -> list[Check]:
             found.append(Check("books", "error", what, "Report this; stop one of its servers until then."))
     for known in facts.slices:
         if known.lowered is None:
+            most = sum(part.memory_bytes for part in known.slice.devices)
+            if known.memory_used_bytes > most + ABOVE_BYTES:
+                what = f"slice {known.slice.slice_id[:8]} uses {format_memory(known.memory_used_bytes)}, its limit is {format_memory(most)}"
+                remedy = "Its panel and the agent's log say what got past the limits; restart its server."
+                found.append(Check("limits", "warning", what, remedy))
             continue
         for part, limit in zip(known.slice.devices, known.lowered.devices, strict=True):
             if part.memory_bytes > limit.memory_bytes:

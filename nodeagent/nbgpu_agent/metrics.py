@@ -60,7 +60,11 @@ class Metrics:
     def _devices(self) -> Iterator[Metric]:
         usable = GaugeMetricFamily("nbgpu_device_usable_bytes", "Memory that slices may hold: memory minus reserve", labels=DEVICE)
         used = GaugeMetricFamily("nbgpu_device_memory_used_bytes", "Memory in use on the device, by NVML", labels=DEVICE)
-        granted = GaugeMetricFamily("nbgpu_device_memory_granted_bytes", "Sum of the slices' memory limits", labels=DEVICE)
+        granted = GaugeMetricFamily(
+            "nbgpu_device_memory_granted_bytes",
+            "Memory that slices count: their limits, and what they hold above lowered ones",
+            labels=DEVICE,
+        )
         compute = GaugeMetricFamily("nbgpu_device_compute_granted_milli", "Sum of the slices' compute shares", labels=DEVICE)
         healthy = GaugeMetricFamily("nbgpu_device_healthy", "1 when the device answers", labels=DEVICE)
         for device in self._agent.devices.values():

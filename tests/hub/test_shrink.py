@@ -121,6 +121,27 @@ def test_neither_agent_nor_pool_forget_it_when_they_start_anew(ada: Ada) -> None
     until(lambda: ada.state(grace) == GrantState.reserved, 10)
 
 
+@pytest.mark.parametrize("mark", ["limits-lowered", "limits-settled"])
+def test_an_agent_that_is_killed_at_it_goes_on(ada: Ada, mark: str) -> None:
+    ada.agent.kill()
+    ada.agent.env["NBGPU_MARK"] = f"{mark}:1"
+    ada.agent.start("--idle-host-memory", "64 GiB")
+
+    def told() -> bool:
+        with contextlib.suppress(NbgpuError):  # it dies of it
+            ada.pool.client.resize(ada.key, Resize(memory_bytes=LEFT_GIB * GIB))
+        return ada.agent.process is not None and ada.agent.process.poll() is not None
+
+    until(told, 10, "the agent is killed", every=0.2)
+    del ada.agent.env["NBGPU_MARK"]
+    ada.agent.start("--idle-host-memory", "64 GiB")
+    until(lambda: (ada.pool.client.grant(ada.key).note or "").startswith("The slice was made smaller"), 10, "the pool has it in its books")
+    until(lambda: ada.books().memory_granted_bytes < 20 * GIB, 5)
+    still_booked(ada)
+    ada.notebook.do("less")
+    until(lambda: ada.books().memory_granted_bytes == LEFT_GIB * GIB, 10)
+
+
 def test_it_grows_again_into_what_it_still_holds(ada: Ada) -> None:
     ada.shrink()
     ada.pool.client.resize(ada.key, Resize(memory_bytes=10 * GIB))

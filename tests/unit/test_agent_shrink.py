@@ -51,6 +51,9 @@ def test_doctor_names_who_holds_more_than_the_limit() -> None:
     ]
     (found,) = [one for one in books(Facts(node=node, slices=slices)) if one.name == "limits"]
     assert found.level == "note"
+    slices[0] = slices[1].model_copy(update={"memory_used_bytes": 20 * GIB})
+    (past,) = [one for one in books(Facts(node=node, slices=slices)) if one.name == "limits"]
+    assert (past.level, past.found) == ("warning", "slice aaaaaaaa uses 20 GiB, its limit is 17 GiB")
     assert found.found == "slice aaaaaaaa holds 17 GiB of GPU 0, its limit was lowered to 8 GiB"
 
 
