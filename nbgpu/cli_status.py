@@ -156,6 +156,7 @@ def slices_table(machine: Machine) -> RenderableType:
             head = [short[known.slice.slice_id], owner_name(known.slice)] if number == 0 else ["", ""]
             held = f", {len(usage.suspended)} suspended" if usage and usage.suspended else ""
             state = known.state if known.idle is None or known.idle.state == "held" else known.idle.state
+            state = "shrinking" if known.lowered is not None else state
             if state == "parked" and known.idle is not None and known.idle.full is not None:
                 back = known.idle.full.devices[0]
                 held += f", comes back to {format_memory(back.memory_bytes)}, {percent(back.compute_milli)}"

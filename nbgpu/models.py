@@ -298,6 +298,9 @@ class KernelUsage(Model):
     kernel_id: str | None
     pids: list[int]
     limit: KernelLimit
+    """In force: a part of the slice's time follows the slice when that has another size, and memory is never more than the slice's."""
+    limit_set: KernelLimit | None = None
+    """As it was set, where that is something else."""
     devices: list[KernelDeviceUsage]
     refusals: int
     launches: int
@@ -429,6 +432,9 @@ class AgentSlice(Model):
     """A slice as the agent knows it: the truth on one machine."""
 
     slice: Slice
+    """What it counts on its devices."""
+    lowered: Slice | None = None
+    """With the limits in force, while it still holds more memory than those: `slice` counts that until it is free."""
     state: Literal["prepared", "running", "releasing"]
     """``prepared``: no process has joined yet."""
     process_count: int

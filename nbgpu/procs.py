@@ -23,3 +23,12 @@ def lives(fields: list[bytes]) -> bool:
 def is_alive(pid: int) -> bool:
     """Return whether a process runs; one that has ended and that nobody has waited for does not."""
     return lives(stat_fields(pid))
+
+
+def user_of(pid: int) -> int | None:
+    """Return the real uid that a process runs as; None when it is gone."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            return next((int(line.split()[1]) for line in file if line.startswith(b"Uid:")), None)
+    except (OSError, ValueError):
+        return None

@@ -6,7 +6,8 @@ Sessions on them end, nothing new begins, so it gets in; the rest of the pool go
 that does not bound how often it is passed: when that was `Fairness.most` times, nobody who came later gets any device that it could use.
 
 A request is passed when a later one of another user is granted a device that it could use; one that is given back before a server ran in
-it has passed nobody. Who waits for a quota is passed by nobody.
+it has passed nobody. Who waits for a quota is passed by nobody. A running server that grows passes those who wait too, each of them once:
+else two users, one of whom waits, could have that one protected by growing and shrinking again and again.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from dataclasses import dataclass
 
 from nbgpu.quantities import WHOLE_MILLI
 
-from .books import Books, Entry
+from .books import Books, Entry, free_of, takes_of_free
 from .placement import DEFAULT_POLICY, Place, Policy, nearest, of_use, place
-from .quotas import Quotas, Tally, format_gpus
-from .shapes import Part, Want
+from .quotas import Quotas, Tally, format_gpus, words_of
+from .shapes import Amount, Part, Want
 
 MOST_PER_DEVICE = 10
 """`Fairness.most` is at least that for each device: to keep a whole pool for one who waits costs everybody, and in a large one a hundred
@@ -89,7 +90,7 @@ class Pass:
         self._closed: set[Want] = set()
         """Of those for whom all that they could use is kept."""
         self._misfits: set[tuple[Want, Part | None, int, frozenset[str]]] = set()
-        self.tally = Tally(quotas, books.granted_by(frozenset(quotas.groups)) if quotas.any() else {}, books.free_milli)
+        self.tally = Tally(quotas, books.granted_by(frozenset(quotas.groups)) if quotas.any() else {})
         if quotas.lent:
             self.tally.call(books.asking())
 
@@ -104,9 +105,7 @@ class Pass:
                 continue
             groups = self.quotas.counted(entry.request.groups)
             self.books.give(entry, found, groups)
-            self.tally.take(entry.request.owner, groups, _sum(found))
-            if found[0][0].coming:  # took nothing of what is here
-                self.tally.free_milli += _sum(found).compute_milli
+            self.tally.take(entry.request.owner, groups, self._amount(found))
             entry.earmark, entry.holder, entry.reason = (), "", None
             self.passed(entry, found, now)
             granted.append(entry)
@@ -147,28 +146,27 @@ class Pass:
             return None
         if found[0][0].coming:
             return found
-        milli = _sum(found).compute_milli
-        kept = self.tally.kept_milli(owner, groups, milli)
+        asked = self._amount(found)
+        kept = self.tally.kept_milli(owner, groups, asked.counted_milli) + self.kept_milli
         # what is closed to this one is free for others, and no use to it
-        closed_milli = sum(max(0, self.books.rooms[uuid].free_milli) for uuid in closed if uuid in self.books.rooms)
-        free_milli = self.tally.free_milli - closed_milli
-        if free_milli - milli < kept + self.kept_milli:
-            entry.kept = (
-                f"{format_gpus(max(0, free_milli))} is free in all, of which {format_gpus(kept + self.kept_milli)} is kept for {KEPT_FOR}"
-            )
+        closed_milli = sum(free_of(self.books.rooms[uuid]) for uuid in closed if uuid in self.books.rooms)
+        free_milli = self.books.free_milli - closed_milli
+        if free_milli - takes_of_free(found) < kept:
+            entry.kept = f"{format_gpus(max(0, free_milli))} is free in all, of which {format_gpus(kept)} is kept for {KEPT_FOR}"
+            entry.kept += f"; {words_of(asked)}" if asked.by_memory else ""
             return None
         return found
+
+    def _amount(self, found: Place) -> Amount:
+        return self.books.amount((room.device.uuid, part) for room, part in found)
 
     def passed(self, by: Entry, found: Place, now: float) -> None:
         """Note that those who wait are passed by one who gets a place that they could use too; by their own servers they are not."""
         if found[0][0].coming:  # there is one more for everybody
             return
-        uuid = found[0][0].device.uuid
-        user = by.request.owner.hub, by.request.owner.user
+        uuids = {found[0][0].device.uuid}
         for entry in self.waiting:
-            if (entry.request.owner.hub, entry.request.owner.user) == user:
-                continue
-            if not entry.holder and uuid in self.books.of_use(entry.want) and uuid not in self.books.closed(entry):
+            if _passes(by, entry, uuids, self.books):
                 entry.pass_by(now)
                 by.passed.append(entry)
                 if entry.overtaken in (self.fairness.overtake_count, self.fairness.most(len(self.books.of_use(entry.want)))):
@@ -221,7 +219,7 @@ class Pass:
 
     def _over(self, want: Want, cap: Part) -> bool:
         cost = self.books.cost(want._replace(device_count=1))
-        return cost is not None and (cost.compute_milli > cap.compute_milli or cost.memory_bytes > cap.memory_bytes)
+        return cost is not None and (cost.counted_milli > cap.compute_milli or cost.memory_bytes > cap.memory_bytes)
 
     def _wait(self, entry: Entry, now: float) -> None:
         """Leave `entry` in the queue."""
@@ -253,14 +251,29 @@ class Pass:
         self.barred.update(entry.earmark)
         if anew and cost is not None and self.books.may_fit(entry.want) and self._fits(entry, closed):
             # It fits, but for others' guarantees: what comes free adds up for it instead of going to smaller ones.
-            self.kept_milli += min(cost.compute_milli, WHOLE_MILLI * len(self.rooms))
+            self.kept_milli += min(cost.counted_milli, WHOLE_MILLI * len(self.rooms))
 
     def _fits(self, entry: Entry, closed: Set[str]) -> bool:
         return self.books.fitting(entry.want, (self.barred - set(entry.earmark)) | closed, None, self.policy) is not None
 
 
-def _sum(found: Place) -> Part:
-    return Part(sum(part.memory_bytes for _, part in found), sum(part.compute_milli for _, part in found))
+def outgrow(books: Books, by: Entry, uuids: Set[str], now: float) -> None:
+    """Note that those who wait are passed by a running server that takes more of the devices `uuids`: each of them once by each server."""
+    if not uuids:
+        return
+    before = by.outgrown
+    for entry in books.waiting():
+        by.outgrown = max(by.outgrown, entry.number)
+        if entry.number > before and _passes(by, entry, uuids, books):
+            entry.pass_by(now)
+
+
+def _passes(by: Entry, entry: Entry, uuids: Set[str], books: Books) -> bool:
+    """Return whether `by` passes one who waits when it takes something of `uuids`: of another user, who could use one of them."""
+    one, other = by.request.owner, entry.request.owner
+    if entry.holder or (one.hub, one.user) == (other.hub, other.user):
+        return False
+    return bool((uuids & books.of_use(entry.want)) - books.closed(entry))
 
 
 def hopeless(books: Books, want: Want) -> bool:

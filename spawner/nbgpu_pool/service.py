@@ -236,10 +236,10 @@ class Service:
 
     async def _tell_limits(self, entry: Entry, wanted: Slice) -> None:
         refused: str | None = None
-        done = False
+        done, keeps = False, None
         try:
             if entry.full is None:
-                await self.ledger.resize(wanted, only_unused=entry.taken_back)
+                keeps = await self.ledger.resize(wanted, only_unused=entry.taken_back)
             else:
                 await self.ledger.restore(entry.slice_id)
             done = True
@@ -247,7 +247,7 @@ class Service:
             refused = error.message
             raise
         finally:
-            self.core.end_resize(entry, refused, done, self.clock())
+            self.core.end_resize(entry, refused, done, self.clock(), keeps=keeps)
             self.settle()
 
     async def _park(self, slice_id: str) -> None:

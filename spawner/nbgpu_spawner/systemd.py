@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import pwd
+import time
 from typing import TYPE_CHECKING, Any
 
 from nbgpu.errors import NbgpuError, Unavailable
+from nbgpu.procs import user_of
 
 from .local import LocalGPUMixin
 
@@ -15,6 +17,10 @@ if TYPE_CHECKING:
     from jupyterhub.spawner import Spawner as _Systemd
 else:
     from systemdspawner import SystemdSpawner as _Systemd
+
+
+ACCOUNT_SECONDS = 5.0
+"""So long a unit that has started may take to run as its user."""
 
 
 class SystemdGPUSpawner(LocalGPUMixin, _Systemd):
@@ -56,6 +62,10 @@ class SystemdGPUSpawner(LocalGPUMixin, _Systemd):
         self._gpu_unit_pid = await main_pid(self.unit_name)
         if self._gpu_unit_pid is None:
             raise Unavailable(f"The unit {self.unit_name} has ended as soon as it was started.", code="start")
+        uid, deadline = self.gpu_uid(), time.monotonic() + ACCOUNT_SECONDS
+        # It is root's until systemd has made it the user's, and no slice takes in another user's process.
+        while user_of(self._gpu_unit_pid) not in (uid, None) and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
 
     def gpu_search_path(self, env: dict[str, str]) -> str | None:
         """Return where the server's command is looked for: the unit's PATH, which begins with `extra_paths`."""
