@@ -18,7 +18,7 @@ from .left import Left
 from .queue import Pass, outgrow
 from .quotas import format_gpus
 from .resize import RESIZE_SECONDS, above_quota, grows, growth, keeps_note, must_fit, must_hold_a_program, same_limits, target_of
-from .shapes import Part, Want
+from .shapes import Want
 from .state import Effects, Seen, Settings, Snapshot
 from .unusable import out_of_service
 from .windows import Windows
