@@ -113,7 +113,8 @@ class FakePool(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         if parts == ["asks"]:
             return 200, [self._asked(request_id, due, more) for request_id, (due, more) in self.asks.items()]
         if parts == ["availability"]:
-            return 200, self.availability or [self._available(shape) for shape in body["shapes"]]
+            fixed = self.availability or []
+            return 200, fixed if len(fixed) == len(body["shapes"]) else [self._available(shape) for shape in body["shapes"]]
         if parts == ["release"]:
             mine = [grant for name, grant in self.grants.items() if name != body.get("except_request_id")]
             mine = [grant for grant in mine if grant["request"]["owner"] == body["owner"] and grant["state"] != "gone"]

@@ -386,6 +386,23 @@ def as_plain(pod: Any) -> Any:
     return pod.to_dict()
 
 
+def test_cpu_only_is_cpu_only_whatever_is_configured_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def go() -> None:
+        for slug, options, amounts in (
+            ("cpu-only", {}, (None, None)),
+            ("a-quarter", {}, (0.25, None)),
+            ("own", {"gpu_memory": "9 GiB"}, (None, "9 GiB")),
+        ):
+            made, _ = spawner(monkeypatch)
+            made.profile_list = [*made.profile_list, {"display_name": "CPU only"}]
+            made.gpu_fraction = "1/2"
+            made.user_options = {"profile": slug, **options}
+            await made.load_user_options()
+            assert (made.gpu_fraction, made.gpu_memory) == amounts
+
+    asyncio.run(go())
+
+
 def test_a_profile_of_a_group_is_no_choice_and_no_default_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither in KubeSpawner's own form, nor by the REST API, nor where nothing is chosen."""
     big = {"gpu_fraction": 1, "mem_limit": "9G"}
