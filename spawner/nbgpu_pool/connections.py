@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 from nbgpu.errors import NbgpuError
 
@@ -63,7 +63,7 @@ class Streams:
         self._open: Counter[tuple[str, str | None]] = Counter()
 
     @contextlib.contextmanager
-    def one(self, speaker: Principal) -> Iterator[None]:
+    def one(self, speaker: Principal) -> Generator[None, None, None]:
         """Count one more for as long as it is open.
 
         Raises
