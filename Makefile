@@ -6,7 +6,7 @@ IN_VENV = PATH="$(CURDIR)/.venv/bin:$(CURDIR)/node_modules/.bin:$$PATH" VIRTUAL_
 VPY = $(IN_VENV) .venv/bin/python
 PYTEST = NBGPU_HUB55_PYTHON="$(CURDIR)/.nbgpu/hub55/bin/python" $(VPY) -m pytest
 
-.PHONY: help run setup test test-fast bench bench-hardware lint format wheel soak clean
+.PHONY: help run setup test test-fast bench bench-hardware pictures lint format wheel soak clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -34,6 +34,10 @@ soak: ## the long kill storms and soaks, whole
 bench: ## the benchmarks, quick, with their baselines
 	@$(PYTHON) tools/setup.py test
 	@$(VPY) tools/bench.py $(ARGS)
+
+pictures: ## the pictures of the docs, of JupyterLab and of the hub's pages, in both themes (needs Chromium; three minutes)
+	@$(PYTHON) tools/setup.py test
+	@$(VPY) tools/pictures.py $(ARGS)
 
 bench-hardware: ## on a real GPU: is what the design takes for granted so; shares, limits, costs, kills (ten minutes; writes a report)
 	@$(PYTHON) tools/setup.py run

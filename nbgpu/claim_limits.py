@@ -7,7 +7,8 @@ that whoever died at any step computes the same again.
 
 The order that keeps the sum of the limits in force within the device, whatever kube-scheduler allocates meanwhile:
 
-* shrink: lower the limit, report it, then publish more (`counted` without `booked`);
+* shrink: lower the limit, report it, then publish more (`counted` without `booked`); memory that the slice still holds above it is
+  reported as in force (`keeps`) and counts, until it is free;
 * growth: publish less first (`counted` with the wanted limits), wait until the API server has it, look at *all* allocated claims again;
   where `fits` says no, publish as before and refuse (`answered`, an event); else raise the limit and report it.
 """
@@ -79,9 +80,11 @@ class Share:
     consumed: Limit
     """What kube-scheduler counts."""
     in_force: Limit
-    """What the agent reports; as allocated where it has reported nothing (that can be read)."""
+    """What the agent reports that it counts; as allocated where it has reported nothing (that can be read)."""
     answered: str
     """Seal of the wanted limits that the agent has dealt with last: brought in force or, where `in_force` is otherwise, refused."""
+    keeps: bool = False
+    """They are in force, and the slice still holds more memory than that: `in_force` counts it until it is free."""
 
 
 # -- what is wanted
@@ -153,6 +156,7 @@ class _Loose(BaseModel):
 class _Data(Limit):
     answered: str = ""
     number: int = 0
+    keeps: bool = False
 
 
 class _Reported(_Loose):
@@ -205,8 +209,8 @@ def _share(result: _Result, devices: Mapping[tuple[str, str], Device], reported:
     consumed = Limit(memory_bytes=memory, compute_milli=parse_quantity(taken.get("compute", WHOLE_MILLI)))
     data = reported.get((result.pool, result.device, result.shareID))
     in_force = Limit(memory_bytes=data.memory_bytes, compute_milli=data.compute_milli) if data is not None else consumed
-    answered = data.answered if data is not None else ""
-    return Share(device.uuid, result.pool, result.device, result.shareID, consumed, in_force, answered)
+    answered, keeps = (data.answered, data.keeps) if data is not None else ("", False)
+    return Share(device.uuid, result.pool, result.device, result.shareID, consumed, in_force, answered, keeps)
 
 
 def _reports(entries: list[Any]) -> Iterable[tuple[tuple[str, str, str | None], _Data]]:
@@ -219,7 +223,7 @@ def _reports(entries: list[Any]) -> Iterable[tuple[tuple[str, str, str | None], 
             yield (one.pool, one.device, one.shareID), one.data
 
 
-def report(share: Share, limit: Limit, answered: str = "", number: int = 0) -> Json:
+def report(share: Share, limit: Limit, answered: str = "", number: int = 0, keeps: bool = False) -> Json:
     """Return the entry of `status.devices` by which the agent says which limits are in force.
 
     Parameters
@@ -228,12 +232,16 @@ def report(share: Share, limit: Limit, answered: str = "", number: int = 0) -> J
         Seal of the wanted limits that this is the answer to: brought in force, or refused where `limit` is otherwise.
     number : int
         Of the same.
+    keeps : bool
+        It is in force, and the slice still holds more memory than that: `limit` counts it.
     """
     data: Json = limit.model_dump(mode="json")
     if answered:
         data["answered"] = answered
     if number:
         data["number"] = number
+    if keeps:
+        data["keeps"] = True
     found: Json = {"driver": DRIVER, "pool": share.pool, "device": share.device, "data": data}
     return found if share.share_id is None else {**found, "shareID": share.share_id}
 
@@ -258,7 +266,7 @@ def is_settled(held: Iterable[Share], wanted: Wanted | None) -> bool:
 def is_refused(held: Iterable[Share], wanted: Wanted | None) -> bool:
     """Return whether the agent has looked at the wanted limits and brought others in force."""
     held = list(held)
-    return wanted is not None and not is_settled(held, wanted) and any(one.answered == wanted.seal for one in held)
+    return wanted is not None and not is_settled(held, wanted) and any(one.answered == wanted.seal and not one.keeps for one in held)
 
 
 def counted(held: Iterable[Share], booked: Wanted | None = None) -> dict[str, Limit]:

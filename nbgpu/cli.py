@@ -91,18 +91,41 @@ def limit(
         str | None, typer.Option("--compute", "-c", help="Most of the slice's GPU time that it may take, such as 1/2 or 25%.")
     ] = None,
     clear: Annotated[bool, typer.Option("--clear", help="Take its limits away: only the slice's own hold.")] = False,
-    slice_id: Annotated[str | None, typer.Option("--slice", "-s", help="As admin: the slice, or the start of its id.")] = None,
+    slice_id: Annotated[
+        str | None, typer.Option("--slice", "-s", help="As admin: the slice, or the start of its id. Without a kernel: all of it.")
+    ] = None,
     as_json: Annotated[bool, AS_JSON] = False,
 ) -> None:
-    """List the kernels of a slice (as admin: of all) with their limits, or limit one of them."""
+    """List the kernels of a slice (as admin: of all) with their limits, or limit one of them.
+
+    As admin, with --slice and no kernel, --memory and --compute give the whole slice another size, in amounts and parts of the GPU, as far
+    as the pool's quotas and room allow: nbgpu limit --slice 3f2a --memory 20GiB --compute 1/2. So what `nbgpu run` started is limited too.
+    """
     from .cli_limit import list_kernels, set_limit
 
     if kernel is None:
+        if slice_id and (memory or compute) and not clear:
+            from .cli_slice import resize_slice
+
+            resize_slice(slice_id, memory=memory, compute=compute, as_json=as_json)
+            return
         if memory or compute or clear:
-            raise typer.BadParameter("which kernel? Name it by its notebook or its id; `nbgpu limit` lists them.", param_hint="KERNEL")
+            which = "which kernel? Name it by its notebook or its id; `nbgpu limit` lists them"
+            raise typer.BadParameter(f"{which}. With --slice, --memory and --compute are for the whole slice.", param_hint="KERNEL")
         list_kernels(slice_id, as_json=as_json)
     else:
         set_limit(kernel, slice_id, memory=memory, compute=compute, clear=clear, as_json=as_json)
+
+
+@app.command()
+def suspend(
+    kernel: Annotated[str, typer.Argument(help="The kernel: its notebook's name or path, or the start of its id.")],
+    as_json: Annotated[bool, AS_JSON] = False,
+) -> None:
+    """Move a kernel's GPU memory to the host's, where the administrator offers it: in a terminal of its server."""
+    from .cli_suspend import suspend as move
+
+    move(kernel, as_json=as_json)
 
 
 @app.command()
@@ -117,7 +140,10 @@ def resume(
     slice_id: Annotated[str | None, typer.Option("--slice", "-s", help="As admin: the slice, or the start of its id.")] = None,
     as_json: Annotated[bool, AS_JSON] = False,
 ) -> None:
-    """List what the watchdog has suspended in a slice (as admin: in all), or let it go on: it is left alone until it ends."""
+    """List what the watchdog has suspended in a slice (as admin: in all), or let it go on: it is left alone until it ends.
+
+    A kernel of this server that `nbgpu suspend` has moved gets its GPU memory back.
+    """
     from . import cli_resume
     from .errors import NbgpuError
 

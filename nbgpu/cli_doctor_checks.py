@@ -164,6 +164,15 @@ def books(facts: Facts) -> list[Check]:
         if memory > device.usable_bytes or compute > WHOLE_MILLI:
             what = f"GPU {device.index}: slices of {format_memory(memory)} and {compute / 10:g} % of its time exceed it"
             found.append(Check("books", "error", what, "Report this; stop one of its servers until then."))
+    for known in facts.slices:
+        if known.lowered is None:
+            continue
+        for part, limit in zip(known.slice.devices, known.lowered.devices, strict=True):
+            if part.memory_bytes > limit.memory_bytes:
+                held, left = format_memory(part.memory_bytes), format_memory(limit.memory_bytes)
+                what = f"slice {known.slice.slice_id[:8]} holds {held} of GPU {part.index}, its limit was lowered to {left}"
+                remedy = "It is given no more, and nobody else gets what it holds; restart its kernels to have it free."
+                found.append(Check("limits", "note", what, remedy))
     if not facts.pool_answers:
         return found
     in_force = {known.slice.slice_id for known in facts.slices if known.state != "prepared"}
@@ -173,7 +182,9 @@ def books(facts: Facts) -> list[Check]:
         short = ", ".join(name[:8] for name in strange[:5])
         what = f"pool and agent disagree on {counted(len(strange), 'slice')}: {short}"
         found.append(Check("books", "error", what, "Restart the pool: it rebuilds its books from the agent."))
-    return found or [Check("books", "ok", f"pool and agent agree on {counted(len(in_force), 'slice')}")]
+    if any(one.level == "error" for one in found):
+        return found
+    return [*found, Check("books", "ok", f"pool and agent agree on {counted(len(in_force), 'slice')}")]
 
 
 def _still_different() -> set[str]:

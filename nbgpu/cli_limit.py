@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LABELS = {"memory": "--memory", "compute": "--compute"}
 OVER = "bold red"
-DROP = ("peak", "processes", "refused", "GPU", "time used")
+DROP = ("peak", "pids", "refused", "GPU", "time used")
 """What a narrow terminal shows without, the least useful first."""
 TIME_LEGEND = "A time limit is a part of the slice's time; in brackets, of the GPU's."
 LARGEST_DENOMINATOR = 16
@@ -160,6 +160,12 @@ def find_kernel(kernels: list[KernelUsage], start: str, names: dict[str, KernelN
     """Return the kernel of a notebook (its name, with or without ``.ipynb``, or its path), or whose id begins with `start`."""
     if not start.strip():
         raise NbgpuError("Which kernel? Name it by its notebook or its id; `nbgpu limit` lists them.", code="kernel")
+    if start.strip("()").lower() == "other":
+        raise NbgpuError(
+            "(other) are programs of no kernel: terminals, `nbgpu run`. They share what the slice has; as admin, its size is set with "
+            "`nbgpu limit --slice ID --memory 20GiB --compute 1/2`.",
+            code="kernel",
+        )
     known = [kernel for kernel in kernels if kernel.kernel_id is not None]
     named = [kernel for kernel in known if kernel.kernel_id in names and start in called(names[kernel.kernel_id])]
     found = named or [kernel for kernel in known if kernel.kernel_id is not None and kernel.kernel_id.startswith(start)]
@@ -204,7 +210,7 @@ def kernels_table(usage: Usage, names: dict[str, KernelName]) -> RenderableType:
     from .cli_table import FittingTable
 
     table = FittingTable(
-        "kernel", "notebook", "processes", "GPU", "memory", "peak", "time used", "memory limit", "time limit", "refused", drop=DROP
+        "kernel", "notebook", "pids", "GPU", "memory", "peak", "time used", "memory limit", "time limit", "refused", drop=DROP
     )
     index = {use.uuid: (use.index, use.memory_limit_bytes) for use in usage.devices}
     kernels = all_kernels(usage, names)

@@ -1,4 +1,4 @@
-"""``nbgpu resume``: what the watchdog has suspended, and letting it go on."""
+"""``nbgpu resume``: what the watchdog has suspended, and letting it go on; memory that `nbgpu suspend` has moved comes back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .cli_common import SHORT_ID, console, print_json
-from .cli_limit import Target, called, kernel_name, look, target
+from .cli_limit import Target, away_words, called, kernel_name, look, target
+from .cli_suspend import away, bring_back
 from .errors import NbgpuError
 from .kernel_names import KernelName, read_names
 from .models import Suspension, Usage
@@ -32,7 +33,11 @@ def list_suspended(slice_start: str | None, *, as_json: bool) -> None:
         if seen.several:
             console().print(f"Slice {name}")
         console().print(suspended_table(usage.suspended, read_names(usage.slice_id)))
-    if not held:
+    for usage in seen.usages:
+        for kernel in away(usage):
+            name = kernel_name(kernel.kernel_id, read_names(usage.slice_id))
+            console().print(f"{name}: {away_words(kernel.away)} (`nbgpu resume {name}`)." if kernel.away else "", soft_wrap=True)
+    if not held and not any(away(usage) for usage in seen.usages):
         of = f"Nothing of slice {seen.usages[0].slice_id[:SHORT_ID]}" if len(seen.usages) == 1 else "Nothing"
         console().print(f"{of} is suspended.")
 
@@ -43,7 +48,9 @@ def suspended_json(usage: Usage) -> dict[str, Any]:
 
 
 def resume(which: str, slice_start: str | None, *, as_json: bool) -> None:
-    """Let a process go on, or all of a kernel, wherever it is when no slice is named."""
+    """Let a process go on, or all of a kernel, wherever it is when no slice is named; or bring a kernel's memory back to the GPU."""
+    if slice_start is None and bring_back(which, as_json=as_json):
+        return
     seen = look(slice_start)
     usage, found = meant(seen.usages, which, read_names)
     _go_on(target(usage.slice_id if seen.several else slice_start), found, as_json=as_json)

@@ -156,8 +156,14 @@ def slices_table(machine: Machine) -> RenderableType:
             head = [short[known.slice.slice_id], owner_name(known.slice)] if number == 0 else ["", ""]
             held = f", {len(usage.suspended)} suspended" if usage and usage.suspended else ""
             state = known.state if known.idle is None or known.idle.state == "held" else known.idle.state
+            state = "shrinking" if known.lowered is not None else state
+            if state == "parked" and known.idle is not None and known.idle.full is not None:
+                back = known.idle.full.devices[0]
+                held += f", comes back to {format_memory(back.memory_bytes)}, {percent(back.compute_milli)}"
             tail = [known.slice.mode, state + held, str(known.process_count)] if number == 0 else ["", "", ""]
             limit, share = (use.memory_limit_bytes, use.compute_limit_milli) if use else (part.memory_bytes, part.compute_milli)
+            if state == "parked":  # what it comes back to is not held: others may have it
+                limit, share = part.memory_bytes, part.compute_milli
             table.add_row(
                 *head, str(part.index), memory_text(use.memory_used_bytes if use else 0, limit), percent(share),
                 percent(use.compute_used_milli) if use else "", *tail,

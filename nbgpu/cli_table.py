@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
 BEND = frozenset({
-    "model", "owner", "user", "state", "processes", "waits for", "why", "because", "how", "note", "notebook", "namespace", "pod", "node",
+    "model", "owner", "user", "state", "pids", "waits for", "why", "because", "how", "note", "notebook", "namespace", "pod", "node",
     "hub", "claim", "kernel", "about",
 })  # fmt: skip
 """Columns of words: they may take several lines."""

@@ -22,6 +22,7 @@ from .models import (
     DeviceBooks,
     Event,
     Grant,
+    KernelAway,
     KernelLimit,
     Launch,
     Node,
@@ -248,6 +249,11 @@ class SliceClient(Client):
     def set_kernel_limit(self, kernel_id: str, limit: KernelLimit) -> KernelLimit:
         """Set a kernel's limit; both None removes it."""
         return self.ask(KernelLimit, "PUT", f"/v1/kernels/{kernel_id}", limit)
+
+    def move_kernel(self, kernel_id: str, where: str) -> KernelAway | None:
+        """Begin to move a kernel's GPU memory to the host's (``suspend``) or back (``resume``); return where it is; None: on the GPU."""
+        answer = self.call("POST", f"/v1/kernels/{kernel_id}/{where}")
+        return None if answer is None else read_answer(TypeAdapter(KernelAway), answer)
 
     def resume(self, pid: int | None = None) -> None:
         """Let a suspended process, or (None) all of them, go on; an error where only an administrator may."""

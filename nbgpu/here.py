@@ -70,9 +70,15 @@ class SliceNumbers:
 
 def no_slice() -> NbgpuError:
     """Return what is said where a program runs in none."""
+    if os.environ.get("JUPYTERHUB_USER"):
+        words = (
+            "This server has no GPU slice. Stop it (File > Hub Control Panel, Stop My Server), and choose a fraction of a GPU when you "
+            "start it again; your files stay, what is in the memory of kernels does not."
+        )
+    else:
+        words = "No GPU slice here: this process was not started inside one. Start the program by `nbgpu run --gpu 1/4 -- ...`."
     return NbgpuError(
-        "No GPU slice here: this process was not started inside one. On a hub, stop the server (File > Hub Control Panel) and choose a "
-        "fraction at its start; in a terminal, start the program by `nbgpu run --gpu 1/4 -- ...`.",
+        words,
         code="no-slice",
         status=404,
     )

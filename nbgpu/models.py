@@ -298,6 +298,9 @@ class KernelUsage(Model):
     kernel_id: str | None
     pids: list[int]
     limit: KernelLimit
+    """In force: a part of the slice's time follows the slice when that has another size, and memory is never more than the slice's."""
+    limit_set: KernelLimit | None = None
+    """As it was set, where that is something else."""
     devices: list[KernelDeviceUsage]
     refusals: int
     launches: int
@@ -363,6 +366,35 @@ class Usage(Model):
     """Its kernels' GPU memory may be moved to the host (``POST /v1/kernels/{kernel_id}/suspend``)."""
 
 
+EventKind = Literal[
+    "refused",
+    "unlimited",
+    "overhead",
+    "over-limit",
+    "over-share",
+    "foreign",
+    "hostile",
+    "killed",
+    "suspended",
+    "resumed",
+    "not-permitted",
+    "limiter-only",
+    "limit-changed",
+    "kernel-ended",
+    "throttled",
+    "parked",
+    "wanting",
+    "restored",
+    "suspended-by-user",
+    "not-suspended",
+    "wanting-memory",
+    "restored-memory",
+    "lost",
+    "ended",
+]
+"""What agents tell of."""
+
+
 class Event(Model):
     """Something that a person should know of a slice."""
 
@@ -372,32 +404,8 @@ class Event(Model):
     """Unix time, seconds."""
     slice_id: SliceId | None
     kernel_id: str | None = None
-    kind: Literal[
-        "refused",
-        "unlimited",
-        "overhead",
-        "over-limit",
-        "over-share",
-        "foreign",
-        "hostile",
-        "killed",
-        "suspended",
-        "resumed",
-        "not-permitted",
-        "limiter-only",
-        "limit-changed",
-        "kernel-ended",
-        "throttled",
-        "parked",
-        "wanting",
-        "restored",
-        "suspended-by-user",
-        "not-suspended",
-        "wanting-memory",
-        "restored-memory",
-        "lost",
-        "ended",
-    ]
+    kind: str
+    """What it is of, an `EventKind`; a newer agent may have others: who does not know one shows its message."""
     level: Literal["info", "warning", "error"]
     message: str
     """What happened, and what to do."""
@@ -424,6 +432,9 @@ class AgentSlice(Model):
     """A slice as the agent knows it: the truth on one machine."""
 
     slice: Slice
+    """What it counts on its devices."""
+    lowered: Slice | None = None
+    """With the limits in force, while it still holds more memory than those: `slice` counts that until it is free."""
     state: Literal["prepared", "running", "releasing"]
     """``prepared``: no process has joined yet."""
     process_count: int

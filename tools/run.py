@@ -22,7 +22,7 @@ from typing import IO
 from nbgpu.cli_run import HUB as RUN
 from nbgpu.client import AgentClient, PoolClient
 from nbgpu.errors import NbgpuError
-from nbgpu.models import Node
+from nbgpu.models import GrantState, Node
 from nbgpu.paths import AGENT_SOCKET, POOL_SOCKET, runtime_dir
 from nbgpu.procs import lives, stat_fields
 from nbgpu.quantities import GIB
@@ -147,9 +147,11 @@ def wait_until(done: Callable[[], bool], seconds: float) -> bool:
 def end_servers(hub: subprocess.Popen[bytes]) -> None:
     """End what runs in slices while the agent still lives, so that it sees them end and leaves nothing of theirs behind.
 
-    Programs that others run beside it (`nbgpu run`) are not waited for.
+    Programs that others run beside it (`nbgpu run`) are not waited for. The queue goes first: what they give back would be granted, and
+    the hub would start a server that nobody ends.
     """
     agent = AgentClient(runtime_dir() / AGENT_SOCKET, 2)
+    empty_queue()
     for pid in descendants():
         if in_slice(pid):
             with contextlib.suppress(ProcessLookupError):
@@ -157,12 +159,22 @@ def end_servers(hub: subprocess.Popen[bytes]) -> None:
 
     def ended() -> bool:
         reap_others(hub)
+        empty_queue()  # who came meanwhile
         try:
             return all(one.slice.owner.hub == RUN for one in agent.slices().slices)
         except NbgpuError:
             return True
 
     wait_until(ended, SERVERS_SECONDS)
+
+
+def empty_queue() -> None:
+    """Give up all that waits at the pool; a pool that does not answer grants nothing either."""
+    pool = PoolClient(runtime_dir() / POOL_SOCKET, 2)
+    with contextlib.suppress(NbgpuError):
+        for grant in pool.grants():
+            if grant.state is GrantState.queued:
+                pool.cancel(grant.request.request_id)
 
 
 def in_slice(pid: int) -> bool:

@@ -83,15 +83,25 @@ def _figures(figures: dict[str, Any] | None) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {_cell(value)}" for name, value in figures.items() if value is not None)
 
 
+def _ran_on(data: dict[str, Any]) -> tuple[str, str]:
+    """Return what a run was on, for the title, and what that means."""
+    if data["simulated"]:
+        return "hardware (*simulated*)", "simulated: this run tests the kit, its figures say nothing of a GPU"
+    first = next(iter(data["sections"]), None)
+    if first is None or first["status"] != "done":
+        return "a machine without a GPU to measure", "no GPU was measured: the first section says why"
+    return "hardware", "real hardware"
+
+
 def markdown(data: dict[str, Any]) -> str:
     """Return the report for people."""
     machine = data["machine"]
     whole = "" if data["complete"] else " **Not complete**: the run was cut or still goes on."
-    simulated = "simulated: this run tests the kit, its figures say nothing of a GPU" if data["simulated"] else "real hardware"
+    kind, what = _ran_on(data)
     lines = [
-        "# nbgpu on hardware" + (" (*simulated*)" if data["simulated"] else ""),
+        f"# nbgpu on {kind}",
         "",
-        f"{data['written']}, {data['seconds']} s, {simulated}.{whole}",
+        f"{data['written']}, {data['seconds']} s, {what}.{whole}",
         "",
         "| the machine | |",
         "|---|---|",

@@ -34,11 +34,12 @@ SESSION_SECONDS = 1.0
 
 
 def load(serverapp: Any) -> None:
-    """Add nbgpu to `serverapp`. On a server without a slice (no ``$NBGPU_SOCKET``) only the answer "no slice" is added."""
+    """Add nbgpu to `serverapp`. On a server without a slice (no ``$NBGPU_SOCKET``) the answer "no slice", and ``%gpu`` that says so."""
     socket_path = os.environ.get("NBGPU_SOCKET")
     web_app = serverapp.web_app
     if os.environ.get("NBGPU_PLAIN_TERMINALS"):
         serverapp.io_loop.add_callback(plain_terminals, serverapp)  # once all extensions are loaded, that of terminals too
+    _use_provisioner(serverapp)
     if not socket_path:
         web_app.add_handlers(".*$", routes(web_app.settings["base_url"], None, SERVER))
         return
@@ -49,7 +50,6 @@ def load(serverapp: Any) -> None:
     web_app.add_handlers(".*$", routes(web_app.settings["base_url"], sampler, SERVER, asked))
     _emit_notices(serverapp)
     _follow_kernels(serverapp, sampler, life)
-    _use_provisioner(serverapp)
     idle = tell_kernels(SliceClient(socket_path), lambda: kernels_of(serverapp))
     tasks = [sampler.follow_events(), _keep_busy_server(sampler, web_app.settings), idle]
     if hub.offered():
@@ -138,7 +138,7 @@ def _use_provisioner(serverapp: Any) -> None:
         return
     if PROVISIONER in {entry_point.name for entry_point in entry_points(group=KernelProvisionerFactory.GROUP_NAME)}:
         factory.default_provisioner_name = PROVISIONER
-    else:
+    elif os.environ.get("NBGPU_SOCKET"):
         serverapp.log.warning(
             "nbgpu: the kernel provisioner is not installed (pip install 'nbgpu[lab]'): limits in notebooks' metadata are not set"
         )

@@ -15,7 +15,7 @@ from nbgpu.kernel_limits import kernel_limit
 from nbgpu.logs import one_line
 
 from .client import SliceClient
-from .kernel_args import kernel_arguments
+from .kernel_args import kernel_arguments, magic_argument
 from .kernels import starts
 from .limits import NO_LIMIT, ORIGINS
 from .notices import SERVER
@@ -28,7 +28,8 @@ class SliceProvisioner(LocalProvisioner):
 
     ``"nbgpu": {"memory": "5 GiB", "compute": "1/2"}`` in a notebook's metadata limits its kernel before the process starts; a fraction
     is of the server's slice. Junk there becomes a notice: the kernel starts in any case. A restart of the kernel reads the metadata again;
-    a limit that was set since, from the panel without keeping it in the notebook or by a command, outlives it.
+    a limit that was set since, from the panel without keeping it in the notebook or by a command, outlives it. In a server without a
+    slice a Python kernel gets ``%gpu`` alone, which says so.
     """
 
     _started = False
@@ -42,9 +43,9 @@ class SliceProvisioner(LocalProvisioner):
             starts(self.kernel_id, notebook, getattr(getattr(self.parent, "parent", None), "root_dir", ""))
             await self._limit(SliceClient(socket_path), notebook, again=self._started)
         self._started = True
-        if socket_path:
-            more = await kernel_arguments(SliceClient(socket_path), self.kernel_spec.argv)
-            kwargs["extra_arguments"] = [*(kwargs.get("extra_arguments") or []), *more]
+        argv = self.kernel_spec.argv
+        more = await kernel_arguments(SliceClient(socket_path), argv) if socket_path else magic_argument(argv)
+        kwargs["extra_arguments"] = [*(kwargs.get("extra_arguments") or []), *more]
         return await super().pre_launch(**kwargs)
 
     async def cleanup(self, restart: bool = False) -> None:

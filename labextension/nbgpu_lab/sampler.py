@@ -251,6 +251,7 @@ def join(kernels: list[Json], sessions: dict[str, Json], limits: dict[str, Json]
             idle: Json = {"kernel_id": kernel_id, "pids": [], "limit": limits.get(kernel_id, NO_LIMIT), "devices": []}
             joined.append({**idle, "refusals": 0, "launches": 0, "idle_seconds": None, **UNKNOWN, **session})
     for kernel in joined:
-        kernel["limit_part_milli"] = ORIGINS.part_milli(kernel["kernel_id"], kernel["limit"])
-        kernel["limit_source"] = ORIGINS.source(kernel["kernel_id"], kernel["limit"])
+        as_set = kernel.pop("limit_set", None) or kernel["limit"]  # another one where the slice has another size since
+        kernel["limit_part_milli"] = ORIGINS.part_milli(kernel["kernel_id"], as_set)
+        kernel["limit_source"] = ORIGINS.source(kernel["kernel_id"], as_set)
     return sorted(joined, key=lambda kernel: (kernel["kernel_id"] is None, kernel["path"] or "~", kernel["kernel_id"] or ""))

@@ -63,7 +63,7 @@ class Actions {
     const { button } = await showDialog({
       title: trans.__('Free caches of %1?', name),
       body: (
-        <div>
+        <div className="nbgpu-Consent-body">
           <p>
             {trans.__(
               'Frameworks keep GPU memory that they do not use now. This runs in the kernel, for what it has imported, and leaves your variables alone:'

@@ -22,6 +22,7 @@ import { keepRange } from './range';
 import { reopen } from './reopen';
 import { sliceApi } from './request';
 import { runningPlugin } from './running';
+import { onShutDown } from './shutdown';
 import { StatusItem } from './status';
 import { CommandIDs, DOMAIN, ISliceModel } from './tokens';
 
@@ -43,6 +44,7 @@ const modelPlugin: JupyterFrontEndPlugin<ISliceModel> = {
   ) => {
     const services = app.serviceManager;
     const model = new SliceModel({ api: sliceApi(services.serverSettings) });
+    onShutDown(services.serverSettings.baseUrl, () => model.ends());
     shareModel(model, (translator ?? nullTranslator).load(DOMAIN));
     services.events.stream.connect((_, event) => {
       if ((event.schema_id as unknown) === SCHEMA_ID) {

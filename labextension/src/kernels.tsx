@@ -119,7 +119,7 @@ function Kernel(props: IKernelProps): JSX.Element {
       <tr>
         <th scope="rowgroup" colSpan={3} title={kernel.path ?? name}>
           <div className="nbgpu-Kernels-title">
-            <span className="nbgpu-Kernels-name">{name}</span>
+            <bdi className="nbgpu-Kernels-name">{name}</bdi>
             {props.suspended.length > 0 && (
               <span className="nbgpu-Kernels-suspended">
                 {trans.__('suspended')}

@@ -58,7 +58,8 @@ export function LimitForm(props: ILimitFormProps): JSX.Element {
           ...(memory === before.memory
             ? { memory_bytes: kernel.limit.memory_bytes }
             : { memory }),
-          ...(compute === before.compute
+          // a part that was written is set anew as such: the slice may have another size since
+          ...(compute === before.compute && !kernel.limit_part_milli
             ? { compute_milli: kernel.limit.compute_milli }
             : { compute })
         });

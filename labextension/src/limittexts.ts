@@ -42,15 +42,22 @@ export function roundedWords(
       );
 }
 
-/** The part of the slice's time that was written, in thousandths; null where it is not what holds: the slice has another size since. */
+/**
+ * The part of the slice's time that was written, in thousandths; null where something else holds. In a slice that has another size since
+ * it is as much as whole thousandths of the GPU allow: a hundredth of the slice more or less, at most.
+ */
 function writtenPart(
   kernel: IKernelUsage,
   devices: IDeviceUsage[]
 ): number | null {
   const part = kernel.limit_part_milli ?? null;
-  const holds =
-    part && Math.max(1, Math.floor((sliceMilli(devices) * part) / 1000));
-  return holds !== null && holds === kernel.limit.compute_milli ? part : null;
+  const holds = kernel.limit.compute_milli;
+  if (part === null || holds === null) {
+    return null;
+  }
+  const whole = sliceMilli(devices);
+  const off = Math.abs(holds - (whole * part) / 1000);
+  return off <= Math.max(1, whole / 100) ? part : null;
 }
 
 function sliceMilli(devices: IDeviceUsage[]): number {

@@ -26,6 +26,8 @@ const GAP_SECONDS = 5;
 const LEAST_MS = 1000;
 /** A server that does not answer is asked this seldom in the end. */
 const MOST_MS = 10_000;
+/** So long a server that ends may go on answering. */
+const ENDING_MS = 10_000;
 
 /** What it means where a question is answered like this. */
 const SILENT: { [status: number]: IStale['who'] } = {
@@ -75,7 +77,8 @@ export class SliceModel implements ISliceModel {
 
   get stale(): IStale | null {
     if (this._trouble) {
-      return { who: SILENT[this._status] ?? 'server', since: this._heardAt };
+      const silent = this._endsAt > 0 ? 'stopped' : 'server';
+      return { who: SILENT[this._status] ?? silent, since: this._heardAt };
     }
     return this._agent.ok ? null : { who: 'agent', since: this._agent.since };
   }
@@ -159,6 +162,12 @@ export class SliceModel implements ISliceModel {
     );
   }
 
+  /** The server has said that it ends. */
+  ends(): void {
+    this._endsAt = Date.now();
+    this._changed.emit();
+  }
+
   /** Settings changed. */
   configure(settings: SliceModel.ISettings): void {
     const { pollSeconds, ...shown } = settings;
@@ -195,6 +204,9 @@ export class SliceModel implements ISliceModel {
     try {
       await this._ask();
       this._trouble = '';
+      if (Date.now() - this._endsAt > ENDING_MS) {
+        this._endsAt = 0; // it is another one
+      }
       this._heardAt = Date.now() / 1000;
     } catch (error) {
       this._trouble = (error as Error).message;
@@ -333,6 +345,8 @@ export class SliceModel implements ISliceModel {
   private _present = false;
   private _absent = false;
   private _trouble = '';
+  /** When the server said that it ends; 0: it has not. */
+  private _endsAt = 0;
   /** Of the answer that was none; 0: there was no answer. */
   private _status = 0;
   private _notices: INotice[] = [];

@@ -20,6 +20,7 @@ import type { ISliceModel } from './tokens';
 import {
   clock,
   computeWords,
+  isolated,
   kernelName,
   sliceName,
   staleWords,
@@ -62,7 +63,11 @@ export function drawMonitor(
   } else if (model.trouble) {
     note(trans.__('No news: %1.', model.trouble));
   } else if (model.absent) {
-    note(trans.__('This server has no GPU slice.'));
+    note(
+      trans.__(
+        'This server has no GPU slice. On a hub, stop it (File › Hub Control Panel) and choose a fraction of a GPU at its start.'
+      )
+    );
   } else if (!model.agent.ok) {
     const since = clock(model.agent.since);
     note(trans.__('No news from the node agent since %1.', since));
@@ -175,7 +180,7 @@ function kernelLine(
 ): string {
   const used = formatMemory(kernelTotals(kernel).usedBytes);
   const cap = kernel.limit.memory_bytes;
-  const name = kernelName(kernel, trans);
+  const name = isolated(kernelName(kernel, trans));
   const who =
     kernel.kernel_id === ownId ? trans.__('%1 (this notebook)', name) : name;
   const held =

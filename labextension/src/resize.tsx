@@ -4,7 +4,7 @@ import * as React from 'react';
 
 import type { IResizeAnswer, IRoom, IUsage, IWrittenSize } from './api';
 import { Field } from './field';
-import { formatFraction } from './format';
+import { fieldsOf, sizeAsked, withShare } from './size';
 import { answerWords, roomWords } from './words';
 
 interface IResizeProps {
@@ -65,10 +65,8 @@ function ResizeForm(
   }
 ): JSX.Element {
   const { usage, trans } = props;
-  const [share, setShare] = React.useState(() =>
-    formatFraction(usage.devices[0].compute_limit_milli)
-  );
-  const [memory, setMemory] = React.useState('');
+  const [had] = React.useState(() => fieldsOf(usage.devices[0]));
+  const [fields, setFields] = React.useState(had);
   const [error, setError] = React.useState('');
   const [waits, setWaits] = React.useState(false);
   const [room, setRoom] = React.useState<IRoom>({ devices: [] });
@@ -87,13 +85,14 @@ function ResizeForm(
   }, [error]);
 
   const ask = async (): Promise<void> => {
+    const asked = sizeAsked(fields, had);
+    if (!asked) {
+      props.close();
+      return;
+    }
     setWaits(true);
     try {
-      const answer = await props.resize({
-        ...(share.trim() ? { gpu_fraction: share.trim() } : {}),
-        ...(memory.trim() ? { gpu_memory: memory.trim() } : {})
-      });
-      props.done(answer);
+      props.done(await props.resize(asked));
     } catch (reason) {
       setError((reason as Error).message);
       setWaits(false);
@@ -111,16 +110,16 @@ function ResizeForm(
     >
       <Field
         label={trans.__('Share of a GPU')}
-        value={share}
+        value={fields.share}
         placeholder={trans.__('such as 1/2 or 25 %')}
-        change={setShare}
+        change={share => setFields(withShare(fields, share, had))}
         field={first}
       />
       <Field
         label={trans.__('GPU memory')}
-        value={memory}
-        placeholder={trans.__('as much as the share has')}
-        change={setMemory}
+        value={fields.memory}
+        placeholder={trans.__('follows the share')}
+        change={memory => setFields({ ...fields, memory })}
       />
       <div className="nbgpu-Resize-room" aria-live="polite">
         {roomWords(room, trans).map(words => (

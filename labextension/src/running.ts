@@ -12,6 +12,7 @@ import { holders, type IHolder } from './holders';
 import { sliceIcon } from './icons';
 import { onChange, whenPresent } from './present';
 import { CommandIDs, DOMAIN, ISliceModel } from './tokens';
+import { beforeACut, isolated } from './words';
 
 /** The section of the Running panel with the kernels that hold GPU memory. */
 class GpuKernels implements IRunningSessions.IManager {
@@ -66,9 +67,13 @@ class GpuKernels implements IRunningSessions.IManager {
     const words = name ?? this._trans.__('Kernel %1', kernelId.slice(0, 8));
     return {
       icon: () => sliceIcon,
-      label: () => `${memory} · ${words}`, // a long name is cut at its end
+      label: () => `${memory} · ${beforeACut(words)}`, // a long name is cut at its end
       labelTitle: () =>
-        this._trans.__('%1 holds %2 of GPU memory', path ?? words, memory),
+        this._trans.__(
+          '%1 holds %2 of GPU memory',
+          isolated(path ?? words),
+          memory
+        ),
       open: () => this._open(path),
       shutdown: () => this._shutdown(holder)
     };

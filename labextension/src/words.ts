@@ -92,6 +92,23 @@ export function kernelName(kernel: IKernelUsage, trans: Words): string {
   return kernel.name ?? trans.__('Kernel %1', kernel.kernel_id.slice(0, 8));
 }
 
+const OTHER_DIRECTION =
+  /[\u0590-\u08ff\u200e\u200f\u202a-\u202e\u2066-\u2069\ufb1d-\ufefc]/;
+
+/** A name inside other words: one that is written from right to left leaves the order of what is around it alone. */
+export function isolated(name: string): string {
+  return OTHER_DIRECTION.test(name) ? `\u2068${name}\u2069` : name;
+}
+
+const IN_A_LIST = 24;
+
+/** A name at the end of a line that is cut at its right: where that is where the name begins, it is cut in its middle before. */
+export function beforeACut(name: string): string {
+  return OTHER_DIRECTION.test(name)
+    ? isolated(cutInTheMiddle(name, IN_A_LIST))
+    : name;
+}
+
 const UNUSED_SECONDS = 60;
 
 /** "busy", "idle for 12 min"; empty where the server does not know the kernel. */
@@ -165,12 +182,12 @@ export function staleWords(stale: IStale, trans: Words): string {
   switch (stale.who) {
     case 'agent':
       return trans.__(
-        'The node agent does not answer since %1. Limits stay in force; what is shown is from then.',
+        'The node agent has not answered since %1. Limits stay in force; what is shown is from then.',
         since
       );
     case 'server':
       return trans.__(
-        'The Jupyter server does not answer since %1. What is shown is from then.',
+        'The Jupyter server has not answered since %1. What is shown is from then.',
         since
       );
     case 'stopped':
@@ -180,7 +197,7 @@ export function staleWords(stale: IStale, trans: Words): string {
       );
     case 'nobody':
       return trans.__(
-        'The Jupyter server tells this page nothing since %1: it was started anew, or your login is over. Reload the page.',
+        'The Jupyter server has told this page nothing since %1: it was started anew, or your login is over. Reload the page.',
         since
       );
   }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,12 +16,13 @@ from nbgpu.quantities import format_memory, format_time
 from . import adoption, procs, slicedir
 from .away import Away
 from .backend import DriverLimits
-from .books import Conflict, check_fits, check_kernel_limit, check_slice, resized
+from .books import Conflict, check_fits, check_kernel_limit, check_slice, holding, resized
 from .cgroups import Cgroups
 from .checkpoint import Checkpoints
 from .events import Changes, EventLog
 from .happened import short
 from .live import LiveSlice
+from .marks import mark
 from .native import Native, UseRow
 from .parking import Parking
 from .policy import Policy
@@ -31,6 +32,7 @@ from .simulated import Machine
 from .slicedir import ClaimOf, Record, Suspended
 from .suspension import GpuLock, Suspender
 from .turns import Turns
+from .watchdog import OVER_LIMIT_TOLERANCE_BYTES
 
 log = logging.getLogger("nbgpu.agent")
 GATHER_SECONDS = 0.03
@@ -104,6 +106,10 @@ class Agent:
         self.changed = Changes()
         self.on_slice_added: Callable[[LiveSlice], None] = lambda _: None
         self.on_slice_ended: Callable[[LiveSlice], None] = lambda _: None
+        self.seen_bytes: Callable[[LiveSlice], Mapping[str, int]] = lambda _: {}
+        """What the driver showed of a slice at the last look, bytes by device uuid."""
+        self.on_settled: Callable[[LiveSlice], None] = lambda _: None
+        """A slice counts less than before: it has freed memory above its limits."""
         self.last_look: Callable[[LiveSlice], None] = lambda _: None
         """A last look at what processes that are gone have left."""
 
@@ -136,6 +142,8 @@ class Agent:
             "suspended": (),
             "limited": None,
             "parked": None,
+            "lowered": None,
+            "slice": record.lowered or record.slice,
             "kernels_away": {},
             "use_since": 0,
         }
@@ -169,7 +177,7 @@ class Agent:
 
     def write_limits(self, live: LiveSlice) -> None:
         """Write the limits that are in force where the slice's processes read them, and tell the driver."""
-        live.ctl.set_slice(live.full, self.context_bytes, self.overhead_caps, holds=live.slice == live.full)
+        live.ctl.set_slice(live.full, self.context_bytes, self.overhead_caps, holds=live.limits == live.full)
         self.hold(live)
 
     def hold(self, live: LiveSlice) -> None:
@@ -317,13 +325,13 @@ class Agent:
     ) -> AgentSlice:
         """Give a slice new limits on each of its devices; the books are checked first. `only_unused`: none below what it uses."""
         live = self.find(slice_id)
-        wanted = resized(live.slice, memory_bytes, compute_milli, mode)
+        wanted = resized(live.limits, memory_bytes, compute_milli, mode)
         if live.record.claim is not None:
             claim = live.record.claim
             raise Conflict(f"Slice {slice_id} is of ResourceClaim {claim.namespace}/{claim.name}: its pool alone changes its limits.")
-        if live.record.parked is not None and wanted != live.slice:
+        if live.record.parked is not None and wanted != live.limits:
             raise Conflict(f"Slice {slice_id} is {live.record.parked.phase} because it is idle: its limits change when it is back.")
-        before = live.slice
+        before = live.limits
         if only_unused:
             _must_hold(live, wanted)
         self.change(live, wanted)
@@ -336,29 +344,55 @@ class Agent:
         return live.as_model()
 
     def change(self, live: LiveSlice, wanted: Slice) -> None:
-        """Bring the limits of `wanted` in force; the books are checked first."""
-        if wanted == live.slice:
+        """Bring the limits of `wanted` in force; the books are checked first.
+
+        Memory that the slice holds above them counts as its own until it is free (`settle`).
+        """
+        if wanted == live.limits:
             return
+        counts = holding(wanted, [part.memory_bytes for part in live.slice.devices])
         check_slice(wanted, self.devices, self.settings.node)
-        check_fits(wanted, (other.slice for other in self.slices.values() if other is not live), self.devices)
-        live.save(slice=wanted)
-        self.write_limits(live)
+        check_fits(counts, (other.slice for other in self.slices.values() if other is not live), self.devices)
+        live.save(slice=counts, lowered=wanted if counts != wanted else None)
+        mark("limits-lowered")
+        if live.record.kernel_limits:
+            live.ctl.set_kernels(live.kernel_limits)
+        self.write_limits(live)  # from here on it gets no more: what it uses now is the most that it can hold
         self.turns.change(live)
+        self.turns.change_kernels(live)
+        self.settle(live)
         self.touch()
         first = wanted.devices[0]
         what = f"{format_memory(first.memory_bytes)}, {format_time(first.compute_milli)}, {wanted.mode}"
         self.events.add("limit-changed", "info", f"This server's slice is now {what}.", live.id, owner=live.owner)
-        for part, used_bytes in zip(live.slice.devices, live.memory_by_device(), strict=True):
+        for part, used_bytes in zip(wanted.devices, live.memory_by_device(), strict=True):
             if used_bytes > part.memory_bytes:
                 self._tell_over(live, "This server", used_bytes, part.memory_bytes, None)
                 break
 
+    def settle(self, live: LiveSlice) -> None:
+        """Let others have what a slice whose limits were lowered has freed since."""
+        limits = live.record.lowered
+        if limits is None:
+            return
+        seen = self.seen_bytes(live)  # counts where it is clearly more: what a slice tells may have been lost
+        parts = zip(live.slice.devices, live.memory_by_device(), strict=True)
+        held = [min(part.memory_bytes, max(used, seen.get(part.uuid, 0) - OVER_LIMIT_TOLERANCE_BYTES)) for part, used in parts]
+        counts = holding(limits, held)
+        if counts != live.slice:
+            live.save(slice=counts, lowered=limits if counts != limits else None)
+            mark("limits-settled")
+            self.touch()
+            self.on_settled(live)
+
     def set_kernel_limit(self, live: LiveSlice, kernel_id: str, limit: KernelLimit) -> KernelLimit:
         """Limit a kernel inside its slice; both None removes its limit."""
         check_kernel_limit(limit, live.full)
-        if live.record.kernel_limits.get(kernel_id, KernelLimit()) == limit:
+        before = live.kernel_limits.get(kernel_id, KernelLimit())
+        if before != limit or limit != live.record.kernel_limits.get(kernel_id, KernelLimit()):
+            live.set_kernel_limit(kernel_id, limit)
+        if before == limit:
             return limit
-        live.set_kernel_limit(kernel_id, limit)
         self.turns.change_kernels(live)
         who = f"Notebook kernel {short(kernel_id)}"
         self.events.add("limit-changed", "info", f"{who} {limit_words(limit)}.", live.id, kernel_id, live.owner)

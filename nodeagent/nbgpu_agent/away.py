@@ -348,9 +348,9 @@ class Away:
     @staticmethod
     def _no_room(live: LiveSlice, kernel_id: str, entry: AwayKernel) -> str | None:
         """Return what a slice lacks for a kernel to come back, as a process that allocates would find; None when it lacks nothing."""
-        limit = live.record.kernel_limits.get(kernel_id)
+        limit = live.kernel_limits.get(kernel_id)
         rows = live.tenant.read()
-        for index, part in enumerate(live.slice.devices):
+        for index, part in enumerate(live.limits.devices):
             own = others = of_kernel = 0
             for row in rows:
                 size = live.counted_bytes(row) if row.device == index else 0

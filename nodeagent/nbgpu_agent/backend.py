@@ -116,7 +116,7 @@ class DriverLimits:
                 self._look_at[live.id] = time.monotonic() + LOOK_AGAIN_SECONDS
                 self._tell(live, why)
             return
-        limits = {part.uuid: part.memory_bytes for part in live.slice.devices}
+        limits = {part.uuid: part.memory_bytes for part in live.limits.devices}
         if self._set.get(live.id) == (place, limits):
             return
         if live.record.limited not in (None, place):

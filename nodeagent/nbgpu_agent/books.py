@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from nbgpu.errors import InvalidValue, NbgpuError
 from nbgpu.models import Device, KernelLimit, Slice
@@ -72,14 +72,42 @@ def emptied(full: Slice) -> Slice:
     return full.model_copy(update={"devices": [part.model_copy(update=nothing) for part in full.devices]})
 
 
+def holding(limits: Slice, held_bytes: Sequence[int]) -> Slice:
+    """Return what a slice with these limits counts while it holds so much memory on each of its devices."""
+    pairs = zip(limits.devices, held_bytes, strict=True)
+    parts = [part.model_copy(update={"memory_bytes": max(part.memory_bytes, held)}) for part, held in pairs]
+    return limits.model_copy(update={"devices": parts})
+
+
 def check_kernel_limit(limit: KernelLimit, within: Slice) -> None:
     """Raise InvalidValue when a kernel's limit is nothing, or above its slice's on any device."""
     memory = min(part.memory_bytes for part in within.devices)
     if limit.memory_bytes is not None and not MIB <= limit.memory_bytes <= memory:
         raise InvalidValue("memory_bytes", limit.memory_bytes, f"between 1 MiB and the slice's {format_memory(memory)} ({memory} bytes)")
-    compute = min(part.compute_milli for part in within.devices)
+    compute = share_milli(within)
     if limit.compute_milli is not None and not 1 <= limit.compute_milli <= compute:
         raise InvalidValue("compute_milli", limit.compute_milli, f"from 1 to {compute}, the slice's share in thousandths of the GPU's time")
+
+
+def share_milli(of: Slice) -> int:
+    """Return the compute share that parts of a slice's time are taken of, milli-GPU: the least of its devices'."""
+    return min(part.compute_milli for part in of.devices)
+
+
+def kernel_limit_in(limit: KernelLimit, of_milli: int, within: Slice) -> KernelLimit:
+    """Return what a kernel's limit is in a slice that may have another size since it was set.
+
+    Parameters
+    ----------
+    of_milli : int
+        The slice's share when it was set: its compute stays that part of it.
+    """
+    memory, compute, share = limit.memory_bytes, limit.compute_milli, share_milli(within)
+    if memory is not None:
+        memory = min(memory, *(part.memory_bytes for part in within.devices))
+    if compute is not None and share != of_milli:
+        compute = max(1, min(share, (2 * compute * share + of_milli) // (2 * of_milli)))
+    return KernelLimit(memory_bytes=memory, compute_milli=compute)
 
 
 def resized(current: Slice, memory_bytes: int | None, compute_milli: int | None, mode: str | None) -> Slice:

@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nbgpu.models import Event
+from nbgpu.models import Event, EventKind
 
 log = logging.getLogger("nbgpu.agent")
 KEPT = 200
@@ -121,7 +121,7 @@ class EventLog:
 
     def add(
         self,
-        kind: str,
+        kind: EventKind,
         level: Literal["info", "warning", "error"],
         message: str,
         slice_id: str | None = None,

@@ -14,7 +14,7 @@ from typing import Literal
 from nbgpu.models import AgentSlice, Backend, KernelLimit, Slice, Usage
 
 from . import layout, procs, slicedir
-from .books import Conflict
+from .books import Conflict, kernel_limit_in, share_milli
 from .cgroups import Cgroups
 from .history import History
 from .native import Native, UseRow
@@ -94,7 +94,7 @@ class LiveSlice:
         self._watches: dict[int, Watch] = {}
         self._known: dict[int, Process] = {}
         self._granted = {slot for slot, size in enumerate(self.ctl.words.overhead) if size}
-        self.ctl.set_kernels(record.kernel_limits)
+        self.ctl.set_kernels(self.kernel_limits)
         self.write_away()
         for root in record.roots:
             self._watch(Process(root.pid, root.start_time))
@@ -108,14 +108,19 @@ class LiveSlice:
 
     @property
     def slice(self) -> Slice:
-        """What the slice is."""
+        """What the slice counts on its devices: its limits or, while it still holds more memory than those, that."""
         return self.record.slice
+
+    @property
+    def limits(self) -> Slice:
+        """The slice with the limits that are in force."""
+        return self.record.lowered or self.record.slice
 
     @property
     def full(self) -> Slice:
         """The slice with its own limits, also while it is parked and has none of them."""
         parked = self.record.parked
-        return self.record.slice if parked is None else parked.full
+        return self.limits if parked is None else parked.full
 
     @property
     def owner(self) -> str:
@@ -314,6 +319,12 @@ class LiveSlice:
 
     # ---- limits
 
+    @property
+    def kernel_limits(self) -> dict[str, KernelLimit]:
+        """The limits of its kernels that are in force: as they were set, in a slice of today's size."""
+        now, of = share_milli(self.full), self.record.kernel_of_milli
+        return {name: kernel_limit_in(limit, of.get(name, now), self.full) for name, limit in self.record.kernel_limits.items()}
+
     def set_kernel_limit(self, kernel_id: str, limit: KernelLimit) -> None:
         """Set or (both None) remove a kernel's limit; when the table is full, a limit of a kernel that holds nothing goes."""
         limits = {name: value for name, value in self.record.kernel_limits.items() if name != kernel_id}
@@ -325,8 +336,11 @@ class LiveSlice:
             if len(limits) >= layout.KERNELS:
                 raise Conflict(f"{layout.KERNELS} kernels of this server have limits of their own already: remove one first.")
             limits[kernel_id] = limit
-        self.save(kernel_limits=limits)
-        self.ctl.set_kernels(limits)
+        of_milli = {name: self.record.kernel_of_milli[name] for name in limits if name in self.record.kernel_of_milli}
+        if kernel_id in limits:
+            of_milli[kernel_id] = share_milli(self.full)
+        self.save(kernel_limits=limits, kernel_of_milli=of_milli)
+        self.ctl.set_kernels(self.kernel_limits)
 
     # ---- kernels whose memory is on the host
 
@@ -395,11 +409,17 @@ class LiveSlice:
         """Return what the slice uses now, read from its files."""
         now_ns = time.monotonic_ns()
         slots = self.slots(self.tenant.read(), now_ns)
-        limits, suspended = self.record.kernel_limits, [one.as_model() for one in self.record.suspended if not one.excused]
+        limits, suspended = self.kernel_limits, [one.as_model() for one in self.record.suspended if not one.excused]
         seen = self.memory_doubts.seen, self.compute_doubts.seen
         found = slice_usage(self.full, slots, limits, *seen, self.backend, time.time(), now_ns, suspended, self.owner_resumes)
         away = {kernel_id: entry.as_model(found.time) for kernel_id, entry in self.record.kernels_away.items()}
-        kernels = [one.model_copy(update={"away": away.get(one.kernel_id or "")}) for one in found.kernels] if away else found.kernels
+        other = {name: limit for name, limit in self.record.kernel_limits.items() if limit != limits[name]}
+        kernels = found.kernels
+        if away or other:
+            kernels = [
+                one.model_copy(update={"away": away.get(one.kernel_id or ""), "limit_set": other.get(one.kernel_id or "")})
+                for one in kernels
+            ]
         return found.model_copy(update={"kernels": kernels, "may_suspend": self.may_suspend})
 
     def memory_by_device(self, kernel_id: str | None = None) -> list[int]:
@@ -429,6 +449,7 @@ class LiveSlice:
         """Return the slice as the API shows it."""
         return AgentSlice(
             slice=self.slice,
+            lowered=self.record.lowered,
             state=self.state,
             process_count=len(self.members()),
             created=self.record.created,

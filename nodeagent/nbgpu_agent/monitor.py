@@ -106,6 +106,7 @@ class Monitor:
         """Slices that were here before this agent."""
         self.samples: dict[str, DeviceSample] = {}
         agent.last_look = self._last_look
+        agent.seen_bytes = self._seen_bytes
         agent.checkpoints.room = self._room
 
     async def run(self) -> None:
@@ -145,6 +146,8 @@ class Monitor:
         for live in list(agent.slices.values()):
             rows_of[live.id] = self._look_after(live, wall)
         findings = self._judge(rows_of)
+        for live in list(agent.slices.values()):
+            agent.settle(live)
         for finding in self._confirmed.pass_new(findings):
             self._report(finding)
         self._responses.look(self._offences, each_second=True)
@@ -166,6 +169,10 @@ class Monitor:
 
     def _sample(self) -> dict[str, DeviceSample]:
         return {uuid: self._nvml.sample(uuid) for uuid in list(self._agent.devices)}
+
+    def _seen_bytes(self, live: LiveSlice) -> dict[str, int]:
+        remembered = self._memory.get(live.id)
+        return remembered.seen_bytes if remembered is not None else {}
 
     async def _room(self, uuid: str, pids: Collection[int]) -> tuple[int, int] | None:
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._nvml.room, uuid, pids)
@@ -194,7 +201,7 @@ class Monitor:
         memory = self._memory.get(live.id)
         if memory is None:
             memory = self._memory[live.id] = SliceMemory()
-        for one in memory.happened.look(slots, live.record.kernel_limits, time.monotonic()):
+        for one in memory.happened.look(slots, live.kernel_limits, time.monotonic()):
             self._agent.events.add(one.kind, "info", one.message, live.id, one.kernel_id, live.owner, **one.data)
 
     def _hostile(self, live: LiveSlice, what: str) -> None:
@@ -220,7 +227,7 @@ class Monitor:
             own = live.tenant.holding()
             holding |= own
             known |= dict.fromkeys(own, live.id)
-            for index, part in enumerate(live.slice.devices):
+            for index, part in enumerate(live.limits.devices):
                 on_device.setdefault(part.uuid, []).append((live, index))
         for uuid, sample in self.samples.items():
             agent.set_healthy(uuid, sample.error is None)
@@ -256,7 +263,7 @@ class Monitor:
 
     def _judge_slice(self, live: LiveSlice, index: int, rows: list[UseRow], pids: list[int], sample: DeviceSample) -> list[Finding]:
         """Judge a slice on its `index`-th device, and write what its processes there read: overheads, compute used."""
-        part = live.slice.devices[index]
+        part = live.limits.devices[index]
         cap = self._agent.overhead_caps.get(part.uuid, 0)
         rows = [row for row in rows if row.device == index]
         owed_ns = self._agent.turns.reconcile(live, index, sum(sample.computed_ns.get(pid, 0) for pid in pids))
@@ -264,7 +271,7 @@ class Monitor:
             self._hostile(live, f"it says that nothing of it runs while GPU {part.index} computes for it")
         memory = {pid: sample.memory[pid] for pid in pids if pid in sample.memory}
         compute = {pid: sample.compute[pid] for pid in pids if sample.compute.get(pid)}
-        strict = part.compute_milli if live.slice.mode == "strict" else None
+        strict = part.compute_milli if live.limits.mode == "strict" else None
         slots = [self._seen(live, row) for row in rows]
         look = Look(part, strict, slots, [(row.owner, row.busy_ns) for row in rows], memory)
         remembered = self._memory.setdefault(live.id, SliceMemory())
@@ -290,7 +297,7 @@ class Monitor:
 
     def _blame(self, live: LiveSlice, index: int, rows: list[UseRow], processes: list[Process], sample: DeviceSample) -> None:
         """Note who of a slice does on its `index`-th device what no process under the limiter can."""
-        part = live.slice.devices[index]
+        part = live.limits.devices[index]
         now, now_ns = time.monotonic(), time.monotonic_ns()
         held: list[Held] = []
         elsewhere = any(live.tenant.states[row.slot].elsewhere for row in rows if row.device == index)
@@ -313,7 +320,7 @@ class Monitor:
             memory.books[part.uuid] = Books(part.memory_bytes, max(part.memory_bytes, held_before))
         memory.books[part.uuid].look(part.memory_bytes, total, now)
         cap = self._agent.overhead_caps.get(part.uuid, 0)
-        strict = part.compute_milli if live.slice.mode == "strict" else None
+        strict = part.compute_milli if live.limits.mode == "strict" else None
         self._offences += judge(live.id, part.uuid, held, memory.books[part.uuid], cap, strict)
 
     @staticmethod
@@ -440,9 +447,9 @@ class Monitor:
                 burst.row = row
 
     def _tell_refusal(self, live: LiveSlice, row: UseRow, count: int, slots: list[SlotUse]) -> None:
-        part = live.slice.devices[row.device]
+        part = live.limits.devices[row.device]
         slots = [slot for slot in slots if slot.device == row.device]
-        limit = live.record.kernel_limits.get(row.kernel_id)
+        limit = live.kernel_limits.get(row.kernel_id)
         slice_used = used = sum(slot.memory_bytes for slot in slots)
         allowed, which = part.memory_bytes, "slice"
         if row.refused_by == layout.REFUSED_DRIVER:

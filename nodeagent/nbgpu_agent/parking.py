@@ -174,6 +174,8 @@ class Parking:
             return "it is of a ResourceClaim: on Kubernetes slices are not parked yet"
         if live.state != "running":
             return f"it is {live.state}"
+        if live.record.lowered is not None:
+            return "it holds more memory than its limit"
         if live.record.suspended:
             return "the watchdog has stopped a process of it"
         rows = live.tenant.read()

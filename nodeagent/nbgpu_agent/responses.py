@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from nbgpu.errors import NbgpuError
-from nbgpu.models import KernelId
+from nbgpu.models import EventKind, KernelId
 
 from . import procs
 from .agent import Agent, short
@@ -210,7 +210,9 @@ class Responses:
             self._agent.events.add("not-permitted", "error", message, live.id, None, live.owner, pid=process.pid, for_kind=kind)
         return False
 
-    def _tell(self, what: str, live: LiveSlice, process: Process, kernel: str, done: str, why: str, kind: str, memory_bytes: int) -> None:
+    def _tell(
+        self, what: EventKind, live: LiveSlice, process: Process, kernel: str, done: str, why: str, kind: str, memory_bytes: int
+    ) -> None:
         self._agent.events.add(
             what,
             "warning" if what == "suspended" else "error",

@@ -92,7 +92,7 @@ class SliceApi:
 
     async def slice(self, request: Request) -> Response:
         """``GET /v1/slice``."""
-        return _json(self._live(request).slice.model_dump_json())
+        return _json(self._live(request).limits.model_dump_json())
 
     async def usage(self, request: Request) -> Response:
         """``GET /v1/usage``."""

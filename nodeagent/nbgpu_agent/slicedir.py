@@ -143,10 +143,14 @@ class Record(Model):
     claim: ClaimOf | None = None
     """With one the files are for whatever user the pod's processes run as, and the slice ends when the kubelet says so."""
     kernel_limits: dict[KernelId, KernelLimit] = Field(default_factory=dict[KernelId, KernelLimit])
+    kernel_of_milli: dict[KernelId, int] = Field(default_factory=dict[KernelId, int])
+    """The slice's compute share when each of them was set: its compute is that part of it."""
     suspended: tuple[Suspended, ...] = ()
     limited: str | None = None
     """The cgroup of which the driver may have a memory limit for this slice; written before the limit is set."""
     parked: Parked | None = None
+    lowered: Slice | None = None
+    """With the limits in force, where they were lowered below the memory that it holds: `slice` counts that until it is free."""
     protected: tuple[KernelId, ...] = ()
     """Kernels that are never parked."""
     kernels_away: dict[KernelId, AwayKernel] = Field(default_factory=dict[KernelId, AwayKernel])

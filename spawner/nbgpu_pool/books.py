@@ -13,8 +13,8 @@ from nbgpu.quantities import WHOLE_MILLI
 
 from .granted import Granted
 from .placement import Buckets, Place, Policy, Room, of_each_kind, of_use, order, place
-from .quotas import Account, Holding, total
-from .shapes import MAX_DEVICES, Part, Want, by_model, want_of
+from .quotas import Account, Holding
+from .shapes import MAX_DEVICES, NOTHING, Amount, Part, Want, amount_of, resolve, want_of
 
 if TYPE_CHECKING:
     from .placement.valued import Valued
@@ -87,6 +87,8 @@ class Entry:
     """What its user should know while it is held."""
     wanted: Slice | None = None
     """The slice as a resize wants it, until the ledger says that it is so (`resize`)."""
+    keeps: bool = False
+    """`wanted` is in force, and it still holds more memory than that: it counts until it is free."""
     wanted_acked: bool = True
     """The ledger has taken note of `wanted`."""
     wanted_mark: int = 0
@@ -175,8 +177,17 @@ def _number(entry: Entry) -> int:
     return entry.number
 
 
-def _free(room: Room) -> int:
-    return max(0, room.free_milli) if room.device.healthy and not room.coming else 0
+def free_of(room: Room, taken: Part = NOTHING) -> int:
+    """Return what is free of a device when `taken` is taken, in milli-GPU: the smaller of what is left of time and of memory."""
+    if not room.device.healthy or room.coming:
+        return 0
+    memory_milli = (room.free_bytes - taken.memory_bytes) * WHOLE_MILLI // max(1, room.device.usable_bytes)
+    return max(0, min(room.free_milli - taken.compute_milli, memory_milli))
+
+
+def takes_of_free(place: Place) -> int:
+    """Return by how much less is free in all when `place` is taken, in milli-GPU."""
+    return sum(free_of(room) - free_of(room, part) for room, part in place)
 
 
 def slice_at(entry: Entry, place: Place, groups: list[str]) -> Slice:
@@ -219,7 +230,7 @@ class Books:
     kinds: list[Device] = field(default_factory=list[Device])
     """One device of each model and size."""
     free_milli: int = 0
-    """Of all healthy devices that are there."""
+    """Of all healthy devices that are there (`free_of`)."""
     all_healthy: bool = True
     changes: int = 0
     """Rises with all that is booked, and with the devices."""
@@ -232,6 +243,8 @@ class Books:
     timed: set[str] = field(default_factory=set[str])
     """All whose longest session is known are among these."""
     granted: Granted = field(default_factory=Granted)
+    _usable_bytes: dict[str, int] = field(default_factory=dict[str, int])
+    """Of all devices that are there, and of those that are away for a while with slices on them."""
     _empty: list[Room] = field(default_factory=list[Room])
     _here: list[Room] = field(default_factory=list[Room])
     _to_come: list[Room] = field(default_factory=list[Room])
@@ -242,7 +255,7 @@ class Books:
     _of_user: dict[tuple[str, str], set[str]] = field(default_factory=dict[tuple[str, str], set[str]])
     """And all of a user among these."""
     _use: dict[Want, frozenset[str]] = field(default_factory=dict[Want, frozenset[str]])
-    _costs: dict[Want, Part | None] = field(default_factory=dict[Want, "Part | None"])
+    _costs: dict[Want, Amount | None] = field(default_factory=dict[Want, "Amount | None"])
 
     def by_value(self) -> None:
         """From now on `valued` is kept, and learns from all requests."""
@@ -308,7 +321,12 @@ class Books:
         for entry in self.entries.values():
             if entry.holds:
                 self._count(entry, 1)
-        self.free_milli = sum(_free(room) for room in self._here)
+        held = {uuid for entry in self.entries.values() if entry.holds for uuid, _ in entry.quota_parts()}
+        sizes = {uuid: size for uuid, size in self._usable_bytes.items() if uuid in held}
+        sizes |= {uuid: device.usable_bytes for uuid, device in self.devices.items()}
+        if sizes != self._usable_bytes:
+            self._usable_bytes, self.granted = sizes, Granted()  # what is held counts otherwise
+        self.free_milli = sum(free_of(room) for room in self._here)
         self.all_healthy = all(room.device.healthy for room in self._here)
         self._sort()
         self.kinds = list({(device.model, device.usable_bytes): device for device in self.devices.values()}.values())
@@ -409,9 +427,9 @@ class Books:
             room = self.rooms.get(uuid)
             if room is None:
                 continue
-            before = _free(room)
+            before = free_of(room)
             room.take(part) if sign > 0 else room.give_back(part)
-            self.free_milli += _free(room) - before
+            self.free_milli += free_of(room) - before
             nodes.add(room.device.node)
         if sign < 0:
             for freed in self._misfits.values():
@@ -495,20 +513,28 @@ class Books:
         there = [room.device for room in self._here if room.device.healthy]
         return len(there) * WHOLE_MILLI, sum(device.usable_bytes for device in there)
 
-    def cost(self, want: Want) -> Part | None:
+    def amount(self, parts: Iterable[tuple[str, Part]]) -> Amount:
+        """Return parts, by device, as quotas count them."""
+        found = Amount()
+        for uuid, part in parts:
+            found = found.plus(amount_of(part, self._usable_bytes.get(uuid, 0)))
+        return found
+
+    def cost(self, want: Want) -> Amount | None:
         """Return the least that `want` takes in all, on the models that could hold it; None when none could."""
         if want not in self._costs:
             if len(self._costs) >= MOST_COSTS:
                 self._costs.clear()
-            parts = by_model(want, self.kinds).values()
-            least = Part(min(part.memory_bytes for part in parts), min(part.compute_milli for part in parts)) if parts else None
-            self._costs[want] = total(least, want.device_count) if least else None
+            meant = ((device, resolve(want, device)) for device in self.kinds)
+            amounts = [amount_of(part, device.usable_bytes) for device, part in meant if part is not None]
+            least = (min(numbers) for numbers in zip(*amounts, strict=True))
+            self._costs[want] = Amount().plus(Amount(*least), want.device_count) if amounts else None
         return self._costs[want]
 
     def asking(self) -> list[tuple[Owner, list[str], int]]:
         """Return who waits for room, with their groups and the milli-GPU that they wait for at least."""
         waiting = ((one, self.cost(one.want)) for one in self.waiting() if not one.holder)
-        return [(one.request.owner, one.request.groups, cost.compute_milli) for one, cost in waiting if cost is not None]
+        return [(one.request.owner, one.request.groups, cost.counted_milli) for one, cost in waiting if cost is not None]
 
     def holdings(
         self, counted: frozenset[str], *, of: Owner | None = None, granted_only: bool = False, but: Entry | None = None
@@ -527,17 +553,13 @@ class Books:
         entries = self.entries.values() if of is None else self.of_user(of)
         return [self.holding(entry, counted) for entry in entries if entry is not but and (entry.holds or not granted_only)]
 
-    def granted_by(self, groups: frozenset[str]) -> dict[Account, Part]:
+    def granted_by(self, groups: frozenset[str]) -> dict[Account, Amount]:
         """Return what is granted, by whose quota it counts for; `groups` are those that have one."""
         return self.granted.by_account(self.entries, groups, self.holding)
 
     def holding(self, entry: Entry, counted: frozenset[str]) -> Holding:
         """Return what one request holds, or would hold at least."""
-        if entry.holds:
-            parts = [part for _, part in entry.quota_parts()]
-            amount = Part(sum(part.memory_bytes for part in parts), sum(part.compute_milli for part in parts))
-        else:
-            amount = self.cost(entry.want) or Part(0, 0)
+        amount = self.amount(entry.quota_parts()) if entry.holds else self.cost(entry.want) or Amount()
         groups = tuple(name for name in dict.fromkeys(entry.request.groups) if name in counted)
         releasing = entry.state == GrantState.releasing
-        return Holding(entry.request.owner, groups, amount.compute_milli, amount.memory_bytes, entry.holds, releasing)
+        return Holding(entry.request.owner, groups, amount, entry.holds, releasing)

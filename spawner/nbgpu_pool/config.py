@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -53,8 +52,11 @@ from .queue import Fairness
 from .quotas import Limits, Quotas
 from .state import Settings
 from .windows import DAYS, Window
+from .yaml_lines import line_of, node_of, repeated
 
 _GPUS = "a number of GPUs from 0 to 100000, such as 0.5, 1/4, 25% or 2"
+MOST_TOLD = 20
+"""Mistakes that one message names."""
 
 
 class ConfigError(NbgpuError):
@@ -390,43 +392,30 @@ def load(path: Path | None) -> Config:
     Raises
     ------
     ConfigError
-        With the file, the key and what it must be.
+        With the file and, in its order, the line of each mistake, the key and what it must be.
     """
     if path is None:
         return Config()
     try:
         text = path.read_text()
         raw: Any = yaml.safe_load(text)
+        node = node_of(text)
     except OSError as error:
         raise ConfigError(f"The pool's configuration {path} cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"The pool's configuration {path} is no YAML: {' '.join(str(error).split())}") from None
+    if raw is None:
+        raise ConfigError(f"The pool's configuration {path} says nothing; write {{}} in it where all defaults are meant.")
+    wrong = [(line, key, f"it is there already, at line {first}; write it once") for line, key, first in repeated(node)]
+    config: Config | None = None
     try:
-        return Config.model_validate({} if raw is None else raw)
+        config = Config.model_validate(raw)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the file"
-        message = first["msg"].removeprefix("Value error, ")
-        where = f"line {_line(text, first['loc'])}, {key}"
-        raise ConfigError(f"The pool's configuration {path} is wrong at {where}: {message}.") from None
-
-
-def _line(text: str, keys: Sequence[int | str]) -> int:
-    """Return the line, from 1, of what `keys` lead to; where there is no such thing, of what it would be in."""
-    untyped: Any = yaml
-    node: Any = untyped.compose(text, Loader=yaml.SafeLoader)
-    if node is None:
-        return 1
-    line: int = node.start_mark.line
-    for key in keys:
-        if node.id == "mapping":
-            found: list[Any] = [pair for pair in node.value if str(pair[0].value) == str(key)]
-            if not found:
-                break
-            line, node = found[-1][0].start_mark.line, found[-1][1]
-        elif node.id == "sequence" and isinstance(key, int) and key < len(node.value):
-            node = node.value[key]
-            line = node.start_mark.line
-        else:
-            break
-    return line + 1
+        for one in error.errors(include_url=False, include_context=False):
+            key = ".".join(str(part) for part in one["loc"]) or "the file"
+            wrong.append((line_of(node, one["loc"]), key, one["msg"].removeprefix("Value error, ")))
+    if config is not None and not wrong:
+        return config
+    said = "; ".join(f"line {line}, {key}: {what}" for line, key, what in sorted(wrong)[:MOST_TOLD])
+    more = f"; and {len(wrong) - MOST_TOLD} more" if len(wrong) > MOST_TOLD else ""
+    raise ConfigError(f"The pool's configuration {path} is wrong at {said}{more}.")

@@ -146,6 +146,7 @@ class Core(Held):
         self.books.give(entry, found, self.settings.quotas.counted(request.groups))
         walk.passed(entry, found, now)
         self._effects.granted.append(entry.slice_id)
+        self._claim_replaced(old, entry)
         self._withdraw(old, "given up for a smaller share", now)
         return self.grant(entry, now)
 
@@ -446,6 +447,7 @@ class Core(Held):
             return
         self._look_at_windows(now)
         self._bring_back(now)
+        self._give_back(now)
         for entry in self.walk(now).serve(now) if self.books.waiting() else ():
             entry.expires = now + self.settings.reservation_ttl_seconds
             self._effects.granted.append(entry.slice_id)
@@ -457,6 +459,7 @@ class Core(Held):
     def _bound(self, entry: Entry, started: float) -> None:
         entry.state, entry.expires, entry.started, entry.was_bound = GrantState.bound, None, started, True
         entry.passed = []
+        self._planned = ()
         self._changed()
 
     def _withdraw(self, entry: Entry, reason: str, now: float) -> None:
@@ -476,6 +479,7 @@ class Core(Held):
         if entry.was_bound:
             self.sessions.ended(entry.request.owner.hub, now - entry.started)
         self.books.take_back(entry, GrantState.gone)
+        self._claim_ended(entry, now)
         entry.reason, entry.ended, entry.expires = reason, now, None
         self.books.entries.pop(entry.slice_id, None)
         self._remember(entry)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from nbgpu.models import GrantState
 
-from .books import Books
+from .books import Books, Entry
 from .placement import Room, place
 from .shapes import Part, Want
 
@@ -102,6 +102,8 @@ class Kinds:
 
 Waiting = tuple[str, Want, str, frozenset[str]]
 """Who waits, for what, of which hub, and on which devices they are not placed."""
+Return = tuple[list[tuple[str, Part]], float, bool]
+"""A parked slice that wants its place back: what it lacks on its devices, how long it lasts then, and whether that is a guess."""
 End = tuple[float, int, bool, list[tuple[str, Part]]]
 """When a session ends, a number that tells those of one moment apart, whether that is a guess, what it gives back."""
 
@@ -109,7 +111,8 @@ End = tuple[float, int, bool, list[tuple[str, Part]]]
 def queue_forecast(books: Books, kinds: Kinds, now: float, ghosts: Sequence[tuple[Want, frozenset[str]]] = ()) -> dict[str, Estimate]:
     """Return in how many seconds each queued request, and each of `ghosts` behind them, likely gets its place.
 
-    Plays the known sessions to their likely ends, serving the queue in order. Keys: request ids; ``"ghost:<n>"`` for ghosts.
+    Plays the known sessions to their likely ends, serving the queue in order, after the parked slices that come back. Keys: request ids;
+    ``"ghost:<n>"`` for ghosts.
     What is not reached within the bounds of the play is left out. A ghost is a want and the devices on which it is not placed.
     """
     rooms = {uuid: replace(room) for uuid, room in books.rooms.items()}
@@ -128,10 +131,32 @@ def queue_forecast(books: Books, kinds: Kinds, now: float, ghosts: Sequence[tupl
     heapq.heapify(ends)
     waiting: list[Waiting] = [(entry.slice_id, entry.want, entry.request.owner.hub, books.closed(entry)) for entry in books.waiting()]
     waiting += [(f"ghost:{number}", want, "", closed) for number, (want, closed) in enumerate(ghosts)]
-    return _play(rooms, ends, waiting, kinds)
+    return _play(rooms, ends, waiting, kinds, [_returning(entry, kinds, now) for entry in books.wanted_back()])
 
 
-def _play(rooms: dict[str, Room], ends: list[End], waiting: list[Waiting], kinds: Kinds) -> dict[str, Estimate]:
+def _returning(entry: Entry, kinds: Kinds, now: float) -> Return:
+    held, age, sessions = dict(entry.parts()), max(0.0, now - entry.started), kinds.of(entry.request.owner.hub)
+    lacks = [(uuid, part.without(held.get(uuid, Part(0, 0)))) for uuid, part in entry.quota_parts()]
+    return lacks, sessions.remaining_seconds(age), sessions.guesses(age)
+
+
+def _come_back(rooms: dict[str, Room], ends: list[End], returning: list[Return], at: float, number: int) -> list[Return]:
+    """Give those that come back their places, in their order, as far as there is room; return who still waits for theirs."""
+    still: list[Return] = []
+    kept: set[str] = set()
+    for one in returning:
+        lacks, seconds, guessed = one
+        if all(uuid in rooms and uuid not in kept and rooms[uuid].fits(part) for uuid, part in lacks):
+            for uuid, part in lacks:
+                rooms[uuid].take(part)
+            heapq.heappush(ends, (at + seconds, number + len(ends), guessed, lacks))
+        else:
+            still.append(one)
+            kept.update(uuid for uuid, _ in lacks)
+    return still
+
+
+def _play(rooms: dict[str, Room], ends: list[End], waiting: list[Waiting], kinds: Kinds, returning: list[Return]) -> dict[str, Estimate]:
     nodes: dict[str, list[Room]] = {}
     for room in rooms.values():
         nodes.setdefault(room.device.node, []).append(room)
@@ -141,12 +166,14 @@ def _play(rooms: dict[str, Room], ends: list[End], waiting: list[Waiting], kinds
     for _ in range(MAX_EVENTS):
         misfits: set[tuple[Want, frozenset[str]]] = set()
         still: list[Waiting] = []
+        returning = _come_back(rooms, ends, returning, at, 2 * 10**6)
+        kept = frozenset(uuid for lacks, _, _ in returning for uuid, _ in lacks)
         for key, want, hub, closed in waiting:
             if (want, closed) in misfits:
                 still.append((key, want, hub, closed))
                 continue
             tries += 1
-            spot = place(look, want, barred=closed)
+            spot = place(look, want, barred=closed | kept)
             if spot is None:
                 misfits.add((want, closed))
                 still.append((key, want, hub, closed))

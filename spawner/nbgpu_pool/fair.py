@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from .books import Books, Entry
 from .quotas import Account, Quotas, accounts
-from .shapes import Part
+from .shapes import Amount
 
 UNIT = 10**9
 """Shares are compared as integers, in parts of this."""
@@ -55,19 +55,19 @@ class Fair:
             line = lines[account]
             entry = line.popleft()
             found.append(entry)
-            held[account] = _plus(held.get(account), self._books.cost(entry.want))
+            held[account] = held.get(account, Amount()).plus(self._books.cost(entry.want) or Amount())
             if line:
                 heapq.heappush(heap, (self._share(held[account], account), line[0].number, account))
         return found
 
-    def _held(self) -> dict[Account, Part]:
-        held: dict[Account, Part] = {}
+    def _held(self) -> dict[Account, Amount]:
+        held: dict[Account, Amount] = {}
         for one in self._books.holdings(frozenset(self._quotas.groups), granted_only=True):
             for account in self._of(accounts(one.owner, one.groups)):
-                held[account] = _plus(held.get(account), Part(one.memory_bytes, one.milli))
+                held[account] = held.get(account, Amount()).plus(one.amount)
         return held
 
-    def _account(self, entry: Entry, held: dict[Account, Part]) -> Account:
+    def _account(self, entry: Entry, held: dict[Account, Amount]) -> Account:
         """Return for whom a request counts: of several groups the one that has least."""
         mine = self._of(accounts(entry.request.owner, self._quotas.counted(entry.request.groups)))
         return min(mine, key=lambda account: (self._share(held.get(account), account), account))
@@ -75,14 +75,9 @@ class Fair:
     def _of(self, all_of: list[Account]) -> Iterable[Account]:
         return [account for account in all_of if account[0] == "group"] or all_of
 
-    def _share(self, held: Part | None, account: Account) -> int:
+    def _share(self, held: Amount | None, account: Account) -> int:
         if held is None:
             return 0
         weight = self._quotas.groups[account[1]].weight if account[0] == "group" else 1
         parts = zip((held.compute_milli, held.memory_bytes), self._books.whole(), strict=True)
         return max(part * UNIT // max(1, whole) for part, whole in parts) // weight
-
-
-def _plus(one: Part | None, other: Part | None) -> Part:
-    one, other = one or Part(0, 0), other or Part(0, 0)
-    return Part(one.memory_bytes + other.memory_bytes, one.compute_milli + other.compute_milli)

@@ -6,7 +6,8 @@ do not use, idle servers are asked back with notice, then busy ones with theirs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from nbgpu.models import GrantState, Owner, Slice
 from nbgpu.quantities import MIB
 
 from .books import Books, Entry
-from .placement import Policy, Room, place
+from .placement import Place, Policy, Room, place
 from .quotas import Quotas, Tally
 from .resize import grows, must_fit
 from .shapes import Part, resolve
@@ -54,6 +55,8 @@ class Ask(NamedTuple):
     why: str
     """In words, to go on from "because"."""
     idle: bool = False
+    claimant: str = ""
+    """Id of the request that waits for it."""
 
     @property
     def needs(self) -> str:
@@ -63,64 +66,149 @@ class Ask(NamedTuple):
         return f"{server} of {self.owner.user} ({state}) must be stopped by its user or by hub {self.owner.hub}, because {self.why}"
 
 
+class Claim(NamedTuple):
+    """Who waits for what a lent guarantee keeps for them."""
+
+    entry: Entry
+    kind: str
+    """Whose guarantee: ``group`` or ``user``."""
+    name: str
+
+    @property
+    def whose(self) -> str:
+        """Return whose guarantee, in words."""
+        return f"{self.kind} {self.name}"
+
+    @property
+    def holder(self) -> tuple[str, ...]:
+        """Return whose guarantee."""
+        return self.kind, self.name
+
+    @property
+    def user(self) -> tuple[str, ...]:
+        """Return who asks for a part of it."""
+        return *self.holder, self.entry.request.owner.hub, self.entry.request.owner.user
+
+
+Taken = list[tuple[str, Part]]
+"""What is taken from a slice, by device, in the order of its devices."""
+
+
+class Shrink(NamedTuple):
+    """A slice that is made smaller."""
+
+    entry: Entry
+    target: Slice
+    taken: Taken
+    claim: Claim
+
+
 @dataclass
 class Plan:
     """What gives room to those who have a right to it."""
 
-    shrinks: list[tuple[Entry, Slice, str]] = field(default_factory=list[tuple[Entry, Slice, str]])
-    """Who, to what, for whom in words."""
+    shrinks: list[Shrink] = field(default_factory=list[Shrink])
     asks: list[Ask] = field(default_factory=list[Ask])
+    claims: list[Claim] = field(default_factory=list[Claim])
+    """For whom."""
 
 
 class _Gain(NamedTuple):
     """What one slice could give."""
 
+    slice_id: str
     entry: Entry
     parts: list[tuple[str, Part]]
-    target: Slice | None
-    """Its new limits; None: all of it goes."""
+    whole: bool
+    """It would have to end; else it is made smaller by `parts`, in the order of its devices."""
+
+    @property
+    def target(self) -> Slice:
+        """Return its new limits."""
+        assert self.entry.slice is not None
+        devices = [
+            part.model_copy(update=_less(Part(part.memory_bytes, part.compute_milli), less)._asdict())
+            for part, (_, less) in zip(self.entry.slice.devices, self.parts, strict=True)
+        ]
+        return self.entry.slice.model_copy(update={"devices": devices})
 
 
-def plan(books: Books, quotas: Quotas, policy: GiveBack, asked: dict[str, Ask], placing: Policy, least_bytes: int, now: float) -> Plan:
+def what_matters(books: Books, quotas: Quotas) -> tuple[object, ...]:
+    """Return what a plan goes by, beside the time and what slices use: who claims something, what is booked, what is kept for others."""
+    line = [one for one in books.waiting() if one.earmark or _holders(one, quotas.lent)] if quotas.lent else []
+    who = [(one.slice_id, one.holder, one.earmark, books.closed(one)) for one in line]
+    return books.changes, tuple(who), frozenset(books.kept()) if who else None
+
+
+def plan(
+    books: Books,
+    quotas: Quotas,
+    policy: GiveBack,
+    asked: dict[str, Ask],
+    placing: Policy,
+    least_bytes: int,
+    now: float,
+    spent: Set[tuple[str, ...]] = frozenset(),
+) -> Plan:
     """Return what must be taken back for those who wait and have a right to what is lent.
 
     Parameters
     ----------
     asked : dict
-        Asks that are open, by slice: kept where they are still needed, with the time they have.
+        Asks that are open, by slice: they are room on its way for the one they were made for, and kept where that one still needs
+        them, with the time they have.
     least_bytes : int
         Least memory of a slice.
+    spent : set
+        Holders and users (`Claim`) for whom nothing more is taken at this time.
     """
     found = Plan()
     lent = quotas.lent
     line = [one for one in books.waiting() if not one.holder] if lent else []
     if not line:
         return found
-    tally = Tally.of(quotas, books.holdings(frozenset(quotas.groups), granted_only=True), books.free_milli)
-    claimants = list(_claimants(line, lent, tally, books))[:MOST_CLAIMANTS]
-    if not claimants:
+    tally = Tally(quotas, books.granted_by(frozenset(quotas.groups)))
+    claims = list(_claims(line, lent, tally, books))[:MOST_CLAIMANTS]
+    if not claims:
         return found
     rooms = {room.device.uuid: replace(room) for room in books.ordered_rooms()}
     _give(rooms, _on_its_way_back(books))
     stages = [list(stage) for stage in _stages(books, quotas, policy, asked, tally, least_bytes, now)]
+    offered = _most(stages)
+    milder = _most(stages[:-1]) if policy.busy_notice_seconds is not None else {}
     # With all that could be given: who finds no room there is spared the search, and the pool with them.
     most = {uuid: replace(room) for uuid, room in rooms.items()}
-    for gain in {gain.entry.slice_id: gain for stage in stages for gain in stage}.values():
+    for gain in offered.values():
         _give(most, gain.parts)
-    for entry, whose in claimants:
+    waits = {claim.entry.slice_id for claim in claims}
+    # Each slice gives once: to the one that it is asked back for, or to the first who takes something of it.
+    given = {key: ask.claimant for key, ask in asked.items() if ask.claimant in waits and key in offered and offered[key].whole}
+    for claim in claims:
+        entry = claim.entry
         barred = {uuid for one in line if one is not entry for uuid in one.earmark} | books.kept() | books.closed(entry)
 
-        def fits(want: Entry = entry, barred: set[str] = barred) -> bool:
-            return place(list(rooms.values()), want.want, barred=barred, policy=placing) is not None
+        def find(want: Entry = entry, barred: set[str] = barred, of: dict[str, Room] = rooms) -> Place | None:
+            return place(list(of.values()), want.want, barred=barred, policy=placing)
 
-        if not fits() and place(list(most.values()), entry.want, barred=barred, policy=placing) is not None:
-            gains = _needed(rooms, fits, stages)
-            for gain in gains:
-                if gain.target is not None:
-                    found.shrinks.append((gain.entry, gain.target, whose))
-                else:
-                    found.asks.append(_ask(gain.entry, policy, asked, whose, now))
-        spot = place(list(rooms.values()), entry.want, barred=barred, policy=placing)
+        mine, gains, spot = entry.slice_id, list[_Gain](), find()
+        own = [offered[one] for one, whose in given.items() if whose == mine]
+        given = {one: whose for one, whose in given.items() if whose != mine}
+        if spot is None:
+            may_take = not spent & {claim.holder, claim.user}
+            instead = [gain for gain in milder.values() if gain.slice_id not in given] if may_take else []
+            gains = _still_needed(rooms, find, own, instead, policy, now)
+            if not gains and may_take and find(of=most) is not None:
+                gains = _needed(rooms, find, [[gain for gain in stage if gain.slice_id not in given] for stage in stages])
+        given |= dict.fromkeys((one.slice_id for one in gains), mine)
+        for gain in gains:
+            _give(rooms, gain.parts)
+            if gain.whole:
+                found.asks.append(_ask(gain.entry, policy, asked, claim, now))
+            else:
+                found.shrinks.append(Shrink(gain.entry, gain.target, gain.parts, claim))
+        if gains:
+            found.claims.append(claim)
+            spot = find()
         for room, part in spot or ():
             room.take(part)
             most[room.device.uuid].take(part)
@@ -146,16 +234,42 @@ def to_grow(books: Books, quotas: Quotas, shrunk: Iterable[Entry]) -> tuple[Entr
     return None
 
 
-def _claimants(line: Iterable[Entry], lent: Sequence[tuple[str, str]], tally: Tally, books: Books) -> Iterable[tuple[Entry, str]]:
-    """Yield who waits for what a lent guarantee of theirs keeps, with whose it is in words."""
+def given_back(entry: Entry, taken: Taken) -> Slice | None:
+    """Return a slice with what was taken from it, as far as it was so before; None: it has that, or is another by now."""
+    now = entry.wanted or entry.slice
+    if now is None or entry.whole is None:
+        return None
+    where = [uuid for uuid, _ in taken]
+    if where != [part.uuid for part in now.devices] or where != [part.uuid for part in entry.whole.devices]:
+        return None
+    devices = [
+        part.model_copy(
+            update={
+                "memory_bytes": max(part.memory_bytes, min(whole.memory_bytes, part.memory_bytes + more.memory_bytes)),
+                "compute_milli": max(part.compute_milli, min(whole.compute_milli, part.compute_milli + more.compute_milli)),
+            }
+        )
+        for part, whole, (_, more) in zip(now.devices, entry.whole.devices, taken, strict=True)
+    ]
+    target = now.model_copy(update={"devices": devices})
+    return target if grows(now, target) else None
+
+
+def _holders(entry: Entry, lent: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return whose of the lent guarantees a request may claim."""
+    groups, user = entry.request.groups, entry.request.owner.user
+    return [(kind, name) for kind, name in lent if ((name in groups) if kind == "group" else (name == user))]
+
+
+def _claims(line: Iterable[Entry], lent: Sequence[tuple[str, str]], tally: Tally, books: Books) -> Iterable[Claim]:
+    """Yield who waits for what a lent guarantee of theirs keeps."""
     unmet = {account: tally.unmet_milli(*account) for account in lent}
     for entry in line:
         cost = books.cost(entry.want)
-        for kind, name in lent:
-            mine = (name in entry.request.groups) if kind == "group" else (name == entry.request.owner.user)
-            if cost is not None and mine and cost.compute_milli <= unmet[kind, name]:
-                unmet[kind, name] -= cost.compute_milli
-                yield entry, f"group {name}" if kind == "group" else f"user {name}"
+        for account in _holders(entry, lent):
+            if cost is not None and cost.counted_milli <= unmet[account]:
+                unmet[account] -= cost.counted_milli
+                yield Claim(entry, *account)
                 break
 
 
@@ -166,16 +280,23 @@ def _on_its_way_back(books: Books) -> list[tuple[str, Part]]:
         if entry.state == GrantState.releasing or entry.parking:
             parts += entry.parts()
         elif entry.wanted is not None and entry.holds:
-            wanted = {one.uuid: Part(one.memory_bytes, one.compute_milli) for one in entry.wanted.devices}
-            parts += [(uuid, _less(part, wanted[uuid])) for uuid, part in entry.own_parts() if uuid in wanted]
+            less = [(uuid, _less(part, left)) for (uuid, part), (_, left) in zip(entry.own_parts(), _left(entry), strict=True)]
+            # what its programs keep comes when they let go of it, if ever: nobody is left to wait for that
+            parts += [(uuid, Part(0, part.compute_milli)) for uuid, part in less] if entry.keeps else less
     return parts
+
+
+def _left(entry: Entry) -> list[tuple[str, Part]]:
+    """Return what a slice holds when the resize that is under way is done."""
+    wanted = {one.uuid: Part(one.memory_bytes, one.compute_milli) for one in entry.wanted.devices} if entry.wanted is not None else {}
+    return [(uuid, wanted.get(uuid, part)) for uuid, part in entry.own_parts()]
 
 
 def _stages(
     books: Books, quotas: Quotas, policy: GiveBack, asked: dict[str, Ask], tally: Tally, least_bytes: int, now: float
 ) -> Iterable[list[_Gain]]:
     """Yield, mildest first, what can be taken from those who hold more than is theirs."""
-    lent = [one for one in books.entries.values() if _borrows(one, quotas, tally)]
+    lent = [one for one in books.entries.values() if _borrows(one, books, quotas, tally)]
     calm = sorted(lent, key=lambda one: (one.idle_from is None, one.idle_from or 0.0, -one.number))
     if policy.shrink:
         for step in range(1, STEPS + 1):
@@ -184,20 +305,25 @@ def _stages(
     calm.sort(key=lambda one: one.slice_id not in asked)
     idle_after = policy.end_idle_after_seconds
     if idle_after is not None:
-        yield [_Gain(one, one.parts(), None) for one in calm if _idle_for(one, now) >= idle_after]
+        yield [_Gain(one.slice_id, one, _left(one), whole=True) for one in calm if _idle_for(one, now) >= idle_after]
     if policy.busy_notice_seconds is not None:
-        yield [_Gain(one, one.parts(), None) for one in calm]
+        yield [_Gain(one.slice_id, one, _left(one), whole=True) for one in calm]
+
+
+def _most(stages: Iterable[list[_Gain]]) -> dict[str, _Gain]:
+    """Return the most that each slice could give: the later stage takes more."""
+    return {gain.slice_id: gain for stage in stages for gain in stage}
 
 
 def _idle_for(entry: Entry, now: float) -> float:
     return -1.0 if entry.idle_from is None else now - entry.idle_from
 
 
-def _borrows(entry: Entry, quotas: Quotas, tally: Tally) -> bool:
+def _borrows(entry: Entry, books: Books, quotas: Quotas, tally: Tally) -> bool:
     """Return whether all that a slice holds is beyond the guarantees of its owner and their groups."""
     if entry.state != GrantState.bound or entry.slice is None or entry.full is not None or entry.moving is not None or entry.parking:
         return False
-    milli = sum(part.compute_milli for _, part in entry.own_parts())
+    milli = books.amount(entry.own_parts()).counted_milli
     owner, groups = entry.request.owner, {*entry.request.groups, *entry.slice.groups}
     mine = [("group", name) for name in groups if name in quotas.groups]
     mine += [("user", owner.user)] if owner.user in quotas.users else []
@@ -214,8 +340,8 @@ def _smaller(entry: Entry, books: Books, keep_milli: int, least_bytes: int, now:
     devices = {part.uuid: books.devices.get(part.uuid) for part in entry.slice.devices}
     if any(device is None for device in devices.values()):
         return None
-    parts, gained = list(entry.slice.devices), list[tuple[str, Part]]()
-    for number, part in enumerate(parts):
+    gained = list[tuple[str, Part]]()
+    for part in entry.slice.devices:
         device = devices[part.uuid]
         granted = resolve(entry.want, device) if device is not None else None
         if granted is None:
@@ -226,47 +352,62 @@ def _smaller(entry: Entry, books: Books, keep_milli: int, least_bytes: int, now:
             keep = max(granted.memory_bytes * keep_milli // 1000, int(entry.used_bytes * SPARE), least_bytes, MIB)
             memory = min(memory, keep // MIB * MIB)
         gained.append((part.uuid, Part(part.memory_bytes - memory, part.compute_milli - compute)))
-        parts[number] = part.model_copy(update={"memory_bytes": memory, "compute_milli": compute})
     if all(part == Part(0, 0) for _, part in gained):
         return None
-    return _Gain(entry, gained, entry.slice.model_copy(update={"devices": parts}))
+    return _Gain(entry.slice_id, entry, gained, whole=False)
 
 
-def _needed(rooms: dict[str, Room], fits: Callable[[], bool], stages: Iterable[list[_Gain]]) -> list[_Gain]:
-    """Return the mildest and fewest that make room, taken into account in `rooms`; nothing where even all would not."""
+def _still_needed(
+    rooms: dict[str, Room], find: Callable[[], Place | None], own: list[_Gain], milder: list[_Gain], policy: GiveBack, now: float
+) -> list[_Gain]:
+    """Return those of the slices asked back for one who waits that they still need; none where that is not enough, or milder means are."""
+    spot = _with(rooms, own, find) if own else None
+    if spot is None:
+        return []
+    busy = milder and not all(_is_idle(gain.entry, policy, now) for gain in own)
+    if busy and _with(rooms, milder, find) is not None:
+        return []
+    return _fewest(rooms, find, own, spot)
+
+
+def _needed(rooms: dict[str, Room], find: Callable[[], Place | None], stages: Iterable[list[_Gain]]) -> list[_Gain]:
+    """Return the mildest and fewest that make room; nothing where even all would not."""
     chosen: dict[str, _Gain] = {}
-
-    def choose(gain: _Gain) -> None:
-        before = chosen.pop(gain.entry.slice_id, None)
-        if before is not None:
-            _give(rooms, before.parts, back=False)
-        _give(rooms, gain.parts)
-        chosen[gain.entry.slice_id] = gain
-
     for gains in stages:
-        before_all = dict(chosen)
-        for gain in gains:
-            choose(gain)
-        if not fits():
-            continue  # not even all of them: they are not tried one by one
-        for gain in chosen.values():
-            _give(rooms, gain.parts, back=False)
-        for gain in before_all.values():
-            _give(rooms, gain.parts)
-        chosen = before_all
-        for gain in gains:
-            choose(gain)
-            if fits():
-                for other in list(chosen.values())[:-1]:  # some may have been on other devices
-                    _give(rooms, other.parts, back=False)
-                    if fits():
-                        del chosen[other.entry.slice_id]
-                    else:
-                        _give(rooms, other.parts)
-                return list(chosen.values())
-    for gain in chosen.values():
-        _give(rooms, gain.parts, back=False)
+
+        def first(count: int, before: dict[str, _Gain] = chosen, gains: list[_Gain] = gains) -> dict[str, _Gain]:
+            return before | {gain.slice_id: gain for gain in gains[:count]}
+
+        def enough(count: int, first: Callable[[int], dict[str, _Gain]] = first) -> bool:
+            return _with(rooms, first(count).values(), find) is not None
+
+        if not enough(len(gains)):
+            chosen = first(len(gains))
+            continue
+        count = bisect_left(range(len(gains)), True, key=enough)
+        enough_of_them = list(first(count).values())
+        return _fewest(rooms, find, enough_of_them, _with(rooms, enough_of_them, find) or [])
     return []
+
+
+def _fewest(rooms: dict[str, Room], find: Callable[[], Place | None], enough: list[_Gain], spot: Place) -> list[_Gain]:
+    """Return those of `enough`, with which `spot` was found, that are needed: some may be on other devices."""
+    there = {room.device.uuid for room, _ in spot}
+    chosen = [gain for gain in enough if any(uuid in there for uuid, _ in gain.parts)]
+    for gain in list(chosen):
+        rest = [one for one in chosen if one is not gain]
+        if _with(rooms, rest, find) is not None:
+            chosen = rest
+    return chosen
+
+
+def _with(rooms: dict[str, Room], gains: Iterable[_Gain], find: Callable[[], Place | None]) -> Place | None:
+    """Return what is found while all of `gains` are free."""
+    parts = [part for gain in gains for part in gain.parts]
+    _give(rooms, parts)
+    found = find()
+    _give(rooms, parts, back=False)
+    return found
 
 
 def _give(rooms: dict[str, Room], parts: Iterable[tuple[str, Part]], *, back: bool = True) -> None:
@@ -275,15 +416,19 @@ def _give(rooms: dict[str, Room], parts: Iterable[tuple[str, Part]], *, back: bo
             rooms[uuid].give_back(part) if back else rooms[uuid].take(part)
 
 
-def _ask(entry: Entry, policy: GiveBack, asked: dict[str, Ask], whose: str, now: float) -> Ask:
-    idle = policy.end_idle_after_seconds is not None and _idle_for(entry, now) >= policy.end_idle_after_seconds
+def _is_idle(entry: Entry, policy: GiveBack, now: float) -> bool:
+    return policy.end_idle_after_seconds is not None and _idle_for(entry, now) >= policy.end_idle_after_seconds
+
+
+def _ask(entry: Entry, policy: GiveBack, asked: dict[str, Ask], claim: Claim, now: float) -> Ask:
+    idle = _is_idle(entry, policy, now)
     notice = policy.notice_seconds if idle else policy.busy_notice_seconds or 0.0
     before = asked.get(entry.slice_id)
     due = now + notice
     if before is not None:  # one that is used again has the other notice; what was promised is never cut short
         due = before.due if before.idle == idle else max(due, before.due)
-    why = f"it uses what is guaranteed to {whose} and was lent"
-    return Ask(entry.slice_id, entry.request.owner, "guarantee", due, why, idle)
+    why = f"it uses what is guaranteed to {claim.whose} and was lent"
+    return Ask(entry.slice_id, entry.request.owner, "guarantee", due, why, idle, claim.entry.slice_id)
 
 
 def _less(one: Part, other: Part) -> Part:

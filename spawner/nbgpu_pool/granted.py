@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from .quotas import Account, Holding, accounts
-from .shapes import Part
+from .shapes import Amount
 
 if TYPE_CHECKING:
     from .books import Entry
@@ -17,7 +17,7 @@ class Granted:
 
     def __init__(self) -> None:
         self._counted: dict[str, Holding] = {}
-        self._held: dict[Account, Part] = {}
+        self._held: dict[Account, Amount] = {}
         self._touched: set[str] = set()
         self._groups: frozenset[str] | None = None
 
@@ -27,7 +27,7 @@ class Granted:
 
     def by_account(
         self, entries: Mapping[str, Entry], groups: frozenset[str], holding: Callable[[Entry, frozenset[str]], Holding]
-    ) -> dict[Account, Part]:
+    ) -> dict[Account, Amount]:
         """Return what each account holds; the caller's own.
 
         Parameters
@@ -52,9 +52,8 @@ class Granted:
     def _count(self, one: Holding, sign: int) -> None:
         of: Iterable[Account] = accounts(one.owner, one.groups)
         for account in of:
-            held = self._held.get(account, Part(0, 0))
-            now = Part(held.memory_bytes + sign * one.memory_bytes, held.compute_milli + sign * one.milli)
-            if now == (0, 0):
+            now = self._held.get(account, Amount()).plus(one.amount, sign)
+            if now == Amount():
                 self._held.pop(account, None)
             else:
                 self._held[account] = now

@@ -12,12 +12,13 @@ from nbgpu.words import rough_time
 
 from .books import Books, Entry, Unplaced, slice_at
 from .fair import Fair
-from .giveback import Ask, plan, to_grow
+from .giveback import Ask, Claim, Taken, given_back, plan, to_grow, what_matters
 from .idle import has_room, note_of, to_park
+from .left import Left
 from .queue import Pass, outgrow
 from .quotas import format_gpus
-from .resize import RESIZE_SECONDS, above_quota, grows, growth, must_fit, must_hold_a_program, same_limits, target_of
-from .shapes import Part, Want
+from .resize import RESIZE_SECONDS, above_quota, grows, growth, keeps_note, must_fit, must_hold_a_program, same_limits, target_of
+from .shapes import Want
 from .state import Effects, Seen, Settings, Snapshot
 from .unusable import out_of_service
 from .windows import Windows
@@ -31,6 +32,8 @@ SPARED_SECONDS = 600.0
 """For so long nothing more is taken back from a slice whose node has refused that."""
 GROW_SECONDS, GROW_PAUSE_SECONDS = 600.0, 60.0
 """For so long nothing has been made smaller before a slice grows back; and the time from one that does to the next."""
+PLAN_SECONDS = 5.0
+"""How often it is planned what to take back although nothing has changed but the time."""
 SESSION_NOTICE_SECONDS = 600.0
 """Before its end a session's user is told; of a short one a tenth before."""
 AVOID_SECONDS = 300.0
@@ -63,6 +66,16 @@ class Held(ABC):
         """Slices that were made smaller for others, in that order."""
         self._grow_from = 0.0
         """None of them grows back before."""
+        self._claims: dict[str, Claim] = {}
+        """For whom something is taken or asked back, by request."""
+        self._taken: dict[str, list[tuple[str, Taken]]] = {}
+        """What was taken for a request, and from which slices."""
+        self._owed: list[tuple[str, Taken]] = []
+        """What is to be given back at once, as in `_taken`."""
+        self._left = Left()
+        self._planned: tuple[object, ...] = ()
+        """What the last plan went by; empty: something else that matters has changed since."""
+        self._planned_at = 0.0
         self.asks: dict[str, Ask] = {}
         """What is asked back, by slice; where for several reasons, for the first that is due."""
         self._asked: dict[str, dict[str, Ask]] = {}
@@ -78,6 +91,7 @@ class Held(ABC):
         """
         self.settings = settings
         self._arrange()
+        self._planned = ()
         self._possible.clear()
         self._changed()
         self._serve(now)
@@ -137,12 +151,22 @@ class Held(ABC):
         entry.busy += 1
         return entry.wanted
 
-    def end_resize(self, entry: Entry, refused: str | None, done: bool, now: float) -> None:
-        """After the ledger was told: `done`, or `refused` with its words, or neither, when nobody knows."""
+    def end_resize(self, entry: Entry, refused: str | None, done: bool, now: float, *, keeps: Slice | None = None) -> None:
+        """After the ledger was told: `done`, or `refused` with its words, or neither, when nobody knows.
+
+        Parameters
+        ----------
+        keeps : Slice, optional
+            What it counts, where it holds more memory than it is left.
+        """
         entry.busy -= 1
         if entry.wanted is None:
             return
         if done:
+            entry.keeps = keeps is not None
+            if keeps is not None:
+                self.books.replace(entry, keeps)
+                self._changed()
             self.mark += 1
             entry.wanted_acked, entry.wanted_mark = True, self.mark
         elif refused is not None and entry.taken_back:
@@ -208,7 +232,12 @@ class Held(ABC):
         if (entry.full, entry.wants_from is None) != (seen.full, wants_from is None):
             self._changed()
             self.books.granted.touched(entry.slice_id)
+        if (entry.used_bytes, entry.idle_from is None) != (seen.used_bytes, seen.idle_seconds is None):
+            self._planned = ()
         entry.used_bytes = seen.used_bytes
+        if entry.keeps != seen.keeps:
+            entry.keeps = seen.keeps
+            self._changed()
         entry.full, entry.idle_from = seen.full, None if seen.idle_seconds is None else now - seen.idle_seconds
         entry.wants_from = wants_from if entry.wants_from is None or wants_from is None else entry.wants_from
         if seen.full is not None:
@@ -268,17 +297,60 @@ class Held(ABC):
         if self._parking:
             return
         settings = self.settings
+        spent = self._left.spent(now)
+        goes_by = (spent, *what_matters(self.books, settings.quotas))
+        if goes_by == self._planned and now - self._planned_at < PLAN_SECONDS:
+            return
+        self._planned, self._planned_at = goes_by, now
         asked = self._asked.get("guarantee", {})
-        found = plan(self.books, settings.quotas, settings.give_back, asked, settings.policy, settings.smallest_bytes, now)
-        for entry, target, whose in found.shrinks:
+        found = plan(self.books, settings.quotas, settings.give_back, asked, settings.policy, settings.smallest_bytes, now, spent)
+        self._claims |= {claim.entry.slice_id: claim for claim in found.claims}
+        for entry, target, taken, claim in found.shrinks:
             share = format_gpus(sum(one.compute_milli for one in target.devices))
-            note = f"The slice was made smaller, {share} is left: it was lent, and {whose} needs what is guaranteed to them."
+            note = f"The slice was made smaller, {share} is left: it was lent, and {claim.whose} needs what is guaranteed to them."
             entry.whole = entry.whole or entry.slice
             self._shrunk[entry.slice_id] = None
+            self._taken.setdefault(claim.entry.slice_id, []).append((entry.slice_id, taken))
             self._grow_from = now + GROW_SECONDS
             self._tell(entry, target, now, note, taken_back=True)
             entry.busy -= 1
         self._ask_back("guarantee", found.asks)
+
+    def _claim_ended(self, entry: Entry, now: float) -> None:
+        """Note what is to be given back where a claimant left before its server ran."""
+        claim, taken = self._claims.pop(entry.slice_id, None), self._taken.pop(entry.slice_id, [])
+        if claim is not None and not entry.was_bound:
+            self._left.note(claim, now)
+            self._owed += taken
+
+    def _claim_replaced(self, old: Entry, new: Entry) -> None:
+        """Note that a claimant has something smaller instead: what is over is given back at once, and all of it where that one leaves."""
+        if old.slice_id in self._claims:
+            self._claims[new.slice_id] = self._claims.pop(old.slice_id)
+            self._taken[new.slice_id] = taken = self._taken.pop(old.slice_id, [])
+            self._owed += taken
+
+    def _give_back(self, now: float) -> None:
+        """Let slices have back what was taken from them for one who has left: before anybody else has it."""
+        owed, self._owed = self._owed, []
+        for slice_id, taken in owed:
+            entry = self.books.entries.get(slice_id)
+            if entry is None or entry.state != GrantState.bound or entry.full is not None or entry.moving is not None:
+                continue
+            if entry.busy or entry.parking:
+                self._owed.append((slice_id, taken))
+                continue
+            target = given_back(entry, taken)
+            if target is None or entry.whole is None:
+                continue
+            try:
+                must_fit(entry, target, self.books, self.settings.quotas)
+            except NbgpuError:  # who else has a right to it has it
+                continue
+            again = target.devices == entry.whole.devices
+            entry.whole = None if again else entry.whole
+            self._tell(entry, target, now, note=None if again else entry.note)
+            entry.busy -= 1
 
     def _grow_back(self, now: float) -> None:
         """Let one slice that was made smaller have back what it was: once, after a while in which nobody needed room."""
@@ -345,7 +417,7 @@ class Held(ABC):
             windows = self.books.windows
             kept = windows.of((uuid for uuid, _ in entry.quota_parts()), entry) if windows is not None and windows.kept else None
             until = f"This GPU is kept for {kept.window.name} from {kept.until} on." if kept is not None else None
-            return entry.note or note_of(entry) or until
+            return entry.note or keeps_note(entry) or note_of(entry) or until
         when = f"within {rough_time(ask.due - now)}" if ask.due > now else "now"
         return f"Please save your work and stop this server {when}: {ask.why}."
 
@@ -398,8 +470,7 @@ class Held(ABC):
         if found is None:
             return
         target = slice_at(entry, found, at.groups)
-        total = Part(sum(one.memory_bytes for one in target.devices), sum(one.compute_milli for one in target.devices))
-        if above_quota(entry, total, self.books, self.settings.quotas) is not None:
+        if above_quota(entry, target, self.books, self.settings.quotas) is not None:
             return
         self.books.change(entry, wanted=None, moving=target)
         if is_coming(target.node):

@@ -214,7 +214,7 @@ class KubeLedger:
             return True
         return self._ours(found) is None or await self._delete((namespace, claim_name(slice_id)), found["metadata"]["uid"])
 
-    async def resize(self, wanted: Slice, *, only_unused: bool = False) -> None:
+    async def resize(self, wanted: Slice, *, only_unused: bool = False) -> Slice | None:
         """Write what limits are wanted into the claim's annotation. `only_unused`: what is used is not known here, no memory is taken."""
         self._must_lead()
         there = _claim_path(wanted.namespace or "", wanted.slice_id)
@@ -246,7 +246,7 @@ class KubeLedger:
             except (NotAllowed, Rejected) as error:
                 raise LedgerRefused(error.message) from None
             self._claims.note(changed)
-            return
+            return None
         raise ApiServerAway("The claim of the slice changes all the time; try again.")
 
     async def park(self, slice_id: str, idle_seconds: float) -> None:

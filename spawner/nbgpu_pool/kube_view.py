@@ -120,6 +120,8 @@ class ClaimInfo:
     wanted: Slice | None = None
     """With the limits that its annotation wants, where these are not in force."""
     refused: bool = False
+    keeps: bool = False
+    """They are in force, and it still holds more memory than that: `slice` counts it."""
     number: int = 0
     """Of the limits that its agent has dealt with last."""
     less: tuple[tuple[str, Part], ...] = ()
@@ -398,8 +400,9 @@ class View:
         settled = not claim.sealed or bool(warning) or is_settled(held, asked)
         wanted = None if settled else with_limits(claim.slice, wanted_of(held, asked), asked)
         refused = wanted is not None and is_refused(held, asked)
+        keeps = wanted is not None and any(one.keeps for one in held)
         number = latest_number(thing)
-        return replace(info, slice=found, wanted=wanted, refused=refused, less=tuple(less), number=number, warning=warning)
+        return replace(info, slice=found, wanted=wanted, refused=refused, keeps=keeps, less=tuple(less), number=number, warning=warning)
 
     def claim_changed(self, key: Key, new: ClaimInfo | None) -> None:
         """Take over a ResourceClaim."""
@@ -479,7 +482,7 @@ class View:
         refusal = "" if placed else _refusal(self.pods_of(key))
         age = max(0.0, self._now() - _unix(info.claim.created))
         self._touched.add(slice_id)
-        self.seen[slice_id] = Seen(info.slice or info.claim.slice, state, age, info.wanted, info.refused, placed, refusal)
+        self.seen[slice_id] = Seen(info.slice or info.claim.slice, state, age, info.wanted, info.refused, placed, refusal, keeps=info.keeps)
         if info.claim.sealed:
             if state == "running":
                 self.carried.add(slice_id)

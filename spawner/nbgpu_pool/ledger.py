@@ -64,8 +64,10 @@ class Ledger(Protocol):
         """
         ...
 
-    async def resize(self, wanted: Slice, *, only_unused: bool = False) -> None:
+    async def resize(self, wanted: Slice, *, only_unused: bool = False) -> Slice | None:
         """Have a running slice's limits changed to those of `wanted`; idempotent. A snapshot tells when they are in force.
+
+        Returns what the slice counts, where it is known by now that it holds more memory than that, which counts until it is free.
 
         Parameters
         ----------
@@ -171,7 +173,7 @@ class AgentLedger:
             raise Unavailable(_words(answer))
         return bool(json.loads(answer.content)["gone"])
 
-    async def resize(self, wanted: Slice, *, only_unused: bool = False) -> None:
+    async def resize(self, wanted: Slice, *, only_unused: bool = False) -> Slice | None:
         """`PATCH /v1/slices/{slice_id}`."""
         first = wanted.devices[0]
         if any((one.memory_bytes, one.compute_milli) != (first.memory_bytes, first.compute_milli) for one in wanted.devices):
@@ -182,6 +184,8 @@ class AgentLedger:
         answer = await self._ask("PATCH", f"/v1/slices/{wanted.slice_id}", limits)
         if answer.status >= 400:
             raise LedgerRefused(_words(answer), status=409 if answer.status in (404, 409) else 503)
+        found = AgentSlice.model_validate_json(answer.content)
+        return found.slice if found.lowered is not None else None
 
     async def park(self, slice_id: str, idle_seconds: float) -> None:
         """`POST /v1/slices/{slice_id}/park`."""
@@ -244,6 +248,8 @@ def _seen(one: AgentSlice, now: float) -> Seen:
         one.slice,
         one.state,
         max(0.0, now - one.created),
+        wanted=one.lowered,
+        keeps=one.lowered is not None,
         full=idle.full,
         idle_seconds=idle.idle_seconds,
         wanted_seconds=idle.wanted_seconds,

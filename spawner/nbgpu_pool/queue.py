@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 from nbgpu.quantities import WHOLE_MILLI
 
-from .books import Books, Entry
+from .books import Books, Entry, free_of, takes_of_free
 from .placement import DEFAULT_POLICY, Place, Policy, nearest, of_use, place
-from .quotas import Quotas, Tally, format_gpus
-from .shapes import Part, Want
+from .quotas import Quotas, Tally, format_gpus, words_of
+from .shapes import Amount, Part, Want
 
 MOST_PER_DEVICE = 10
 """`Fairness.most` is at least that for each device: to keep a whole pool for one who waits costs everybody, and in a large one a hundred
@@ -90,7 +90,7 @@ class Pass:
         self._closed: set[Want] = set()
         """Of those for whom all that they could use is kept."""
         self._misfits: set[tuple[Want, Part | None, int, frozenset[str]]] = set()
-        self.tally = Tally(quotas, books.granted_by(frozenset(quotas.groups)) if quotas.any() else {}, books.free_milli)
+        self.tally = Tally(quotas, books.granted_by(frozenset(quotas.groups)) if quotas.any() else {})
         if quotas.lent:
             self.tally.call(books.asking())
 
@@ -105,9 +105,7 @@ class Pass:
                 continue
             groups = self.quotas.counted(entry.request.groups)
             self.books.give(entry, found, groups)
-            self.tally.take(entry.request.owner, groups, _sum(found))
-            if found[0][0].coming:  # took nothing of what is here
-                self.tally.free_milli += _sum(found).compute_milli
+            self.tally.take(entry.request.owner, groups, self._amount(found))
             entry.earmark, entry.holder, entry.reason = (), "", None
             self.passed(entry, found, now)
             granted.append(entry)
@@ -148,17 +146,19 @@ class Pass:
             return None
         if found[0][0].coming:
             return found
-        milli = _sum(found).compute_milli
-        kept = self.tally.kept_milli(owner, groups, milli)
+        asked = self._amount(found)
+        kept = self.tally.kept_milli(owner, groups, asked.counted_milli) + self.kept_milli
         # what is closed to this one is free for others, and no use to it
-        closed_milli = sum(max(0, self.books.rooms[uuid].free_milli) for uuid in closed if uuid in self.books.rooms)
-        free_milli = self.tally.free_milli - closed_milli
-        if free_milli - milli < kept + self.kept_milli:
-            entry.kept = (
-                f"{format_gpus(max(0, free_milli))} is free in all, of which {format_gpus(kept + self.kept_milli)} is kept for {KEPT_FOR}"
-            )
+        closed_milli = sum(free_of(self.books.rooms[uuid]) for uuid in closed if uuid in self.books.rooms)
+        free_milli = self.books.free_milli - closed_milli
+        if free_milli - takes_of_free(found) < kept:
+            entry.kept = f"{format_gpus(max(0, free_milli))} is free in all, of which {format_gpus(kept)} is kept for {KEPT_FOR}"
+            entry.kept += f"; {words_of(asked)}" if asked.by_memory else ""
             return None
         return found
+
+    def _amount(self, found: Place) -> Amount:
+        return self.books.amount((room.device.uuid, part) for room, part in found)
 
     def passed(self, by: Entry, found: Place, now: float) -> None:
         """Note that those who wait are passed by one who gets a place that they could use too; by their own servers they are not."""
@@ -219,7 +219,7 @@ class Pass:
 
     def _over(self, want: Want, cap: Part) -> bool:
         cost = self.books.cost(want._replace(device_count=1))
-        return cost is not None and (cost.compute_milli > cap.compute_milli or cost.memory_bytes > cap.memory_bytes)
+        return cost is not None and (cost.counted_milli > cap.compute_milli or cost.memory_bytes > cap.memory_bytes)
 
     def _wait(self, entry: Entry, now: float) -> None:
         """Leave `entry` in the queue."""
@@ -251,7 +251,7 @@ class Pass:
         self.barred.update(entry.earmark)
         if anew and cost is not None and self.books.may_fit(entry.want) and self._fits(entry, closed):
             # It fits, but for others' guarantees: what comes free adds up for it instead of going to smaller ones.
-            self.kept_milli += min(cost.compute_milli, WHOLE_MILLI * len(self.rooms))
+            self.kept_milli += min(cost.counted_milli, WHOLE_MILLI * len(self.rooms))
 
     def _fits(self, entry: Entry, closed: Set[str]) -> bool:
         return self.books.fitting(entry.want, (self.barred - set(entry.earmark)) | closed, None, self.policy) is not None
@@ -274,10 +274,6 @@ def _passes(by: Entry, entry: Entry, uuids: Set[str], books: Books) -> bool:
     if entry.holder or (one.hub, one.user) == (other.hub, other.user):
         return False
     return bool((uuids & books.of_use(entry.want)) - books.closed(entry))
-
-
-def _sum(found: Place) -> Part:
-    return Part(sum(part.memory_bytes for _, part in found), sum(part.compute_milli for _, part in found))
 
 
 def hopeless(books: Books, want: Want) -> bool:

@@ -1,5 +1,7 @@
 """Quotas: how much a user or a group may hold (limit), and how much is kept for them (guarantee).
 
+In GPUs a slice counts, of each device, the larger of its shares of time and of memory (`shapes.counted_milli`), everywhere the same.
+
 A user is a hub's user with all of its servers. A group's limit and guarantee are shared by its members, of all hubs.
 Going over one's own limit is refused; a group at its limit waits, since what the others hold comes back.
 """
@@ -13,7 +15,7 @@ from functools import cached_property
 from nbgpu.models import Owner
 from nbgpu.quantities import WHOLE_MILLI, format_memory, format_share
 
-from .shapes import Part
+from .shapes import Amount, Part
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,7 @@ class Holding:
 
     owner: Owner
     groups: tuple[str, ...]
-    milli: int
-    memory_bytes: int
+    amount: Amount
     granted: bool
     releasing: bool
 
@@ -88,30 +89,23 @@ class Holding:
         return self.owner.hub, self.owner.user
 
 
-def total(part: Part, device_count: int) -> Part:
-    """Return what a slice takes of all its devices together."""
-    return Part(part.memory_bytes * device_count, part.compute_milli * device_count)
-
-
-def refusal(quotas: Quotas, holdings: Iterable[Holding], owner: Owner, groups: Sequence[str], asked: Part) -> str | None:
+def refusal(quotas: Quotas, holdings: Iterable[Holding], owner: Owner, groups: Sequence[str], asked: Amount) -> str | None:
     """Return why `owner` may not ask for `asked` in all, or None.
 
     What is on its way back does not count: a server that restarts is not refused for its own past, it waits for it.
     """
     limits = quotas.of_user(owner.user, groups)
     mine = [one for one in holdings if one.user == (owner.hub, owner.user) and not one.releasing]
-    if limits.limit_milli is not None and sum(one.milli for one in mine) + asked.compute_milli > limits.limit_milli:
-        held = [(one.owner.server, format_gpus(one.milli)) for one in mine]
-        return f"Your quota is {format_gpus(limits.limit_milli)}{limits.whose}: {_said(held, format_gpus(asked.compute_milli))}"
-    if limits.limit_bytes is not None and sum(one.memory_bytes for one in mine) + asked.memory_bytes > limits.limit_bytes:
-        held = [(one.owner.server, format_memory(one.memory_bytes)) for one in mine]
+    if limits.limit_milli is not None and sum(one.amount.counted_milli for one in mine) + asked.counted_milli > limits.limit_milli:
+        held = [(one.owner.server, words_of(one.amount)) for one in mine]
+        return f"Your quota is {format_gpus(limits.limit_milli)}{limits.whose}: {_said(held, words_of(asked))}"
+    if limits.limit_bytes is not None and sum(one.amount.memory_bytes for one in mine) + asked.memory_bytes > limits.limit_bytes:
+        held = [(one.owner.server, format_memory(one.amount.memory_bytes)) for one in mine]
         return f"Your quota is {format_memory(limits.limit_bytes)} of GPU memory: {_said(held, format_memory(asked.memory_bytes))}"
     for name in groups:
         group = quotas.groups.get(name, Limits())
-        if group.limit_milli is not None and asked.compute_milli > group.limit_milli:
-            return (
-                f"The quota of your group {name} is {format_gpus(group.limit_milli)} in all: {_said([], format_gpus(asked.compute_milli))}"
-            )
+        if group.limit_milli is not None and asked.counted_milli > group.limit_milli:
+            return f"The quota of your group {name} is {format_gpus(group.limit_milli)} in all: {_said([], words_of(asked))}"
         if group.limit_bytes is not None and asked.memory_bytes > group.limit_bytes:
             memory = format_memory(group.limit_bytes)
             return f"The quota of your group {name} is {memory} of GPU memory in all: {_said([], format_memory(asked.memory_bytes))}"
@@ -130,6 +124,12 @@ def format_gpus(milli: int) -> str:
     return "1 GPU" if milli == WHOLE_MILLI else f"{whole}{f'.{rest:03d}'.rstrip('0') if rest else ''} GPUs"
 
 
+def words_of(amount: Amount) -> str:
+    """Return for people what an amount counts in GPUs, and where it is the memory that counts, of how much."""
+    gpus = format_gpus(amount.counted_milli)
+    return f"{format_memory(amount.memory_bytes)} of GPU memory, which counts as {gpus}" if amount.by_memory else gpus
+
+
 def _said(held: Sequence[tuple[str, str]], asked: str) -> str:
     parts = [f"{amount} on {_server(server)}" for server, amount in held]
     if not parts:
@@ -137,10 +137,11 @@ def _said(held: Sequence[tuple[str, str]], asked: str) -> str:
     return f"you hold {', '.join(parts)} and asked for {asked}."
 
 
-def _used(limit: Limits, held: Part) -> str:
+def _used(limit: Limits, held: Amount) -> str:
     parts: list[str] = []
     if limit.limit_milli is not None:
-        parts.append(f"{format_gpus(limit.limit_milli)} in all, {format_gpus(held.compute_milli)} held")
+        counting = ", counting memory" if held.by_memory else ""
+        parts.append(f"{format_gpus(limit.limit_milli)} in all, {format_gpus(held.counted_milli)} held{counting}")
     if limit.limit_bytes is not None:
         memory = format_memory(held.memory_bytes) if held.memory_bytes else "no GPU memory"
         parts.append(f"{format_memory(limit.limit_bytes)} in all, {memory} held")
@@ -164,28 +165,25 @@ class Tally:
     """What is granted, by account: what limits and guarantees are held against while granting."""
 
     quotas: Quotas
-    held: dict[Account, Part]
-    free_milli: int
-    """Of all devices that work."""
+    held: dict[Account, Amount]
     called: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
     """Of guarantees that are lent: what those who wait have a right to."""
 
     @classmethod
-    def of(cls, quotas: Quotas, holdings: Iterable[Holding], free_milli: int) -> Tally:
+    def of(cls, quotas: Quotas, holdings: Iterable[Holding]) -> Tally:
         """Return the tally of all granted `holdings`, with what is on its way back."""
-        tally = cls(quotas, {}, free_milli)
+        tally = cls(quotas, {})
         for one in holdings:
             if one.granted:
-                tally._book(accounts(one.owner, one.groups), Part(one.memory_bytes, one.milli))
+                tally._book(accounts(one.owner, one.groups), one.amount)
         return tally
 
-    def take(self, owner: Owner, groups: Sequence[str], part: Part) -> None:
-        """Count `part` as held by `owner` from now on."""
-        self._book(accounts(owner, groups), part)
-        self.free_milli -= part.compute_milli
+    def take(self, owner: Owner, groups: Sequence[str], amount: Amount) -> None:
+        """Count `amount` as held by `owner` from now on."""
+        self._book(accounts(owner, groups), amount)
         for kind, name in self.called:
             if (name in groups) if kind == "group" else (name == owner.user):
-                self.called[kind, name] = max(0, self.called[kind, name] - part.compute_milli)
+                self.called[kind, name] = max(0, self.called[kind, name] - amount.counted_milli)
 
     def call(self, waiting: Iterable[tuple[Owner, Sequence[str], int]]) -> None:
         """Keep of the guarantees that are lent what those who wait have a right to.
@@ -209,17 +207,16 @@ class Tally:
         limits = (self.quotas.groups if kind == "group" else self.quotas.users).get(name, Limits())
         return limits.guarantee_milli - self._held_milli(kind, name)
 
-    def reserve(self, owner: Owner, groups: Sequence[str], part: Part) -> None:
-        """Keep `part` of the quotas of `owner` for a request of theirs that waits."""
-        self._book(accounts(owner, groups), part)
+    def reserve(self, owner: Owner, groups: Sequence[str], amount: Amount) -> None:
+        """Keep `amount` of the quotas of `owner` for a request of theirs that waits."""
+        self._book(accounts(owner, groups), amount)
 
-    def _book(self, of: Iterable[Account], part: Part) -> None:
+    def _book(self, of: Iterable[Account], amount: Amount) -> None:
         for account in of:
-            held = self.held.get(account, Part(0, 0))
-            self.held[account] = Part(held.memory_bytes + part.memory_bytes, held.compute_milli + part.compute_milli)
+            self.held[account] = self.held.get(account, Amount()).plus(amount)
 
     def left(self, owner: Owner, groups: Sequence[str]) -> tuple[Part | None, str]:
-        """Return what `owner` may still take in all (None = no limit) and, in words, by whose limit."""
+        """Return what `owner` may still take in all, milli-GPU as they are counted (None = no limit), and in words, by whose limit."""
         if not self.quotas.any():
             return None, ""
         left_milli, left_bytes, why = 2**62, 2**62, ""
@@ -227,8 +224,8 @@ class Tally:
         limits = [(user, "your quota")]
         limits += [(self.quotas.groups[name], f"the quota of your group {name}") for name in groups if name in self.quotas.groups]
         for (limit, words), account in zip(limits, accounts(owner, self.quotas.counted(groups)), strict=True):
-            held = self.held.get(account, Part(0, 0))
-            milli = 2**62 if limit.limit_milli is None else limit.limit_milli - held.compute_milli
+            held = self.held.get(account, Amount())
+            milli = 2**62 if limit.limit_milli is None else limit.limit_milli - held.counted_milli
             memory = 2**62 if limit.limit_bytes is None else limit.limit_bytes - held.memory_bytes
             if milli < left_milli or memory < left_bytes:
                 left_milli, left_bytes, why = min(milli, left_milli), min(memory, left_bytes), f"{words} ({_used(limit, held)})"
@@ -253,4 +250,4 @@ class Tally:
         return kept
 
     def _held_milli(self, kind: str, name: str) -> int:
-        return sum(part.compute_milli for account, part in self.held.items() if account[0] == kind and account[-1] == name)
+        return sum(held.counted_milli for account, held in self.held.items() if account[0] == kind and account[-1] == name)

@@ -7,9 +7,9 @@ from nbgpu.models import Resize, Slice, SliceDevice
 from nbgpu.quantities import MIB, format_memory, least_allowed, memory_share_bytes
 
 from . import quotas as quota_rules
-from .books import Books, Entry
-from .quotas import Holding, Quotas, Tally, format_gpus
-from .shapes import Part, memory_field
+from .books import Books, Entry, takes_of_free
+from .quotas import Holding, Quotas, Tally, format_gpus, words_of
+from .shapes import Amount, Part, memory_field
 
 RESIZE_SECONDS = 60.0
 """A growth that the node has not brought in force by then is taken back, so that its room is not kept for nothing."""
@@ -88,15 +88,17 @@ def must_fit(entry: Entry, target: Slice, books: Books, quotas: Quotas) -> None:
         if more.compute_milli > room.free_milli:
             free = format_gpus(max(0, room.free_milli))
             raise _no_room(f"GPU {room.device.index} has {free} of its time free, and {format_gpus(more.compute_milli)} more is asked for.")
-    asked = Part(sum(one.memory_bytes for one in target.devices), sum(one.compute_milli for one in target.devices))
-    why = above_quota(entry, asked, books, quotas)
+    why = above_quota(entry, target, books, quotas)
     if why is not None:
         raise Refused(why, code="quota")
-    more_milli = sum(part.compute_milli for part in grows.values())
-    kept_milli = _tally(entry, books, quotas).kept_milli(entry.request.owner, entry.slice.groups, more_milli) if quotas.any() else 0
-    if books.free_milli - more_milli < kept_milli:
+    if not quotas.any():
+        return
+    asked = _amount(target, books)
+    kept_milli = _tally(entry, books, quotas).kept_milli(entry.request.owner, entry.slice.groups, asked.counted_milli)
+    if books.free_milli - takes_of_free([(books.rooms[uuid], more) for uuid, more in grows.items() if uuid in books.rooms]) < kept_milli:
         free, kept = format_gpus(max(0, books.free_milli)), format_gpus(kept_milli)
-        raise _no_room(f"{free[:1].upper()}{free[1:]} is free in all, of which {kept} is kept for users and groups with a guarantee.")
+        words = f"{free[:1].upper()}{free[1:]} is free in all, of which {kept} is kept for users and groups with a guarantee"
+        raise _no_room(f"{words}; {words_of(asked)}." if asked.by_memory else f"{words}.")
 
 
 def growth(entry: Entry, target: Slice) -> dict[str, Part]:
@@ -107,19 +109,24 @@ def growth(entry: Entry, target: Slice) -> dict[str, Part]:
     return {uuid: part for uuid, part in more.items() if part != Part(0, 0)}
 
 
-def above_quota(entry: Entry, asked: Part, books: Books, quotas: Quotas) -> str | None:
-    """Return why `entry` may not hold `asked` in all beside what its owner and their groups hold, or None."""
+def above_quota(entry: Entry, target: Slice, books: Books, quotas: Quotas) -> str | None:
+    """Return why `entry` may not hold `target` beside what its owner and their groups hold, or None."""
     if not quotas.any():
         return None
+    asked = _amount(target, books)
     owner, groups = entry.request.owner, entry.slice.groups if entry.slice is not None else []
     mine = books.holdings(frozenset(quotas.groups), of=owner)
     why = quota_rules.refusal(quotas, _others(mine, entry, books), owner, groups, asked)
     if why is not None:
         return why
     left, words = _tally(entry, books, quotas).left(owner, groups)
-    if left is not None and (asked.memory_bytes > left.memory_bytes or asked.compute_milli > left.compute_milli):
+    if left is not None and (asked.memory_bytes > left.memory_bytes or asked.counted_milli > left.compute_milli):
         return f"{words[:1].upper()}{words[1:]} is used up: what others hold must be given back first."
     return None
+
+
+def _amount(target: Slice, books: Books) -> Amount:
+    return books.amount((one.uuid, Part(one.memory_bytes, one.compute_milli)) for one in target.devices)
 
 
 def _others(held: list[Holding], entry: Entry, books: Books) -> list[Holding]:
@@ -127,7 +134,7 @@ def _others(held: list[Holding], entry: Entry, books: Books) -> list[Holding]:
     own = books.holding(entry, frozenset())
     rest = list(held)
     for number, one in enumerate(rest):
-        if one.owner == own.owner and (one.milli, one.memory_bytes, one.releasing) == (own.milli, own.memory_bytes, own.releasing):
+        if one.owner == own.owner and (one.amount, one.releasing) == (own.amount, own.releasing):
             del rest[number]
             break
     return rest
@@ -135,7 +142,7 @@ def _others(held: list[Holding], entry: Entry, books: Books) -> list[Holding]:
 
 def _tally(entry: Entry, books: Books, quotas: Quotas) -> Tally:
     held = books.holdings(frozenset(quotas.groups), granted_only=True)
-    tally = Tally.of(quotas, _others(held, entry, books), books.free_milli)
+    tally = Tally.of(quotas, _others(held, entry, books))
     if quotas.lent:
         tally.call(books.asking())
     return tally
@@ -148,6 +155,17 @@ def grows(now: Slice, target: Slice) -> bool:
         one.memory_bytes > held[one.uuid].memory_bytes or one.compute_milli > held[one.uuid].compute_milli
         for one in target.devices
         if one.uuid in held
+    )
+
+
+def keeps_note(entry: Entry) -> str | None:
+    """Return what the user of a slice should know that still holds more memory than its new limits; None of any other."""
+    if not entry.keeps or entry.wanted is None or entry.slice is None:
+        return None
+    held, limit = (max(part.memory_bytes for part in of.devices) for of in (entry.slice, entry.wanted))
+    return (
+        f"The slice was made smaller: {format_memory(limit)}. Its programs still hold {format_memory(held)}, "
+        "which counts for it until they free it, and are given no more."
     )
 
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from nbgpu.models import (
     AskBack,
     Availability,
     AvailabilityQuery,
+    Device,
     Grant,
     GrantState,
     Hints,
@@ -34,6 +35,7 @@ from .books import Entry
 from .core import STARTING, Core
 from .ledger import Ledger, LedgerRefused
 from .metrics import Metrics
+from .promises import beyond
 from .state import Settings
 from .windows import reservations
 
@@ -64,6 +66,9 @@ class Service:
         self.ledger = ledger
         self.clock, self.wall = clock, wall
         self.core.ahead = wall() - clock()
+        self._devices: tuple[Sequence[Device], Sequence[Device]] = (), ()
+        """Those that there are, and those that could be started."""
+        self._warned: set[str] = set()
         self.metrics = Metrics(self.core)
         self.closing = False
         self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
@@ -92,7 +97,20 @@ class Service:
     def configure(self, settings: Settings) -> None:
         """Go on with other settings; nothing that is held or waits is lost."""
         self.core.configure(settings, self.clock())
+        known, self._devices = self._devices, ((), ())
+        self._warned.clear()
+        self.promised(*known)
         self.settle()
+
+    def promised(self, devices: Sequence[Device], coming: Sequence[Device]) -> None:
+        """Say once of each promise of the configuration that the devices, with those to come, cannot keep it."""
+        if devices is self._devices[0] and coming is self._devices[1]:
+            return
+        self._devices = devices, coming
+        for words in beyond(self.core.settings, [*devices, *coming]):
+            if words not in self._warned:
+                log.warning("%s", words)
+            self._warned.add(words)
 
     async def stop(self) -> None:
         """End everything; the state that matters is the ledger's."""
@@ -123,6 +141,7 @@ class Service:
                             log.info("ledger here: devices=%d slices=%d", len(found.devices), len(found.slices))
                         was_away = False
                         self.core.snapshot(found, self.clock())
+                        self.promised(found.devices, found.coming)
                         if self.core.books.overbooked():
                             log.error("more is running than the devices have: %s", ", ".join(self.core.books.overbooked()))
                     self.settle()
@@ -217,10 +236,10 @@ class Service:
 
     async def _tell_limits(self, entry: Entry, wanted: Slice) -> None:
         refused: str | None = None
-        done = False
+        done, keeps = False, None
         try:
             if entry.full is None:
-                await self.ledger.resize(wanted, only_unused=entry.taken_back)
+                keeps = await self.ledger.resize(wanted, only_unused=entry.taken_back)
             else:
                 await self.ledger.restore(entry.slice_id)
             done = True
@@ -228,7 +247,7 @@ class Service:
             refused = error.message
             raise
         finally:
-            self.core.end_resize(entry, refused, done, self.clock())
+            self.core.end_resize(entry, refused, done, self.clock(), keeps=keeps)
             self.settle()
 
     async def _park(self, slice_id: str) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from nbgpu.errors import InvalidValue
 from nbgpu.models import Device, Request, Resize, Shape
-from nbgpu.quantities import MIB, compute_for_memory_milli, least_allowed, memory_share_bytes
+from nbgpu.quantities import MIB, WHOLE_MILLI, compute_for_memory_milli, least_allowed, memory_share_bytes
 
 MAX_DEVICES = 16
 """Most devices that one slice may span (`nbgpu.models.Slice`)."""
@@ -20,9 +20,55 @@ class Part(NamedTuple):
     memory_bytes: int
     compute_milli: int
 
+    def without(self, other: Part) -> Part:
+        """Return what is left of it without `other`."""
+        return Part(self.memory_bytes - other.memory_bytes, self.compute_milli - other.compute_milli)
+
     def larger(self, other: Part) -> Part:
         """Return the larger of both, number by number."""
         return Part(max(self.memory_bytes, other.memory_bytes), max(self.compute_milli, other.compute_milli))
+
+
+NOTHING = Part(0, 0)
+
+
+class Amount(NamedTuple):
+    """Parts of devices together, and what they count against all that quotas say in GPUs: limits and guarantees."""
+
+    memory_bytes: int = 0
+    compute_milli: int = 0
+    counted_milli: int = 0
+    """The sum of each part's `counted_milli`."""
+
+    @property
+    def by_memory(self) -> bool:
+        """Whether it counts more than its GPU time."""
+        return self.counted_milli > self.compute_milli
+
+    def plus(self, other: Amount, times: int = 1) -> Amount:
+        """Return this and `times` the other."""
+        return Amount(*(mine + times * its for mine, its in zip(self, other, strict=True)))
+
+
+def counted_milli(part: Part, usable_bytes: int) -> int:
+    """Return what a part of a device counts in quotas, in milli-GPU: the larger of its shares of GPU time and of usable memory.
+
+    The share of memory is the smallest whose part of the memory, in whole MiB, is as large: a quarter counts 250 and never 251.
+    Of a device whose size is not known (`usable_bytes` 0) time alone counts.
+    """
+    if part.memory_bytes <= 0 or usable_bytes < MIB:
+        return part.compute_milli
+    return max(part.compute_milli, min(WHOLE_MILLI, compute_for_memory_milli(part.memory_bytes, usable_bytes)))
+
+
+def amount_of(part: Part, usable_bytes: int) -> Amount:
+    """Return a part of a device as quotas count it."""
+    return Amount(*part, counted_milli(part, usable_bytes))
+
+
+def within(part: Part, usable_bytes: int, cap: Part | None) -> bool:
+    """Return whether a part of a device is within what a quota leaves of it: bytes, and milli-GPU as they are counted."""
+    return cap is None or (part.memory_bytes <= cap.memory_bytes and counted_milli(part, usable_bytes) <= cap.compute_milli)
 
 
 class Want(NamedTuple):

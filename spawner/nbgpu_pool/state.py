@@ -69,6 +69,8 @@ class Seen:
     """It is on its way there at this moment."""
     used_bytes: int | None = None
     """GPU memory that it uses in all; None: unknown."""
+    keeps: bool = False
+    """`wanted` is in force, and it still holds more memory than that: `slice` counts it until it is free."""
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,11 @@ class Window:
                     return begin.timestamp(), end.timestamp()
         raise ValueError(f"reservation {self.name} has no days")
 
+    @property
+    def device_count(self) -> int:
+        """How many devices it takes: whole ones."""
+        return -(-self.count // (WHOLE_MILLI // self.milli))
+
     def words(self, unix: float, wall: float) -> str:
         """Return a time for people, with the day where that is another one."""
         then, now = (datetime.fromtimestamp(one, self.zone) for one in (unix, wall))
@@ -121,7 +126,7 @@ class Windows:
             old = before.get((window.name, round(one.begin)))
             taken = {uuid for other in found for uuid in other.devices}
             one.devices = _chosen(books, one, old.devices if old is not None else (), taken, now)
-            one.short = max(0, _needed(window) - len(one.devices))
+            one.short = max(0, window.device_count - len(one.devices))
             found.append(one)
         same = [(one.window.name, one.devices, one.begin <= now) for one in found] == [
             (one.window.name, one.devices, one.begin <= now) for one in self.kept
@@ -206,11 +211,6 @@ def reservations(books: Books, windows: Iterable[Window], wall: float) -> list[R
     return found
 
 
-def _needed(window: Window) -> int:
-    """Return how many devices a window takes."""
-    return -(-window.count // (WHOLE_MILLI // window.milli))
-
-
 def _on(books: Books, devices: Iterable[str]) -> list[Entry]:
     there = set(devices)
     states = (GrantState.reserved, GrantState.bound)
@@ -226,7 +226,7 @@ def _chosen(books: Books, kept: Kept, before: Sequence[str], taken: set[str], no
         if room.device.healthy and room.device.uuid not in taken and window.model in (None, room.device.model)
     }
     found = [uuid for uuid in before if uuid in usable]
-    if len(found) < _needed(window):
+    if len(found) < window.device_count:
         runs = dict.fromkeys(usable, 0)
         for entry in books.entries.values():
             if entry.holds and not kept.mine(entry) and not kept.ends_before(entry, now):
@@ -235,4 +235,4 @@ def _chosen(books: Books, kept: Kept, before: Sequence[str], taken: set[str], no
                         runs[uuid] += max(part.compute_milli, part.memory_bytes * WHOLE_MILLI // max(1, usable[uuid].device.usable_bytes))
         rest = [uuid for uuid in reversed(usable) if uuid not in found]  # of equals the last: best fit fills the first
         found += sorted(rest, key=lambda uuid: runs[uuid])
-    return tuple(found[: _needed(window)])
+    return tuple(found[: window.device_count])

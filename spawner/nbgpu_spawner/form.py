@@ -20,7 +20,7 @@ from nbgpu.words import rough_time, rough_time_down
 from .client import NO_ANSWER, PoolClient
 from .options import LABELS, Wish
 from .profiles import UNLISTED, Profile, custom_fields, wish_of
-from .sizes import Free, choices, largest_free
+from .sizes import NOT_TRIED, Free, Tried, choices, largest_free
 
 POLL_SECONDS = 2
 """How often an open page asks again: with the time of the answer (2 s, then it says that none comes) what it shows is at most 5 s old."""
@@ -99,7 +99,8 @@ class StartState:
     def as_json(self) -> dict[str, Any]:
         """Return what an open page asks for again and again."""
         offer = {**self.offer.as_json(), "name": self.offer.name} if self.offer else None
-        return {"time": self.time, "problem": self.problem, "profiles": [row.as_json() for row in self.rows], "offer": offer}
+        profiles = [row.as_json() for row in self.rows]
+        return {"time": self.time, "problem": self.problem, "simulated": self.simulated, "profiles": profiles, "offer": offer}
 
 
 async def ask(
@@ -115,25 +116,28 @@ async def ask(
     """Return the start page's state as the pool sees it now; a pool that is away is said, not raised."""
     wishes = [_wish(profile, configured) for profile in profiles]
     shapes = [wish.shape for wish in wishes if isinstance(wish, Wish)]
-    problem, books, answers, free = "", [], None, None
+    custom = [profile for profile in profiles if profile.get("gpu_custom")]
+    problem, books, answers, free, said = "", [], None, None, NOT_TRIED
 
-    async def look() -> tuple[list[DeviceBooks], list[Availability], Free | None]:
+    async def look() -> tuple[list[DeviceBooks], list[Availability], Free | None, Tried]:
         query = AvailabilityQuery(owner=owner, groups=groups, shapes=shapes)
         books, answers = await asyncio.gather(pool.devices(max_age_seconds=1), pool.availability(query))
-        tried = [] if not answers or any(one.state == "free" for one in answers) else choices(profiles, configured, books=books)
+        none_free = bool(answers) and not any(one.state == "free" for one in answers)
+        tried = choices(profiles if none_free else custom, configured, books=books)
         if not tried:
-            return books, answers, None
+            return books, answers, None, NOT_TRIED
         more = query.model_copy(update={"shapes": [one.wish.shape for one in tried]})
-        return books, answers, largest_free(tried, await pool.availability(more))
+        said = Tried(tried, await pool.availability(more))
+        return books, answers, largest_free(*said) if none_free else None, said.of(profile["slug"] for profile in custom)
 
     try:
-        books, answers, free = await asyncio.wait_for(look(), _ASK_SECONDS)
+        books, answers, free, said = await asyncio.wait_for(look(), _ASK_SECONDS)
     except asyncio.TimeoutError:
         problem = NO_ANSWER
     except NbgpuError as error:
         problem = error.message
     return start_state(
-        profiles, wishes, books, answers, free, problem=problem, isolates=isolates, patience_seconds=patience_seconds, now=time.time()
+        profiles, wishes, books, answers, free, said, problem=problem, isolates=isolates, patience_seconds=patience_seconds, now=time.time()
     )
 
 
@@ -143,6 +147,7 @@ def start_state(
     books: list[DeviceBooks],
     answers: list[Availability] | None,
     free: Free | None = None,
+    custom: Tried = NOT_TRIED,
     *,
     problem: str = "",
     isolates: bool = True,
@@ -161,12 +166,14 @@ def start_state(
         One for each `Wish`, in their order; None when the pool did not answer.
     free : Free, optional
         The largest share that is free, where none of the `wishes` is.
+    custom : Tried
+        What a custom choice was tried with.
     patience_seconds : float, optional
         How long a start waits in line.
     """
     left = iter(answers or [])
     line = f"{WAIT}, for {rough_time(patience_seconds)} at most." if patience_seconds else f"{WAIT}."
-    rows = tuple(_row(profile, wish, left, answers is not None, books, line) for profile, wish in zip(profiles, wishes, strict=True))
+    rows = tuple(_row(profile, wish, left, answers is not None, custom, line) for profile, wish in zip(profiles, wishes, strict=True))
     nodes = [book.device.node for book in books]
     return StartState(
         rows=rows,
@@ -248,11 +255,11 @@ def _wish(profile: Profile, configured: Mapping[str, Any]) -> Wish | InvalidValu
 
 
 def _row(
-    profile: Profile, wish: Wish | InvalidValue | None, answers: Iterable[Availability], answered: bool, books: list[DeviceBooks], line: str
+    profile: Profile, wish: Wish | InvalidValue | None, answers: Iterable[Availability], answered: bool, custom: Tried, line: str
 ) -> Row:
     what, state, status = "", "always", "Always available"
     if profile.get("gpu_custom"):
-        state, status = "custom", _largest_free(books, line)
+        state, status = "custom", _most(custom, line)
     elif isinstance(wish, InvalidValue):
         state, status = "impossible", f"Set up wrongly, please tell the admin: {wish.message}"
     elif wish is not None:
@@ -294,15 +301,19 @@ def _status(answer: Availability, line: str) -> str:
     return f"{reason[:1].upper()}{reason[1:]}. {line}" if reason else f"In use. {line}"
 
 
-def _largest_free(books: list[DeviceBooks], line: str) -> str:
-    free = [
-        (book.device.usable_bytes - book.memory_granted_bytes, 1000 - book.compute_granted_milli) for book in books if book.device.healthy
-    ]
-    free = [(memory, milli) for memory, milli in free if memory > 0 and milli > 0]
-    if not free:
-        return f"No GPU has room now. {line}" if books else "Nobody knows now what is free"
-    memory, milli = max(free)
-    return f"The most that is free on one GPU now: {format_memory(memory)} and {_share(milli)} of its time"
+def _most(custom: Tried, line: str) -> str:
+    """Return the most that this person can have by a custom choice: their quota and what is kept for others counted."""
+    free = largest_free(*custom)
+    if free is not None:
+        memory = min(free.answer.memory.values(), default=0)
+        milli = min(free.answer.compute_milli.values(), default=0)
+        return f"The most that you can have of one GPU now: {format_memory(memory)} and {_share(milli)} of its time"
+    if not custom.answers:
+        return "Nobody knows now what is free"
+    forbidden = [answer for answer in custom.answers if answer.state == "forbidden"]
+    if forbidden and not any(answer.state == "wait" for answer in custom.answers):
+        return _status(forbidden[-1], line)  # not even the smallest
+    return f"No GPU has room for you now. {line}"
 
 
 def _time(milli: int, mode: str) -> str:

@@ -2,6 +2,9 @@
 
 A profile may carry ``"gpu_custom": True``: its user gives the fields of `options.FIELDS` directly; and ``"allowed_groups": ["staff"]``:
 it is there for the members of these JupyterHub groups alone.
+
+Where any profile says how much GPU (`AMOUNTS`), each says all of it: one that says nothing is without a GPU, whatever the spawner's own
+traits say. Where none does, those traits count for all.
 """
 
 from __future__ import annotations
@@ -33,16 +36,14 @@ def default_profiles(configured: Mapping[str, Any] | None = None) -> list[Profil
     usual = {name: value for name in AMOUNTS if (value := (configured or {}).get(name)) is not None}
     shares = [("eighth", "One eighth of a GPU", "1/8"), ("quarter", "A quarter of a GPU", "1/4"), ("half", "Half a GPU", "1/2")]
     found: list[Profile] = [
-        {"slug": "cpu", "display_name": "CPU only", "description": "No GPU.", OVERRIDE: {}},
+        {"slug": "cpu", "display_name": "CPU only", "description": "No GPU."},
         *({"slug": slug, "display_name": name, OVERRIDE: {"gpu_fraction": share}} for slug, name, share in shares),
         {"slug": "whole", "display_name": "A whole GPU", OVERRIDE: {"gpu_fraction": 1}},
-        {"slug": "custom", "display_name": "Custom", "description": "Say how much you need.", "gpu_custom": True, OVERRIDE: {}},
+        {"slug": "custom", "display_name": "Custom", "description": "Say how much you need.", "gpu_custom": True},
     ]
-    for profile in found:  # each says all of the amount, or what is configured would be mixed in
-        profile[OVERRIDE] = {**dict.fromkeys(AMOUNTS), **profile[OVERRIDE]}
-    first = next((profile for profile in found if not profile.get("gpu_custom") and _same_amount(profile[OVERRIDE], usual)), None)
+    first = next((profile for profile in found if not profile.get("gpu_custom") and _same_amount(profile.get(OVERRIDE, {}), usual)), None)
     if first is None:
-        first = {"slug": "usual", "display_name": "The usual share", OVERRIDE: {}}
+        first = {"slug": "usual", "display_name": "The usual share", OVERRIDE: usual}
         found.insert(1, first)
     first["default"] = True
     return found
@@ -66,12 +67,25 @@ def for_groups(profile_list: Any, groups: Iterable[str]) -> list[Profile]:
     """
     if isinstance(profile_list, Mapping):
         profile_list = [profile_list[key] for key in sorted(profile_list)]
-    profiles: list[Profile] = list(profile_list or [])
+    profiles = _say_all(list(profile_list or []))
     mine = set(groups)
     found = [one for one in profiles if one.get("allowed_groups") is None or mine.intersection(_names(one["allowed_groups"]))]
     if profiles and not found:
         raise Refused("Each profile here is for a group that you are not in. Ask the admin.", code="no-profile")
     return found
+
+
+def _say_all(profiles: list[Profile]) -> list[Profile]:
+    """Return `profiles`, where any of them says an amount with each saying all of it: of what is configured nothing is mixed in."""
+    if not any(_says_amount(profile) for profile in profiles):
+        return profiles
+    return [{**profile, OVERRIDE: {**dict.fromkeys(AMOUNTS), **(profile.get(OVERRIDE) or {})}} for profile in profiles]
+
+
+def _says_amount(profile: Profile) -> bool:
+    options = (profile.get("profile_options") or {}).values()
+    choices = [choice for option in options for choice in [*(option.get("choices") or {}).values(), option.get("unlisted_choice") or {}]]
+    return bool(profile.get("gpu_custom")) or any(name in (one.get(OVERRIDE) or {}) for one in [profile, *choices] for name in AMOUNTS)
 
 
 def _names(groups: Any) -> list[str]:
@@ -176,6 +190,8 @@ def wish_of(profile: Profile | None, options: Mapping[str, Any], configured: Map
 def custom_fields(profile: Profile | None, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that the user of a custom choice gave; empty text is no value.
 
+    Where there are no profiles, an amount that they gave stands in place of all that is configured of it.
+
     Raises
     ------
     InvalidValue
@@ -187,6 +203,8 @@ def custom_fields(profile: Profile | None, options: Mapping[str, Any]) -> dict[s
     if profile is not None and not any(name in given for name in AMOUNTS):
         allowed = f"a fraction of one GPU such as 0.25, 1/4 or 25%, unless {LABELS['gpu_memory']} says an amount such as 20 GiB"
         raise wrong("gpu_fraction", "", allowed)
+    if profile is None and ("gpu_fraction" in given or "gpu_memory" in given):
+        return {**dict.fromkeys(AMOUNTS), **given}
     return given
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from nbgpu.errors import NbgpuError
 from nbgpu.models import Availability, DeviceBooks
@@ -14,7 +14,7 @@ from nbgpu.quantities import WHOLE_MILLI
 from .options import Wish
 from .profiles import Profile, wish_of
 
-SHARES = ("3/4", "2/3", "1/2", "1/3", "1/4", "1/6", "1/8", "1/12", "1/16")
+SHARES = ("1", "7/8", "3/4", "2/3", "5/8", "1/2", "3/8", "1/3", "1/4", "1/6", "1/8", "1/12", "1/16")
 """Of one GPU, that a custom choice is tried with."""
 MOST_EXACT = 3
 MOST_CHOICES = 60
@@ -36,6 +36,22 @@ class Choice:
     def value(self) -> str:
         """The options as a form sends them, in a field of one value (`profiles.options_of` reads it)."""
         return json.dumps(self.options, sort_keys=True, ensure_ascii=False)
+
+
+class Tried(NamedTuple):
+    """Choices, and what the pool says of each."""
+
+    choices: Sequence[Choice]
+    answers: Sequence[Availability]
+
+    def of(self, slugs: Iterable[str]) -> Tried:
+        """Return those of some profiles."""
+        wanted = set(slugs)
+        pairs = [pair for pair in zip(self.choices, self.answers, strict=True) if pair[0].options.get("profile") in wanted]
+        return Tried([choice for choice, _ in pairs], [answer for _, answer in pairs])
+
+
+NOT_TRIED = Tried((), ())
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,8 @@ def test_without_a_driver_everything_is_skipped_and_said(tmp_path: Path) -> None
     assert all("no NVIDIA driver" in section["reason"] for section in report["sections"])
     assert {fact["verdict"] for fact in report["facts"]} == {"skipped"}
     assert "no NVIDIA driver" in text
+    assert text.startswith("# nbgpu on a machine without a GPU to measure\n")
+    assert "real hardware" not in text
     assert "no NVIDIA driver" in printed
 
 

@@ -269,6 +269,36 @@ def test_status_shows_the_slice_from_outside_and_inside(place: Place) -> None:
     assert inside["slice_id"] == known["slice"]["slice_id"]
 
 
+def test_limit_gives_a_whole_slice_another_size(place: Place) -> None:
+    program = place.program("--gpu", "1/4")
+    assert ask(program, f"alloc {GIB}") == "0"
+    (known,) = place.agent.slices().slices
+    start = known.slice.slice_id[:8]
+    done = place.call("limit", "--slice", start, "--memory", "2GiB", "--compute", "1/2")
+    assert f"Slice {start}" in done.stdout, done.stderr
+    assert "GPU 0 2 GiB, 50 % of its time." in done.stdout
+
+    def in_force() -> tuple[int, int]:
+        (part,) = place.agent.slices().slices[0].slice.devices
+        return part.memory_bytes, part.compute_milli
+
+    until(lambda: in_force() == (2 * GIB, 500), "the agent has the new limits")
+    assert ask(program, f"alloc {2 * GIB}") == str(OUT_OF_MEMORY)
+    told = json.loads(place.call("limit", "--slice", start, "--memory", "1/2", "--json").stdout)
+    assert told["devices"][0]["memory_bytes"] == memory_share_bytes(usable(place), 500)
+    until(lambda: in_force()[0] > 2 * GIB, "more again")
+    assert ask(program, f"alloc {2 * GIB}") == "0", "the control: in a larger slice it fits"
+    too_much = place.call("limit", "--slice", start, "--memory", "7000GiB")
+    assert too_much.returncode == 1
+    assert "Traceback" not in too_much.stderr
+    junk = place.call("limit", "--slice", start, "--memory", "lots")
+    assert "--memory is 'lots'; it must be an amount such as 20 GiB, or a fraction of one GPU" in junk.stderr
+    inside = place.call("limit", "--slice", start, "--memory", "1GiB", NBGPU_SOCKET="/nowhere/nbgpu.sock")
+    assert "From inside a slice only its kernels can be limited." in inside.stderr
+    other = place.call("limit", "(other)", "--memory", "1GiB")
+    assert "nbgpu limit --slice" in other.stderr
+
+
 def test_limit_caps_one_kernel_and_clears_it(place: Place) -> None:
     program = place.program("--gpu", "1/2", NBGPU_KERNEL_ID="kernel-one")
     assert ask(program, f"alloc {2 * GIB}") == "0"

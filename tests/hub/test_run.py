@@ -19,7 +19,8 @@ import pytest
 from hub_process import ROOT, Browser, proxy_command, until
 from ports import free_port
 
-from nbgpu.client import AgentClient
+from nbgpu.client import AgentClient, PoolClient
+from nbgpu.models import GrantState, Owner, Request
 from nbgpu_agent.simulated import _directory  # pyright: ignore[reportPrivateUsage]
 
 LIB = ROOT / "nodeagent" / "nbgpu_agent" / "_lib"
@@ -88,14 +89,14 @@ def place() -> Iterator[Path]:
         yield Path(name)
 
 
-def start_server(running: Running, password: str) -> None:
-    """Log in as ada and take an eighth, as a browser without JavaScript would."""
+def start_server(running: Running, password: str, name: str = "ada", profile: str = "eighth") -> None:
+    """Log in and take an eighth, as a browser without JavaScript would."""
     http = httpx.Client(base_url=f"http://127.0.0.1:{running.port}/hub/", follow_redirects=True, timeout=60)
 
-    login = {"username": "ada", "password": password, "_xsrf": Browser.token(http.get("login").text)}
+    login = {"username": name, "password": password, "_xsrf": Browser.token(http.get("login").text)}
     page = http.post("login", data=login, headers={"Sec-Fetch-Mode": "navigate"})
     assert "How much of a GPU do you need?" in page.text
-    chosen = http.post("spawn/ada", params={"_xsrf": Browser.token(page.text)}, data={"profile": "eighth"}, follow_redirects=False)
+    chosen = http.post(f"spawn/{name}", params={"_xsrf": Browser.token(page.text)}, data={"profile": profile}, follow_redirects=False)
     assert chosen.status_code == 302, chosen.text
 
 
@@ -138,6 +139,36 @@ def test_it_says_how_to_log_in_and_ends_all_that_it_started(place: Path) -> None
     finally:
         if first.process.poll() is None:
             first.end()
+
+
+def test_who_waits_is_not_granted_while_it_stops(place: Path) -> None:
+    running = Running(place, free_port())
+    try:
+        running.ready()
+        (password,) = re.findall(r"password: (\S+)", running.text)
+        pool = PoolClient(place / "run" / "pool.sock", 10)
+        start_server(running, password, "ada", "whole")
+        agent = AgentClient(place / "run" / "agent.sock", 10)
+        until(lambda: any(one.state == "running" for one in agent.slices().slices), 60, "ada's server runs in its slice")
+        for number in range(len(pool.devices()) - 1):
+            other = Owner(hub="test", user=f"other-{number}")
+            pool.acquire(Request(request_id=f"other-{number}-gpu", owner=other, device_count=1, compute_milli=1000, memory_milli=1000))
+        start_server(running, password, "grace", "whole")
+        until(lambda: [one.state for one in pool.grants()].count(GrantState.queued) == 1, 20, "grace waits")
+        assert running.end() == 0
+        until(lambda: "All stopped." in running.text, 5, f"it says that all has ended: {running.text[-500:]}")
+        log = (place / "work" / "hub.log").read_text(errors="replace")
+        granted = re.findall(r"granted (\S+) \S*ada", log)
+        assert len(granted) == 1, "control: that is how the log says it"
+        assert not re.findall(r"granted (\S+) \S*grace", log), "nobody is granted while it stops"
+        assert "after Future was cancelled" not in log + running.text
+        assert list((place / "run" / "slices").iterdir()) == [], "no slice is left"
+        assert not (place / "run" / "lib").exists(), "nor what its programs map"
+        assert not _directory(place / "run").exists()
+        assert running.left() == {}
+    finally:
+        if running.process.poll() is None:
+            running.end()
 
 
 def test_a_taken_port_is_one_clear_line(place: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from test_lab_browser import BUILT, SHOTS, Lab, fill_slice, open_lab, wait_for
+from test_lab_browser import BUILT, SHOTS, Lab, fill_slice, open_lab, running_lab, wait_for
 from test_lab_browser import lab as lab  # fixtures
 from test_lab_browser import page as page
 
@@ -77,3 +78,13 @@ def test_ninety_refusals_are_a_few_notifications_and_all_in_the_list(lab: Lab, p
     page.locator(TOAST).filter(has_text="87 more").get_by_role("button", name="Show panel").click()
     panel.get_by_role("button", name="Show all 90").click()
     assert panel.locator("li").count() == 90
+
+
+def test_a_server_that_was_shut_down_from_its_page_is_said_to_be_stopped(page: Any, tmp_path: Path) -> None:
+    """Not that it does not answer, as of one that is away without a word (`test_lab_panel_browser`)."""
+    with running_lab(tmp_path) as own:
+        fill_slice(own)
+        open_lab(page, own, "JupyterLab Light")
+        page.evaluate("void window.jupyterapp.commands.execute('filemenu:shutdown')")
+        page.locator(".jp-Dialog button.jp-mod-accept").click()
+        page.locator("#nbgpu-panel").get_by_text("This server was stopped. What is shown is from").wait_for()

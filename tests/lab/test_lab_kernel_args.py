@@ -104,6 +104,22 @@ async def test_gpu_needs_no_load_ext(agent: FakeAgent, start: Start, tmp_path: P
 
 
 @pytest.mark.slow
+async def test_a_server_without_a_gpu_says_so_and_how_to_get_one(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In plain words, without a stack: by the magic, by the monitor's text, and by the error that a program meets."""
+    monkeypatch.delenv("NBGPU_SOCKET", raising=False)
+    monkeypatch.setenv("JUPYTERHUB_USER", "ada")
+    words = "This server has no GPU slice. Stop it (File > Hub Control Panel, Stop My Server), and choose a fraction of a GPU"
+    run = await start()
+    shown, printed = await run(ASK)
+    assert shown["data"]["text/plain"].startswith(words)
+    assert "another one" in printed["text"]
+    (error,) = await run("import nbgpu; nbgpu.slice()")
+    assert [line.startswith(words) for line in error["traceback"]] == [True]
+    (monitor,) = await run("display(nbgpu.SliceMonitor())")
+    assert words in monitor["data"]["text/plain"]
+
+
+@pytest.mark.slow
 async def test_without_nbgpu_in_its_environment_a_kernel_is_as_ever(agent: FakeAgent, start: Start, python: Path, capfd: Any) -> None:
     """Control: `%gpu` is not there, and nothing is said of it."""
     script = python.with_name("python-elsewhere")

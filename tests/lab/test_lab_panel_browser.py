@@ -256,6 +256,11 @@ def test_another_size_of_the_slice(lab: Lab, page: Any) -> None:
     page.keyboard.press("Enter")
     form = panel.get_by_role("form", name="Size of this slice")
     assert form.get_by_label("Share of a GPU").input_value() == "1/4"
+    assert form.get_by_label("GPU memory").input_value() == "20 GiB"
+    form.get_by_role("button", name="Ask for it").click()  # as it stands: nothing is asked for
+    form.wait_for(state="detached")
+    assert not panel.get_by_text("Granted:").count()
+    button.click()
     form.get_by_text("Free on GPU 0 now: 1/4 of its time, 19 GiB of its memory.").wait_for()
     form.get_by_label("Share of a GPU").fill("1")
     page.keyboard.press("Enter")
@@ -274,7 +279,7 @@ def test_who_does_not_answer_is_said_and_what_is_old_is_grey(lab: Lab, page: Any
     assert page.locator(".nbgpu-Panel-content[data-stale]").count() == 0
     lab.away(True)
     try:
-        panel.get_by_text("The node agent does not answer since").wait_for(timeout=5 * SECOND)
+        panel.get_by_text("The node agent has not answered since").wait_for(timeout=5 * SECOND)
         page.locator(".nbgpu-Panel-content[data-stale]").wait_for()
         assert "12.5 of 20 GiB" in status.inner_text()
         assert "no news since" in status.inner_text()
@@ -284,7 +289,7 @@ def test_who_does_not_answer_is_said_and_what_is_old_is_grey(lab: Lab, page: Any
     page.locator(".nbgpu-Panel-content[data-stale]").wait_for(state="detached", timeout=35 * SECOND)
 
     page.route(re.compile("nbgpu/api/usage"), lambda route: route.abort())
-    panel.get_by_text("The Jupyter server does not answer since").wait_for(timeout=5 * SECOND)
+    panel.get_by_text("The Jupyter server has not answered since").wait_for(timeout=5 * SECOND)
     assert "12.5 of 20 GiB" in status.inner_text()
     page.unroute(re.compile("nbgpu/api/usage"))
     page.locator(".nbgpu-Panel-content[data-stale]").wait_for(state="detached", timeout=35 * SECOND)

@@ -26,6 +26,7 @@ from nbgpu_pool.core import Core
 from nbgpu_pool.placement import Policy
 from nbgpu_pool.queue import Fairness
 from nbgpu_pool.quotas import Limits, Quotas, Tally
+from nbgpu_pool.shapes import Amount, Part
 from nbgpu_pool.state import Seen, Settings, Snapshot
 
 DEVICES = [
@@ -37,6 +38,11 @@ TTL = 100.0
 QUEUE_TTL = 500.0
 USER_LIMITS_MILLI = [1500, 1500, 1000, 2500]
 EXAMPLES = int(os.environ.get("NBGPU_MODEL_EXAMPLES", "200"))
+
+
+def counted(uuid: str, part: Part) -> int:
+    """Return what a part counts in quotas, in milli-GPU: the larger share."""
+    return max(part.compute_milli, -(-part.memory_bytes * 1000 // USABLE[uuid]))
 
 
 @pytest.fixture(autouse=True)
@@ -122,8 +128,9 @@ class PoolMachine(RuleBasedStateMachine):
         count=st.sampled_from([1, 1, 1, 2]),
         user=st.sampled_from("abc"),
         model=st.sampled_from([None, None, "Big"]),
+        memory_milli=st.sampled_from([None, None, None, None, 125, 1000]),
     )
-    def request(self, milli: int, count: int, user: str, model: str | None) -> None:
+    def request(self, milli: int, count: int, user: str, model: str | None, memory_milli: int | None = None) -> None:
         self.number += 1
         asked = Request(
             request_id=f"request-{self.number:04d}",
@@ -351,14 +358,14 @@ class PoolMachine(RuleBasedStateMachine):
         self.within = {one.slice_id for one in held}
         for user in fresh:
             mine = [one for one in held if one.request.owner.user == user]
-            milli = sum(part.compute_milli for one in mine for _, part in one.parts())
+            milli = sum(counted(uuid, part) for one in mine for uuid, part in one.parts())
             assert milli <= self.limit_milli + 1000 * self.late_seen(), user
 
     @invariant()
     def what_is_counted_for_quotas_is_what_is_held(self) -> None:
         groups = frozenset({"staff"})
-        plain = Tally.of(self.core.settings.quotas, self.core.books.holdings(groups, granted_only=True), 0)
-        held = {account: part for account, part in plain.held.items() if part != (0, 0)}
+        plain = Tally.of(self.core.settings.quotas, self.core.books.holdings(groups, granted_only=True))
+        held = {account: part for account, part in plain.held.items() if part != Amount()}
         assert self.core.books.granted_by(groups) == held
 
     @invariant()
@@ -403,7 +410,7 @@ class PoolMachine(RuleBasedStateMachine):
     def above(self, entry: Entry, quotas: Quotas) -> bool:
         """Whether a request is by itself above a quota that was lowered after it had come."""
         cost = self.core.books.cost(entry.want)
-        return cost is not None and cost.compute_milli > (quotas.default.limit_milli or 0)
+        return cost is not None and cost.counted_milli > (quotas.default.limit_milli or 0)
 
     def settle(self) -> None:
         """Let all messages arrive."""

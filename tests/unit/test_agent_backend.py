@@ -54,6 +54,8 @@ class Live:
     def slice(self) -> Slice:
         return self.record.slice
 
+    limits = slice
+
     def save(self, **changes: Any) -> None:
         self.record = self.record.model_copy(update=changes)
         if "limited" in changes:

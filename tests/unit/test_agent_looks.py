@@ -40,7 +40,7 @@ class Judged:
     def __init__(self) -> None:
         self.id, self.owner = "s", "ada"
         part = SliceDevice(uuid="GPU-0", index=0, model="m", memory_bytes=4 * GIB, compute_milli=250)
-        self.slice = SimpleNamespace(devices=[part], mode="strict")
+        self.limits = SimpleNamespace(devices=[part], mode="strict")
         self.state = SlotState(owner=1, process=Process(7, 100))
         self.tenant = SimpleNamespace(states={0: self.state}, compute_milli=self.compute_milli, holding=dict)
         self.memory_doubts, self.compute_doubts = Doubts(64 * MIB), Doubts(100)
@@ -109,7 +109,7 @@ def test_whatever_happens_in_it_is_judged_at_once(monkeypatch: pytest.MonkeyPatc
     look = Look(monkeypatch)
     assert [look(TOLD), look(TOLD)] == [[], []]
     assert look.judged == 1
-    part = look.live.slice.devices[0]
+    part = look.live.limits.devices[0]
     if what == "memory":
         assert look({7: 6 * GIB}) == ["overhead", "over-limit"]
     elif what == "stranger":
@@ -126,7 +126,7 @@ def test_whatever_happens_in_it_is_judged_at_once(monkeypatch: pytest.MonkeyPatc
         look.live.state.process = None
         look(TOLD)
     else:
-        look.live.slice.devices = [part.model_copy(update={"memory_bytes": GIB})]
+        look.live.limits.devices = [part.model_copy(update={"memory_bytes": GIB})]
         assert look(TOLD) == ["over-limit"]
     assert look.judged == 2
 

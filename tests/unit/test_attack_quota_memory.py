@@ -14,7 +14,6 @@ from nbgpu_pool.quotas import Limits, Quotas
 QUARTER = Quotas(default=Limits(limit_milli=250))
 
 
-@pytest.mark.xfail(strict=True, reason="a quota in GPUs is compared with GPU time alone")
 def test_a_limit_keeps_one_person_from_taking_all() -> None:
     """So says the table of what to tune. The control: more time than the limit is refused."""
     pool = Pool(devices=4, quotas=QUARTER)
@@ -26,7 +25,6 @@ def test_a_limit_keeps_one_person_from_taking_all() -> None:
     assert pool.ask(250, "other").state == GrantState.reserved, "one user holds the memory of four GPUs with a quota of a quarter"
 
 
-@pytest.mark.xfail(strict=True, reason="a quota in GPUs is compared with GPU time alone")
 def test_per_user_of_a_group_likewise() -> None:
     pool = Pool(devices=2, quotas=Quotas(groups={"students": Limits(per_user_milli=250)}))
     with pytest.raises(Refused):
@@ -34,7 +32,6 @@ def test_per_user_of_a_group_likewise() -> None:
     assert pool.ask(250, "other", groups=["students"]).state == GrantState.reserved
 
 
-@pytest.mark.xfail(strict=True, reason="a quota in GPUs is compared with GPU time alone")
 def test_a_running_server_grows_its_memory_past_a_quota_in_gpus() -> None:
     pool = Pool(quotas=QUARTER)
     key = pool.running(250, "m")

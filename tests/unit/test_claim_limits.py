@@ -32,6 +32,7 @@ from nbgpu.claim_limits import (
 )
 from nbgpu.claims import BadObject, claim_for, device_name, resource_slice
 from nbgpu.models import Device, Owner, Slice, SliceDevice
+from nbgpu_pool.kube_view import NodeInfo, View, keep_claim, keep_published
 
 GIB = 1024**3
 KEY = b"k" * 32
@@ -111,6 +112,30 @@ def test_in_force_and_refused() -> None:
     assert is_refused(refused, wanted(claim))
     still = shares(a_claim(wants=LARGER, reports=AS_ALLOCATED, answered="e" * 64), DEVICES)
     assert not is_refused(still, wanted(claim))
+
+
+def test_memory_that_is_still_held_counts_and_is_no_refusal() -> None:
+    """The limit was lowered below use: it is in force, and what is held counts until it is free; nothing more is published for it."""
+    smaller = Limit(memory_bytes=5 * GIB, compute_milli=250)
+    claim = a_claim(wants=smaller)
+    told = report(shares(claim, DEVICES)[0], Limit(memory_bytes=17 * GIB, compute_milli=250), wanted(claim).seal, 0, keeps=True)
+    claim["status"]["devices"] = [told]
+    held = shares(claim, DEVICES)
+    assert not is_refused(held, wanted(claim))
+    assert not is_settled(held, wanted(claim))
+    assert counted(held)[DEVICE.uuid].memory_bytes == counted(held, wanted(claim))[DEVICE.uuid].memory_bytes == 17 * GIB
+    found = published(78 * GIB, [(held[0].consumed, counted(held)[DEVICE.uuid])])
+    assert found.memory_bytes == (78 + 20 - 17) * GIB
+    view = View(KEY, lambda: 0.0)
+    view.node_changed("node-1", NodeInfo(True))
+    view.published_changed("node-1", keep_published(resource_slice("node-1", [DEVICE], {}, 1)))
+    info = keep_claim(view)(claim)
+    assert info.keeps
+    assert not info.refused
+    assert info.slice is not None
+    assert info.slice.devices[0].memory_bytes == 17 * GIB
+    assert info.wanted is not None
+    assert info.wanted.devices[0].memory_bytes == 5 * GIB
 
 
 def test_what_was_refused_can_be_wanted_again() -> None:

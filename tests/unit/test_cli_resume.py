@@ -9,12 +9,12 @@ import pytest
 from test_cli_limit import NAMES, A, B, kernel, usage
 from test_cli_options import known
 
-from nbgpu import cli_limit, cli_resume
+from nbgpu import cli_limit, cli_resume, cli_suspend
 from nbgpu.cli_resume import meant
 from nbgpu.client import SliceClient
 from nbgpu.errors import NbgpuError
 from nbgpu.kernel_names import KernelName
-from nbgpu.models import Slice, Suspension, Usage
+from nbgpu.models import KernelAway, Slice, Suspension, Usage
 from nbgpu.quantities import GIB
 
 DIGITS = "12345678-0000-4000-8000-000000000003"
@@ -142,6 +142,45 @@ def test_only_what_is_named_goes_on(agent: StandIn) -> None:
     assert len(agent.resumed) == 1, "--all is of one slice"
     cli_resume.resume_all("aaaa", as_json=False)
     assert agent.resumed[1:] == [(FIRST.slice_id, pid) for pid in (11, 12, 13)]
+
+
+def test_in_a_server_a_kernels_memory_is_moved_and_brought_back(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parked = KernelAway(phase="parked", memory_bytes=8 * GIB, since=1.0)
+    seen = [usage(kernel(A, 8 * GIB)), usage(kernel(A, 0).model_copy(update={"away": parked}))]
+    asked: list[tuple[str, str]] = []
+
+    class Own(SliceClient):
+        def usage(self) -> Usage:
+            return seen[len(asked)]
+
+        def slice(self) -> Slice:
+            return known(FIRST.slice_id, "a").slice
+
+        def move_kernel(self, kernel_id: str, where: str) -> KernelAway | None:
+            asked.append((kernel_id, where))
+            return parked.model_copy(update={"phase": "parking"}) if where == "suspend" else None
+
+    for module in (cli_limit, cli_suspend):
+        monkeypatch.setattr(module, "own_slice", lambda: Own("/nowhere"))
+    for module in (cli_resume, cli_suspend):
+        monkeypatch.setattr(module, "read_names", names_of)
+    with pytest.raises(NbgpuError, match="Nothing of kernel train is suspended"):
+        cli_resume.resume("train", None, as_json=False)
+    cli_suspend.suspend("train", as_json=False)
+    assert "work/train.ipynb: 8 GiB on its way to host memory. `nbgpu resume work/train.ipynb`" in capsys.readouterr().out
+    cli_resume.list_suspended(None, as_json=False)
+    assert "work/train.ipynb: 8 GiB in host memory" in capsys.readouterr().out
+    seen.append(seen[1])
+    cli_resume.resume("train", None, as_json=True)
+    assert json.loads(capsys.readouterr().out)["away"] is None
+    assert asked == [(A, "suspend"), (A, "resume")]
+
+
+def test_outside_of_a_server_no_kernels_memory_is_moved(agent: StandIn) -> None:
+    with pytest.raises(NbgpuError, match="in a terminal of its own server"):
+        cli_suspend.suspend("train", as_json=False)
 
 
 def test_in_a_server_the_servers_own_api_is_asked(agent: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console, RenderableType
@@ -15,8 +16,8 @@ from nbgpu.cli_limit import kernels_table
 from nbgpu.cli_resume import suspended_table
 from nbgpu.cli_status import Machine, machine_picture, slice_picture
 from nbgpu.cli_table import FittingTable
-from nbgpu.models import Device, Grant, GrantState, KernelLimit, Node, Owner, Request
-from nbgpu.quantities import GIB
+from nbgpu.models import Device, Grant, GrantState, Idle, KernelLimit, Node, Owner, Request
+from nbgpu.quantities import GIB, format_memory
 
 WIDTHS = (80, 100, 120, 200)
 LIMITED = kernel(A, int(1.25 * GIB)).model_copy(
@@ -51,13 +52,13 @@ def columns_of(lines: list[str], first: str) -> str:
 
 ALWAYS = ["kernel", "notebook", "memory", "memory limit", "time limit"]
 FEW = [*ALWAYS, "time used"]
-MOST = [*FEW, "GPU", "refused", "processes"]
+MOST = [*FEW, "GPU", "refused", "pids"]
 
 
 @pytest.mark.parametrize(("width", "there", "missing"), [
-    (80, ALWAYS, ["peak", "processes", "refused", "GPU", "time used"]),
-    (100, [*FEW, "GPU", "refused"], ["peak", "processes"]),
-    (110, [*FEW, "GPU", "refused"], ["peak", "processes"]),
+    (80, ALWAYS, ["peak", "pids", "refused", "GPU", "time used"]),
+    (100, [*FEW, "GPU", "refused"], ["peak", "pids"]),
+    (110, [*FEW, "GPU", "refused"], ["peak", "pids"]),
     (120, [*MOST, "peak"], []),
     (200, [*MOST, "peak"], []),
 ])  # fmt: skip
@@ -130,3 +131,21 @@ def test_ids_are_short_and_unique() -> None:
     assert all(full.startswith(short) and sum(other.startswith(short) for other in twins) == 1 for full, short in found.items())
     assert short_ids(["kernel-on", "kernel-one"]) == {"kernel-on": "kernel-on", "kernel-one": "kernel-one"}
     assert short_ids([]) == {}
+
+
+def test_a_parked_slice_holds_nothing_and_says_what_it_comes_back_to() -> None:
+    seen = machine()
+    full = seen.slices[0].slice
+    empty = [part.model_copy(update={"memory_bytes": 0, "compute_milli": 0}) for part in full.devices]
+    parked = seen.slices[0].model_copy(
+        update={"slice": full.model_copy(update={"devices": empty}), "idle": Idle(state="parked", full=full)}
+    )
+    back = f"comes back to {format_memory(full.devices[0].memory_bytes)}"
+    rows = [line for line in lines_at(300, machine_picture(replace(seen, slices=[parked]))) if "ada" in line and "parked" in line]
+    assert len(rows) == 1
+    assert back in rows[0]
+    assert "0 B" in rows[0], "its row is what it holds, so rows add up to what is granted"
+    assert "0 %" in rows[0]
+    held = "\n".join(lines_at(300, machine_picture(seen)))
+    assert "parked" not in held, "control"
+    assert "comes back" not in held

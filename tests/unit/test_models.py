@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from nbgpu import models
 from nbgpu.errors import InvalidValue, NbgpuError, Refused, Unavailable
-from nbgpu.models import Model, read_answer
+from nbgpu.models import Event, Model, read_answer
 from nbgpu.quantities import MIB
 
 OWNER = {"hub": "h", "user": "ada", "server": ""}
@@ -116,6 +116,12 @@ def test_what_a_newer_version_adds_to_an_answer_is_left_out() -> None:
     read = read_answer(TypeAdapter(_Outer), told)
     assert read == _Outer(inner=[_Inner(value=1), _Inner(value=2)], more=_Inner(value=3))
     assert "novel" in told, "what was told stays as it is"
+
+
+def test_an_event_of_a_kind_that_a_newer_agent_has_is_read() -> None:
+    told = {"id": 1, "time": 1.0, "slice_id": None, "kind": "of-tomorrow", "level": "info", "message": "Something.", "new": 1}
+    (event,) = read_answer(TypeAdapter(list[Event]), [told])
+    assert (event.kind, event.message) == ("of-tomorrow", "Something.")
 
 
 @pytest.mark.parametrize("told", [{"inner": [{"valu": 1}]}, {"inner": 1, "new": 1}, [], None])

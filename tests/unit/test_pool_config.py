@@ -45,8 +45,11 @@ def test_whole_file(tmp_path: Path) -> None:
     assert (settings.queue_total, settings.fairness.overtake_count) == (10, 5)
 
 
-def test_nothing_and_empty_are_the_defaults(tmp_path: Path) -> None:
-    assert load(None) == load(write(tmp_path, "")) == Config()
+def test_no_file_and_an_empty_mapping_are_the_defaults_a_file_that_says_nothing_is_a_mistake(tmp_path: Path) -> None:
+    assert load(None) == load(write(tmp_path, "{}\n")) == Config()
+    for text in ("", "\n", "# quotas:\n", "---\n"):
+        with pytest.raises(ConfigError, match="says nothing"):
+            load(write(tmp_path, text))
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,42 @@ def test_a_shrink_frees_room_only_when_it_is_in_force() -> None:
     assert pool.free() == (0, 0)
 
 
+def test_what_a_smaller_slice_still_holds_is_given_to_nobody() -> None:
+    """The limit is in force; its programs hold 25 GiB more: booked, and counted in the quota, until it is free; a new pool knows it."""
+    pool = Pool(quotas=Quotas(default=Limits(limit_bytes=45 * GIB)))
+    key = pool.running(500)
+    assert pool.free() == (40, 500)
+    target = pool.resize(key, memory_bytes=10 * GIB)
+    assert target is not None
+    entry = pool.core.known(key)
+    assert entry.slice is not None
+    held = target.model_copy(update={"devices": [target.devices[0].model_copy(update={"memory_bytes": 35 * GIB})]})
+    pool.seen[key] = Seen(held, "running", wanted=target, keeps=True)
+    pool.sync(2 * RESIZE_SECONDS)
+    assert pool.free() == (45, 500), "the rest is free at once"
+    grant = pool.grant(key)
+    assert grant.note == (
+        "The slice was made smaller: 10 GiB. Its programs still hold 35 GiB, which counts for it until they free it, and are given no more."
+    )
+    with pytest.raises(Refused):
+        pool.ask(memory_bytes=11 * GIB)
+    other = pool.ask(250, user="grace", memory_bytes=45 * GIB)
+    assert other.state == GrantState.reserved
+    waits = pool.ask(250, user="linus", memory_bytes=20 * GIB).request.request_id
+    assert pool.grant(waits).state == GrantState.queued
+    anew = Pool()
+    anew.seen = dict(pool.seen)
+    anew.sync(2 * RESIZE_SECONDS)
+    assert anew.free() == (45, 500)
+    assert anew.grant(key).resizing == target.devices
+    assert anew.grant(key).note == grant.note
+    assert anew.core.drain().resizes == [], "there is nothing to tell"
+    pool.seen[key] = Seen(target, "running")
+    pool.sync()
+    assert pool.grant(waits).state == GrantState.reserved
+    assert pool.grant(key).note is None
+
+
 def test_the_same_again_is_nothing_new() -> None:
     pool = Pool()
     key = pool.running()

@@ -94,6 +94,32 @@ def test_an_idle_slice_is_parked_for_one_who_waits_and_comes_back_when_there_is_
     assert pool.grant(late).state == GrantState.queued
 
 
+def test_who_waits_behind_a_slice_that_comes_back_is_told_no_moment_and_no_usual_time() -> None:
+    """Room that is free but kept for it is not theirs in a moment; it comes free after it, and two ended servers make that a guess."""
+    pool = IdlePool()
+    ada = pool.running(1000, "ada")
+    pool.idle(ada)
+    grace = pool.ask(500, "grace").request.request_id
+    pool.sync()
+    pool.asked_to_park()
+    pool.park(ada)
+    for _ in range(2):
+        pool.core.sessions.ended("h", 30.0)
+    pool.want(ada)
+    late = pool.ask(250, "linus").request.request_id
+    estimate = pool.core.forecast(pool.now)[late]
+    assert (estimate.seconds, estimate.guessed) == (7200.0, True), "after grace, who is taken to stay an hour, and then ada"
+    quarter = pool.core.known(late).want
+    ghost = pool.core.forecast_of(quarter, pool.now)
+    assert ghost is not None
+    assert ghost.guessed
+    assert ghost.seconds >= estimate.seconds
+    pool.core.cancel(late, "h", pool.now)
+    pool.core.cancel(grace, "h", pool.now)
+    pool.sync()
+    assert pool.told_to_restore() == [ada]
+
+
 def test_control_without_wanting_the_room_goes_to_who_waits() -> None:
     pool = IdlePool()
     ada = pool.running(1000, "ada")

@@ -47,13 +47,41 @@ def of_group_never() -> str:
 
 
 def of_group_memory_never() -> str:
-    return refused(Pool(quotas=GROUP), 250, memory_bytes=60 * GIB, groups=["g"])
+    return refused(Pool(quotas=Quotas(groups={"g": Limits(limit_bytes=50 * GIB)})), 250, memory_bytes=60 * GIB, groups=["g"])
+
+
+def of_user_by_memory() -> str:
+    pool = Pool(quotas=Quotas(default=Limits(limit_milli=500)))
+    pool.started(1, server="one", memory_bytes=20 * GIB)
+    return refused(pool, 1, memory_bytes=40 * GIB)
+
+
+def of_group_by_memory() -> str:
+    return refused(Pool(devices=2, quotas=GROUP), 1, memory_bytes=80 * GIB, count=2, groups=["g"])
 
 
 def of_group_now() -> str:
     pool = Pool(quotas=GROUP)
     pool.started(375, user="a", groups=["g"])
     return waits(pool, 250, groups=["g"])
+
+
+def of_group_now_by_memory() -> str:
+    pool = Pool(quotas=Quotas(groups={"g": Limits(limit_milli=500)}))
+    pool.started(1, user="a", groups=["g"], memory_bytes=40 * GIB)
+    return waits(pool, 250, groups=["g"])
+
+
+def of_guarantee_by_memory() -> str:
+    return waits(Pool(quotas=Quotas(groups={"g": Limits(guarantee_milli=500)})), 1, memory_bytes=60 * GIB)
+
+
+def of_growth_by_memory() -> str:
+    return resized(Pool(quotas=Quotas(default=Limits(limit_milli=500))), 250, Resize(memory_bytes=60 * GIB))
+
+
+def of_growth_guarantee_by_memory() -> str:
+    return resized(Pool(quotas=Quotas(groups={"g": Limits(guarantee_milli=500)})), 250, Resize(memory_bytes=60 * GIB))
 
 
 def of_guarantee() -> str:
@@ -130,6 +158,26 @@ def of_growth_guarantee() -> str:
         (
             of_group_now,
             "waits for the quota of your group g (half a GPU in all, 37.5 % of a GPU held; 50 GiB in all, 30 GiB held): what is held now",
+        ),
+        (
+            of_user_by_memory,
+            "Your quota is half a GPU: you hold 20 GiB of GPU memory, which counts as a quarter of a GPU on 'one' and asked for 40 GiB "
+            "of GPU memory, which counts as half a GPU.",
+        ),
+        (
+            of_group_by_memory,
+            "The quota of your group g is half a GPU in all: you asked for 160 GiB of GPU memory, which counts as 2 GPUs.",
+        ),
+        (of_group_now_by_memory, "waits for the quota of your group g (half a GPU in all, half a GPU held, counting memory)"),
+        (
+            of_guarantee_by_memory,
+            "1 GPU is free in all, of which half a GPU is kept for guarantees of others and those who have waited long; 60 GiB of GPU "
+            "memory, which counts as three quarters of a GPU",
+        ),
+        (of_growth_by_memory, "Your quota is half a GPU: you asked for 60 GiB of GPU memory, which counts as three quarters of a GPU."),
+        (
+            of_growth_guarantee_by_memory,
+            "is kept for users and groups with a guarantee; 60 GiB of GPU memory, which counts as three quarters of a GPU.",
         ),
         (of_guarantee, "1 GPU is free in all, of which half a GPU is kept for guarantees of others and those who have waited long"),
         (of_queue, "The queue is full: 2 requests in it, of 2 at most; try again later."),

@@ -36,6 +36,30 @@ def test_a_mistake_is_named_with_its_line(tmp_path: Path, text: str, line: int, 
     assert f"line {line}, {says}: " in caught.value.message
 
 
+def test_a_key_that_is_there_twice_is_named_with_both_lines(tmp_path: Path) -> None:
+    text = "quotas:\n  default: {limit: 1}\nqueue: {total: 1}\nquotas:\n  users: {ada: {limit: 1}, ada: {limit: 2}}\ntwice: &t {a: *t}\n"
+    (tmp_path / "pool.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path / "pool.yaml")
+    assert "line 4, quotas: it is there already, at line 1; write it once" in caught.value.message
+    assert "line 5, quotas.users.ada: it is there already, at line 5; write it once" in caught.value.message
+
+
+def test_all_mistakes_are_named_in_the_order_of_the_file(tmp_path: Path) -> None:
+    text = "queue: {total: -1}\nidle:\n  least_memory: little\nquotas:\n  default: {limit: lots}\n  default: {limit: 1}\nnothing: 1\n"
+    (tmp_path / "pool.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path / "pool.yaml")
+    named = [
+        caught.value.message.find(words) for words in ("line 1, queue.total", "line 3, idle.least", "line 6, quotas.d", "line 7, nothing")
+    ]
+    assert -1 not in named
+    assert named == sorted(named)
+    (tmp_path / "pool.yaml").write_text("".join(f"n{number}: 1\n" for number in range(30)))
+    with pytest.raises(ConfigError, match=r"n19: .*; and 10 more"):
+        load(tmp_path / "pool.yaml")
+
+
 def test_the_old_configuration_stays_in_force_where_the_new_one_is_wrong(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file, taken = tmp_path / "pool.yaml", list[Config]()
     file.write_text("quotas:\n  default: {limit: lots}\n")

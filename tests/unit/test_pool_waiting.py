@@ -12,6 +12,7 @@ from test_pool_idle import IdlePool
 from nbgpu_pool import events, service
 from nbgpu_pool.quotas import Limits, Quotas, Tally
 from nbgpu_pool.service import Service
+from nbgpu_pool.shapes import Amount
 from nbgpu_pool.state import Seen, Settings
 
 
@@ -105,8 +106,8 @@ def test_what_counts_for_quotas_is_kept_up_to_date_through_parking_and_moves() -
         pool.sync(1.0)
         groups = frozenset(luck.choice([names, names[:1], []]))
         quotas = Quotas(groups=dict.fromkeys(groups, Limits(limit_milli=4000)))
-        plain = Tally.of(quotas, pool.core.books.holdings(groups, granted_only=True), 0).held
-        assert pool.core.books.granted_by(groups) == {account: part for account, part in plain.items() if part != (0, 0)}
+        plain = Tally.of(quotas, pool.core.books.holdings(groups, granted_only=True)).held
+        assert pool.core.books.granted_by(groups) == {account: part for account, part in plain.items() if part != Amount()}
 
 
 def pool_seen(pool: Pool, key: str) -> Seen:

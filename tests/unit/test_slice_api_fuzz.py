@@ -37,8 +37,8 @@ class Agent:
         said = SimpleNamespace(model_dump_json=lambda **_: "{}")
         history = SimpleNamespace(as_json=lambda seconds: [seconds])
         self.live = SimpleNamespace(
-            id="slice-00", slice=said, usage=lambda: said, history=history, record=SimpleNamespace(kernel_limits=self.limits, claim=None),
-            owner_resumes=True,
+            id="slice-00", slice=said, limits=said, usage=lambda: said, history=history,
+            record=SimpleNamespace(kernel_limits=self.limits, claim=None), owner_resumes=True,
         )  # fmt: skip
         self.slices = {"slice-00": self.live}
         self.settings = SimpleNamespace(backend="limiter")

@@ -13,7 +13,7 @@ from traitlets.config import Config
 from nbgpu.errors import InvalidValue, NbgpuError
 from nbgpu.models import Availability, Device, DeviceBooks, Owner
 from nbgpu.quantities import GIB
-from nbgpu_spawner import form, profiles, setup
+from nbgpu_spawner import form, profiles, setup, sizes
 from nbgpu_spawner.options import check_against, wish_from
 
 OWNER = Owner(hub="h", user="ada")
@@ -166,7 +166,7 @@ def test_fields_without_a_profile_are_the_custom_choice() -> None:
     ],
 )
 def test_what_the_admin_configured_is_chosen_at_the_first_visit(configured: dict[str, Any], slug: str, asked: str) -> None:
-    found = profiles.initialise(profiles.default_profiles(configured))
+    found = profiles.initialise(profiles.for_groups(profiles.default_profiles(configured), []))
     first, custom = profiles.selected(found, {}), profiles.selected(found, {"gpu_memory": "10 GiB"})
     assert first is not None
     assert first["slug"] == slug
@@ -176,6 +176,32 @@ def test_what_the_admin_configured_is_chosen_at_the_first_visit(configured: dict
     wish = profiles.wish_of(custom, {"gpu_memory": "10 GiB"}, configured)
     assert wish is not None
     assert (str(wish), wish.shape.compute_milli) == ("10 GiB of a GPU", None), "a custom choice is what was typed"
+
+
+EXAMPLE: list[dict[str, Any]] = [
+    {"slug": "cpu", "display_name": "CPU only", "default": True},
+    {"slug": "quarter", "display_name": "A quarter of a GPU", "kubespawner_override": {"gpu_memory": "10 GiB"}},
+    {"slug": "custom", "display_name": "Custom", "gpu_custom": True},
+]
+
+
+def test_an_admins_profiles_say_all_of_the_amount() -> None:
+    configured = {"gpu_fraction": "1/4", "gpu_mode": "strict"}
+    cpu, quarter, custom = profiles.initialise(profiles.for_groups(EXAMPLE, []))
+    assert profiles.wish_of(cpu, {}, configured) is None, "CPU only is no GPU, whatever is configured"
+    for profile, options in ((quarter, {}), (custom, {"gpu_memory": "10 GiB"}), (None, {"gpu_memory": "10 GiB"})):
+        wish = profiles.wish_of(profile, options, configured)
+        assert wish is not None
+        assert (str(wish), wish.shape.compute_milli, wish.mode) == ("10 GiB of a GPU", None, "strict"), "time follows the memory"
+    assert "kubespawner_override" not in EXAMPLE[0], "the admin's own list is not changed"
+
+
+def test_what_is_configured_counts_where_no_profile_says_an_amount() -> None:
+    images = [{"display_name": name, "kubespawner_override": {"image": name}} for name in ("torch", "jax")]
+    for profile in profiles.initialise(profiles.for_groups(images, [])):
+        assert str(profiles.wish_of(profile, {}, {"gpu_fraction": "1/4"})) == "a quarter of a GPU"
+    mine = profiles.initialise(profiles.for_groups([*images, {**EXAMPLE[1], "allowed_groups": ["staff"]}], ["students"]))
+    assert [profiles.wish_of(one, {}, {"gpu_fraction": "1/4"}) for one in mine] == [None, None], "the same for all groups"
 
 
 def test_the_last_choice_is_chosen_at_later_visits() -> None:
@@ -198,6 +224,8 @@ def state(**changes: Any) -> form.StartState:
     books = [DeviceBooks(device=device(), memory_granted_bytes=39 * GIB, compute_granted_milli=500, slices=[])]
     answer = Availability(state="free", reason="free now", memory={"H100": 19 * GIB}, compute_milli={"H100": 250})
     answers = changes.pop("answers", [answer] * 4)
+    tried = [one for one in sizes.choices(found, {}) if one.options["profile"] == "custom" and one.wish.shape.memory_milli == 250]
+    changes.setdefault("custom", sizes.Tried(tried, [answer]) if answers else sizes.NOT_TRIED)
     return form.start_state(found, wishes, changes.pop("books", books), answers, **changes)
 
 
@@ -205,7 +233,7 @@ def test_rows_say_what_and_whether() -> None:
     rows = state().rows
     assert rows[0].status == "Always available"
     assert (rows[2].what, rows[2].status) == ("19 GiB, at least a quarter of the GPU's time", "Free now")
-    assert rows[5].status == "The most that is free on one GPU now: 39 GiB and half of its time"
+    assert rows[5].status == "The most that you can have of one GPU now: 19 GiB and a quarter of its time"
     away = state(answers=None, books=[], problem="away")
     assert {row.state for row in away.rows[1:5]} == {"unknown"}
     assert away.rows[2].what == "a quarter of a GPU's memory, at least a quarter of the GPU's time"

@@ -13,7 +13,7 @@ from tornado.log import gen_log
 from traitlets.config import Config
 
 from nbgpu.errors import InvalidValue, NbgpuError, Refused, Unavailable
-from nbgpu.models import Availability, Device, DeviceBooks, Grant, GrantState, Owner, Request
+from nbgpu.models import Availability, AvailabilityQuery, Device, DeviceBooks, Grant, GrantState, Owner, Request
 from nbgpu.quantities import GIB
 from nbgpu_spawner import form, profiles, setup, sizes, waiting
 from nbgpu_spawner.options import Wish, wish_from
@@ -170,6 +170,15 @@ def waiting_grant(**changes: Any) -> Grant:
     return Grant(request=request, state=GrantState.queued, **{"position": 3, "wait_seconds": 240.0, **changes})
 
 
+@pytest.mark.parametrize("simulated", [True, False])
+def test_simulated_gpus_are_said_to_be(simulated: bool) -> None:
+    """On the page, and to a page that was loaded before the pool knew it."""
+    state = form.StartState((), 1.0, simulated=simulated)
+    page = form.render(state, {}, "/x")
+    assert ('id="nbgpu-simulated">' in page, 'id="nbgpu-simulated" hidden>' in page) == (simulated, not simulated)
+    assert state.as_json()["simulated"] is simulated
+
+
 def test_the_words_of_the_queue() -> None:
     place = waiting.place_of(wish(gpu_fraction=0.25), waiting_grant(reason="2 people are before you."), patience_seconds=600)
     assert place.text == "Waiting for a quarter of a GPU: 3rd in line, usually within 4 minutes. 2 people are before you."
@@ -282,3 +291,42 @@ def test_the_admins_own_templates_win(before: bool, tmp_path: Path) -> None:
     else:
         assert paths[0] == mine, "before the hub's own"
         assert "/etc/ours" in paths
+
+
+class FakePool:
+    """Two devices, and a quota: what is above it is forbidden, what is below the least of a slice impossible."""
+
+    def __init__(self, free_milli: int, quota_milli: int):
+        self.free_milli, self.quota_milli = free_milli, quota_milli
+
+    async def devices(self, max_age_seconds: float = 0) -> list[DeviceBooks]:
+        one = Device(uuid="a", index=0, model="H100", node="n", memory_bytes=80 * GIB, reserve_bytes=2 * GIB)
+        held = 1000 - self.free_milli
+        return [DeviceBooks(device=one, memory_granted_bytes=78 * GIB * held // 1000, compute_granted_milli=held, slices=[])]
+
+    async def availability(self, query: AvailabilityQuery) -> list[Availability]:
+        return [answer(shape.memory_milli or 0, self.state(shape.memory_milli or 0)) for shape in query.shapes]
+
+    def state(self, milli: int) -> str:
+        if milli > self.quota_milli:
+            return "forbidden"
+        return "impossible" if milli < 10 else "free" if milli <= self.free_milli else "wait"
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("free_milli", "quota_milli", "says"),
+    [
+        (625, 1000, "The most that you can have of one GPU now: 48.7 GiB and 62.5 % of its time"),
+        (625, 500, "The most that you can have of one GPU now: 39 GiB and half of its time"),
+        (2, 500, "No GPU has room for you now. You can start it and wait in line"),
+        (625, 0, "Not for you: "),
+    ],
+)
+@pytest.mark.parametrize("listed", [profiles.default_profiles(), [{"display_name": "Custom", "slug": "custom", "gpu_custom": True}]])
+async def test_a_custom_choice_says_the_most_that_this_person_can_have(
+    free_milli: int, quota_milli: int, says: str, listed: list[dict[str, Any]]
+) -> None:
+    pool, owner = FakePool(free_milli, quota_milli), Owner(hub="h", user="u", server="")
+    found = await form.ask(pool, profiles.initialise(listed), {}, owner, [], isolates=True, patience_seconds=0)  # type: ignore[arg-type]
+    assert found.rows[-1].status.startswith(says), found.rows[-1].status

@@ -60,6 +60,7 @@ class Follower:
         self._wake = asyncio.Event()
         self._trimmed = False
         claims.prepared = self._again
+        agent.on_settled = self._freed
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -154,6 +155,11 @@ class Follower:
                     log.exception("limits of claim %s", _named(claim))
                     asyncio.get_running_loop().call_later(10 * RETRY_SECONDS, self._again, uid)
 
+    def _freed(self, live: LiveSlice) -> None:
+        """A slice whose limits were lowered has freed memory: its claim says what it still counts, and more may be allocated."""
+        if live.record.claim is not None:
+            self._again(live.record.claim.uid)
+
     def _again(self, uid: str) -> None:
         for claim in self.items.items.values():
             if claim["metadata"]["uid"] == uid:
@@ -203,7 +209,12 @@ class Follower:
                     if self._is_mine(claim) and claim["metadata"].get("uid") != uid:
                         for part, limit in self._counts(claim).items():
                             counts.get(part, []).append(limit)
-        full = [part for part, limit in target.items() if not fits(self._agent.devices[part].usable_bytes, [*counts[part], limit])]
+        now = _limits(live.slice)
+        full = [
+            part
+            for part, limit in target.items()
+            if not fits(self._agent.devices[part].usable_bytes, [*counts[part], limit.larger(now[part])])
+        ]
         if full:
             self._reporter.say(
                 about, "LimitsNotRaised", f"There is no room to raise its limits on {', '.join(full)}: they stay as they are."
@@ -216,17 +227,19 @@ class Follower:
         mark("resize-raised")
 
     async def _tell(self, claim: Json, held: list[Share], live: LiveSlice, wanted: Wanted | None) -> None:
-        """Report the limits in force in the claim's status, where they are not what it says already."""
-        now = _limits(live.slice)
+        """Report what the slice counts in the claim's status, where that is not what it says already."""
+        now, keeps = _limits(live.slice), live.record.lowered is not None
         answered, number = (wanted.seal, wanted.limits.number) if wanted is not None else ("", 0)
-        if all(one.answered == answered and (one.in_force == now.get(one.uuid) or len(held) != len(now)) for one in held):
+        if all(
+            (one.answered, one.keeps) == (answered, keeps) and (one.in_force == now.get(one.uuid) or len(held) != len(now)) for one in held
+        ):
             return
         meta: Json = {"name": claim["metadata"]["name"], "namespace": claim["metadata"]["namespace"], "uid": claim["metadata"]["uid"]}
         body: Json = {
             "apiVersion": API_VERSION,
             "kind": "ResourceClaim",
             "metadata": meta,
-            "status": {"devices": [report(one, now.get(one.uuid, one.consumed), answered, number) for one in held]},
+            "status": {"devices": [report(one, now.get(one.uuid, one.consumed), answered, number, keeps) for one in held]},
         }
         where = path(API_VERSION, "resourceclaims", meta["namespace"], meta["name"], "status")
         told = await self._kube.patch(where, body, kind="apply", manager="nbgpu-agent", force=True)

@@ -13,7 +13,7 @@ from nbgpu.claims import is_coming
 from nbgpu.models import Device
 from nbgpu.quantities import WHOLE_MILLI
 
-from ..shapes import Part, Want, resolve
+from ..shapes import Part, Want, resolve, within
 
 _EIGHTH_MILLI = 125
 _THIRDS = frozenset({333, 334, 666, 667, 166, 167, 83, 84})
@@ -107,7 +107,7 @@ def place(
     barred : set of str
         UUIDs that are kept for others.
     cap : Part, optional
-        Most that a part may take of one device (a quota): where GiB are asked for, a larger GPU costs a smaller share.
+        Most that a part may take of one device (a quota, `shapes.within`): where GiB are asked for, a larger GPU costs a smaller share.
     """
     best: tuple[tuple[int, ...], Place] | None = None
     here = [room for room in rooms if not room.coming]
@@ -139,7 +139,7 @@ def _on_node(
             continue
         if last != (device.model, device.memory_bytes - device.reserve_bytes):  # a node's devices are mostly alike
             last, part = (device.model, device.usable_bytes), resolve(want, device)
-        if part is None or not room.fits(part) or (cap is not None and not _within(part, cap)):
+        if part is None or not room.fits(part) or not within(part, device.usable_bytes, cap):
             continue
         candidates.append((score(room, part, policy, last_idle), number, room, part))
     if len(candidates) < want.device_count:
@@ -178,10 +178,6 @@ def score(room: Room, part: Part, policy: Policy, last_idle: bool = False) -> tu
     left_milli = room.free_milli - part.compute_milli
     left_memory_milli = (room.free_bytes - part.memory_bytes) * WHOLE_MILLI // room.device.usable_bytes
     return int(opens), int(mixes), left_milli + left_memory_milli
-
-
-def _within(part: Part, cap: Part) -> bool:
-    return part.memory_bytes <= cap.memory_bytes and part.compute_milli <= cap.compute_milli
 
 
 def nearest(rooms: Sequence[Room], want: Want, *, barred: Set[str] = frozenset()) -> tuple[str, ...]:

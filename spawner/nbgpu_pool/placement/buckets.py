@@ -10,7 +10,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Set
 from typing import NamedTuple
 
-from ..shapes import Part, Want, resolve
+from ..shapes import Part, Want, resolve, within
 from .best_fit import Place, Policy, Room, scarce, score
 
 MOST_KEPT = 16
@@ -120,7 +120,7 @@ class Buckets:
             if best is None:
                 return None
             room, part = self._rooms[best.rank], best.part
-            if (not barred or room.device.uuid not in barred) and (cap is None or _within(part, cap)):
+            if (not barred or room.device.uuid not in barred) and within(part, room.device.usable_bytes, cap):
                 return [(room, part)]
         best = self._look(want, barred, cap, policy, coming=coming)
         return [(self._rooms[best.rank], best.part)] if best is not None else None
@@ -157,7 +157,7 @@ class Buckets:
         for state, ranks in self._ranks.items():
             first = self._rooms[ranks[0]]
             part = resolve(want, first.device)
-            if state.coming != coming or part is None or not first.fits(part) or not (cap is None or _within(part, cap)):
+            if state.coming != coming or part is None or not first.fits(part) or not within(part, state.usable_bytes, cap):
                 continue
             value = *score(first, part, policy, last_idle), state.idle_count
             if best is not None and value > best.value:
@@ -173,10 +173,6 @@ _UNKNOWN = Best((), -1, Part(0, 0))
 
 def _idle(state: State | None) -> bool:
     return state is not None and state.idle_count > 0 and not state.coming
-
-
-def _within(part: Part, cap: Part) -> bool:
-    return part.memory_bytes <= cap.memory_bytes and part.compute_milli <= cap.compute_milli
 
 
 def of_each_kind(rooms: Iterable[Room]) -> list[Room]:

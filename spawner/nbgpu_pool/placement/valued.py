@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Set
 
 import numpy as np
 
-from ..shapes import Part, Want, resolve
+from ..shapes import Part, Want, resolve, within
 from .best_fit import Place, Room
 from .chooser import Chooser
 from .fleet import Fleet, Gpu, Need, Node
@@ -37,7 +37,7 @@ class Valued:
         self._rooms = list(self._nodes.values())
         self._at = {room.device.uuid: (row, column) for row, node in enumerate(self._rooms) for column, room in enumerate(node)}
         self._kinds = {_kind(room): room for node in self._rooms for room in node}
-        self._needs: dict[Want, list[tuple[Need, Part]]] = {}
+        self._needs: dict[Want, list[tuple[Need, Part, int]]] = {}
         self.fleet = Fleet([Node([Gpu(_kind(room), max(room.device.usable_bytes, 1)) for room in node]) for node in self._rooms])
         for node in self._nodes:
             self.changed(node)
@@ -57,7 +57,7 @@ class Valued:
 
     def arrived(self, want: Want) -> None:
         """Learn that somebody asks; where it means other parts on other models, that is several shapes. `refresh` does the rest."""
-        for need, _ in self._meant(want):
+        for need, *_ in self._meant(want):
             self.rule.note(need)
 
     def place(self, want: Want, barred: Set[str], cap: Part | None) -> Place | None:
@@ -88,8 +88,8 @@ class Valued:
                 if uuid in self._at:
                     kept[self._at[uuid]] = True
         best: tuple[int, int, Place] | None = None
-        for need, part in self._meant(want):
-            if cap is not None and (part.memory_bytes > cap.memory_bytes or part.compute_milli > cap.compute_milli):
+        for need, part, usable_bytes in self._meant(want):
+            if not within(part, usable_bytes, cap):  # by the smallest device that is meant, where it counts most
                 continue
             found = self.chooser.best(need, kept)
             if found is not None and (best is None or (-found[0], found[1].node) < best[:2]):
@@ -97,14 +97,14 @@ class Valued:
                 best = -found[0], found[1].node, [(rooms[column], part) for column in found[1].devices]
         return best[2] if best is not None else None
 
-    def _meant(self, want: Want) -> list[tuple[Need, Part]]:
+    def _meant(self, want: Want) -> list[tuple[Need, Part, int]]:
         if want not in self._needs:
             if len(self._needs) >= MOST_WANTS:
                 self._needs.clear()
             self._needs[want] = list(self._resolved(want))
         return self._needs[want]
 
-    def _resolved(self, want: Want) -> Iterator[tuple[Need, Part]]:
+    def _resolved(self, want: Want) -> Iterator[tuple[Need, Part, int]]:
         kinds: dict[Part, list[str]] = {}
         for kind, room in self._kinds.items():
             part = resolve(want, room.device)
@@ -112,7 +112,8 @@ class Valued:
                 kinds.setdefault(part, []).append(kind)
         for part, accepted in kinds.items():
             models = None if len(accepted) == len(self._kinds) else frozenset(accepted)
-            yield Need(want.device_count, part.compute_milli, part.memory_bytes, models=models), part
+            smallest = min(self._kinds[kind].device.usable_bytes for kind in accepted)
+            yield Need(want.device_count, part.compute_milli, part.memory_bytes, models=models), part, smallest
 
 
 def _kind(room: Room) -> str:

@@ -51,6 +51,15 @@ test('what a process did and what was done with it are one thing', () => {
   );
 });
 
+test('what a newer agent tells of is shown as it says it', () => {
+  const novel = notice('of-tomorrow', { message: 'Something new.' });
+  expect(listed(novel, notice('refused'))).toEqual([
+    ['refused', 1],
+    ['of-tomorrow', 1]
+  ]);
+  expect(happenings([novel])[0].latest.message).toBe('Something new.');
+});
+
 test('a loop of refusals counts, with those that one notice stands for', () => {
   const many = notice('refused', { data: { count: 41 }, time: 119 });
   expect(listed(notice('refused'), many)).toEqual([['refused', 42]]);

@@ -29,7 +29,17 @@ test('where nobody wrote it down it is what holds', () => {
   expect(roundedWords(unknown, eighth, trans)).toBe('');
 });
 
-test('it is what holds, too, where the slice has another size since', () => {
+test('it is as it was written, too, where the slice has another size since', () => {
+  const half = limited(50, 500);
+  const tenth = [{ ...quarter, compute_limit_milli: 100 }];
+  expect(limitTexts(half, tenth).compute).toBe('50 %');
+  const ten = limited(48, 100); // 12 of 125 once
+  const twice = [{ ...quarter, compute_limit_milli: 500 }];
+  expect(limitTexts(ten, twice).compute).toBe('10 %');
+  expect(roundedWords(ten, twice, trans)).toContain('48 of this slice');
+});
+
+test('it is what holds, where an agent that is older leaves it', () => {
   const before = limited(12, 100);
   expect(limitTexts(before, [quarter]).compute).toBe('4.8 %');
   expect(roundedWords(before, [quarter], trans)).toBe('');

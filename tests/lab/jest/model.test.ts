@@ -281,6 +281,33 @@ test('a page whose login is over and a server that was stopped are told apart fr
   }
 });
 
+test('a server that this page has asked to end is said to be stopped, until another one answers', async () => {
+  jest.useFakeTimers({ now: 1_000_000 });
+  try {
+    const answers = api.usage;
+    await model.tick();
+    await model.tick();
+    model.ends();
+    await model.tick(); // it still answers
+    api.usage = async () => {
+      throw Object.assign(new Error('no'), { status: 503 });
+    };
+    await expect(model.tick()).rejects.toThrow('no');
+    expect(model.stale?.who).toBe('stopped');
+    api.usage = answers;
+    jest.setSystemTime(1_030_000);
+    await model.tick();
+    expect(model.stale).toBeNull();
+    api.usage = async () => {
+      throw new Error('no network');
+    };
+    await expect(model.tick()).rejects.toThrow('no network');
+    expect(model.stale?.who).toBe('server');
+  } finally {
+    jest.useRealTimers();
+  }
+});
+
 test('times are told by this clock, whatever the server has', async () => {
   const now = Date.now() / 1000;
   const server = now - 7200;

@@ -1,5 +1,7 @@
 import {
+  beforeACut,
   computeWords,
+  isolated,
   kindWords,
   shortened,
   sourceWords,
@@ -31,6 +33,20 @@ test('a kernel is named with its language where its name does not say it', () =>
   expect(named('Statistics', 'R')).toBe('Statistics (R)');
   expect(named('Julia 1.11', null)).toBe('Julia 1.11');
   expect(named(null, 'R')).toBe('');
+});
+
+test('a name from right to left leaves the words around it in their order', () => {
+  expect(isolated('מחברת')).toBe('\u2068מחברת\u2069');
+  expect(isolated('a\u202eb')).toBe('\u2068a\u202eb\u2069');
+  for (const name of ['train.ipynb', 'ノート.ipynb', 'тетрадь.ipynb']) {
+    expect(isolated(name)).toBe(name);
+  }
+});
+
+test('a long name from right to left keeps its beginning in a list that cuts at the right', () => {
+  const long = 'מחברת ארוכה מאוד של ניסויים.ipynb';
+  expect(beforeACut(long)).toBe('\u2068מחברת ארוכה …סויים.ipynb\u2069');
+  expect(beforeACut('a'.repeat(60))).toBe('a'.repeat(60));
 });
 
 test('says where a limit comes from', () => {

@@ -1,0 +1,69 @@
+"""What a slice counts that holds more than its limits, and what its kernels' limits are in a slice of another size. Pure."""
+
+from __future__ import annotations
+
+import pytest
+
+from nbgpu.cli_doctor import Facts
+from nbgpu.cli_doctor_checks import books
+from nbgpu.models import AgentSlice, Device, KernelLimit, Node, Owner, Slice, SliceDevice
+from nbgpu.quantities import GIB
+from nbgpu_agent.books import holding, kernel_limit_in
+from nbgpu_lab import limits, sampler
+
+
+def a_slice(*parts: tuple[int, int]) -> Slice:
+    devices = [
+        SliceDevice(uuid=f"GPU-{number}", index=number, model="m", memory_bytes=memory * GIB, compute_milli=milli)
+        for number, (memory, milli) in enumerate(parts)
+    ]
+    return Slice(slice_id="a" * 32, owner=Owner(hub="h", user="ada"), node="n", mode="burst", devices=devices)
+
+
+def test_what_is_held_above_the_limits_counts_on_each_device() -> None:
+    limits = a_slice((8, 100), (8, 100))
+    assert holding(limits, [4 * GIB, 17 * GIB]) == a_slice((8, 100), (17, 100))
+    assert holding(limits, [8 * GIB, 0]) == limits
+
+
+@pytest.mark.parametrize(
+    ("set_milli", "of_milli", "now_milli", "expected"),
+    [(166, 333, 100, 50), (166, 333, 333, 166), (250, 500, 1000, 500), (12, 125, 30, 3), (1, 500, 10, 1), (500, 500, 7, 7)],
+)
+def test_a_part_of_the_time_stays_that_part(set_milli: int, of_milli: int, now_milli: int, expected: int) -> None:
+    found = kernel_limit_in(KernelLimit(compute_milli=set_milli), of_milli, a_slice((8, now_milli)))
+    assert found == KernelLimit(compute_milli=expected)
+
+
+def test_memory_is_never_more_than_the_slices() -> None:
+    limit = KernelLimit(memory_bytes=10 * GIB)
+    assert kernel_limit_in(limit, 100, a_slice((8, 100), (20, 100))).memory_bytes == 8 * GIB
+    assert kernel_limit_in(limit, 100, a_slice((12, 100))) == limit
+    assert kernel_limit_in(KernelLimit(), 500, a_slice((8, 100))) == KernelLimit()
+
+
+def test_doctor_names_who_holds_more_than_the_limit() -> None:
+    device = Device(uuid="GPU-0", index=0, model="m", node="n", memory_bytes=80 * GIB)
+    node = Node(node="n", simulated=True, driver_version="1", backend="limiter", devices=[device])
+    slices = [
+        AgentSlice(slice=a_slice((17, 100)), lowered=lowered, state="running", process_count=1, created=0)
+        for lowered in (a_slice((8, 100)), None)
+    ]
+    (found,) = [one for one in books(Facts(node=node, slices=slices)) if one.name == "limits"]
+    assert found.level == "note"
+    assert found.found == "slice aaaaaaaa holds 17 GiB of GPU 0, its limit was lowered to 8 GiB"
+
+
+def test_the_panel_knows_a_limit_again_in_a_slice_of_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "ORIGINS", origins := limits.Origins())
+    as_set = {"memory_bytes": 10 * GIB, "compute_milli": 166}
+    origins.remember("k", as_set, "notebook", {"compute": "50 %"})
+    now = {"memory_bytes": 8 * GIB, "compute_milli": 50}
+
+    def shown(limit_set: object) -> tuple[object, object, object]:
+        (kernel,) = sampler.join([{"kernel_id": "k", "limit": now, "limit_set": limit_set, "devices": []}], {}, {})
+        assert "limit_set" not in kernel
+        return kernel["limit"], kernel["limit_part_milli"], kernel["limit_source"]
+
+    assert shown(as_set) == (now, 500, "notebook")
+    assert shown(None) == (now, None, "command"), "control: somebody has set that"
