@@ -280,7 +280,7 @@ class Away:
             quiet = not any(row.busy_since or row.want or row.wants_back for row in rows)
             return now is not None and now.wanted_since is None and quiet and _seen(rows) == before
 
-        return await self._checkpoints.put_away(entry, live.slice.devices, go)
+        return await self._checkpoints.put_away(live.id, entry, live.slice.devices, go)
 
     async def _undo(self, live: LiveSlice, kernel_id: str, why: str) -> None:
         """Leave a kernel as it was: its memory has counted all the time."""
@@ -379,7 +379,7 @@ class Away:
     async def _wake(self, live: LiveSlice, kernel_id: str) -> bool:
         """Have all processes of a kernel run again; False when it or its slice has ended meanwhile, or lost its memory."""
         whose = f"slice={live.id} owner={live.owner} kernel={kernel_id}"
-        lost = await self._checkpoints.bring_back(whose, live.slice.devices, lambda: self._entry(live, kernel_id))
+        lost = await self._checkpoints.bring_back(live.id, whose, live.slice.devices, lambda: self._entry(live, kernel_id))
         if lost is None:
             return False
         mark("kernel.restored")

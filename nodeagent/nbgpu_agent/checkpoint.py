@@ -19,6 +19,7 @@ from typing import Protocol
 from nbgpu.models import SliceDevice
 from nbgpu.quantities import format_memory
 
+from .helpers import Helpers
 from .idle import host_refusal, parse_meminfo
 from .marks import mark
 from .procs import Process
@@ -31,7 +32,10 @@ CHILD_SECONDS = 60.0
 BYTES_PER_SECOND = 1e8
 """Slower than this nothing is copied: who takes longer hangs."""
 AGAIN_SECONDS = 0.5
+PATIENCE_SECONDS = 10.0
+"""So long what is to be put away waits for a helper process: it may begin nothing on the GPU meanwhile."""
 USED = "it is used again"
+TOO_MANY = "too many others are on their way to or from the host at this moment"
 WORDS = {
     "-1": "this driver has no checkpoint calls; 570 and later have",
     "2": "the GPU had no room",
@@ -71,6 +75,7 @@ class Checkpoints:
         self.host_bytes = host_bytes
         self._moved_bytes = moved_bytes
         self._moving_bytes = moving_bytes
+        self._helpers = Helpers()
         self.room: Callable[[str, Collection[int]], Awaitable[tuple[int, int] | None]] = _unknown
         """Returns (free bytes of a device, bytes that some processes hold there), as the driver tells."""
 
@@ -94,8 +99,8 @@ class Checkpoints:
             found.append(seen or (min(told[index], part.memory_bytes) if told else 0))
         return tuple(found)
 
-    async def put_away(self, moved: Moved, parts: Sequence[SliceDevice], go: Go) -> str | None:
-        """Lock and checkpoint processes; return why that could not be.
+    async def put_away(self, slice_id: str, moved: Moved, parts: Sequence[SliceDevice], go: Go) -> str | None:
+        """Lock and checkpoint processes of a slice; return why that could not be.
 
         Parameters
         ----------
@@ -109,11 +114,18 @@ class Checkpoints:
                 return False  # it took more behind the limiter's back: the host's memory was asked for less
             return await go()
 
-        answer = await self._child("park", moved, sure)
+        if not await self._helpers.take(slice_id, PATIENCE_SECONDS):
+            return TOO_MANY
+        try:
+            answer = await self._child("park", moved, sure)
+        finally:
+            self._helpers.give(slice_id)
         failed = next((words for words in answer.values() if words != "checkpointed"), "" if answer else "died 0")
         return _words(failed) if failed else None
 
-    async def bring_back(self, whose: str, parts: Sequence[SliceDevice], left: Callable[[], Moved | None]) -> list[int] | None:
+    async def bring_back(
+        self, slice_id: str, whose: str, parts: Sequence[SliceDevice], left: Callable[[], Moved | None]
+    ) -> list[int] | None:
         """Have all processes run again, however often it takes.
 
         Parameters
@@ -133,7 +145,11 @@ class Checkpoints:
             if not await self._has_room(whose, parts, moved):
                 await asyncio.sleep(AGAIN_SECONDS)
                 continue
-            answer = await self._child("wake", moved, None)
+            await self._helpers.take(slice_id)
+            try:
+                answer = await self._child("wake", moved, None) if left() is not None else {}
+            finally:
+                self._helpers.give(slice_id)
             if left() is None:
                 return None
             waits = [words for words in answer.values() if words not in ("running", "gone", "lost")]

@@ -14,7 +14,7 @@ from nbgpu.models import Idle, Lent, Usage
 from nbgpu.quantities import format_memory
 
 from .books import Conflict, check_fits, check_slice, emptied
-from .checkpoint import USED, Checkpoints
+from .checkpoint import TOO_MANY, USED, Checkpoints
 from .idle import MOST_KERNELS, REPORT_SECONDS, IdleWatch, signature
 from .live import LiveSlice
 from .marks import mark
@@ -30,7 +30,7 @@ log = logging.getLogger("nbgpu.agent")
 TELL_SECONDS = 2.0
 """Those who follow the slices are told no oftener that one has become idle."""
 RESTARTED = "the agent was started anew"
-PASSING = (USED, RESTARTED)
+PASSING = (USED, RESTARTED, TOO_MANY)
 """Reasons that say nothing of the next time."""
 
 
@@ -263,7 +263,7 @@ class Parking:
             rows = live.tenant.read()
             return self._here(live) and now is not None and now.wanted_since is None and signature(rows) == before
 
-        return await self._checkpoints.put_away(parked, live.full.devices, go)
+        return await self._checkpoints.put_away(live.id, parked, live.full.devices, go)
 
     async def _undo(self, live: LiveSlice, why: str) -> None:
         """Leave a slice as it was: its limits are still its own."""
@@ -321,7 +321,7 @@ class Parking:
         def left() -> Parked | None:
             return live.record.parked if self._here(live) else None
 
-        lost = await self._checkpoints.bring_back(f"slice={live.id} owner={live.owner}", live.full.devices, left)
+        lost = await self._checkpoints.bring_back(live.id, f"slice={live.id} owner={live.owner}", live.full.devices, left)
         if lost is not None:
             self._tell_lost(live, lost)
         return lost is not None

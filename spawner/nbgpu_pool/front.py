@@ -6,16 +6,20 @@ Here rather than in the routes, so that a new route is closed until somebody ope
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 
 from nbgpu.errors import NbgpuError
 from nbgpu.http import App, Receive, Reread, Scope, Send, answer_error, read_body
 
 from .auth import ANY_HUB, Guard, Principal
+from .connections import RETRY_SECONDS, Streams
 
 FOR_EVERYBODY = {("GET", "/healthz"), ("GET", "/openapi.json")}
 READS = {("POST", "/v1/availability")}
 """What only reads though it is no GET."""
+STREAMS = "/events"
+"""How the paths of event streams end."""
 AT_ONCE = 8
 """Calls that change something, of those that arrive at the same moment, that begin before the loop looks at anything else: each is some
 milliseconds of work, and when a whole course starts its servers nobody who only looks waits for all of it.
@@ -31,11 +35,14 @@ class Front:
     ----------
     guard : Guard, optional
         Checks bearer tokens; None on the Unix socket, whose callers have the role *hub* for every hub.
+    streams : Streams, optional
+        Bounds the event streams; None = as many connections as the process may have.
     """
 
-    def __init__(self, app: App, guard: Guard | None = None):
+    def __init__(self, app: App, guard: Guard | None = None, streams: Streams | None = None):
         self._app = app
         self._guard = guard
+        self._streams = streams or Streams()
         self._begin = asyncio.Semaphore(AT_ONCE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,7 +64,19 @@ class Front:
             if scope["method"] != "GET" and (scope["method"], scope["path"]) not in READS:
                 async with self._begin:  # to begin only: nobody waits for an answer of the ledger, or of a client that does not read
                     await asyncio.sleep(0)
-            await self._app(scope, Reread(body, receive), send)
+            await self._bounded(scope, Reread(body, receive), send)
+
+    async def _bounded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request; an event stream counts as one while it lasts."""
+        speaker: Principal | None = scope["state"]["speaker"]
+        with contextlib.ExitStack() as held:
+            if scope["method"] == "GET" and scope["path"].endswith(STREAMS) and speaker is not None:
+                try:
+                    held.enter_context(self._streams.one(speaker))
+                except NbgpuError as error:
+                    await answer_error(send, error.status, error.as_json(), {"retry-after": str(RETRY_SECONDS)})
+                    return
+            await self._app(scope, receive, send)
 
     def _speaker(self, scope: Scope) -> Principal | None:
         asked = scope["method"], scope["path"]

@@ -8,7 +8,6 @@ import contextlib
 import ipaddress
 import logging
 import os
-import resource
 import signal
 import socket
 import sys
@@ -27,16 +26,18 @@ from nbgpu.paths import AGENT_SOCKET, POOL_SOCKET, runtime_dir
 from .api import create_app
 from .auth import Guard
 from .config import Config, ConfigError, load
+from .connections import most_connections, raise_file_limit
 from .gate import Gate
 from .ledger import AgentLedger
 from .lock import InstanceLock
 from .service import Service
 
 LOCK_FILE = "pool.lock"
-MOST_CONNECTIONS = 8000
-"""Of one listening socket: everybody who waits keeps one for their events."""
-SOCKETS = 3
-"""There are descriptors for so many full sockets: the Unix socket, the address, and as many for all else."""
+BACKLOG = 512
+"""Connections that wait in the kernel to be taken."""
+ACCEPTED_AT_ONCE = 32
+"""Those beyond the bound are closed before more are taken. In one go a burst would have all descriptors of the process, and asyncio then
+writes an error to the log for each of the rest: seconds in which nobody is answered."""
 log = logging.getLogger("nbgpu.pool")
 
 
@@ -65,7 +66,7 @@ def run(options: Options) -> int:
     logs.set_up(options.log_level, "%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what strangers send must not fill the log
-    _raise_file_limit()
+    raise_file_limit()
     if options.kubernetes:
         return _run_kubernetes(options)
     place = options.runtime_dir or runtime_dir()
@@ -116,13 +117,6 @@ def _run_kubernetes(options: Options) -> int:
     serving = kube_main.serve(replica, _server(replica.gate), listening, lambda: reload(options.config, config, replica.configure))
     asyncio.run(alive.beside(options.alive_file, serving))
     return 0
-
-
-def _raise_file_limit() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = SOCKETS * MOST_CONNECTIONS
-    if soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(hard, wanted), hard))
 
 
 async def _serve(config: Config, guard: Guard, place: Path, sockets: list[socket.socket], file: Path | None) -> None:
@@ -178,7 +172,7 @@ def reload(file: Path | None, begun: Config, take: Callable[[Config], None]) -> 
 def _server(app: FastAPI | Gate) -> uvicorn.Server:
     config = uvicorn.Config(
         app, http=Protocol, lifespan="off", access_log=False, log_config=None, proxy_headers=False,
-        timeout_graceful_shutdown=2, timeout_keep_alive=60, ws="none",
+        timeout_graceful_shutdown=2, timeout_keep_alive=60, ws="none", backlog=ACCEPTED_AT_ONCE,
     )  # fmt: skip
     return _Server(config)
 
@@ -188,12 +182,17 @@ class Protocol(PatientProtocol):
 
     def most_connections(self) -> int:
         """Return how many connections there may be at a time; fewer where the process may not have that many descriptors."""
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        return MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else min(MOST_CONNECTIONS, soft // SOCKETS)
+        return most_connections()
 
 
 class _Server(uvicorn.Server):
     """Leaves signals to `_serve`: several servers share the process."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve; for asyncio the number of connections taken at once and of those that may wait in the kernel is the same one."""
+        await super().startup(sockets)
+        for at in sockets or ():
+            at.listen(BACKLOG)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -211,7 +210,7 @@ def _unix_socket(path: Path) -> socket.socket:
         found.bind(str(fresh))
     finally:
         os.umask(before)
-    found.listen(512)
+    found.listen(BACKLOG)
     os.rename(fresh, path)
     return found
 
@@ -233,7 +232,7 @@ def _tcp_socket(host: str, port: int) -> socket.socket:
     found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     found.bind((host, port))
-    found.listen(512)
+    found.listen(BACKLOG)
     return found
 
 

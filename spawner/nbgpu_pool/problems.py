@@ -60,6 +60,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     408: {"model": ErrorBody, "description": "The body came too slowly."},
     409: {"model": ErrorBody, "description": "The id or its state does not allow it."},
     413: {"model": ErrorBody, "description": "The body is too large."},
+    429: {"model": ErrorBody, "description": "The speaker has as many event streams as it may."},
     503: {"model": ErrorBody, "description": "Starting, or a part is away."},
 }
 
