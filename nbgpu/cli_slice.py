@@ -32,7 +32,7 @@ def resize_slice(slice_start: str, *, memory: str | None, compute: str | None, a
         devices = [part.model_dump(mode="json") for part in parts]
         print_json({"slice_id": known.slice.slice_id, "in_force": grant.resizing is None, "devices": devices, "note": grant.note})
         return
-    later = "" if grant.resizing is None else " It is in force once `nbgpu status` shows it."
+    later = "" if grant.resizing is None else f" {grant.note or 'It is in force once `nbgpu status` shows it.'}"
     console().print(f"Slice {slice_name(known)}: {_words(parts)}.{later}", soft_wrap=True, markup=False)
 
 

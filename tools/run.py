@@ -169,11 +169,11 @@ def end_servers(hub: subprocess.Popen[bytes]) -> None:
 
 
 def empty_queue() -> None:
-    """Give up all that waits at the pool; a pool that does not answer grants nothing either."""
+    """Give up all that servers wait for at the pool; a pool that does not answer grants nothing either."""
     pool = PoolClient(runtime_dir() / POOL_SOCKET, 2)
     with contextlib.suppress(NbgpuError):
         for grant in pool.grants():
-            if grant.state is GrantState.queued:
+            if grant.state is GrantState.queued and grant.request.owner.hub != RUN:
                 pool.cancel(grant.request.request_id)
 
 

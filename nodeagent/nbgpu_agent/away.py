@@ -17,7 +17,7 @@ from nbgpu.models import KernelAway
 from nbgpu.quantities import format_memory
 
 from .books import Conflict
-from .checkpoint import USED, Checkpoints, alive
+from .checkpoint import TOO_MANY, USED, Checkpoints, alive
 from .happened import title
 from .idle import Signature, signature
 from .live import LiveSlice
@@ -280,12 +280,15 @@ class Away:
             quiet = not any(row.busy_since or row.want or row.wants_back for row in rows)
             return now is not None and now.wanted_since is None and quiet and _seen(rows) == before
 
-        return await self._checkpoints.put_away(live.id, entry, live.slice.devices, go)
+        return await self._checkpoints.put_away(live.user, entry, live.slice.devices, go)
 
     async def _undo(self, live: LiveSlice, kernel_id: str, why: str) -> None:
         """Leave a kernel as it was: its memory has counted all the time."""
         log.info("not suspended slice=%s owner=%s kernel=%s: %s", live.id, live.owner, kernel_id, why)
-        if await self._wake(live, kernel_id) and why != RESTARTED:
+        if why == TOO_MANY:  # nothing was locked: no helper process is needed
+            live.save_away(kernel_id, None)
+            self._agent.touch()
+        if (why == TOO_MANY or await self._wake(live, kernel_id)) and why != RESTARTED:
             message = f"{title(kernel_id)} keeps its GPU memory: {why}."
             self._agent.events.add("not-suspended", "warning", message, live.id, kernel_id, live.owner)
 
@@ -379,7 +382,7 @@ class Away:
     async def _wake(self, live: LiveSlice, kernel_id: str) -> bool:
         """Have all processes of a kernel run again; False when it or its slice has ended meanwhile, or lost its memory."""
         whose = f"slice={live.id} owner={live.owner} kernel={kernel_id}"
-        lost = await self._checkpoints.bring_back(live.id, whose, live.slice.devices, lambda: self._entry(live, kernel_id))
+        lost = await self._checkpoints.bring_back(live.user, whose, live.slice.devices, lambda: self._entry(live, kernel_id))
         if lost is None:
             return False
         mark("kernel.restored")

@@ -263,7 +263,7 @@ class Parking:
             rows = live.tenant.read()
             return self._here(live) and now is not None and now.wanted_since is None and signature(rows) == before
 
-        return await self._checkpoints.put_away(live.id, parked, live.full.devices, go)
+        return await self._checkpoints.put_away(live.user, parked, live.full.devices, go)
 
     async def _undo(self, live: LiveSlice, why: str) -> None:
         """Leave a slice as it was: its limits are still its own."""
@@ -271,7 +271,7 @@ class Parking:
         if why not in PASSING:
             self._watch(live).refuse(why, time.time())
         self._agent.write_limits(live)
-        if await self._bring_back(live):
+        if why == TOO_MANY or await self._bring_back(live):  # nothing was locked: no helper process is needed
             self._goes_on(live)
 
     # ---- and back
@@ -321,7 +321,7 @@ class Parking:
         def left() -> Parked | None:
             return live.record.parked if self._here(live) else None
 
-        lost = await self._checkpoints.bring_back(live.id, f"slice={live.id} owner={live.owner}", live.full.devices, left)
+        lost = await self._checkpoints.bring_back(live.user, f"slice={live.id} owner={live.owner}", live.full.devices, left)
         if lost is not None:
             self._tell_lost(live, lost)
         return lost is not None

@@ -330,3 +330,15 @@ async def test_a_custom_choice_says_the_most_that_this_person_can_have(
     pool, owner = FakePool(free_milli, quota_milli), Owner(hub="h", user="u", server="")
     found = await form.ask(pool, profiles.initialise(listed), {}, owner, [], isolates=True, patience_seconds=0)  # type: ignore[arg-type]
     assert found.rows[-1].status.startswith(says), found.rows[-1].status
+
+
+def test_each_custom_choice_says_what_can_be_had_by_it() -> None:
+    listed = [{"display_name": name, "slug": name, "gpu_custom": True} for name in ("large", "small")]
+    answers = {"large": Availability(state="free", reason="", memory={"A": 40 * GIB}, compute_milli={"A": 500})}
+    answers["small"] = Availability(state="free", reason="", memory={"A": 8 * GIB}, compute_milli={"A": 100})
+    half = wish_from({"gpu_fraction": "1/2"})
+    assert half is not None
+    choices = [sizes.Choice({"profile": name}, name, half) for name in answers]
+    rows = [form._row(one, None, [], True, sizes.Tried(choices, list(answers.values())), "") for one in listed]  # type: ignore[arg-type]
+    assert ["40 GiB" in row.status for row in rows] == [True, False]
+    assert ["8 GiB" in row.status for row in rows] == [False, True]
