@@ -33,7 +33,9 @@ async def test_an_agent_that_says_more_is_understood(tmp_path: Path) -> None:
 
     async def answer(method: str, *_: object) -> httpcore.Response:
         all_of_it = {"generation": 1, "slices": [newer(SLICE)], "devices": [], "later": True}
-        return httpcore.Response(200, content=json.dumps(newer(SLICE) if method == "PATCH" else all_of_it).encode())
+        found = httpcore.Response(200, content=json.dumps(newer(SLICE) if method == "PATCH" else all_of_it).encode())
+        await found.aread()
+        return found
 
     ledger._request = answer  # type: ignore[method-assign,assignment]
     assert await ledger.resize(SLICE) is None
