@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import httpcore
+from pydantic import TypeAdapter
 
 from nbgpu.errors import InvalidValue, NbgpuError, Unavailable
-from nbgpu.models import AgentSlice, AgentSlices, Idle, Launch, Slice
+from nbgpu.models import AgentSlice, AgentSlices, Idle, Launch, Slice, read_answer
 
 from .state import Seen, Snapshot
 
@@ -20,6 +21,7 @@ CALL_SECONDS = 10.0
 POLL_SECONDS = 10
 RETRY_SECONDS = 0.2
 RETRY_MOST_SECONDS = 2.0
+_SLICE, _SLICES = TypeAdapter(AgentSlice), TypeAdapter(AgentSlices)
 _AWAY = httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError
 
 
@@ -184,7 +186,7 @@ class AgentLedger:
         answer = await self._ask("PATCH", f"/v1/slices/{wanted.slice_id}", limits)
         if answer.status >= 400:
             raise LedgerRefused(_words(answer), status=409 if answer.status in (404, 409) else 503)
-        found = AgentSlice.model_validate_json(answer.content)
+        found = read_answer(_SLICE, json.loads(answer.content))
         return found.slice if found.lowered is not None else None
 
     async def park(self, slice_id: str, idle_seconds: float) -> None:
@@ -214,7 +216,7 @@ class AgentLedger:
                 answer = await self._request("GET", f"/v1/slices{query}", None, POLL_SECONDS + CALL_SECONDS)
                 if answer.status >= 400:
                     raise Unavailable(_words(answer))
-                found = AgentSlices.model_validate_json(answer.content)
+                found = read_answer(_SLICES, json.loads(answer.content))
             except (*_AWAY, ValueError, Unavailable) as error:
                 yield Unavailable(f"The node agent does not answer: {str(error) or type(error).__name__}")
                 after = None

@@ -259,7 +259,7 @@ def _row(
 ) -> Row:
     what, state, status = "", "always", "Always available"
     if profile.get("gpu_custom"):
-        state, status = "custom", _most(custom, line)
+        state, status = "custom", _most(custom.of([profile["slug"]]), line)
     elif isinstance(wish, InvalidValue):
         state, status = "impossible", f"Set up wrongly, please tell the admin: {wish.message}"
     elif wish is not None:
