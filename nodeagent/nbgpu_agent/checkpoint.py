@@ -99,11 +99,13 @@ class Checkpoints:
             found.append(seen or (min(told[index], part.memory_bytes) if told else 0))
         return tuple(found)
 
-    async def put_away(self, slice_id: str, moved: Moved, parts: Sequence[SliceDevice], go: Go) -> str | None:
+    async def put_away(self, user: str, moved: Moved, parts: Sequence[SliceDevice], go: Go) -> str | None:
         """Lock and checkpoint processes of a slice; return why that could not be.
 
         Parameters
         ----------
+        user : str
+            Whose it is (`LiveSlice.user`): nobody has all the helper processes.
         go : callable
             Asked when all of them are locked; False: they are used again.
         """
@@ -114,22 +116,22 @@ class Checkpoints:
                 return False  # it took more behind the limiter's back: the host's memory was asked for less
             return await go()
 
-        if not await self._helpers.take(slice_id, PATIENCE_SECONDS):
+        if not await self._helpers.take(user, PATIENCE_SECONDS):
             return TOO_MANY
         try:
             answer = await self._child("park", moved, sure)
         finally:
-            self._helpers.give(slice_id)
+            self._helpers.give(user)
         failed = next((words for words in answer.values() if words != "checkpointed"), "" if answer else "died 0")
         return _words(failed) if failed else None
 
-    async def bring_back(
-        self, slice_id: str, whose: str, parts: Sequence[SliceDevice], left: Callable[[], Moved | None]
-    ) -> list[int] | None:
+    async def bring_back(self, user: str, whose: str, parts: Sequence[SliceDevice], left: Callable[[], Moved | None]) -> list[int] | None:
         """Have all processes run again, however often it takes.
 
         Parameters
         ----------
+        user : str
+            Whose it is (`LiveSlice.user`).
         whose : str
             For the log.
         left : callable
@@ -145,11 +147,11 @@ class Checkpoints:
             if not await self._has_room(whose, parts, moved):
                 await asyncio.sleep(AGAIN_SECONDS)
                 continue
-            await self._helpers.take(slice_id)
+            await self._helpers.take(user)
             try:
                 answer = await self._child("wake", moved, None) if left() is not None else {}
             finally:
-                self._helpers.give(slice_id)
+                self._helpers.give(user)
             if left() is None:
                 return None
             waits = [words for words in answer.values() if words not in ("running", "gone", "lost")]

@@ -129,6 +129,12 @@ class LiveSlice:
         return f"{owner.user}/{owner.server}@{owner.hub}"
 
     @property
+    def user(self) -> str:
+        """Whose it is, whichever of the user's servers it is for."""
+        owner = self.record.slice.owner
+        return f"{owner.hub}/{owner.user}"
+
+    @property
     def state(self) -> State:
         """Where the slice is in its life."""
         return self.record.state
