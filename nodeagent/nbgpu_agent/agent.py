@@ -107,7 +107,7 @@ class Agent:
         self.on_slice_added: Callable[[LiveSlice], None] = lambda _: None
         self.on_slice_ended: Callable[[LiveSlice], None] = lambda _: None
         self.seen_bytes: Callable[[LiveSlice], Mapping[str, int]] = lambda _: {}
-        """What the driver showed of a slice at the last look, bytes by device uuid."""
+        """What the driver showed of a slice at the last look, bytes by device uuid; missing where it was not asked yet."""
         self.on_settled: Callable[[LiveSlice], None] = lambda _: None
         """A slice counts less than before: it has freed memory above its limits."""
         self.last_look: Callable[[LiveSlice], None] = lambda _: None
@@ -375,9 +375,11 @@ class Agent:
         limits = live.record.lowered
         if limits is None:
             return
-        seen = self.seen_bytes(live)  # counts where it is clearly more: what a slice tells may have been lost
-        parts = zip(live.slice.devices, live.memory_by_device(), strict=True)
-        held = [min(part.memory_bytes, max(used, seen.get(part.uuid, 0) - OVER_LIMIT_TOLERANCE_BYTES)) for part, used in parts]
+        seen, held = self.seen_bytes(live), list[int]()
+        for part, used in zip(live.slice.devices, live.memory_by_device(), strict=True):
+            # What the driver shows counts where it is clearly more: what a slice tells may have been lost. Until it has told, all is held.
+            shown = seen[part.uuid] - OVER_LIMIT_TOLERANCE_BYTES if part.uuid in seen else part.memory_bytes
+            held.append(min(part.memory_bytes, max(used, shown)))
         counts = holding(limits, held)
         if counts != live.slice:
             live.save(slice=counts, lowered=limits if counts != limits else None)

@@ -77,7 +77,7 @@ class SliceMemory:
     books: dict[str, Books] = field(default_factory=dict[str, Books])
     """By device: what offences are judged by."""
     seen_bytes: dict[str, int] = field(default_factory=dict[str, int])
-    """By device: what NVML saw of its processes at the last look."""
+    """By device: what NVML saw of its processes at the last look that it answered; missing until it has."""
     calm: dict[str, Look] = field(default_factory=dict[str, Look])
     """By device: the last look, where it found nothing to do and nothing computes; the same look finds the same."""
     happened: Happened = field(default_factory=Happened)
@@ -275,9 +275,11 @@ class Monitor:
         slots = [self._seen(live, row) for row in rows]
         look = Look(part, strict, slots, [(row.owner, row.busy_ns) for row in rows], memory)
         remembered = self._memory.setdefault(live.id, SliceMemory())
+        seen_bytes = sum(memory.values())
+        if sample.error is None:
+            remembered.seen_bytes[part.uuid] = seen_bytes
         if not compute and remembered.calm.get(part.uuid) == look and not any(row.busy_since for row in rows):
             return []
-        remembered.seen_bytes[part.uuid] = seen_bytes = sum(memory.values())
         found = overheads(slots, memory, cap)
         # Of memory that is away NVML sees nothing: what was granted for it comes back with it.
         here = [row.slot for row in rows if not live.away(row)]

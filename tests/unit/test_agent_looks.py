@@ -85,9 +85,11 @@ class Look:
 
         monkeypatch.setattr(monitor, "judge_slice", counted)
 
-    def __call__(self, memory: dict[int, int], rows: Sequence[UseRow] = (ROW,), compute: dict[int, int] | None = None) -> list[str]:
+    def __call__(
+        self, memory: dict[int, int], rows: Sequence[UseRow] = (ROW,), compute: dict[int, int] | None = None, error: str | None = None
+    ) -> list[str]:
         live: Any = self.live
-        sample = DeviceSample(memory, compute or {})
+        sample = DeviceSample(memory, compute or {}, error=error)
         found = self.monitor._judge_slice(live, 0, list(rows), list(memory), sample)  # pyright: ignore[reportPrivateUsage]
         return [finding.kind for finding in found]
 
@@ -151,6 +153,30 @@ def test_a_finding_is_found_again_as_long_as_it_is_so(monkeypatch: pytest.Monkey
     look = Look(monkeypatch)
     assert [look(TOLD | {8: GIB}) for _ in range(4)] == [["unlimited"]] * 4, "two samples confirm it"
     assert look(TOLD) == []
+
+
+def test_what_the_driver_does_not_say_is_not_seen_to_be_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    look = Look(monkeypatch)
+    live: Any = look.live
+
+    def seen() -> dict[str, int]:
+        return look.monitor._seen_bytes(live)  # pyright: ignore[reportPrivateUsage]
+
+    assert look({}, error="GPU is lost") == []
+    assert seen() == {}, "nobody knows"
+    look({}, rows=[])
+    assert seen() == {"GPU-0": 0}, "control: a look that finds nothing"
+    look(TOLD)
+    for _ in range(3):
+        look({}, error="GPU is lost")
+        assert seen() == {"GPU-0": TOLD[7]}, "as it was when it was looked at last"
+
+
+def test_what_is_seen_of_a_slice_that_was_calm_without_the_driver_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    look = Look(monkeypatch)
+    look({}, rows=[], error="GPU is lost")
+    look({}, rows=[])
+    assert look.monitor._seen_bytes(look.live) == {"GPU-0": 0}  # type: ignore[arg-type]
 
 
 def test_in_a_pod_processes_have_the_pids_that_its_programs_know() -> None:

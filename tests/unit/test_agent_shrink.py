@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from nbgpu.cli_doctor import Facts
 from nbgpu.cli_doctor_checks import books
 from nbgpu.models import AgentSlice, Device, KernelLimit, Node, Owner, Slice, SliceDevice
 from nbgpu.quantities import GIB
+from nbgpu_agent.agent import Agent
 from nbgpu_agent.books import holding, kernel_limit_in
 from nbgpu_lab import limits, sampler
 
@@ -24,6 +28,43 @@ def test_what_is_held_above_the_limits_counts_on_each_device() -> None:
     limits = a_slice((8, 100), (8, 100))
     assert holding(limits, [4 * GIB, 17 * GIB]) == a_slice((8, 100), (17, 100))
     assert holding(limits, [8 * GIB, 0]) == limits
+
+
+class Shrunk:
+    """A slice whose limit was lowered to 5 GiB while it held 17 GiB, as much of it as an agent settles by."""
+
+    def __init__(self, told: int, seen: dict[str, int]) -> None:
+        self.slice, lowered = a_slice((17, 100)), a_slice((5, 100))
+        self.record = SimpleNamespace(lowered=lowered)
+        self.told = told
+        self.agent: Any = SimpleNamespace(seen_bytes=lambda _: seen, touch=lambda: None, on_settled=lambda _: None)
+
+    def memory_by_device(self) -> list[int]:
+        """Return what its `use` file says, which its user may write."""
+        return [self.told * GIB]
+
+    def save(self, **changes: Any) -> None:
+        """Note what it counts."""
+        self.slice, self.record.lowered = changes["slice"], changes["lowered"]
+
+    def counts(self) -> int:
+        """Return what it counts after a look, GiB."""
+        live: Any = self
+        Agent.settle(self.agent, live)
+        return self.slice.devices[0].memory_bytes // GIB
+
+
+def test_what_nobody_has_looked_at_is_held_whatever_the_slice_tells() -> None:
+    seen: dict[str, int] = {}
+    shrunk = Shrunk(0, seen)
+    assert shrunk.counts() == 17, "the agent has just started, or the driver says nothing"
+    seen["GPU-0"] = 12 * GIB
+    assert shrunk.counts() == 11, "what the driver shows, up to what it shows of one who holds nothing more"
+    seen["GPU-0"] = 0
+    assert shrunk.counts() == 5
+    assert shrunk.record.lowered is None
+    assert Shrunk(0, {"GPU-0": 0}).counts() == 5, "control: a look that finds nothing"
+    assert Shrunk(9, {"GPU-0": 0}).counts() == 9
 
 
 @pytest.mark.parametrize(
