@@ -376,9 +376,12 @@ class Agent:
         if limits is None:
             return
         seen, held = self.seen_bytes(live), list[int]()
+        unused = live.state == "prepared" and not live.join_by_lock()
         for part, used in zip(live.slice.devices, live.memory_by_device(), strict=True):
             # What the driver shows counts where it is clearly more: what a slice tells may have been lost. Until it has told, all is held.
-            shown = seen[part.uuid] - OVER_LIMIT_TOLERANCE_BYTES if part.uuid in seen else part.memory_bytes
+            shown = 0 if unused else part.memory_bytes
+            if part.uuid in seen:
+                shown = seen[part.uuid] - OVER_LIMIT_TOLERANCE_BYTES
             held.append(min(part.memory_bytes, max(used, shown)))
         counts = holding(limits, held)
         if counts != live.slice:

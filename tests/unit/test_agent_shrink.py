@@ -33,11 +33,16 @@ def test_what_is_held_above_the_limits_counts_on_each_device() -> None:
 class Shrunk:
     """A slice whose limit was lowered to 5 GiB while it held 17 GiB, as much of it as an agent settles by."""
 
-    def __init__(self, told: int, seen: dict[str, int]) -> None:
+    def __init__(self, told: int, seen: dict[str, int], state: str = "running", runs: bool = True) -> None:
+        self.state, self.runs = state, runs
         self.slice, lowered = a_slice((17, 100)), a_slice((5, 100))
         self.record = SimpleNamespace(lowered=lowered)
         self.told = told
         self.agent: Any = SimpleNamespace(seen_bytes=lambda _: seen, touch=lambda: None, on_settled=lambda _: None)
+
+    def join_by_lock(self) -> bool:
+        """Return whether something of it runs."""
+        return self.runs
 
     def memory_by_device(self) -> list[int]:
         """Return what its `use` file says, which its user may write."""
@@ -65,6 +70,8 @@ def test_what_nobody_has_looked_at_is_held_whatever_the_slice_tells() -> None:
     assert shrunk.record.lowered is None
     assert Shrunk(0, {"GPU-0": 0}).counts() == 5, "control: a look that finds nothing"
     assert Shrunk(9, {"GPU-0": 0}).counts() == 9
+    assert Shrunk(0, {}, "prepared", runs=False).counts() == 5, "nothing has ever run in it"
+    assert Shrunk(0, {}, "prepared").counts() == 17, "something has just begun"
 
 
 @pytest.mark.parametrize(
