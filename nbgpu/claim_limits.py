@@ -266,7 +266,9 @@ def is_settled(held: Iterable[Share], wanted: Wanted | None) -> bool:
 def is_refused(held: Iterable[Share], wanted: Wanted | None) -> bool:
     """Return whether the agent has looked at the wanted limits and brought others in force."""
     held = list(held)
-    return wanted is not None and not is_settled(held, wanted) and any(one.answered == wanted.seal and not one.keeps for one in held)
+    goal, now = wanted_of(held, wanted), in_force(held)
+    grows = any(goal[uuid].larger(now[uuid]) != now[uuid] for uuid in goal)  # a slice that keeps what it holds may be refused more
+    return wanted is not None and goal != now and any(one.answered == wanted.seal and (grows or not one.keeps) for one in held)
 
 
 def counted(held: Iterable[Share], booked: Wanted | None = None) -> dict[str, Limit]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ pytest.importorskip("grpc")
 
 from test_claim_limits import DEVICE, DEVICES, GIB, KEY, SLICE, UID, a_claim, wanted
 
-from nbgpu.claim_limits import Limit, in_force, is_settled, shares
+from nbgpu.claim_limits import Limit, in_force, is_refused, is_settled, shares
 from nbgpu.models import Slice
 from nbgpu_agent.books import holding
 from nbgpu_agent.kube.follow import Follower
@@ -34,7 +35,7 @@ class Node:
         claims: Any = SimpleNamespace(
             key=KEY, live=lambda uid: self.live if uid == UID else None, devices=lambda: DEVICES, lock=asyncio.Lock()
         )
-        kube: Any = SimpleNamespace(patch=self.patch)
+        kube: Any = SimpleNamespace(patch=self.patch, pages=self.pages)
         reporter: Any = SimpleNamespace(say=lambda *_: None)
         self.follower = Follower(agent, kube, reporter, claims)
         self.agent = agent
@@ -50,6 +51,14 @@ class Node:
     async def patch(self, where: str, body: Json, **_: object) -> Json:
         self.claim = {**copy.deepcopy(self.claim), "status": {**self.claim["status"], **body["status"]}}
         return self.claim
+
+    async def pages(self, where: str) -> AsyncGenerator[Any, None]:
+        yield SimpleNamespace(items=[self.claim])
+
+    def want(self, limit: Limit) -> None:
+        """Have the pool want other limits."""
+        self.claim = {**a_claim(wants=limit), "status": self.claim["status"]}
+        self.note(self.claim)
 
     def note(self, claim: Json) -> None:
         self.follower.items.items["k"] = claim  # type: ignore[index]
@@ -86,3 +95,34 @@ def test_control_what_is_not_held_is_free_at_once() -> None:
     node.settle()
     assert node.says().memory_bytes == 5 * GIB
     assert node.published[-1] == (78 + 20 - 5) * GIB
+
+
+def test_a_growth_that_is_refused_raises_no_limit_into_what_is_still_held() -> None:
+    node = Node(a_claim(wants=Limit(memory_bytes=10 * GIB, compute_milli=100)))
+    node.used_bytes = 20 * GIB
+    node.settle()
+    lowered = node.live.limits
+    assert lowered.devices[0].memory_bytes == 10 * GIB
+    node.agent.devices = {DEVICE.uuid: DEVICE.model_copy(update={"reserve_bytes": DEVICE.memory_bytes - 25 * GIB})}
+    more = Limit(memory_bytes=30 * GIB, compute_milli=100)
+    node.want(more)
+    node.settle()
+    assert node.live.limits == lowered
+    assert node.says().memory_bytes == 20 * GIB
+    assert is_refused(shares(node.claim, DEVICES), wanted(node.claim)), "the pool hears of it"
+    node.agent.devices = {DEVICE.uuid: DEVICE}
+    node.want(more.model_copy(update={"memory_bytes": 31 * GIB}))
+    node.settle()
+    assert node.live.limits.devices[0].memory_bytes == 31 * GIB, "control: where there is room"
+    assert is_settled(shares(node.claim, DEVICES), wanted(node.claim))
+
+
+def test_it_grows_into_what_it_still_holds() -> None:
+    node = Node(a_claim(wants=Limit(memory_bytes=5 * GIB, compute_milli=100)))
+    node.used_bytes = 20 * GIB
+    node.settle()
+    node.want(Limit(memory_bytes=12 * GIB, compute_milli=100))
+    node.settle()
+    assert node.live.limits.devices[0].memory_bytes == 12 * GIB
+    assert node.says().memory_bytes == 20 * GIB
+    assert not is_refused(shares(node.claim, DEVICES), wanted(node.claim))

@@ -138,6 +138,18 @@ def test_memory_that_is_still_held_counts_and_is_no_refusal() -> None:
     assert info.wanted.devices[0].memory_bytes == 5 * GIB
 
 
+@pytest.mark.parametrize(
+    ("memory_gib", "milli", "refused"), [(5, 250, False), (17, 200, False), (18, 250, True), (5, 251, True), (30, 500, True)]
+)
+def test_what_is_still_held_hides_no_growth_that_was_refused(memory_gib: int, milli: int, refused: bool) -> None:
+    claim = a_claim(wants=Limit(memory_bytes=memory_gib * GIB, compute_milli=milli))
+    seal = wanted(claim).seal
+    in_force_now = Limit(memory_bytes=17 * GIB, compute_milli=250)
+    for answered, expected in ((seal, refused), ("e" * 64, False)):
+        claim["status"]["devices"] = [report(shares(claim, DEVICES)[0], in_force_now, answered, 0, keeps=True)]
+        assert is_refused(shares(claim, DEVICES), wanted(claim)) is expected
+
+
 def test_what_was_refused_can_be_wanted_again() -> None:
     first, again = (Limits(devices={DEVICE.uuid: LARGER}, mode="burst", number=number) for number in (1, 2))
     claim = a_claim()

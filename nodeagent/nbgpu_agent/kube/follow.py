@@ -186,9 +186,9 @@ class Follower:
             return
         held = self._shares(claim)
         target = {part: limit for part, limit in wanted_of(held, wanted).items() if part in _limits(live.slice)}
-        now = _limits(live.slice)
+        now = _limits(live.limits)  # not what it counts: memory that it still holds above them is no limit
         low = {part: _smaller(now[part], limit) for part, limit in target.items()}
-        self._agent.change(live, with_limits(live.slice, low, wanted))
+        self._agent.change(live, with_limits(live.limits, low, wanted))
         if low != now:
             mark("resize-lowered")
         if low != target:
@@ -221,7 +221,7 @@ class Follower:
             )
             return
         try:
-            self._agent.change(live, with_limits(live.slice, target, wanted))
+            self._agent.change(live, with_limits(live.limits, target, wanted))
         except Conflict as error:
             self._reporter.say(about, "LimitsNotRaised", error.message)
         mark("resize-raised")
