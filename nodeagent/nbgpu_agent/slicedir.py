@@ -26,6 +26,8 @@ from . import layout
 
 RECORD = "slice.json"
 RECORD_VERSION = 1
+LATER = ("kernel_of_milli", "lowered")
+"""Fields of a record that came later, written only where they say something: an older agent takes no record with words unknown to it."""
 PRIVATE = ".use"
 """Where a `use` file's own tmpfs is mounted while it is made."""
 USE_TMPFS_BYTES = 256 * 1024
@@ -167,7 +169,7 @@ def write_record(directory: Path, record: Record) -> None:
     """
     fresh = directory / f".{RECORD}"
     with open(fresh, "w") as file:
-        file.write(record.model_dump_json())
+        file.write(record.model_dump_json(exclude={name for name in LATER if not getattr(record, name)}))
     fresh.chmod(0o644)
     fresh.rename(directory / RECORD)
 

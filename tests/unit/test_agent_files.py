@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -44,6 +45,16 @@ def test_a_record_is_read_as_it_was_written(directory: Path) -> None:
     (directory / "slice.json").write_text('{"version": 1}')
     with pytest.raises(ValueError, match=r"slice\.json"):
         slicedir.read_record(directory)
+
+
+@pytest.mark.parametrize("more", [{}, {"lowered": SLICE}, {"kernel_of_milli": {"k": 250}}])
+def test_an_older_agent_reads_a_record_that_says_nothing_new(directory: Path, more: dict[str, Any]) -> None:
+    """It refuses words that it does not know, and would leave the slice alone after a roll back."""
+    record = RECORD.model_copy(update=more)
+    slicedir.write_record(directory, record)
+    later = {"lowered", "kernel_of_milli"}
+    assert json.loads((directory / "slice.json").read_text()).keys() == Record.model_fields.keys() - later | more.keys()
+    assert slicedir.read_record(directory) == record
 
 
 def test_ctl_is_written_over_restarts_and_never_replaced(directory: Path) -> None:
