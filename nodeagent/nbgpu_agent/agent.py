@@ -344,7 +344,7 @@ class Agent:
         return live.as_model()
 
     def change(self, live: LiveSlice, wanted: Slice) -> None:
-        """Bring the limits of `wanted` in force; the books are checked first.
+        """Bring the limits of `wanted` in force; the books are checked first where it counts more than before.
 
         Memory that the slice holds above them counts as its own until it is free (`settle`).
         """
@@ -352,7 +352,9 @@ class Agent:
             return
         counts = holding(wanted, [part.memory_bytes for part in live.slice.devices])
         check_slice(wanted, self.devices, self.settings.node)
-        check_fits(counts, (other.slice for other in self.slices.values() if other is not live), self.devices)
+        pairs = zip(counts.devices, live.slice.devices, strict=True)
+        if any(new.memory_bytes > old.memory_bytes or new.compute_milli > old.compute_milli for new, old in pairs):
+            check_fits(counts, (other.slice for other in self.slices.values() if other is not live), self.devices)
         live.save(slice=counts, lowered=wanted if counts != wanted else None)
         mark("limits-lowered")
         if live.record.kernel_limits:

@@ -12,7 +12,7 @@ from nbgpu.cli_doctor_checks import books
 from nbgpu.models import AgentSlice, Device, KernelLimit, Node, Owner, Slice, SliceDevice
 from nbgpu.quantities import GIB
 from nbgpu_agent.agent import Agent
-from nbgpu_agent.books import holding, kernel_limit_in
+from nbgpu_agent.books import Conflict, holding, kernel_limit_in
 from nbgpu_lab import limits, sampler
 
 
@@ -72,6 +72,49 @@ def test_what_nobody_has_looked_at_is_held_whatever_the_slice_tells() -> None:
     assert Shrunk(9, {"GPU-0": 0}).counts() == 9
     assert Shrunk(0, {}, "prepared", runs=False).counts() == 5, "nothing has ever run in it"
     assert Shrunk(0, {}, "prepared").counts() == 17, "something has just begun"
+
+
+class Crowded(Shrunk):
+    """One of two slices of 20 GiB and 300 milli-GPU of a GPU that has 30 GiB and its whole time to give since its agent started anew."""
+
+    def __init__(self) -> None:
+        super().__init__(20, {"GPU-0": 20 * GIB})
+        self.id, self.owner = "s", "ada"
+        self.slice, self.record = a_slice((20, 300)), SimpleNamespace(lowered=None, kernel_limits={})
+        other = SimpleNamespace(slice=a_slice((20, 300)))
+        device = Device(uuid="GPU-0", index=0, model="m", node="n", memory_bytes=80 * GIB, reserve_bytes=50 * GIB)
+        nothing: Any = lambda *_, **__: None  # noqa: E731
+        self.agent = SimpleNamespace(
+            devices={"GPU-0": device}, settings=SimpleNamespace(node="n"), slices={"s": self, "o": other}, write_limits=nothing,
+            turns=SimpleNamespace(change=nothing, change_kernels=nothing), events=SimpleNamespace(add=nothing), touch=nothing,
+            settle=nothing, _tell_over=nothing,
+        )  # fmt: skip
+
+    @property
+    def limits(self) -> Slice:
+        """Those in force."""
+        return self.record.lowered or self.slice
+
+    def save(self, **changes: Any) -> None:
+        """Note what it counts and its limits."""
+        self.slice, self.record.lowered = changes["slice"], changes["lowered"]
+
+    def change(self, memory: int, milli: int) -> None:
+        """Give it other limits."""
+        live: Any = self
+        Agent.change(self.agent, live, a_slice((memory, milli)))
+
+
+def test_in_books_that_give_too_much_a_slice_may_still_become_smaller() -> None:
+    crowded = Crowded()
+    crowded.change(15, 300)
+    assert (crowded.slice, crowded.limits) == (a_slice((20, 300)), a_slice((15, 300)))
+    crowded.change(18, 200)
+    assert crowded.limits == a_slice((18, 200)), "into what it counts anyway"
+    for memory, milli in ((21, 200), (5, 201), (5, 800)):
+        with pytest.raises(Conflict):
+            crowded.change(memory, milli)  # the control: nothing more is given
+    assert crowded.limits == a_slice((18, 200))
 
 
 @pytest.mark.parametrize(
