@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -38,6 +38,8 @@ LOOKS_BETWEEN = 3
 DESCENDANTS_TICKS = 2
 SIZE_TICKS = 3
 HOSTILE_SECONDS = 60.0
+UNWRITTEN_SECONDS = 60.0
+"""So often it is logged that a slice's record cannot be written, which is tried each second."""
 OWED_TOLD_NS = 100_000_000
 """GPU time taken beyond the turns in one look: from this on somebody is told, and not only charged."""
 BURST_SECONDS = 0.7
@@ -74,6 +76,7 @@ class SliceMemory:
 
     bursts: dict[str, Burst] = field(default_factory=dict[str, Burst])
     hostile_at: float = -HOSTILE_SECONDS
+    unwritten_at: float = -UNWRITTEN_SECONDS
     books: dict[str, Books] = field(default_factory=dict[str, Books])
     """By device: what offences are judged by."""
     seen_bytes: dict[str, int] = field(default_factory=dict[str, int])
@@ -147,7 +150,8 @@ class Monitor:
             rows_of[live.id] = self._look_after(live, wall)
         findings = self._judge(rows_of)
         for live in list(agent.slices.values()):
-            agent.settle(live)
+            with self._writing(live):
+                agent.settle(live)
         for finding in self._confirmed.pass_new(findings):
             self._report(finding)
         self._responses.look(self._offences, each_second=True)
@@ -177,15 +181,29 @@ class Monitor:
     async def _room(self, uuid: str, pids: Collection[int]) -> tuple[int, int] | None:
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._nvml.room, uuid, pids)
 
+    @contextlib.contextmanager
+    def _writing(self, live: LiveSlice) -> Generator[None, None, None]:
+        """Have nothing else wait for what writes a slice's record where that fails: on a full disk the watchdog looks on."""
+        try:
+            yield
+        except OSError as error:
+            memory = self._memory.setdefault(live.id, SliceMemory())
+            now = time.monotonic()
+            if now - memory.unwritten_at >= UNWRITTEN_SECONDS:
+                memory.unwritten_at = now
+                log.error("slice=%s owner=%s: its record cannot be written: %s", live.id, live.owner, error)
+
     def _look_after(self, live: LiveSlice, wall: float) -> list[UseRow]:
         agent = self._agent
-        if live.join_by_lock():
-            agent.touch()
+        with self._writing(live):
+            if live.join_by_lock():
+                agent.touch()
         if self._ticks % DESCENDANTS_TICKS == 0:
             live.learn_descendants()
         rows = agent.reap(live)
         agent.parking.tick(live, rows)
-        agent.away.tick(live)
+        with self._writing(live):
+            agent.away.tick(live)
         if live.state != "prepared":
             self._tell_happened(live, live.tick(wall, rows))
         if self._ticks % SIZE_TICKS == 0:

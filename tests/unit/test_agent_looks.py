@@ -11,7 +11,7 @@ import pytest
 from nbgpu.models import Owner, Slice, SliceDevice, Suspension
 from nbgpu.quantities import GIB, MIB
 from nbgpu_agent import monitor
-from nbgpu_agent.monitor import Monitor
+from nbgpu_agent.monitor import UNWRITTEN_SECONDS, Monitor
 from nbgpu_agent.native import UseRow
 from nbgpu_agent.nvml import DeviceSample
 from nbgpu_agent.procs import Process
@@ -177,6 +177,56 @@ def test_what_is_seen_of_a_slice_that_was_calm_without_the_driver_is_noted(monke
     look({}, rows=[], error="GPU is lost")
     look({}, rows=[])
     assert look.monitor._seen_bytes(look.live) == {"GPU-0": 0}  # type: ignore[arg-type]
+
+
+@pytest.mark.asyncio
+async def test_a_record_that_cannot_be_written_keeps_the_watchdog_from_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monitor: Any = Look(monkeypatch).monitor
+    reported: list[str] = []
+    looked: list[str] = []
+    settled: list[str] = []
+    full = {"s"}
+
+    def write(live: Any) -> None:
+        if live.id in full:
+            raise OSError(28, "No space left on device")
+
+    def settle(live: Any) -> None:
+        write(live)
+        settled.append(live.id)
+
+    def slice_of(name: str) -> Any:
+        live = SimpleNamespace(id=name, owner="ada", state="prepared", has_root=lambda: True, tenant=SimpleNamespace(junk=None))
+        live.join_by_lock = lambda: write(live)
+        return live
+
+    nothing: Any = lambda *_: None  # noqa: E731
+    agent = monitor._agent
+    agent.slices = {name: slice_of(name) for name in ("s", "t")}
+    agent.settle, agent.reap, agent.hold, agent.sweep = settle, lambda _: [ROW], nothing, nothing
+    agent.turns = SimpleNamespace(keep_alive=nothing)
+    agent.parking, agent.away = SimpleNamespace(tick=nothing), SimpleNamespace(tick=write)
+    monitor._sample, monitor._report = dict, reported.append
+    monitor._judge = lambda rows: [f"judged {name}" for name in rows]
+    monitor._confirmed = SimpleNamespace(pass_new=lambda findings: findings, waits=lambda: False)
+    monitor._responses = SimpleNamespace(look=lambda *_, **__: looked.append("looked"), waits=lambda: False)
+    monkeypatch.setattr("nbgpu_agent.monitor.DESCENDANTS_TICKS", 100)
+    monkeypatch.setattr("nbgpu_agent.monitor.SIZE_TICKS", 100)
+    for _ in range(2):
+        await monitor._tick()
+    assert reported == ["judged s", "judged t"] * 2
+    assert looked == ["looked"] * 2
+    assert settled == ["t"] * 2
+    assert len([one for one in caplog.records if "No space left" in one.getMessage()]) == 1, "it is said once"
+    full.clear()
+    await monitor._tick()
+    assert settled[-2:] == ["s", "t"]
+    full.add("s")
+    monitor._memory["s"].unwritten_at -= UNWRITTEN_SECONDS
+    await monitor._tick()
+    assert len([one for one in caplog.records if "No space left" in one.getMessage()]) == 2, "and again after a minute"
 
 
 def test_in_a_pod_processes_have_the_pids_that_its_programs_know() -> None:
