@@ -36,7 +36,8 @@ def list_suspended(slice_start: str | None, *, as_json: bool) -> None:
     for usage in seen.usages:
         for kernel in away(usage):
             name = kernel_name(kernel.kernel_id, read_names(usage.slice_id))
-            console().print(f"{name}: {away_words(kernel.away)} (`nbgpu resume {name}`)." if kernel.away else "", soft_wrap=True)
+            assert kernel.away is not None
+            console().print(f"{name}: {away_words(kernel.away)} (`nbgpu resume {name}`).", soft_wrap=True)
     if not held and not any(away(usage) for usage in seen.usages):
         of = f"Nothing of slice {seen.usages[0].slice_id[:SHORT_ID]}" if len(seen.usages) == 1 else "Nothing"
         console().print(f"{of} is suspended.")

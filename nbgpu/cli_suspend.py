@@ -21,11 +21,16 @@ def suspend(start: str, *, as_json: bool) -> None:
 
 
 def bring_back(start: str, *, as_json: bool) -> bool:
-    """Begin to move a kernel's memory back to the GPU; return False where no kernel of this server so called has it in the host's."""
+    """Begin to move a kernel's memory back to the GPU; return False where no kernel of this server so called has it in the host's.
+
+    A number is the process so numbered where that is suspended, whatever kernel's id begins with it.
+    """
     own = own_slice()
     usage = None if own is None else own.usage()
     found = [] if usage is None else away(usage, start)
-    if own is None or usage is None or len(found) != 1 or any(one.kernel_id == found[0].kernel_id for one in usage.suspended):
+    if own is None or usage is None or len(found) != 1:
+        return False
+    if any(one.kernel_id == found[0].kernel_id or str(one.pid) == start for one in usage.suspended):
         return False
     _move(own, usage, found[0], "resume", as_json=as_json)
     return True

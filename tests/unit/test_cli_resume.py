@@ -178,6 +178,33 @@ def test_in_a_server_a_kernels_memory_is_moved_and_brought_back(
     assert asked == [(A, "suspend"), (A, "resume")]
 
 
+def test_a_number_is_the_process_that_is_suspended_before_it_is_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    parked = KernelAway(phase="parked", memory_bytes=8 * GIB, since=1.0)
+    there = usage(kernel(DIGITS, 0).model_copy(update={"away": parked})).model_copy(update={"suspended": [held(12, None)]})
+    went: list[object] = []
+
+    class Own(SliceClient):
+        def usage(self) -> Usage:
+            return there
+
+        def slice(self) -> Slice:
+            return known(FIRST.slice_id, "a").slice
+
+        def move_kernel(self, kernel_id: str, where: str) -> KernelAway | None:
+            went.append(kernel_id)
+            return None
+
+        def resume(self, pid: int | None = None) -> None:
+            went.append(pid)
+
+    for module in (cli_limit, cli_suspend):
+        monkeypatch.setattr(module, "own_slice", lambda: Own("/nowhere"))
+    cli_resume.resume("12", None, as_json=False)
+    assert went == [12], f"and not the memory of {DIGITS}"
+    cli_resume.resume("1234", None, as_json=False)
+    assert went == [12, DIGITS], "control: no process of that number is suspended"
+
+
 def test_outside_of_a_server_no_kernels_memory_is_moved(agent: StandIn) -> None:
     with pytest.raises(NbgpuError, match="in a terminal of its own server"):
         cli_suspend.suspend("train", as_json=False)
