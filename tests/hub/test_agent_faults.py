@@ -152,7 +152,7 @@ def test_mounts_of_slices_that_ended_without_an_agent_go(agent: AgentProcess) ->
     launch = agent.put(wanted := agent.slice(250), uid=USER)
     if not mounts(agent.runtime):
         pytest.skip("root may not mount here")
-    process = subprocess.Popen(["sleep", "60"], env={**os.environ, **launch.env})
+    process = subprocess.Popen(["sleep", "60"], env={**os.environ, **launch.env}, user=USER)
     agent.adopt(wanted.slice_id, process.pid)
     agent.stop()
     assert mounts(agent.runtime), "a running slice keeps its file"
