@@ -176,8 +176,7 @@ def served(place: Place, pool: Pool, user: str = "ada", *, soon: bool = False, *
     """Return the request of a pod that runs; `soon`: the room for it may still have to be published."""
     request = new_id()
     if soon:
-        assert pool.ask(request, user, **wish).status_code == 200
-        until(lambda: pool.state(request) == "reserved", why="for room")
+        until(lambda: pool.ask(request, user, **wish).json()["grant"]["state"] == "reserved", why="for room")
     else:
         pool.granted(request, user, **wish)
     assert pool.bind(request).status_code == 200
