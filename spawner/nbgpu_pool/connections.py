@@ -13,8 +13,8 @@ from .auth import Principal
 
 MOST_CONNECTIONS = 8000
 """Of one listening socket: everybody who waits may keep one for their events."""
-SOCKETS = 3
-"""There are descriptors for so many full sockets: the Unix socket, the address, and as many for all else."""
+SOCKETS = 2
+"""The Unix socket and the address: there are descriptors for both of them full, and an eighth of all for everything else."""
 RETRY_SECONDS = 5
 
 
@@ -28,7 +28,7 @@ class TooManyStreams(NbgpuError):
 def raise_file_limit() -> None:
     """Let this process have as many descriptors as all its connections take, or as many as it may."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = SOCKETS * MOST_CONNECTIONS
+    wanted = SOCKETS * MOST_CONNECTIONS * 8 // 7 + 1
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(hard, wanted), hard))
 
@@ -36,7 +36,12 @@ def raise_file_limit() -> None:
 def most_connections() -> int:
     """Return how many connections a socket may have at a time; fewer where the process may not have that many descriptors."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else min(MOST_CONNECTIONS, soft // SOCKETS)
+    return MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else with_descriptors(soft)
+
+
+def with_descriptors(count: int) -> int:
+    """Return how many connections a socket may have where the process may have so many descriptors."""
+    return min(MOST_CONNECTIONS, count * 7 // 8 // SOCKETS)
 
 
 def of_all(connections: int) -> int:

@@ -16,7 +16,7 @@ from pool_process import PoolProcess, until
 from ports import free_port
 from test_attack_pool import CONFIG, TOKENS
 
-from nbgpu_pool.connections import SOCKETS, of_one
+from nbgpu_pool.connections import of_one, with_descriptors
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.skipif(missing_libraries() is not None, reason=str(missing_libraries()))]
 DESCRIPTORS = 300
@@ -75,13 +75,14 @@ def test_who_has_as_many_as_it_may_is_told_so_and_has_them_again(port: int) -> N
     """The control: the same streams of another hub, and of this one once they are closed."""
     headers = {"Authorization": f"Bearer {TOKENS['hub']}"}
     url = f"http://127.0.0.1:{port}/v1/availability/events"
-    held = [stream(port, TOKENS["hub"]) for _ in range(of_one("hub", DESCRIPTORS // SOCKETS))]
+    most = of_one("hub", with_descriptors(DESCRIPTORS))
+    held = [stream(port, TOKENS["hub"]) for _ in range(most)]
     try:
         for one in held:
             assert b" 200 " in one.recv(4096)
         refused = httpx.get(url, headers=headers, timeout=3)
         assert (refused.status_code, refused.json()["error"]["code"], refused.headers["retry-after"]) == (429, "too-many-streams", "5")
-        assert "One hub may have 75 event streams" in refused.json()["error"]["message"]
+        assert f"One hub may have {most} event streams" in refused.json()["error"]["message"]
         assert httpx.get(f"http://127.0.0.1:{port}/v1/devices", headers=headers, timeout=3).status_code == 200
         with httpx.stream("GET", url, headers={"Authorization": f"Bearer {TOKENS['other hub']}"}, timeout=3) as others:
             assert others.status_code == 200
