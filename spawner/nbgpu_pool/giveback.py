@@ -17,7 +17,7 @@ from nbgpu.quantities import MIB
 
 from .books import Books, Entry
 from .placement import Place, Policy, Room, place
-from .quotas import Quotas, Tally
+from .quotas import Quotas, Tally, concerns
 from .resize import grows, must_fit
 from .shapes import Part, resolve
 
@@ -257,8 +257,7 @@ def given_back(entry: Entry, taken: Taken) -> Slice | None:
 
 def _holders(entry: Entry, lent: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """Return whose of the lent guarantees a request may claim."""
-    groups, user = entry.request.groups, entry.request.owner.user
-    return [(kind, name) for kind, name in lent if ((name in groups) if kind == "group" else (name == user))]
+    return [(kind, name) for kind, name in lent if concerns(kind, name, entry.request.owner, entry.request.groups)]
 
 
 def _claims(line: Iterable[Entry], lent: Sequence[tuple[str, str]], tally: Tally, books: Books) -> Iterable[Claim]:

@@ -124,6 +124,11 @@ def format_gpus(milli: int) -> str:
     return "1 GPU" if milli == WHOLE_MILLI else f"{whole}{f'.{rest:03d}'.rstrip('0') if rest else ''} GPUs"
 
 
+def concerns(kind: str, name: str, owner: Owner, groups: Sequence[str]) -> bool:
+    """Return whether the guarantee of a group or a user (`kind`) is also that of `owner`."""
+    return name in groups if kind == "group" else name == owner.user
+
+
 def words_of(amount: Amount) -> str:
     """Return for people what an amount counts in GPUs, and where it is the memory that counts, of how much."""
     gpus = format_gpus(amount.counted_milli)
@@ -182,7 +187,7 @@ class Tally:
         """Count `amount` as held by `owner` from now on."""
         self._book(accounts(owner, groups), amount)
         for kind, name in self.called:
-            if (name in groups) if kind == "group" else (name == owner.user):
+            if concerns(kind, name, owner, groups):
                 self.called[kind, name] = max(0, self.called[kind, name] - amount.counted_milli)
 
     def call(self, waiting: Iterable[tuple[Owner, Sequence[str], int]]) -> None:
@@ -198,7 +203,7 @@ class Tally:
         unmet = {account: self.unmet_milli(*account) for account in lent}
         for owner, groups, milli in waiting if lent else ():
             for kind, name in lent:
-                mine = (name in groups) if kind == "group" else (name == owner.user)
+                mine = concerns(kind, name, owner, groups)
                 if mine and self.called[kind, name] + milli <= unmet[kind, name]:
                     self.called[kind, name] += milli
 
@@ -242,7 +247,7 @@ class Tally:
                 if not limits.guarantee_milli:
                     continue
                 unmet = self.unmet_milli(kind, name)
-                if (name in groups) if kind == "group" else (name == owner.user):
+                if concerns(kind, name, owner, groups):
                     if unmet >= asked_milli:
                         return 0
                 elif unmet > 0:

@@ -105,7 +105,7 @@ def growth(entry: Entry, target: Slice) -> dict[str, Part]:
     """Return what `target` takes beyond what is booked for `entry`, by device; devices where it takes no more are left out."""
     held = dict(entry.own_parts())
     counts = {one.uuid: Part(one.memory_bytes, one.compute_milli) for one in target.devices}
-    more = {uuid: _minus(part.larger(held[uuid]), held[uuid]) for uuid, part in counts.items()}
+    more = {uuid: part.larger(held[uuid]).without(held[uuid]) for uuid, part in counts.items()}
     return {uuid: part for uuid, part in more.items() if part != Part(0, 0)}
 
 
@@ -172,10 +172,6 @@ def keeps_note(entry: Entry) -> str | None:
 def same_limits(one: Slice, other: Slice) -> bool:
     """Return whether two slices are alike in what a resize changes."""
     return one.mode == other.mode and one.devices == other.devices
-
-
-def _minus(one: Part, other: Part) -> Part:
-    return Part(one.memory_bytes - other.memory_bytes, one.compute_milli - other.compute_milli)
 
 
 def _no_room(words: str) -> NbgpuError:
