@@ -279,9 +279,11 @@ def _on_its_way_back(books: Books) -> list[tuple[str, Part]]:
         if entry.state == GrantState.releasing or entry.parking:
             parts += entry.parts()
         elif entry.wanted is not None and entry.holds:
-            less = [(uuid, _less(part, left)) for (uuid, part), (_, left) in zip(entry.own_parts(), _left(entry), strict=True)]
-            # what its programs keep comes when they let go of it, if ever: nobody is left to wait for that
-            parts += [(uuid, Part(0, part.compute_milli)) for uuid, part in less] if entry.keeps else less
+            for (uuid, part), (_, left) in zip(entry.own_parts(), _left(entry), strict=True):
+                if entry.keeps:  # what is used comes when its programs let go of it, if ever: nobody is left to wait for that
+                    used = part.memory_bytes if entry.used_bytes is None else entry.used_bytes
+                    left = Part(max(left.memory_bytes, used), left.compute_milli)
+                parts.append((uuid, _less(part, left)))
     return parts
 
 

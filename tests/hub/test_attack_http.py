@@ -121,7 +121,7 @@ async def test_more_connections_than_there_may_be(runtime: Path, monkeypatch: py
 async def test_connections_are_bounded_by_the_descriptors_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of which the hub on the other socket, and the pool itself, need some when strangers have taken all of theirs."""
     protocol = main.Protocol.__new__(main.Protocol)
-    for limit, most in ((4096, 1365), (24_000, 8000), (10**6, 8000), (resource.RLIM_INFINITY, 8000)):
+    for limit, most in ((4096, 1792), (18_288, 8000), (10**6, 8000), (resource.RLIM_INFINITY, 8000)):
         monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
         assert protocol.most_connections() == most
 

@@ -93,6 +93,32 @@ def test_burst_slices_give_first_what_they_do_not_use_and_keep_half() -> None:
     assert not pool.core.asks
 
 
+@pytest.mark.parametrize(("used_gib", "others_give"), [(5, False), (38, True)], ids=["not looked at again yet", "used"])
+def test_nobody_else_gives_while_memory_that_is_not_used_is_on_its_way(used_gib: int, others_give: bool) -> None:
+    """The smaller limit is in force; all counts as held until the agent has looked again: nothing more is taken meanwhile."""
+    pool = Pool(devices=2, quotas=LENT)
+    keys = [pool.running(500, user) for user in "abcd"]
+    for key in keys:
+        pool.uses(key, 5)
+    mine = pool.ask(250, "m", groups=["bio"]).request.request_id
+    chosen = pool.core.drain().resizes
+    assert len(chosen) == 2
+    for key in chosen:
+        entry = pool.core.known(key)
+        target, held = pool.core.resize_again(entry), entry.slice
+        assert target is not None
+        assert held is not None
+        part = held.devices[0].model_copy(update={"compute_milli": target.devices[0].compute_milli})
+        still = held.model_copy(update={"devices": [part]})
+        pool.core.end_resize(entry, None, True, pool.now, keeps=still)
+        pool.seen[key] = replace(pool.seen[key], slice=still, wanted=target, keeps=True, used_bytes=used_gib * GIB)
+    pool.sync()
+    assert bool(pool.core.drain().resizes) is others_give
+    for key in chosen:
+        pool.in_force(key)
+    assert pool.grant(mine).state == GrantState.reserved
+
+
 @pytest.mark.parametrize(
     ("more", "used", "policy"),
     [
