@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from browser_hub import ROOT, Hub, running_hub, shot
 from browser_kit import wait_for
-from lab_pages import ALLOCATE, SECOND, in_lab, kernel_row, log_in, no_news, run_cell, start
+from lab_pages import ALLOCATE, SECOND, in_lab, kernel_row, log_in, no_news, run_cell, start, stop
 from playwright.sync_api import Browser, expect
 
 from nbgpu.client import AgentClient
@@ -179,6 +179,5 @@ def test_two_users_of_the_machine_side_by_side(chromium: Browser, hub: Hub, user
     answers = agent.slices().slices
     assert {known.slice.owner.user for known in answers} == set(users)
     for page in pages.values():
-        page.goto(hub.url + "/hub/home")
-        page.click("#stop")
+        stop(page, hub)
     wait_for("both slices are free", lambda: not agent.slices().slices, 30)

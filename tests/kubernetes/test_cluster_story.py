@@ -19,7 +19,7 @@ import httpx
 import pytest
 import yaml
 from chart_kit import ROOT, Api, Json, image, kill, namespace, until
-from lab_pages import SECOND, ask_for_size, log_in, new_notebook, run_cell, size_granted, size_refused, start
+from lab_pages import SECOND, ask_for_size, log_in, new_notebook, run_cell, size_granted, size_refused, start, stop
 from playwright.sync_api import Browser, Page, expect
 from prometheus_client.parser import text_string_to_metric_families
 from stack_kit import DEVICE_BYTES, GIB, Stack, stack
@@ -90,8 +90,35 @@ def chromium(running: tuple[Stack, Hub]) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def pages() -> dict[str, Page]:
-    """Who has which page open."""
+    """Who has which page open, between the chapters."""
     return {}
+
+
+@pytest.fixture
+def ada(chromium: Browser, hub: Hub, pages: dict[str, Page]) -> Page:
+    """Ada's page from an earlier chapter; started with a quarter where a chapter is run by itself."""
+    if "ada" not in pages:
+        pages["ada"] = with_notebook(chromium, hub, "ada", "quarter")
+        run_cell(pages["ada"], ASK)
+        pages["ada"].locator(".nbgpu-Status").click()
+        pages["ada"].wait_for_selector("#nbgpu-panel:visible")
+    return pages["ada"]
+
+
+@pytest.fixture
+def grace(chromium: Browser, hub: Hub, pages: dict[str, Page]) -> Page:
+    """Grace's page, with a half, the same way."""
+    if "grace" not in pages:
+        pages["grace"] = with_notebook(chromium, hub, "grace", "half")
+    return pages["grace"]
+
+
+def with_notebook(chromium: Browser, hub: Hub, user: str, slug: str) -> Page:
+    """Return a user's page with an empty notebook on a server of this profile."""
+    page = log_in(chromium, hub, user)
+    start(page, slug)
+    new_notebook(page)
+    return page
 
 
 def shot(page: Page, name: str) -> None:
@@ -176,9 +203,9 @@ def test_a_second_user_and_the_queue(chromium: Browser, nbgpu: Stack, hub: Hub, 
     lin.context.close()
 
 
-def test_another_size_from_the_panel(nbgpu: Stack, pages: dict[str, Page]) -> None:
+@pytest.mark.usefixtures("grace")
+def test_another_size_from_the_panel(nbgpu: Stack, ada: Page) -> None:
     """Ada's quarter, beside Grace's half, is not made three quarters; it is made half while her notebook runs, and a quarter again."""
-    ada = pages["ada"]
     ask_for_size(ada, "3/4")
     size_refused(ada, "GPU 0 has 19.5 GiB of memory free, and 39 GiB more are asked for.")
     shot(ada, "4-resize-refused")
@@ -196,12 +223,11 @@ def test_another_size_from_the_panel(nbgpu: Stack, pages: dict[str, Page]) -> No
     nbgpu.check(claims=2)
 
 
-def test_stopping_frees_the_claim(nbgpu: Stack, hub: Hub, pages: dict[str, Page]) -> None:
+@pytest.mark.usefixtures("ada")
+def test_stopping_frees_the_claim(nbgpu: Stack, hub: Hub, grace: Page, pages: dict[str, Page]) -> None:
     """Grace's half is free when her pod is gone."""
-    grace = pages.pop("grace")
-    grace.goto(hub.url + "/hub/home")
-    grace.click("#stop")
-    grace.wait_for_selector("#stop", state="hidden", timeout=60 * SECOND)
+    del pages["grace"]
+    stop(grace, hub)
     nbgpu.check(claims=1)
     grace.goto(hub.url + "/hub/spawn")
     expect(grace.locator(".nbgpu-row[data-slug=half]")).to_contain_text("Free now", timeout=10 * SECOND)
@@ -209,9 +235,8 @@ def test_stopping_frees_the_claim(nbgpu: Stack, hub: Hub, pages: dict[str, Page]
 
 
 @pytest.mark.parametrize("part", ["pool", "agent", "hub"])
-def test_a_part_is_killed_while_a_notebook_runs(nbgpu: Stack, hub: Hub, pages: dict[str, Page], part: str) -> None:
+def test_a_part_is_killed_while_a_notebook_runs(nbgpu: Stack, hub: Hub, ada: Page, part: str) -> None:
     """SIGKILL: the notebook goes on inside its limit, and what comes back knows everything."""
-    ada = pages["ada"]
     server = hub.server("ada")["metadata"]["uid"]
     pod = {"pool": nbgpu.leader, "agent": lambda: nbgpu.pods("agent")[0], "hub": hub.pod}[part]()
     kill(pod)
@@ -227,9 +252,9 @@ def test_a_part_is_killed_while_a_notebook_runs(nbgpu: Stack, hub: Hub, pages: d
         shot(ada, "5-after-the-agent-was-killed")
 
 
-def test_an_upgrade_under_a_running_notebook(chromium: Browser, nbgpu: Stack, hub: Hub, pages: dict[str, Page]) -> None:
+def test_an_upgrade_under_a_running_notebook(chromium: Browser, nbgpu: Stack, hub: Hub, ada: Page) -> None:
     """`helm upgrade`: another agent takes over, with other files where the cluster has its image; old and new servers stay apart."""
-    ada, before = pages["ada"], nbgpu.pods("agent")[0]["metadata"]["name"]
+    before = nbgpu.pods("agent")[0]["metadata"]["name"]
     other = nbgpu.has_image(f"{image('agent')}-next")
 
     def change(values: Json) -> None:
@@ -242,9 +267,7 @@ def test_an_upgrade_under_a_running_notebook(chromium: Browser, nbgpu: Stack, hu
     limit_holds(ada)
     nbgpu.check(claims=1)
 
-    grace = log_in(chromium, hub, "grace")
-    start(grace, "half")
-    new_notebook(grace)
+    grace = with_notebook(chromium, hub, "grace", "half")
     seen = json.loads(run_cell(grace, ASK + "refused = gib(40)\nprint(json.dumps({**seen(), 'refused': refused, 'held': gib(30)}))"))
     assert (seen["driver"], seen["refused"], seen["held"]) == (2 * QUARTER_BYTES, OUT_OF_MEMORY, 0)
     files = [run_cell(page, LIMITER).split() for page in (ada, grace)]
@@ -252,14 +275,14 @@ def test_an_upgrade_under_a_running_notebook(chromium: Browser, nbgpu: Stack, hu
     assert (files[0] != files[1]) == other, files
     limit_holds(ada)
     nbgpu.check(claims=2)
-    grace.goto(hub.url + "/hub/home")
-    grace.click("#stop")
+    stop(grace, hub)
     nbgpu.check(claims=1)
     grace.context.close()
 
 
-def test_a_job_with_a_claim_of_its_own(api: Api, nbgpu: Stack, pages: dict[str, Page]) -> None:
+def test_a_job_with_a_claim_of_its_own(api: Api, nbgpu: Stack, ada: Page) -> None:
     """The shipped example, no hub in sight: same limits, same view, same metrics."""
+    nbgpu.upgrade(lambda values: values["agent"].update(foreignClaims=True, metrics={"enabled": True}))
     with namespace(api, f"mine-{nbgpu.run}", {**nbgpu.marks, "pod-security.kubernetes.io/enforce": "restricted"}) as mine:
         template, job = yaml.safe_load_all(EXAMPLE.read_text())
         container = job["spec"]["template"]["spec"]["containers"][0]
@@ -275,15 +298,14 @@ def test_a_job_with_a_claim_of_its_own(api: Api, nbgpu: Stack, pages: dict[str, 
         [claim] = [one["metadata"]["name"] for one in nbgpu.claims() if one["metadata"]["namespace"] == mine]
         owner = {"hub": "kubernetes", "user": mine, "server": claim}
         assert until("its use in the metrics", lambda: used(nbgpu, owner) == 10 * GIB + 300 * 2**20, 10)
-        limit_holds(pages["ada"])
+        limit_holds(ada)
         shown = nbgpu.run_in(nbgpu.pods("agent")[0], "python", "-m", "nbgpu", "status")
         assert claim[:12] in shown, shown
     nbgpu.check(claims=1)
 
 
-def test_uninstalling_leaves_a_plain_hub_and_the_running_server(chromium: Browser, nbgpu: Stack, hub: Hub, pages: dict[str, Page]) -> None:
+def test_uninstalling_leaves_a_plain_hub_and_the_running_server(chromium: Browser, nbgpu: Stack, hub: Hub, ada: Page) -> None:
     """The steps of docs/kubernetes.md, and what it says of doing the second too early."""
-    ada = pages["ada"]
     server = hub.server("ada")["metadata"]["uid"]
     hub.upgrade(without_nbgpu(hub.values))
     limit_holds(ada)
@@ -303,7 +325,7 @@ def test_uninstalling_leaves_a_plain_hub_and_the_running_server(chromium: Browse
         limit_holds(ada)
         assert hub.server("ada")["metadata"]["uid"] == server
         shot(ada, "7-after-the-uninstall")
-        ada.goto(hub.url + "/hub/home")
+        ada.goto(hub.url + "/hub/home", wait_until="networkidle")  # before its scripts are there the button does nothing
         ada.click("#stop")
         until("the server to be asked to end", lambda: not hub.servers("ada"), 30)
         time.sleep(3)
