@@ -9,6 +9,8 @@
 * Without a queue who does not fit is refused (`refused_percent`, each request weighted with its GPU). With one move a session goes to
   another device where that lets a request in (`refused_percent_moves`, `moves_per_day`): every session counts as one that can be moved.
 * With the queue nobody is refused and nobody gives up (`wait_mean_min`, over all requests; `overtaking_most`: how often one was passed).
+* What some of those who have to wait are told when they come, in minutes, and how it was (`estimates`): by what they were told, how many,
+  of how many percent it was so (`kept_percent`; "usually" means 75), and the medians of what they were told and waited.
 * Beside the service's default rule: best fit without anything else, and one device as large as all, which cannot fragment. Their
   published figures (`*_published`) are those of the study that the workload is taken from: the control.
 """
@@ -25,6 +27,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +87,26 @@ def by_size(replays: list[Found]) -> dict[str, float]:
     return {str(size): round(100 * sum(one.refused_milli[size] for one in replays) / asked[size], 3) for size in sizes}
 
 
+ESTIMATES_MIN = (5, 15, 30, 60, 120, float("inf"))
+
+
+def estimates(replays: list[Found]) -> dict[str, dict[str, Any]]:
+    """Return what was told of waits beside how they were, by what was told."""
+    pairs = [pair for one in replays for pair in one.estimates]
+    known = [(told / 60, waited / 60) for told, waited in pairs if told is not None]
+    out: dict[str, dict[str, Any]] = {"unknown": {"count": len(pairs) - len(known)}}
+    for low, high in pairwise((-1.0, *ESTIMATES_MIN)):
+        among = [pair for pair in known if low < pair[0] <= high]
+        if among:
+            out["more" if high == ESTIMATES_MIN[-1] else f"<= {high}"] = {
+                "count": len(among),
+                "kept_percent": round(100 * statistics.mean(waited <= told for told, waited in among), 1),
+                "told_median_min": round(statistics.median(told for told, _ in among), 1),
+                "waited_median_min": round(statistics.median(waited for _, waited in among), 1),
+            }
+    return out
+
+
 def measured(found: dict[str, list[Found]], load: float, days: int) -> dict[str, Any]:
     """Return the figures of one load; `days` are counted."""
     out: dict[str, Any] = {}
@@ -101,6 +124,8 @@ def measured(found: dict[str, list[Found]], load: float, days: int) -> dict[str,
         if found.get(kind):
             out[f"wait_mean_min{name}"] = round(statistics.mean(one.wait_mean_min for one in found[kind]), 3)
             out[f"overtaking_most{name}"] = max(one.overtaking_most for one in found[kind])
+    if found.get("queue"):
+        out["estimates"] = estimates(found["queue"])
     if found.get("queue moves"):
         out["moves_per_day_queue"] = round(statistics.mean(one.moves for one in found["queue moves"]) / days, 2)
     if load in PUBLISHED:
@@ -145,6 +170,12 @@ def show(found: dict[str, Any]) -> None:
             wait = one.get(f"wait_mean_min{waits}", "") if name != "no fragments" else ""
             published = one.get(f"refused_percent{refused}_published", "")
             print(f"{load:<6}{name:<16}{one[f'refused_percent{refused}']:>8.2f}  {f'({published})' if published else '':<10}{wait:>10}")
+        for told, of in one.get("estimates", {}).items():
+            if "kept_percent" in of:
+                print(
+                    f"      told {told + ' min':<10}{of['count']:>6} times: {of['kept_percent']:g} % kept, "
+                    f"median told {of['told_median_min']:g}, waited {of['waited_median_min']:g} min"
+                )
         print(f"      {one['moves_per_day']} moves a day; passed at most {one.get('overtaking_most', '-')} times")
     for name, loads in found.get("sensitivity", {}).items():
         print(

@@ -21,6 +21,8 @@ HOUR = 3600.0
 DAY = 24 * HOUR
 NODE_SIZE = 8
 USERS = 1000
+ESTIMATED = 10
+"""Of so many who have to wait, one is told how long, as the queue page tells it first: each estimate takes a while to make."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ class Found:
     waited: list[float] = field(default_factory=list[float])
     """Seconds of each request."""
     overtaking_most: int = 0
+    estimates: list[tuple[float | None, float]] = field(default_factory=list[tuple[float | None, float]])
+    """What some who waited were told when they came (None: unknown), and how long it took, in seconds."""
 
     def count(self, milli: int, refused: bool) -> None:
         """Count a request."""
@@ -188,7 +192,10 @@ class _Queue:
         self.moves = moves
         self.moved = 0
         self.held = _Held()
+        self.told: dict[str, float | None] = {}
+        """By request: seconds it was told to wait."""
         self._number = 0
+        self._waiting = 0
 
     def next_id(self) -> str:
         """Return the id of the request that comes next."""
@@ -204,10 +211,16 @@ class _Queue:
         granted = self._serve(now)
         if self.moves and entry.state == GrantState.queued and self._move_for(entry):
             granted += self._serve(now)
+        if entry.state == GrantState.queued:
+            self._waiting += 1
+            if self._waiting % ESTIMATED == 0:
+                told = self.core.forecast(now).get(entry.slice_id)
+                self.told[entry.slice_id] = told.seconds if told is not None else None
         return granted
 
     def end(self, entry: Entry, now: float) -> list[Entry]:
         """End a session; return who was granted."""
+        self.core.sessions.ended(entry.request.owner.hub, now - entry.started)
         self.held.drop(entry.slice_id)
         self.books.take_back(entry, GrantState.gone)
         del self.books.entries[entry.slice_id]
@@ -222,7 +235,9 @@ class _Queue:
         for entry in granted:
             ((uuid, part),) = entry.parts()
             self.held.put(entry.slice_id, uuid, part)
-            entry.passed = []  # its server runs at once, so it has passed them
+            self.core.forecasts.granted(entry, now)
+            # its server runs at once, so it has passed them
+            entry.state, entry.started, entry.was_bound, entry.passed = GrantState.bound, now, True, []
         return granted
 
     def _move_for(self, entry: Entry) -> bool:
@@ -254,6 +269,8 @@ def with_queue(workload: Workload, load: float, seed: int, settings: Settings, *
             if entry.enqueued >= warm:
                 found.waited.append(now - entry.enqueued)
                 found.overtaking_most = max(found.overtaking_most, entry.overtaken)
+                if entry.slice_id in queue.told:
+                    found.estimates.append((queue.told[entry.slice_id], now - entry.enqueued))
 
     for at, milli, length in arrivals(workload, load, seed):
         while ends and ends[0][0] <= at:

@@ -91,7 +91,7 @@ class _Looker:
         if not ghost.holder and not self.waiting and makes_room(core.books, settings.idle, settings.policy, ghost, self.now):
             words = "in use, but an idle notebook may make room for you within a minute"
             return Availability(state="wait", reason=words, memory=memory, compute_milli=compute)
-        wait = None if ghost.holder else core.forecast_of(want, self.now, core.books.closed(ghost))
+        wait = None if ghost.holder else core.forecasts.of(want, self.now, core.books.closed(ghost))
         seconds = wait.seconds if wait is not None else None
         return Availability(
             state="wait", reason=self._words(ghost.holder, wait), wait_seconds=seconds, memory=memory, compute_milli=compute

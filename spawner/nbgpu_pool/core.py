@@ -14,9 +14,11 @@ from nbgpu.words import counted
 
 from . import quotas as quota_rules
 from .books import Books, Entry, adopted
-from .estimate import Estimate, Kinds, queue_forecast
+from .estimate import Estimate
+from .forecast import Forecasts
 from .held import Held
 from .queue import hopeless
+from .sessions import Kinds
 from .shapes import Want, memory_field, too_small, want_of
 from .state import Effects, Seen, Settings, Snapshot
 from .unusable import impossible
@@ -27,8 +29,6 @@ ENDED_KEPT = 10_000
 ENDED_SECONDS = 3600.0
 RESERVE_SECONDS = 5.0
 """How often the queue is served although nothing has changed but the time: who has waited long enough becomes protected."""
-LONG_QUEUE = 50
-"""From this length on estimates are renewed every few seconds only, not at each change."""
 
 
 class Core(Held):
@@ -57,10 +57,8 @@ class Core(Held):
         self._snapshot: Snapshot | None = None
         self._effects = Effects()
         self._served: tuple[int, float] = (0, 0.0)
-        self._ghosts: dict[tuple[Want, frozenset[str]], Estimate | None] = {}
         self._places: tuple[int, dict[str, int]] = (0, {})
-        self._forecast: dict[str, Estimate] = {}
-        self._forecast_age = (0, 0)
+        self.forecasts = Forecasts(self.books, self.sessions, lambda: self.generation)
 
     # -- requests --------------------------------------------------------------------------------------------------
 
@@ -401,27 +399,8 @@ class Core(Held):
         ]
 
     def forecast(self, now: float) -> dict[str, Estimate]:
-        """Return, by request id, in how many seconds each queued request is likely granted; unknown ones are left out."""
-        if not self.connected:
-            return {}
-        self._refresh(now)
-        return self._forecast
-
-    def forecast_of(self, want: Want, now: float, closed: frozenset[str] = frozenset()) -> Estimate | None:
-        """Return in how many seconds `want`, behind all that wait and on none of `closed`, would likely be granted; None when unknown."""
-        self._refresh(now)
-        if (want, closed) not in self._ghosts:
-            self._ghosts[want, closed] = queue_forecast(self.books, self.sessions, now, [(want, closed)]).get("ghost:0")
-        return self._ghosts[want, closed]
-
-    def _refresh(self, now: float) -> None:
-        """Forget estimates that are older than a few seconds or, while the queue is short, than the last change."""
-        short = len(self.books.entries) < LONG_QUEUE
-        age = (self.generation if short else 0), int(now) // 5
-        if age != self._forecast_age:
-            self._forecast_age = age
-            self._ghosts.clear()
-            self._forecast = queue_forecast(self.books, self.sessions, now)
+        """Return, by request id, within how many seconds each queued request is usually granted; unknown ones are left out."""
+        return self.forecasts.of_queue(now) if self.connected else {}
 
     def drain(self) -> Effects:
         """Return the effects since the last call; releases that the ledger has not answered come every time."""
@@ -450,6 +429,7 @@ class Core(Held):
         self._give_back(now)
         for entry in self.walk(now).serve(now) if self.books.waiting() else ():
             entry.expires = now + self.settings.reservation_ttl_seconds
+            self.forecasts.granted(entry, now)
             self._effects.granted.append(entry.slice_id)
             self._changed()
         self._park_for_others(now)

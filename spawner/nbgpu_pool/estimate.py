@@ -1,30 +1,37 @@
-"""How long a wait will be: from what runs, for how long, and how long sessions last here; until enough have ended, called a guess."""
+"""How long a wait will be: what runs is played to its end several times, each time with other lengths that sessions here have had."""
 
 from __future__ import annotations
 
 import heapq
 import math
-from bisect import bisect_right
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from nbgpu.models import GrantState
 
 from .books import Books, Entry
 from .placement import Room, place
-from .shapes import Part, Want
+from .sessions import USUALLY, Kinds
+from .shapes import Part, Want, resolve
 
-ENOUGH_SESSIONS = 5
-"""Observed sessions from which on an estimate is no guess."""
-USUALLY = 0.75
-"""People read that they wait "usually within 5 minutes": with the median every second one would be disappointed."""
-GUESS_SECONDS = 3600.0
 PARK_SECONDS = 15.0
 """Until a slice that is being parked has given its room back."""
+PLAYS = 14
+"""So that `USUALLY` is the eleventh of them. Of many sessions one ends long before each usually has: no single play tells."""
+MOST_WAITING = 500
+"""Who is further back is told nothing."""
 MAX_EVENTS = 300
-MAX_TRIES = 400
+MAX_TRIES = 4000
+"""Of each play."""
+_STARTED = 1 << 30
+
+_SHARES = tuple((quantile + 0.5) / PLAYS for quantile in range(PLAYS))
+_ORDERS = [[(start + step * play) % PLAYS for play in range(PLAYS)] for start in range(PLAYS) for step in (1, 3, 5, 9, 11, 13)]
+"""Of the quantiles of a session's remaining time in the plays: each once."""
+Parts = list[tuple[str, Part]]
 
 
 class Estimate(NamedTuple):
@@ -35,171 +42,251 @@ class Estimate(NamedTuple):
     """It rests on a session of a kind of which too few have ended here."""
 
 
-class Sessions:
-    """Lengths of the last sessions of one kind, in seconds.
+class _Ends(NamedTuple):
+    """A session in one play."""
 
-    Parameters
-    ----------
-    guess_seconds : float
-        What stands in for sessions that were not seen yet.
-    keep : int
-        How many sessions are remembered.
-    """
-
-    def __init__(self, guess_seconds: float = GUESS_SECONDS, keep: int = 500):
-        self._guess_seconds = guess_seconds
-        self._lengths: deque[float] = deque(maxlen=keep)
-        self._sorted: list[float] | None = None
-
-    @property
-    def guessing(self) -> bool:
-        """Whether too few sessions have ended here to judge by."""
-        return len(self._lengths) < ENOUGH_SESSIONS
-
-    def ended(self, length_seconds: float) -> None:
-        """Note that a session of this length has ended."""
-        self._lengths.append(max(0.0, length_seconds))
-        self._sorted = None
-
-    def guesses(self, age_seconds: float) -> bool:
-        """Whether what is said of a session of this age is a guess: too few have ended here, or none that reached it."""
-        return self.guessing or age_seconds >= max(self._lengths)
-
-    def remaining_seconds(self, age_seconds: float) -> float:
-        """Return the time within which `USUALLY` of the sessions that reached this age have ended."""
-        if self._sorted is None:
-            self._sorted = sorted([*self._lengths, *[self._guess_seconds] * (ENOUGH_SESSIONS - len(self._lengths))])
-        first = bisect_right(self._sorted, age_seconds)
-        count = len(self._sorted) - first
-        # Older than all seen so far: as long again is the usual guess.
-        return self._sorted[first + math.ceil(count * USUALLY) - 1] - age_seconds if count else age_seconds
+    at: float
+    number: int
+    guessed: bool
+    parts: Parts
 
 
-class Kinds:
-    """The sessions of each hub by themselves: how long programs of the command line run says nothing of how long notebooks do.
+class _Lasts(NamedTuple):
+    """How long a session still lasts, in each play."""
 
-    Parameters
-    ----------
-    guess_seconds : float
-        As of `Sessions`.
-    """
+    lengths: Sequence[float]
+    """By quantile."""
+    age: float
+    order: Sequence[int]
+    """Which quantile each play has."""
+    guessed: bool = False
 
-    def __init__(self, guess_seconds: float = GUESS_SECONDS):
-        self._guess_seconds = guess_seconds
-        self._kinds: dict[str, Sessions] = {}
-        self._unknown = Sessions(guess_seconds)
-
-    def of(self, hub: str) -> Sessions:
-        """Return the sessions of a hub."""
-        return self._kinds.get(hub, self._unknown)
-
-    def ended(self, hub: str, length_seconds: float) -> None:
-        """Note that a session of a hub has ended."""
-        if hub not in self._kinds:
-            self._kinds[hub] = Sessions(self._guess_seconds)
-        self._kinds[hub].ended(length_seconds)
+    def seconds(self, play: int) -> float:
+        return self.lengths[self.order[play]] - self.age
 
 
-Waiting = tuple[str, Want, str, frozenset[str]]
-"""Who waits, for what, of which hub, and on which devices they are not placed."""
-Return = tuple[list[tuple[str, Part]], float, bool]
-"""A parked slice that wants its place back: what it lacks on its devices, how long it lasts then, and whether that is a guess."""
-End = tuple[float, int, bool, list[tuple[str, Part]]]
-"""When a session ends, a number that tells those of one moment apart, whether that is a guess, what it gives back."""
+class _Running:
+    """A session in all plays."""
+
+    def __init__(self, lasts: _Lasts, entry: Entry):
+        self.lasts, self._entry = lasts, entry
+
+    @cached_property
+    def parts(self) -> Parts:
+        """Return what it gives back."""
+        return self._entry.parts()
+
+
+class _Returns(NamedTuple):
+    """A parked slice that wants its place back: what it lacks on its devices, and how long it lasts then."""
+
+    lacks: Parts
+    lasts: _Lasts
+    number: int
+
+
+class _Waits(NamedTuple):
+    """Who waits, and how long they would stay; a ghost takes no room."""
+
+    key: str
+    number: int
+    want: Want
+    closed: frozenset[str]
+    lasts: _Lasts
+    earmark: tuple[str, ...] = ()
+    ghost: bool = False
 
 
 def queue_forecast(books: Books, kinds: Kinds, now: float, ghosts: Sequence[tuple[Want, frozenset[str]]] = ()) -> dict[str, Estimate]:
-    """Return in how many seconds each queued request, and each of `ghosts` behind them, likely gets its place.
+    """Return within how many seconds each queued request, and each of `ghosts` behind them, usually gets its place.
 
-    Plays the known sessions to their likely ends, serving the queue in order, after the parked slices that come back. Keys: request ids;
-    ``"ghost:<n>"`` for ghosts.
-    What is not reached within the bounds of the play is left out. A ghost is a want and the devices on which it is not placed.
+    The queue is served in order as sessions end, after the parked slices that come back; who waits for a quota is left out, and what is
+    not reached within the bounds of most plays. A session has each quantile of its remaining time in one of the plays, which ones is
+    settled by its number: what is told does not jump about. Keys: request ids; ``"ghost:<n>"`` for ghosts, each a want and the devices on
+    which it is not placed.
     """
-    rooms = {uuid: replace(room) for uuid, room in books.rooms.items()}
-    ends: list[End] = []
-    for number, entry in enumerate(books.entries.values()):
-        if not entry.holds:
-            continue
-        sessions = kinds.of(entry.request.owner.hub)
-        if entry.state == GrantState.releasing:
-            ends.append((0.0, number, False, entry.parts()))
-        elif entry.parking:
-            ends.append((PARK_SECONDS, number, False, entry.parts()))
-        else:
-            age = 0.0 if entry.state == GrantState.reserved else max(0.0, now - entry.started)
-            ends.append((sessions.remaining_seconds(age), number, sessions.guesses(age), entry.parts()))
-    heapq.heapify(ends)
-    waiting: list[Waiting] = [(entry.slice_id, entry.want, entry.request.owner.hub, books.closed(entry)) for entry in books.waiting()]
-    waiting += [(f"ghost:{number}", want, "", closed) for number, (want, closed) in enumerate(ghosts)]
-    return _play(rooms, ends, waiting, kinds, [_returning(entry, kinds, now) for entry in books.wanted_back()])
-
-
-def _returning(entry: Entry, kinds: Kinds, now: float) -> Return:
-    held, age, sessions = dict(entry.parts()), max(0.0, now - entry.started), kinds.of(entry.request.owner.hub)
-    lacks = [(uuid, part.without(held.get(uuid, Part(0, 0)))) for uuid, part in entry.quota_parts()]
-    return lacks, sessions.remaining_seconds(age), sessions.guesses(age)
-
-
-def _come_back(rooms: dict[str, Room], ends: list[End], returning: list[Return], at: float, number: int) -> list[Return]:
-    """Give those that come back their places, in their order, as far as there is room; return who still waits for theirs."""
-    still: list[Return] = []
-    kept: set[str] = set()
-    for one in returning:
-        lacks, seconds, guessed = one
-        if all(uuid in rooms and uuid not in kept and rooms[uuid].fits(part) for uuid, part in lacks):
-            for uuid, part in lacks:
-                rooms[uuid].take(part)
-            heapq.heappush(ends, (at + seconds, number + len(ends), guessed, lacks))
-        else:
-            still.append(one)
-            kept.update(uuid for uuid, _ in lacks)
-    return still
-
-
-def _play(rooms: dict[str, Room], ends: list[End], waiting: list[Waiting], kinds: Kinds, returning: list[Return]) -> dict[str, Estimate]:
+    queue = [entry for entry in books.waiting() if not entry.holder]
+    if not queue and not ghosts:
+        return {}
+    lasting = _Lasting(kinds, now)
+    waiting = [
+        _Waits(entry.slice_id, number, entry.want, books.closed(entry), lasting.of(entry), entry.earmark)
+        for number, entry in enumerate(queue[:MOST_WAITING])
+    ]
+    if len(queue) <= MOST_WAITING:
+        waiting += [_Waits(f"ghost:{n}", _STARTED + n, want, closed, _AT_ONCE, ghost=True) for n, (want, closed) in enumerate(ghosts)]
+    returning = [_returns(entry, lasting) for entry in books.wanted_back()]
+    running = [_Running(lasting.of(entry), entry) for entry in books.entries.values() if entry.holds]
     nodes: dict[str, list[Room]] = {}
-    for room in rooms.values():
+    for room in books.rooms.values():
         nodes.setdefault(room.device.node, []).append(room)
-    found: dict[str, Estimate] = {}
-    at, guessed, tries, number = 0.0, False, 0, 10**6
-    look = list(rooms.values())
-    for _ in range(MAX_EVENTS):
-        misfits: set[tuple[Want, frozenset[str]]] = set()
-        still: list[Waiting] = []
-        returning = _come_back(rooms, ends, returning, at, 2 * 10**6)
-        kept = frozenset(uuid for lacks, _, _ in returning for uuid, _ in lacks)
-        for key, want, hub, closed in waiting:
-            if (want, closed) in misfits:
-                still.append((key, want, hub, closed))
-                continue
-            tries += 1
-            spot = place(look, want, barred=closed | kept)
+    told: dict[str, list[Estimate]] = {one.key: [] for one in waiting}
+    for play in range(PLAYS):
+        for key, estimate in _Play(_Board(nodes, books.rooms), play, _first(running, play), returning, waiting).run().items():
+            told[key].append(estimate)
+    usual = math.ceil(USUALLY * PLAYS) - 1
+    return {key: sorted(of)[usual] for key, of in told.items() if len(of) > usual}
+
+
+class _Lasting:
+    """How long sessions still last."""
+
+    def __init__(self, kinds: Kinds, now: float):
+        self._kinds, self._now = kinds, now
+        self._lengths: dict[tuple[str, int], list[float]] = {}
+
+    def of(self, entry: Entry) -> _Lasts:
+        """Return how long a session lasts from now, or would if it began now."""
+        if entry.state == GrantState.releasing:
+            return _AT_ONCE
+        if entry.parking:
+            return _PARKED
+        sessions = self._kinds.of(entry.request.owner.hub)
+        age = max(0.0, self._now - entry.started) if entry.state == GrantState.bound else 0.0
+        mixed = entry.number * 2654435761 >> 7
+        order = _ORDERS[mixed % len(_ORDERS)]
+        longer = sessions.longer(age)
+        if not longer:
+            return _Lasts([age + sessions.remaining_seconds(age, share) for share in _SHARES], age, order, True)
+        key = entry.request.owner.hub, longer
+        if key not in self._lengths:
+            self._lengths[key] = [age + sessions.remaining_seconds(age, share) for share in _SHARES]
+        return _Lasts(self._lengths[key], age, order, sessions.guessing)
+
+
+_AT_ONCE = _Lasts((0.0,) * PLAYS, 0.0, _ORDERS[0])
+_PARKED = _Lasts((PARK_SECONDS,) * PLAYS, 0.0, _ORDERS[0])
+
+
+def _first(running: list[_Running], play: int) -> list[_Ends]:
+    """Return the sessions that end first, in order."""
+    ends = [(one.lasts.seconds(play), number) for number, one in enumerate(running)]
+    ends = sorted(ends) if len(ends) <= MAX_EVENTS else heapq.nsmallest(MAX_EVENTS, ends)
+    return [_Ends(at, number, running[number].lasts.guessed, running[number].parts) for at, number in ends]
+
+
+def _returns(entry: Entry, lasting: _Lasting) -> _Returns:
+    held = dict(entry.parts())
+    lacks = [(uuid, part.without(held.get(uuid, Part(0, 0)))) for uuid, part in entry.quota_parts()]
+    return _Returns(lacks, lasting.of(entry), entry.number)
+
+
+class _Board:
+    """The rooms of one play: copies of those that it changes."""
+
+    def __init__(self, nodes: dict[str, list[Room]], rooms: dict[str, Room]):
+        self._nodes, self._rooms = nodes, rooms
+        self._own: dict[str, Room] = {}
+
+    def room(self, uuid: str) -> Room | None:
+        """Return a device's room, to be changed; None: it is gone."""
+        own = self._own.get(uuid)
+        if own is None and uuid in self._rooms:
+            own = self._own[uuid] = self._rooms[uuid].copy()
+        return own
+
+    def node(self, name: str) -> list[Room]:
+        """Return all rooms of a node, to be changed."""
+        return [room for one in self._nodes[name] if (room := self.room(one.device.uuid)) is not None]
+
+
+@dataclass
+class _Play:
+    """One way in which things may go."""
+
+    board: _Board
+    play: int
+    ends: list[_Ends]
+    """A heap."""
+    returning: list[_Returns]
+    waiting: Iterable[_Waits]
+
+    def run(self) -> dict[str, Estimate]:
+        """Return when who waits got in, as far as it was reached."""
+        lines: dict[tuple[Want, frozenset[str]], deque[_Waits]] = {}
+        for one in self.waiting:
+            lines.setdefault((one.want, one.closed), deque()).append(one)
+        self.lines = list(lines.values())
+        self.earmarks = {uuid: one.key for one in self.waiting for uuid in one.earmark}
+        self.ends, self.found, self.tries, self.at, self.guessed = list(self.ends), dict[str, Estimate](), 0, 0.0, False
+        for _ in range(MAX_EVENTS):
+            if not self.lines or not self.ends or self.tries > MAX_TRIES:
+                break
+            freed = self._end_next()
+            self._come_back()
+            self._let_in(freed)
+        return self.found
+
+    def _end_next(self) -> list[Room]:
+        ended = heapq.heappop(self.ends)
+        self.at, self.guessed = max(self.at, ended.at), self.guessed or ended.guessed
+        freed: list[Room] = []
+        for uuid, part in ended.parts:
+            room = self.board.room(uuid)
+            if room is not None:
+                room.give_back(part)
+                freed.append(room)
+        return freed
+
+    def _come_back(self) -> None:
+        """Give those that come back their places, in their order, as far as there is room."""
+        still: list[_Returns] = []
+        self.kept = set[str]()
+        for one in self.returning:
+            rooms = [self.board.room(uuid) for uuid, _ in one.lacks if uuid not in self.kept]
+            if len(rooms) == len(one.lacks) and all(
+                room is not None and room.fits(part) for room, (_, part) in zip(rooms, one.lacks, strict=True)
+            ):
+                self._start([(room, part) for room, (_, part) in zip(rooms, one.lacks, strict=True) if room is not None], one)
+            else:
+                still.append(one)
+                self.kept.update(uuid for uuid, _ in one.lacks)
+        self.returning = still
+
+    def _let_in(self, freed: list[Room]) -> None:
+        """Serve the queue: what did not fit before can only fit where something came free."""
+        if not freed:
+            return
+        most = max(room.free_milli for room in freed)
+        lines = [line for line in self.lines if line[0].want.device_count > 1 or (line[0].want.compute_milli or 0) <= most]
+        while lines:
+            line = min(lines, key=lambda line: line[0].number)
+            one = line[0]
+            self.tries += 1
+            spot = self._spot(one, freed)
             if spot is None:
-                misfits.add((want, closed))
-                still.append((key, want, hub, closed))
+                lines.remove(line)
                 continue
-            found[key] = Estimate(at, guessed)
-            if not key.startswith("ghost:"):
-                for room, part in spot:
-                    room.take(part)
-                number += 1
-                lasts = kinds.of(hub)
-                parts = [(room.device.uuid, part) for room, part in spot]
-                heapq.heappush(ends, (at + lasts.remaining_seconds(0.0), number, lasts.guesses(0.0), parts))
-        waiting = still
-        if not waiting or not ends or tries > MAX_TRIES:
-            break
-        guessed = guessed or ends[0][2]
-        at, freed = _end_next(rooms, ends, at)
-        look = [room for node in sorted(freed) for room in nodes[node]]  # what did not fit before can only fit where something came free
-    return {key: estimate for key, estimate in found.items() if math.isfinite(estimate.seconds)}
+            self.found[one.key] = Estimate(self.at, self.guessed)
+            if not one.ghost:
+                self._start(spot, one)
+                for uuid in one.earmark:
+                    self.earmarks.pop(uuid, None)
+            line.popleft()
+            if not line:
+                lines.remove(line)
+                self.lines.remove(line)
 
+    def _start(self, spot: Sequence[tuple[Room, Part]], one: _Returns | _Waits) -> None:
+        for room, part in spot:
+            room.take(part)
+        parts = [(room.device.uuid, part) for room, part in spot]
+        heapq.heappush(self.ends, _Ends(self.at + one.lasts.seconds(self.play), _STARTED + one.number, one.lasts.guessed, parts))
 
-def _end_next(rooms: dict[str, Room], ends: list[End], at: float) -> tuple[float, set[str]]:
-    time, _, _, parts = heapq.heappop(ends)
-    freed: set[str] = set()
-    for uuid, part in parts:
-        if uuid in rooms:
-            rooms[uuid].give_back(part)
-            freed.add(rooms[uuid].device.node)
-    return max(at, time), freed
+    def _spot(self, one: _Waits, freed: list[Room]) -> Sequence[tuple[Room, Part]] | None:
+        def barred(room: Room) -> bool:
+            uuid = room.device.uuid
+            return uuid in one.closed or uuid in self.kept or self.earmarks.get(uuid, one.key) != one.key
+
+        if one.want.device_count > 1:
+            for node in dict.fromkeys(room.device.node for room in freed):
+                rooms = self.board.node(node)
+                spot = place(rooms, one.want, barred={room.device.uuid for room in rooms if barred(room)})
+                if spot is not None:
+                    return spot
+            return None
+        for room in freed:
+            part = resolve(one.want, room.device)
+            if part is not None and room.fits(part) and room.device.healthy and not barred(room):
+                return [(room, part)]
+        return None

@@ -8,12 +8,12 @@ from functools import cached_property
 
 from nbgpu.models import Device, Slice
 
-from .estimate import GUESS_SECONDS
 from .giveback import GiveBack
 from .idle import IdlePolicy
 from .placement import DEFAULT_POLICY, Policy
 from .queue import Fairness
 from .quotas import Quotas
+from .sessions import GUESS_SECONDS
 from .shapes import Part
 from .windows import Window
 

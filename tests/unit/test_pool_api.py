@@ -349,9 +349,9 @@ async def test_availability_in_plain_words() -> None:
         quarter, whole, *_ = (await w.http.post("/v1/availability", json=query)).json()
         assert (quarter["state"], whole["state"]) == ("free", "wait")
         assert whole["reason"] == "in use: perhaps free within 60 minutes"
-        await w.ask(1000, user="grace")
         for _ in range(6):
             w.service.core.sessions.ended("hub", 580)
+        await w.ask(1000, user="grace")
         whole = (await w.http.post("/v1/availability", json=query)).json()[1]
         assert whole["reason"] == "in use: usually free within 20 minutes, 1 waits before you"
         query["owner"]["user"] = "poor"

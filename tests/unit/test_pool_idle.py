@@ -110,7 +110,7 @@ def test_who_waits_behind_a_slice_that_comes_back_is_told_no_moment_and_no_usual
     estimate = pool.core.forecast(pool.now)[late]
     assert (estimate.seconds, estimate.guessed) == (7200.0, True), "after grace, who is taken to stay an hour, and then ada"
     quarter = pool.core.known(late).want
-    ghost = pool.core.forecast_of(quarter, pool.now)
+    ghost = pool.core.forecasts.of(quarter, pool.now)
     assert ghost is not None
     assert ghost.guessed
     assert ghost.seconds >= estimate.seconds

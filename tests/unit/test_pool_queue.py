@@ -8,7 +8,6 @@ from nbgpu.errors import NbgpuError
 from nbgpu.models import AvailabilityQuery, Device, Grant, GrantState, Owner, Request, Shape
 from nbgpu.quantities import GIB
 from nbgpu_pool.core import Core
-from nbgpu_pool.estimate import Sessions
 from nbgpu_pool.queue import Fairness
 from nbgpu_pool.quotas import Limits, Quotas, format_gpus
 from nbgpu_pool.state import Seen, Settings, Snapshot
@@ -279,18 +278,6 @@ def test_programs_of_the_command_line_teach_nothing_about_notebooks() -> None:
         pool.core.sessions.ended("h", 20)
     pool.wait(6)
     assert wait() == (pytest.approx(20 - 12), False), "the control: servers of this hub do teach it"
-
-
-def test_remaining_time_of_a_session() -> None:
-    sessions = Sessions(guess_seconds=1000)
-    assert (sessions.remaining_seconds(0), sessions.remaining_seconds(900)) == (1000, 100), "nothing else is known"
-    for length in (10, 20, 30, 40):
-        sessions.ended(length)
-    assert (sessions.guessing, sessions.remaining_seconds(0), sessions.remaining_seconds(100)) == (True, 40, 900), "four, and the guess"
-    sessions.ended(50)
-    assert (sessions.guessing, sessions.remaining_seconds(0)) == (False, 40), "four of five ended within 40 s"
-    assert sessions.remaining_seconds(35) == 15
-    assert (sessions.remaining_seconds(100), sessions.guesses(100), sessions.guesses(49)) == (100, True, False)
 
 
 def test_queue_bounds() -> None:

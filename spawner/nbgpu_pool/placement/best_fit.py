@@ -44,6 +44,11 @@ class Room:
         """Return the room of a device that holds nothing."""
         return cls(device, device.usable_bytes, WHOLE_MILLI, coming=is_coming(device.node))
 
+    def copy(self) -> Room:
+        """Return one that changes by itself (`dataclasses.replace` takes ten times as long)."""
+        counts = self.binary_count, self.thirds_count, self.part_count
+        return Room(self.device, self.free_bytes, self.free_milli, *counts, self.coming)
+
     def take(self, part: Part) -> None:
         """Book `part`."""
         self._change(part, 1)
