@@ -418,6 +418,8 @@ class Idle(Model):
     state: Literal["held", "parking", "parked", "restoring"] = "held"
     idle_seconds: float | None = None
     """How long it has been idle; None: it cannot be parked now."""
+    unused_seconds: float | None = None
+    """How long no program has used its GPUs and no kernel of its server has been busy, whatever it holds; None: unknown, or kept."""
     full: Slice | None = None
     """With the limits that a parked slice comes back to."""
     wanted_seconds: float | None = None

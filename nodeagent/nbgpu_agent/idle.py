@@ -38,6 +38,8 @@ class IdleWatch:
     kernels: Mapping[str, bool] = field(default_factory=dict[str, bool])
     """By kernel: whether it is busy, in the words of the Jupyter server."""
     told_at: float = 0.0
+    busy_at: float = 0.0
+    """When any kernel was busy last, also one that has nothing on a GPU."""
     could: bool = False
     """It could be parked at the last look."""
     refused_until: float = 0.0
@@ -52,10 +54,21 @@ class IdleWatch:
     def hear(self, kernels: Mapping[str, bool], on_gpu: Collection[str], now: float) -> bool:
         """Note what the Jupyter server says; return whether one of the kernels `on_gpu` is busy."""
         self.kernels, self.told_at = dict(kernels), now
+        if any(kernels.values()):
+            self.busy_at = now
         busy = any(kernels.get(kernel_id) for kernel_id in on_gpu)
         if busy:
             self.active_at = now
         return busy
+
+    def unused_seconds(self, protected: Collection[str], now: float) -> float | None:
+        """Return how long nothing has used the slice's GPUs and no kernel has been busy, whatever it holds.
+
+        None: its Jupyter server does not tell, as there is none of a program of `nbgpu run`, or one of its kernels is protected.
+        """
+        if now - self.told_at > REPORT_SECONDS or any(kernel_id in self.kernels for kernel_id in protected):
+            return None
+        return max(0.0, now - max(self.active_at, self.busy_at))
 
     def refuse(self, why: str, now: float) -> None:
         """Leave it alone for a while."""

@@ -142,8 +142,9 @@ class Parking:
             return Idle(state=parked.phase, full=full, wanted_seconds=wanted, position=self._position(parked))
         if not self.offered:
             return None
-        why = self.why_not(live)
-        return Idle(idle_seconds=None if why else max(0.0, time.time() - self._watch(live).active_at), reason=why)
+        why, watch, now = self.why_not(live), self._watch(live), time.time()
+        unused = watch.unused_seconds(live.record.protected, now) if live.state == "running" else None
+        return Idle(idle_seconds=None if why else max(0.0, now - watch.active_at), reason=why, unused_seconds=unused)
 
     def usage(self, live: LiveSlice) -> Usage:
         """Return what a slice uses now, and whether others may use its GPU."""

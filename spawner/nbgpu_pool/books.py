@@ -99,6 +99,8 @@ class Entry:
     """What it comes back to while it is parked; `slice` then holds nothing."""
     idle_from: float | None = None
     """Since when it could be parked; None: it cannot be."""
+    unused_from: float | None = None
+    """Since when nobody uses it; None: somebody does, or nobody knows."""
     wants_from: float | None = None
     """Since when a parked slice wants to come back."""
     parking: bool = False

@@ -298,7 +298,7 @@ def _stages(
 ) -> Iterable[list[_Gain]]:
     """Yield, mildest first, what can be taken from those who hold more than is theirs."""
     lent = [one for one in books.entries.values() if _borrows(one, books, quotas, tally)]
-    calm = sorted(lent, key=lambda one: (one.idle_from is None, one.idle_from or 0.0, -one.number))
+    calm = sorted(lent, key=lambda one: (one.unused_from is None, one.unused_from or 0.0, -one.number))
     if policy.shrink:
         for step in range(1, STEPS + 1):
             keep_milli = 1000 - (1000 - policy.least_milli) * step // STEPS
@@ -317,7 +317,7 @@ def _most(stages: Iterable[list[_Gain]]) -> dict[str, _Gain]:
 
 
 def _idle_for(entry: Entry, now: float) -> float:
-    return -1.0 if entry.idle_from is None else now - entry.idle_from
+    return -1.0 if entry.unused_from is None else now - entry.unused_from
 
 
 def _borrows(entry: Entry, books: Books, quotas: Quotas, tally: Tally) -> bool:

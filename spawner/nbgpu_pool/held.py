@@ -232,12 +232,14 @@ class Held(ABC):
         if (entry.full, entry.wants_from is None) != (seen.full, wants_from is None):
             self._changed()
             self.books.granted.touched(entry.slice_id)
-        if (entry.used_bytes, entry.idle_from is None) != (seen.used_bytes, seen.idle_seconds is None):
+        known = entry.used_bytes, entry.idle_from is None, entry.unused_from is None
+        if known != (seen.used_bytes, seen.idle_seconds is None, seen.unused_seconds is None):
             self._planned = ()
         entry.used_bytes = seen.used_bytes
         if entry.keeps != seen.keeps:
             entry.keeps = seen.keeps
             self._changed()
+        entry.unused_from = None if seen.unused_seconds is None else now - seen.unused_seconds
         entry.full, entry.idle_from = seen.full, None if seen.idle_seconds is None else now - seen.idle_seconds
         entry.wants_from = wants_from if entry.wants_from is None or wants_from is None else entry.wants_from
         if seen.full is not None:

@@ -254,6 +254,7 @@ def _seen(one: AgentSlice, now: float) -> Seen:
         keeps=one.lowered is not None,
         full=idle.full,
         idle_seconds=idle.idle_seconds,
+        unused_seconds=idle.unused_seconds,
         wanted_seconds=idle.wanted_seconds,
         parking=idle.state == "parking",
         used_bytes=one.memory_used_bytes,

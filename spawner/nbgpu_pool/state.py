@@ -63,6 +63,8 @@ class Seen:
     """With the limits that a parked slice comes back to; None: it is not parked."""
     idle_seconds: float | None = None
     """How long it has been idle; None: it cannot be parked."""
+    unused_seconds: float | None = None
+    """How long nobody has used it, whether or not it could be parked; None: unknown."""
     wanted_seconds: float | None = None
     """How long a parked slice has wanted to come back; None: it does not."""
     parking: bool = False

@@ -87,3 +87,19 @@ def test_so_many_kernels_of_a_slice_are_on_the_host_at_most() -> None:
 
     assert refused(MOST_AWAY - 1) is None
     assert "32 notebooks" in str(refused(MOST_AWAY))
+
+
+def test_unused_is_who_holds_nothing_too() -> None:
+    """Nothing can be parked of it, but somebody else could have the room."""
+    watch = IdleWatch(0.0)
+    assert watch.unused_seconds((), 50.0) is None, "its server has not told"
+    watch.hear({"a": False}, [], 100.0)
+    assert watch.unused_seconds((), 110.0) == 110.0
+    assert watch.unused_seconds(("a",), 110.0) is None, "kept by its user"
+    assert watch.unused_seconds(("gone",), 110.0) == 110.0
+    watch.look([row(launches=1)], 115.0)
+    assert watch.unused_seconds((), 120.0) == 5.0
+    watch.hear({"a": True}, [], 120.0)
+    watch.hear({"a": False}, [], 121.0)
+    assert watch.unused_seconds((), 130.0) == 10.0, "a cell that uses no GPU is work too"
+    assert watch.unused_seconds((), 122.0 + REPORT_SECONDS) is None, "nor does it tell any more"

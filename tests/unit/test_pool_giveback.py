@@ -28,7 +28,7 @@ class Pool(Played):
         super().sync(seconds)
 
     def uses(self, key: str, gib: float, idle_seconds: float | None = None) -> None:
-        self.seen[key] = replace(self.seen[key], used_bytes=int(gib * GIB), idle_seconds=idle_seconds)
+        self.seen[key] = replace(self.seen[key], used_bytes=int(gib * GIB), idle_seconds=idle_seconds, unused_seconds=idle_seconds)
         self.sync()
 
     def shrunk(self, refuse: bool = False) -> dict[str, int]:
@@ -145,6 +145,21 @@ def test_nothing_is_taken_for_who_asks_beyond_the_guarantee_or_has_none() -> Non
     pool.ask(625, "m", groups=["bio"])
     pool.ask(125, "n")
     assert pool.shrunk() == {}
+
+
+def test_a_server_that_never_used_its_gpu_is_idle_too() -> None:
+    """It cannot be parked, as it holds no memory; it is asked back like any other that nobody uses."""
+    pool = Pool(quotas=LENT, give_back=GiveBack(shrink=False, end_idle_after_seconds=600))
+    never, busy = pool.running(500, "a"), pool.running(500, "b")
+    pool.seen[never] = replace(pool.seen[never], used_bytes=0, unused_seconds=590)
+    pool.seen[busy] = replace(pool.seen[busy], used_bytes=0)
+    pool.sync()
+    pool.ask(500, "m", groups=["bio"])
+    assert not pool.core.asks
+    pool.seen[never] = replace(pool.seen[never], unused_seconds=600)
+    pool.sync(10)
+    assert list(pool.core.asks) == [never]
+    assert pool.core.asks[never].idle
 
 
 def test_who_is_within_their_own_guarantee_gives_nothing() -> None:
