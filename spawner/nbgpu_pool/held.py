@@ -16,7 +16,7 @@ from .giveback import Ask, Claim, Taken, given_back, plan, to_grow, what_matters
 from .idle import has_room, note_of, to_park
 from .left import Left
 from .queue import Pass, outgrow
-from .quotas import format_gpus
+from .quotas import format_gpus, refusal
 from .resize import RESIZE_SECONDS, above_quota, grows, growth, keeps_note, must_fit, must_hold_a_program, same_limits, target_of
 from .shapes import Want
 from .state import Effects, Seen, Settings, Snapshot
@@ -87,12 +87,17 @@ class Held(ABC):
     def configure(self, settings: Settings, now: float) -> None:
         """Go on with other settings, for all that comes: nobody loses what they hold or their place in the queue.
 
-        How sessions are guessed stays as it was, and so does the rule by value once it is on: both have learnt.
+        But who waits for more than their quota is now in all would wait for ever, and is told so instead. How sessions are guessed stays as it was, and so does the rule by value once it is on: both have learnt.
         """
         self.settings = settings
         self._arrange()
         self._planned = ()
         self._possible.clear()
+        for entry in self.books.waiting():
+            cost = self.books.cost(entry.want)
+            why = refusal(settings.quotas, (), entry.request.owner, entry.request.groups, cost) if cost is not None else None
+            if why is not None:
+                self._withdraw(entry, why, now)
         self._changed()
         self._serve(now)
 
@@ -114,6 +119,9 @@ class Held(ABC):
 
     @abstractmethod
     def _changed(self) -> None: ...
+
+    @abstractmethod
+    def _withdraw(self, entry: Entry, reason: str, now: float) -> None: ...
 
     # -- new limits --------------------------------------------------------------------------------------------------
 

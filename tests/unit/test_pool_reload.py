@@ -87,6 +87,18 @@ def test_new_quotas_take_nothing_from_who_holds_and_count_for_who_waits() -> Non
         pool.ask(500, user="c")
 
 
+def test_who_waits_for_more_than_a_new_quota_is_told() -> None:
+    """They would wait for ever for what is held to be given back, and hold nothing."""
+    pool = Pool()
+    held = pool.started(1000, user="a")
+    over, within = (pool.ask(milli, user="b").request.request_id for milli in (1000, 500))
+    other = pool.ask(1000, user="c").request.request_id
+    pool.core.configure(Settings(quotas=Quotas(users={"b": Limits(limit_milli=500)})), pool.now)
+    grant = pool.core.grant(pool.core.known(over), pool.now)
+    assert (grant.state, grant.reason) == (GrantState.gone, "Your quota is half a GPU: you asked for 1 GPU.")
+    assert [pool.state(one) for one in (held, within, other)] == [GrantState.bound, GrantState.queued, GrantState.queued]
+
+
 def test_the_rule_of_placement_can_be_changed_both_ways() -> None:
     pool = Pool(devices=2)
     pool.started(500)
