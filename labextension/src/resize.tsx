@@ -5,7 +5,7 @@ import * as React from 'react';
 import type { IResizeAnswer, IRoom, IUsage, IWrittenSize } from './api';
 import { Field } from './field';
 import { fieldsOf, sizeAsked, withShare } from './size';
-import { answerWords, roomWords } from './words';
+import { answerWords, isShown, limitsOf, roomWords } from './words';
 
 interface IResizeProps {
   usage: IUsage;
@@ -20,6 +20,15 @@ export function Resize(props: IResizeProps): JSX.Element {
   const [open, setOpen] = React.useState(false);
   const [told, setTold] = React.useState<IResizeAnswer | null>(null);
   const button = React.useRef<HTMLButtonElement>(null);
+  const limits = limitsOf(props.usage);
+  const [seen, setSeen] = React.useState(limits);
+  React.useEffect(() => {
+    if (limits !== seen) {
+      setSeen(limits);
+      // somebody has given it another size since
+      setTold(told && isShown(told, props.usage) ? told : null);
+    }
+  }, [limits]);
   const close = () => {
     setOpen(false);
     button.current?.focus();

@@ -258,7 +258,17 @@ export function roomWords(room: IRoom, trans: TranslationBundle): string[] {
   );
 }
 
-function isShown({ devices }: IResizeAnswer, usage: IUsage): boolean {
+/** The limits in force, to compare with others. */
+export function limitsOf(usage: IUsage): string {
+  return JSON.stringify(
+    usage.devices.map(({ memory_limit_bytes, compute_limit_milli }) => [
+      memory_limit_bytes,
+      compute_limit_milli
+    ])
+  );
+}
+
+export function isShown({ devices }: IResizeAnswer, usage: IUsage): boolean {
   const [asked] = devices;
   const [now] = usage.devices;
   return (

@@ -268,8 +268,14 @@ def test_another_size_of_the_slice(lab: Lab, page: Any) -> None:
     pictures(page, "resize")
     form.get_by_label("Share of a GPU").fill("1/2")
     page.keyboard.press("Enter")
-    panel.get_by_role("status").filter(has_text="Granted: 1/2 GPU with 39 GiB of memory.").wait_for()
+    granted = panel.get_by_role("status").filter(has_text="Granted: 1/2 GPU with 39 GiB of memory.")
+    granted.wait_for()
     assert form.count() == 0
+    try:  # once somebody has given it another size the answer says nothing of what is shown above it
+        lab.agent.compute_milli = 375
+        granted.wait_for(state="detached")
+    finally:
+        lab.agent.compute_milli = 250
 
 
 def test_who_does_not_answer_is_said_and_what_is_old_is_grey(lab: Lab, page: Any) -> None:
