@@ -82,6 +82,17 @@ def _gpus(value: object) -> object:
     return math.floor(exact * WHOLE_MILLI)
 
 
+def _share(value: object) -> object:
+    """Return a share of one GPU, as milli-GPU."""
+    try:
+        milli = _gpus(value)
+    except ValueError:
+        milli = None
+    if not isinstance(milli, int) or not 1 <= milli <= WHOLE_MILLI:
+        raise ValueError("it must be a share of one GPU, above 0 and at most 1, such as 1/8, 0.125 or 12.5%")
+    return milli
+
+
 def _memory(value: object) -> object:
     if value is None:
         return None
@@ -108,7 +119,18 @@ def _zone(value: object) -> object:
         raise ValueError("it must be a time zone as the IANA names them, such as Europe/Berlin") from None
 
 
+_KINDS = {
+    "extra_forbidden": "there is no such key here",
+    "missing": "it is missing",
+    "model_type": "it must be keys and values, such as {key: value}",
+    "model_attributes_type": "it must be keys and values, such as {key: value}",
+    "dict_type": "it must be keys and values, such as {key: value}",
+    "list_type": "it must be a list, such as [a, b]",
+}
+"""By Pydantic's name of a mistake, where it says it in words of its own."""
+
 Gpus = Annotated[int | None, BeforeValidator(_gpus)]
+Share = Annotated[int, BeforeValidator(_share)]
 Memory = Annotated[int | None, BeforeValidator(_memory)]
 Seconds = Annotated[float, Field(gt=0, le=1e7)]
 
@@ -194,7 +216,7 @@ class GiveBackConfig(Closed):
 
     shrink: bool = True
     """Burst slices are made smaller, by what they do not use."""
-    least: Annotated[int | None, BeforeValidator(_gpus), Field(ge=1, le=1000)] = 500
+    least: Share = 500
     """And keep at least this part of what they were granted."""
     end_idle_after_seconds: Seconds | None = None
     """Servers idle for so long are asked back; none: no server is."""
@@ -210,7 +232,7 @@ class GiveBackConfig(Closed):
 
     def policy(self) -> GiveBack:
         """Return what the core needs of it."""
-        return GiveBack(self.shrink, self.least or 1, self.end_idle_after_seconds, self.notice_seconds, self.busy_notice_seconds)
+        return GiveBack(self.shrink, self.least, self.end_idle_after_seconds, self.notice_seconds, self.busy_notice_seconds)
 
 
 class ReservationConfig(Closed):
@@ -220,7 +242,7 @@ class ReservationConfig(Closed):
     """For people: "kept for ..."."""
     group: Annotated[str, Field(min_length=1, max_length=255)]
     count: Annotated[int, Field(ge=1, le=100_000)]
-    share: Annotated[int, BeforeValidator(_gpus), Field(ge=1, le=1000)]
+    share: Share
     """Of one GPU, each place."""
     days: Annotated[list[Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]], Field(min_length=1)]
     begin: Annotated[int, BeforeValidator(_minutes), Field(alias="from")]
@@ -413,7 +435,8 @@ def load(path: Path | None) -> Config:
     except ValidationError as error:
         for one in error.errors(include_url=False, include_context=False):
             key = ".".join(str(part) for part in one["loc"]) or "the file"
-            wrong.append((line_of(node, one["loc"]), key, one["msg"].removeprefix("Value error, ")))
+            words = _KINDS.get(one["type"]) or one["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
+            wrong.append((line_of(node, one["loc"]), key, words))
     if config is not None and not wrong:
         return config
     said = "; ".join(f"line {line}, {key}: {what}" for line, key, what in sorted(wrong)[:MOST_TOLD])

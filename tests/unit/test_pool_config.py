@@ -55,7 +55,15 @@ def test_no_file_and_an_empty_mapping_are_the_defaults_a_file_that_says_nothing_
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("quotas: {defualt: {limit: 1}}", "quotas.defualt"),
+        ("quotas: {defualt: {limit: 1}}", "quotas.defualt: there is no such key here"),
+        ("quotas: [ada]", "quotas: it must be keys and values, such as {key: value}"),
+        ("quotas: {users: [ada]}", "quotas.users: it must be keys and values"),
+        ("tokens: {role: read}", "tokens: it must be a list, such as [a, b]"),
+        ("tokens: [{env: X}]", "tokens.0.role: it is missing"),
+        ("give_back: {least: 3}", "give_back.least: it must be a share of one GPU, above 0 and at most 1, such as 1/8"),
+        ("give_back: {least: 0}", "it must be a share of one GPU"),
+        ("give_back: {least: null}", "it must be a share of one GPU"),
+        ("queue: {total: -1}", "queue.total: it must be greater than or equal to 0"),
         ("quotas: {default: {limit: -1}}", "quotas.default.limit: it must be a number of GPUs"),
         ("quotas: {default: {limit: .nan}}", "it must be a number of GPUs"),
         ("quotas: {default: {limit: 1/0}}", "it must be a number of GPUs"),

@@ -274,7 +274,7 @@ def test_the_configuration(tmp_path: Path) -> None:
         ("tue", "tues", "days.0"),
         ("1/8", "2", "share"),
         ("count: 40", "count: 0", "count"),
-        ("time_zone", "timezone", "time_zone: Field required"),
+        ("time_zone", "timezone", "time_zone: it is missing"),
         ("group: bio", "group: bio, drain_seconds: 60", "drain_seconds must be at least notice_seconds"),
     ],
 )
