@@ -38,7 +38,7 @@ def impossible(books: Books, want: Want) -> str:
     if not models:
         return "No node offers a GPU at the moment. If that lasts, tell the admin: nbgpu's agent has to run on nodes with GPUs."
     if want.model is not None and want.model not in models:
-        return f"No GPU here is a {want.model}; there are: {', '.join(models)}."
+        return f"No GPU of model {want.model} is here; there are: {', '.join(models)}."
     alike = [device for device in books.devices.values() if want.model in (None, device.model)]
     most = format_memory(max(device.usable_bytes for device in alike))
     if want.device_count > 1:

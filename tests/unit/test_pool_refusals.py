@@ -184,7 +184,7 @@ def of_growth_guarantee() -> str:
         (of_queue_of_user, "You have 2 requests in the queue already, and one user may have 2 there."),
         (of_memory, "No GPU here has that much: the largest has 80 GiB."),
         (of_devices, "No node here has 3 GPUs of a model with that much each: the most is 2 GPUs, the largest has 80 GiB."),
-        (of_model, "No GPU here is a Huge; there are: Big."),
+        (of_model, "No GPU of model Huge is here; there are: Big."),
         (of_smallest, "compute_milli is 10; it must be"),
         (of_growth_room, "GPU 0 has no GPU of its time free, and a quarter of a GPU more is asked for."),
         (of_growth_memory, "GPU 0 has 10 GiB of memory free, and 20 GiB more are asked for."),
