@@ -185,7 +185,8 @@ def plan(
     given = {key: ask.claimant for key, ask in asked.items() if ask.claimant in waits and key in offered and offered[key].whole}
     for claim in claims:
         entry = claim.entry
-        barred = {uuid for one in line if one is not entry for uuid in one.earmark} | books.kept() | books.closed(entry)
+        # what is kept for who has waited long is kept from those alone who claim nothing
+        barred = {uuid for one in claims if one.entry is not entry for uuid in one.entry.earmark} | books.kept() | books.closed(entry)
 
         def find(want: Entry = entry, barred: set[str] = barred, of: dict[str, Room] = rooms) -> Place | None:
             return place(list(of.values()), want.want, barred=barred, policy=placing)

@@ -1,4 +1,4 @@
-"""How others may keep a guarantee from those it is for: waiting long, waiting for what never comes, holding things up (docs/quotas.md). Pure."""
+"""How others may keep a guarantee from those it is for: waiting long, or for what never comes, holding things up (docs/quotas.md). Pure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ LONG = 7300.0
 """Seconds: longer than `overtake_seconds`."""
 
 
-@pytest.mark.xfail(strict=True, reason="what is kept for one who has waited long is the very room that a guarantee keeps free")
 def test_a_guarantee_is_there_though_somebody_has_waited_long() -> None:
     pool = Pool(devices=2, quotas=KEPT)
     pool.running(1000, "u")
@@ -33,7 +32,6 @@ def test_a_guarantee_is_there_though_somebody_has_waited_long() -> None:
     assert pool.ask(500, "n", groups=["bio"]).state == GrantState.reserved
 
 
-@pytest.mark.xfail(strict=True, reason="the whole pool is kept for one who can never be granted what they wait for, beside a guarantee")
 def test_nothing_is_kept_for_who_waits_for_more_than_guarantees_leave() -> None:
     """Half a GPU is kept for bio, for ever: all eight GPUs together are had by nobody. Whoever asks for them waits, and harms nobody."""
     pool = Pool(devices=8, quotas=KEPT)
@@ -49,7 +47,6 @@ def test_nothing_is_kept_for_who_waits_for_more_than_guarantees_leave() -> None:
     assert pool.ask(250, "x").state == GrantState.queued, "the control: these seven can be had"
 
 
-@pytest.mark.xfail(strict=True, reason="what was lent is not taken back on devices that are kept for one who has waited long")
 def test_what_is_lent_is_taken_back_though_somebody_has_waited_long() -> None:
     pool = Pool(quotas=LENT)
     for key in [pool.running(500, user) for user in "ab"]:
