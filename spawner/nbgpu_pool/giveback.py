@@ -7,6 +7,7 @@ do not use, idle servers are asked back with notice, then busy ones with theirs.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -57,6 +58,8 @@ class Ask(NamedTuple):
     idle: bool = False
     claimant: str = ""
     """Id of the request that waits for it."""
+    used_again: bool = False
+    """It has had the notice of a busy one: it has that once."""
 
     @property
     def needs(self) -> str:
@@ -168,11 +171,11 @@ def plan(
     if not line:
         return found
     tally = Tally(quotas, books.granted_by(frozenset(quotas.groups)))
-    claims = list(_claims(line, lent, tally, books))[:MOST_CLAIMANTS]
+    claims = _some(list(_claims(line, lent, tally, books)))
     if not claims:
         return found
     rooms = {room.device.uuid: replace(room) for room in books.ordered_rooms()}
-    _give(rooms, _on_its_way_back(books))
+    _give(rooms, _on_its_way_back(books, now))
     stages = [list(stage) for stage in _stages(books, quotas, policy, asked, tally, least_bytes, now)]
     offered = _most(stages)
     milder = _most(stages[:-1]) if policy.busy_notice_seconds is not None else {}
@@ -217,14 +220,16 @@ def plan(
 
 
 def to_grow(books: Books, quotas: Quotas, shrunk: Iterable[Entry]) -> tuple[Entry, Slice] | None:
-    """Return which of the slices that were made smaller can have back what they were, and that; none while anybody waits."""
-    if books.waiting():
-        return None
+    """Return which of the slices that were made smaller can have back what they were, and that; none while anybody waits for room there."""
+    wants = {one.want for one in books.waiting() if not one.holder}
+    wanted = {uuid for want in wants for uuid in books.of_use(want)}
     for entry in shrunk:
         still = entry.state == GrantState.bound and entry.full is None and entry.wanted is None and entry.moving is None
         if entry.slice is None or entry.whole is None or entry.busy or entry.parking or not still:
             continue
         target = entry.slice.model_copy(update={"devices": entry.whole.devices})
+        if any(part.uuid in wanted for part in target.devices):
+            continue
         if not grows(entry.slice, target) or [part.uuid for part in entry.slice.devices] != [part.uuid for part in target.devices]:
             continue  # its node had refused to make it smaller, or it was moved
         try:
@@ -273,16 +278,34 @@ def _claims(line: Iterable[Entry], lent: Sequence[tuple[str, str]], tally: Tally
                 break
 
 
-def _on_its_way_back(books: Books) -> list[tuple[str, Part]]:
-    """Return what is coming back anyway: what is asked of the ledger, and shrinks and parkings under way."""
+def _some(claims: list[Claim]) -> list[Claim]:
+    """Return those who are looked at, in their order: all guarantees in turn, and of each its users in turn."""
+    if len(claims) <= MOST_CLAIMANTS:
+        return claims
+    of_user, of_holder = Counter[tuple[str, ...]](), Counter[tuple[str, ...]]()
+    by_user: list[tuple[int, int, Claim]] = []
+    for number, claim in enumerate(claims):
+        by_user.append((of_user[claim.user], number, claim))
+        of_user[claim.user] += 1
+    turns: list[tuple[int, int, Claim]] = []
+    for _, number, claim in sorted(by_user, key=lambda one: one[:2]):
+        turns.append((of_holder[claim.holder], number, claim))
+        of_holder[claim.holder] += 1
+    chosen = sorted(turns, key=lambda one: one[:2])[:MOST_CLAIMANTS]
+    return [claim for _, _, claim in sorted(chosen, key=lambda one: one[1])]
+
+
+def _on_its_way_back(books: Books, now: float) -> list[tuple[str, Part]]:
+    """Return what is coming back anyway: what is asked of the ledger, and shrinks and parkings under way, unless they take long."""
     parts: list[tuple[str, Part]] = []
     for entry in books.entries.values():
-        if entry.state == GrantState.releasing or entry.parking:
+        if entry.state == GrantState.releasing or (entry.parking and now < entry.parking_until):
             parts += entry.parts()
         elif entry.wanted is not None and entry.holds:
             for (uuid, part), (_, left) in zip(entry.own_parts(), _left(entry), strict=True):
                 if entry.keeps:  # what is used comes when its programs let go of it, if ever: nobody is left to wait for that
-                    used = part.memory_bytes if entry.used_bytes is None else entry.used_bytes
+                    late = entry.used_bytes is None or now >= entry.wanted_until
+                    used = part.memory_bytes if late else entry.used_bytes
                     left = Part(max(left.memory_bytes, used), left.compute_milli)
                 parts.append((uuid, _less(part, left)))
     return parts
@@ -426,11 +449,12 @@ def _ask(entry: Entry, policy: GiveBack, asked: dict[str, Ask], claim: Claim, no
     idle = _is_idle(entry, policy, now)
     notice = policy.notice_seconds if idle else policy.busy_notice_seconds or 0.0
     before = asked.get(entry.slice_id)
-    due = now + notice
-    if before is not None:  # one that is used again has the other notice; what was promised is never cut short
-        due = before.due if before.idle == idle else max(due, before.due)
+    due, used_again = now + notice, not idle
+    if before is not None:  # what was promised is never cut short, and one that is used again has more time once
+        used_again = before.used_again or not idle
+        due = max(due, before.due) if used_again and not before.used_again else before.due
     why = f"it uses what is guaranteed to {claim.whose} and was lent"
-    return Ask(entry.slice_id, entry.request.owner, "guarantee", due, why, idle, claim.entry.slice_id)
+    return Ask(entry.slice_id, entry.request.owner, "guarantee", due, why, idle, claim.entry.slice_id, used_again)
 
 
 def _less(one: Part, other: Part) -> Part:

@@ -32,6 +32,8 @@ SPARED_SECONDS = 600.0
 """For so long nothing more is taken back from a slice whose node has refused that."""
 GROW_SECONDS, GROW_PAUSE_SECONDS = 600.0, 60.0
 """For so long nothing has been made smaller before a slice grows back; and the time from one that does to the next."""
+PARK_SECONDS = 120.0
+"""So long others wait for a slice that is being parked: its user's processes may hold that up."""
 PLAN_SECONDS = 5.0
 """How often it is planned what to take back although nothing has changed but the time."""
 SESSION_NOTICE_SECONDS = 600.0
@@ -264,7 +266,8 @@ class Held(ABC):
 
     def _park_for_others(self, now: float) -> None:
         """Have idle slices parked for those who wait; one who waits at a time."""
-        self._parking &= self.books.entries.keys()
+        held = self.books.entries
+        self._parking = {one for one in self._parking if one in held and now < held[one].parking_until}
         if not self._parking:
             self.parking_for = ""
         if self.settings.idle.after_seconds is None or self._parking:
@@ -275,7 +278,7 @@ class Held(ABC):
         self.parking_for = found[0].slice_id
         self._changed()
         for entry in found[1]:
-            entry.parking = True
+            entry.parking, entry.parking_until = True, now + PARK_SECONDS
             self._parking.add(entry.slice_id)
             self._effects.parks.append(entry.slice_id)
 

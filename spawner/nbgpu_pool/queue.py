@@ -48,7 +48,8 @@ class Fairness:
 
     def protects(self, entry: Entry, now: float) -> bool:
         """Whether nobody may take `entry`'s room any more."""
-        since = entry.passed_from if self.fair else entry.enqueued
+        # who waits for a quota is passed by nobody, and keeps from nobody but those whose quota it is
+        since = entry.passed_from if self.fair and not entry.holder else entry.enqueued
         return entry.overtaken >= self.overtake_count or (since is not None and now - since >= self.overtake_seconds)
 
 
@@ -136,7 +137,7 @@ class Pass:
             return None
         closed = self.books.closed(entry)
         found = self._search(entry, cap, closed, self.barred)
-        if found is None and self._covered(entry):
+        if found is None and len(self.firm) < len(self.barred) and self._covered(entry):
             found = self._search(entry, cap, closed, self.firm)
             if found is not None and not self.tally.covers(owner, groups, self._amount(found).counted_milli):
                 found = None  # there it counts more

@@ -58,7 +58,6 @@ def test_what_is_lent_is_taken_back_though_somebody_has_waited_long() -> None:
     assert pool.grant(mine).state == GrantState.reserved
 
 
-@pytest.mark.xfail(strict=True, reason="of those with a right to what is lent only the first 16 are looked at")
 def test_sixteen_who_cannot_be_helped_keep_nobody_else_from_what_is_theirs() -> None:
     """A thousandth each of a model of which all is somebody's own: nothing gives room to them, and the seventeenth is of another group."""
     groups = {"geo": Limits(guarantee_milli=500, lend=True), "bio": Limits(guarantee_milli=500, lend=True)}
@@ -76,9 +75,6 @@ def test_sixteen_who_cannot_be_helped_keep_nobody_else_from_what_is_theirs() -> 
     assert pool.grant(mine).state == GrantState.reserved
 
 
-@pytest.mark.xfail(
-    strict=True, reason="nothing else is parked or taken back while one slice is being parked, however long its process holds that up"
-)
 def test_a_slice_whose_parking_never_ends_keeps_nobody_from_what_is_theirs() -> None:
     pool = Pool(devices=2, quotas=LENT, idle=IdlePolicy(after_seconds=60))
     keys = [pool.running(500, user) for user in "abcd"]
@@ -97,7 +93,6 @@ def test_a_slice_whose_parking_never_ends_keeps_nobody_from_what_is_theirs() -> 
     assert pool.grant(mine).state == GrantState.reserved
 
 
-@pytest.mark.xfail(strict=True, reason="what a shrunk slice holds and tells nothing of is taken to be on its way back, for ever")
 def test_memory_that_does_not_come_is_not_waited_for_without_end() -> None:
     """Its user tells of it at every third look: what the driver sees is counted then, and not what is said to be used."""
     pool = Pool(devices=2, quotas=LENT)
@@ -123,7 +118,6 @@ def test_memory_that_does_not_come_is_not_waited_for_without_end() -> None:
     assert pool.grant(mine).state == GrantState.reserved
 
 
-@pytest.mark.xfail(strict=True, reason="each time that it is used again a server that is asked back has the whole notice anew")
 @pytest.mark.parametrize("idle_after", [1800, 60])
 def test_notice_is_given_once_however_often_a_server_is_used_again(idle_after: int) -> None:
     """One cell each half an hour, and the hub never ends it: the guarantee is never met."""
@@ -148,9 +142,6 @@ def test_notice_is_given_once_however_often_a_server_is_used_again(idle_after: i
     assert pool.core.asks[key].due <= begun + 300 + 3600 + idle_after
 
 
-@pytest.mark.xfail(
-    strict=True, reason="one who waits for their group's quota, and could not have what is free, keeps all from growing back"
-)
 def test_who_waits_for_a_quota_keeps_nobody_from_growing_back() -> None:
     groups = LENT.groups | {"full": Limits(limit_milli=100)}
     pool = Pool(quotas=Quotas(groups=dict(groups)))
@@ -171,7 +162,6 @@ def test_who_waits_for_a_quota_keeps_nobody_from_growing_back() -> None:
     assert grown(pool)
 
 
-@pytest.mark.xfail(strict=True, reason="in fair order nobody who waits for the group's quota is ever protected from those who came later")
 def test_small_ones_of_the_own_group_do_not_pass_a_large_one_for_ever() -> None:
     assert rounds_until_let_in(fair=True) < 200
 
@@ -198,9 +188,6 @@ def rounds_until_let_in(*, fair: bool) -> int:
     return 400
 
 
-@pytest.mark.xfail(
-    strict=True, reason="who was passed once, by one who gave it back at once, is protected two hours later as if they had been passed"
-)
 def test_who_gave_it_back_has_passed_nobody_in_fair_order_either() -> None:
     pool = Pool(devices=2, fairness=Fairness(fair=True))
     pool.running(500, "v")
