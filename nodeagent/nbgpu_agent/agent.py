@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,7 +107,9 @@ class Agent:
         self.on_slice_added: Callable[[LiveSlice], None] = lambda _: None
         self.on_slice_ended: Callable[[LiveSlice], None] = lambda _: None
         self.seen_bytes: Callable[[LiveSlice], Mapping[str, int]] = lambda _: {}
-        """What the driver showed of a slice at the last look, bytes by device uuid; missing where it was not asked yet."""
+        """What the driver showed of a slice at the last look, bytes by device uuid; missing: not asked since its limits changed."""
+        self.look_again: Callable[[LiveSlice], Awaitable[None]] = _no_look
+        """Asks the driver at once."""
         self.on_settled: Callable[[LiveSlice], None] = lambda _: None
         """A slice counts less than before: it has freed memory above its limits."""
         self.last_look: Callable[[LiveSlice], None] = lambda _: None
@@ -320,7 +322,7 @@ class Agent:
 
     # ---- limits
 
-    def patch(
+    async def patch(
         self, slice_id: str, memory_bytes: int | None, compute_milli: int | None, mode: str | None, *, only_unused: bool = False
     ) -> AgentSlice:
         """Give a slice new limits on each of its devices; the books are checked first. `only_unused`: none below what it uses."""
@@ -341,6 +343,11 @@ class Agent:
             except Conflict:
                 self.change(live, before)
                 raise
+        if live.record.lowered is not None:
+            await self.look_again(live)
+            if live.id not in self.slices:
+                return self._ended_model(live)
+            self.settle(live)
         return live.as_model()
 
     def change(self, live: LiveSlice, wanted: Slice) -> None:
@@ -360,6 +367,7 @@ class Agent:
         if live.record.kernel_limits:
             live.ctl.set_kernels(live.kernel_limits)
         self.write_limits(live)  # from here on it gets no more: what it uses now is the most that it can hold
+        live.limits_at = time.monotonic()
         self.turns.change(live)
         self.turns.change_kernels(live)
         self.settle(live)
@@ -513,6 +521,10 @@ def limit_words(limit: KernelLimit) -> str:
     if limit.compute_milli is not None:
         amounts.append(format_time(limit.compute_milli))
     return f"is limited to {' and '.join(amounts)}" if amounts else "has no limit of its own any more"
+
+
+async def _no_look(_: LiveSlice) -> None:
+    pass
 
 
 def _in_front(path: str, others: str) -> str:

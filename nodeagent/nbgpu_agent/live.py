@@ -76,6 +76,8 @@ class LiveSlice:
         """Its owner may move its kernels' memory to the host."""
         self.one_comes_back = asyncio.Lock()
         """Held while it is looked at whether there is room for a kernel to come back: two at once would refuse each other."""
+        self.limits_at = 0.0
+        """When other limits came in force, CLOCK_MONOTONIC seconds: what was seen before says nothing of what it holds now."""
         self.coming_back: set[str] = set()
         """Kernels on the host that count already, while it is looked at whether there is room for them."""
         self.on_gathered: Callable[[], None] = lambda: None

@@ -304,8 +304,7 @@ def _on_its_way_back(books: Books, now: float) -> list[tuple[str, Part]]:
         elif entry.wanted is not None and entry.holds:
             for (uuid, part), (_, left) in zip(entry.own_parts(), _left(entry), strict=True):
                 if entry.keeps:  # what is used comes when its programs let go of it, if ever: nobody is left to wait for that
-                    late = entry.used_bytes is None or now >= entry.wanted_until
-                    used = part.memory_bytes if late else entry.used_bytes
+                    used = part.memory_bytes if entry.used_bytes is None or now >= entry.wanted_until else entry.used_bytes
                     left = Part(max(left.memory_bytes, used), left.compute_milli)
                 parts.append((uuid, _less(part, left)))
     return parts

@@ -1,4 +1,4 @@
-"""A tenant who has told nothing of what it took a moment ago makes its slice smaller: the driver's figures are of before. All real, on a simulated GPU."""
+"""A tenant tells nothing of what it just took and makes its slice smaller: the driver's figures are older. All real, on a simulated GPU."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ def wiped(ada: Ada, words: dict[int, bytes] | None = None) -> dict[int, bytes]:
     return told
 
 
-@pytest.mark.xfail(strict=True, reason="a shrink frees at once what the driver did not show of the slice when it was last looked at, up to a second ago")
 def test_what_was_taken_since_the_last_look_is_given_to_nobody(runtime: Path) -> None:
     ada = Ada(runtime)
     try:
