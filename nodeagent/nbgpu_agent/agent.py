@@ -335,11 +335,11 @@ class Agent:
             raise Conflict(f"Slice {slice_id} is {live.record.parked.phase} because it is idle: its limits change when it is back.")
         before = live.limits
         if only_unused:
-            _must_hold(live, wanted)
+            _must_hold(live, before, wanted)
         self.change(live, wanted)
         if only_unused:
             try:
-                _must_hold(live, wanted)  # from here on it gets no more: what it took meanwhile is its own
+                _must_hold(live, before, wanted)  # from here on it gets no more: what it took meanwhile is its own
             except Conflict:
                 self.change(live, before)
                 raise
@@ -531,9 +531,9 @@ def _in_front(path: str, others: str) -> str:
     return os.pathsep.join([path, *(other for other in others.split(os.pathsep) if other and other != path)])
 
 
-def _must_hold(live: LiveSlice, wanted: Slice) -> None:
-    """Raise Conflict where a slice uses more memory than `wanted` would leave it."""
-    for part, used_bytes in zip(wanted.devices, live.memory_by_device(), strict=True):
-        if used_bytes > part.memory_bytes:
+def _must_hold(live: LiveSlice, before: Slice, wanted: Slice) -> None:
+    """Raise Conflict where a slice uses more memory than `wanted` would leave it; what it may not have anyway is not taken from it."""
+    for part, now, used_bytes in zip(wanted.devices, before.devices, live.memory_by_device(), strict=True):
+        if part.memory_bytes < now.memory_bytes and used_bytes > part.memory_bytes:
             used, left = format_memory(used_bytes), format_memory(part.memory_bytes)
             raise Conflict(f"Slice {live.id} uses {used} of GPU {part.index}: it cannot be left {left}.")

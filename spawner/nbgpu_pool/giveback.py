@@ -128,12 +128,13 @@ class _Gain(NamedTuple):
     @property
     def target(self) -> Slice:
         """Return its new limits."""
-        assert self.entry.slice is not None
+        now = _limits(self.entry)
+        assert now is not None
         devices = [
             part.model_copy(update=_less(Part(part.memory_bytes, part.compute_milli), less)._asdict())
-            for part, (_, less) in zip(self.entry.slice.devices, self.parts, strict=True)
+            for part, (_, less) in zip(now.devices, self.parts, strict=True)
         ]
-        return self.entry.slice.model_copy(update={"devices": devices})
+        return now.model_copy(update={"devices": devices})
 
 
 def what_matters(books: Books, quotas: Quotas) -> tuple[object, ...]:
@@ -320,7 +321,7 @@ def _stages(
     books: Books, quotas: Quotas, policy: GiveBack, asked: dict[str, Ask], tally: Tally, least_bytes: int, now: float
 ) -> Iterable[list[_Gain]]:
     """Yield, mildest first, what can be taken from those who hold more than is theirs."""
-    lent = [one for one in books.entries.values() if _borrows(one, books, quotas, tally)]
+    lent = [one for one in books.entries.values() if _borrows(one, books, quotas, tally, now)]
     calm = sorted(lent, key=lambda one: (one.idle_from is None, one.idle_from or 0.0, -one.number))
     if policy.shrink:
         for step in range(1, STEPS + 1):
@@ -343,9 +344,10 @@ def _idle_for(entry: Entry, now: float) -> float:
     return -1.0 if entry.idle_from is None else now - entry.idle_from
 
 
-def _borrows(entry: Entry, books: Books, quotas: Quotas, tally: Tally) -> bool:
+def _borrows(entry: Entry, books: Books, quotas: Quotas, tally: Tally, now: float) -> bool:
     """Return whether all that a slice holds is beyond the guarantees of its owner and their groups."""
-    if entry.state != GrantState.bound or entry.slice is None or entry.full is not None or entry.moving is not None or entry.parking:
+    parking = entry.parking and now < entry.parking_until
+    if entry.state != GrantState.bound or entry.slice is None or entry.full is not None or entry.moving is not None or parking:
         return False
     milli = books.amount(entry.own_parts()).counted_milli
     owner, groups = entry.request.owner, {*entry.request.groups, *entry.slice.groups}
@@ -355,24 +357,32 @@ def _borrows(entry: Entry, books: Books, quotas: Quotas, tally: Tally) -> bool:
     return all(tally.unmet_milli(*one) + milli <= 0 for one in guaranteed)
 
 
+def _limits(entry: Entry) -> Slice | None:
+    """Return the limits that are in force; None: others are under way."""
+    if entry.keeps and entry.wanted_acked:
+        return entry.wanted
+    return entry.slice if entry.wanted is None else None
+
+
 def _smaller(entry: Entry, books: Books, keep_milli: int, least_bytes: int, now: float) -> _Gain | None:
     """Return what a burst slice gives that keeps `keep_milli` of what it was granted, all that it uses, and what a program needs."""
-    if entry.slice is None or entry.slice.mode != "burst" or entry.adopted or entry.busy or entry.wanted is not None:
+    limits = _limits(entry)
+    if limits is None or limits.mode != "burst" or entry.adopted or entry.busy:
         return None
     if now < entry.spared_until:
         return None
-    devices = {part.uuid: books.devices.get(part.uuid) for part in entry.slice.devices}
+    devices = {part.uuid: books.devices.get(part.uuid) for part in limits.devices}
     if any(device is None for device in devices.values()):
         return None
     gained = list[tuple[str, Part]]()
-    for part in entry.slice.devices:
+    for part in limits.devices:
         device = devices[part.uuid]
         granted = resolve(entry.want, device) if device is not None else None
         if granted is None:
             return None
         compute = min(part.compute_milli, max(1, granted.compute_milli * keep_milli // 1000))
         memory = part.memory_bytes
-        if entry.used_bytes is not None:
+        if entry.used_bytes is not None and not entry.keeps:  # what it holds above its limit is its own until it is free
             keep = max(granted.memory_bytes * keep_milli // 1000, int(entry.used_bytes * SPARE), least_bytes, MIB)
             memory = min(memory, keep // MIB * MIB)
         gained.append((part.uuid, Part(part.memory_bytes - memory, part.compute_milli - compute)))

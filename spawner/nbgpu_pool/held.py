@@ -311,7 +311,7 @@ class Held(ABC):
         for entry, target, taken, claim in found.shrinks:
             share = format_gpus(sum(one.compute_milli for one in target.devices))
             note = f"The slice was made smaller, {share} is left: it was lent, and {claim.whose} needs what is guaranteed to them."
-            entry.whole = entry.whole or entry.slice
+            entry.whole = entry.whole or entry.wanted or entry.slice
             self._shrunk[entry.slice_id] = None
             self._taken.setdefault(claim.entry.slice_id, []).append((entry.slice_id, taken))
             self._grow_from = now + GROW_SECONDS

@@ -93,6 +93,7 @@ class Pass:
         self.protected = 0
         self.kept_milli = 0
         self.waiting: list[Entry] = []
+        self._whole_milli = 0
         self._closed: set[Want] = set()
         """Of those for whom all that they could use is kept."""
         self._misfits: set[tuple[Want, Part | None, int, frozenset[str], bool]] = set()
@@ -282,7 +283,10 @@ class Pass:
     def _never(self, entry: Entry, cost: Amount) -> bool:
         """Return whether a request is for more than the guarantees of others ever leave of the pool."""
         kept = self.quotas.never_free_milli(entry.request.owner, entry.request.groups)
-        return bool(kept) and self.books.whole()[0] - kept < cost.counted_milli and not self._covered(entry)
+        if not kept:
+            return False
+        self._whole_milli = self._whole_milli or self.books.whole()[0]
+        return self._whole_milli - kept < cost.counted_milli and not self._covered(entry)
 
     def _fits(self, entry: Entry, closed: Set[str]) -> bool:
         return self.books.fitting(entry.want, (self.barred - set(entry.earmark)) | closed, None, self.policy) is not None

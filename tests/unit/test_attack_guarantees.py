@@ -202,7 +202,6 @@ def test_who_gave_it_back_has_passed_nobody_in_fair_order_either() -> None:
     assert pool.core.known(waits).protected, "the control: a server has run"
 
 
-@pytest.mark.xfail(strict=True, reason="ten requests of one user that leave at the same time use up what all of the group may leave")
 def test_one_member_alone_keeps_no_other_from_what_is_theirs() -> None:
     pool = Pool(quotas=Quotas(groups={"bio": Limits(guarantee_milli=1000, lend=True)}), give_back=GiveBack(False, busy_notice_seconds=600))
     for number in range(10):
@@ -219,7 +218,6 @@ def test_one_member_alone_keeps_no_other_from_what_is_theirs() -> None:
     assert pool.core.asks
 
 
-@pytest.mark.xfail(strict=True, reason="a slice that holds more memory than its user has left it gives nothing of its time")
 def test_who_holds_more_than_their_own_limit_is_made_smaller_too() -> None:
     """A mebibyte below what it holds is enough: the resize is under way for as long as the user likes."""
     pool = Pool(quotas=LENT)
@@ -250,7 +248,6 @@ def test_who_holds_more_than_their_own_limit_is_made_smaller_too() -> None:
     assert {pool.core.known(key).whole.devices[0].memory_bytes for key in keys} == {38 * GIB}, "it grows back to what its user has chosen"  # type: ignore[union-attr]
 
 
-@pytest.mark.xfail(strict=True, reason="a slice whose parking never ends is not asked back either")
 def test_who_is_being_parked_for_ever_is_asked_back() -> None:
     pool = Pool(quotas=LENT, idle=IdlePolicy(after_seconds=60), give_back=GiveBack(shrink=False, busy_notice_seconds=600))
     key = pool.running(1000, "a")
