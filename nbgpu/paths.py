@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from .errors import NbgpuError
@@ -30,7 +31,7 @@ def runtime_path() -> Path:
 def runtime_dir() -> Path:
     """Return `runtime_path`, to be used: a pool that answers in it says with which environment programs are started.
 
-    It is not created here.
+    It is not created here: `made` does.
 
     Raises
     ------
@@ -38,14 +39,27 @@ def runtime_dir() -> Path:
         In ``/tmp``, where anybody may make it, another user has.
     """
     found = runtime_path()
-    if found == _in_tmp():
-        try:
-            maker = found.lstat().st_uid
-        except FileNotFoundError:
-            return found
-        if maker != os.geteuid() or found.is_symlink():
-            raise NbgpuError(f"{found} belongs to another user: set NBGPU_RUNTIME_DIR to a folder of your own.", code="runtime")
+    with suppress(FileNotFoundError):
+        _must_be_own(found)
     return found
+
+
+def made(runtime: Path) -> Path:
+    """Make a runtime directory where there is none, and return it.
+
+    Raises
+    ------
+    NbgpuError
+        As `runtime_dir`: somebody else may have been faster since.
+    """
+    runtime.mkdir(mode=0o755, parents=True, exist_ok=True)
+    _must_be_own(runtime)
+    return runtime
+
+
+def _must_be_own(runtime: Path) -> None:
+    if runtime == _in_tmp() and (runtime.lstat().st_uid != os.geteuid() or runtime.is_symlink()):
+        raise NbgpuError(f"{runtime} belongs to another user: set NBGPU_RUNTIME_DIR to a folder of your own.", code="runtime")
 
 
 def _in_tmp() -> Path:
