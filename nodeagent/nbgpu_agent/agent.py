@@ -387,11 +387,11 @@ class Agent:
             return
         seen, held = self.seen_bytes(live), list[int]()
         unused = live.state == "prepared" and not live.join_by_lock()
-        for part, used in zip(live.slice.devices, live.memory_by_device(), strict=True):
+        for index, (part, used) in enumerate(zip(live.slice.devices, live.memory_by_device(), strict=True)):
             # What the driver shows counts where it is clearly more: what a slice tells may have been lost. Until it has told, all is held.
             shown = 0 if unused else part.memory_bytes
             if part.uuid in seen:
-                shown = seen[part.uuid] - OVER_LIMIT_TOLERANCE_BYTES
+                shown = seen[part.uuid] - OVER_LIMIT_TOLERANCE_BYTES + live.coming_bytes(index)
             held.append(min(part.memory_bytes, max(used, shown)))
         counts = holding(limits, held)
         if counts != live.slice:

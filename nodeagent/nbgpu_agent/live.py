@@ -378,6 +378,11 @@ class LiveSlice:
         words = self.ctl.words
         return bool(words.kernels_away) and words.away[row.slot] == row.owner
 
+    def coming_bytes(self, index: int) -> int:
+        """Return what may be on its `index`-th device again, of kernels whose memory is on its way to the host or back."""
+        moving = (one for name, one in self.record.kernels_away.items() if one.phase != "parked" or name in self.coming_back)
+        return sum(one.device_bytes[index] for one in moving)
+
     def away(self, row: UseRow) -> bool:
         """Return whether it is there, or on its way there or back."""
         words = self.ctl.words

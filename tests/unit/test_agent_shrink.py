@@ -13,6 +13,7 @@ from nbgpu.models import AgentSlice, Device, KernelLimit, Node, Owner, Slice, Sl
 from nbgpu.quantities import GIB
 from nbgpu_agent.agent import Agent
 from nbgpu_agent.books import Conflict, holding, kernel_limit_in
+from nbgpu_agent.live import LiveSlice
 from nbgpu_lab import limits, sampler
 
 
@@ -37,12 +38,16 @@ class Shrunk:
         self.state, self.runs = state, runs
         self.slice, lowered = a_slice((17, 100)), a_slice((5, 100))
         self.record = SimpleNamespace(lowered=lowered)
-        self.told = told
+        self.told, self.coming_gib = told, 0
         self.agent: Any = SimpleNamespace(seen_bytes=lambda _: seen, touch=lambda: None, on_settled=lambda _: None)
 
     def join_by_lock(self) -> bool:
         """Return whether something of it runs."""
         return self.runs
+
+    def coming_bytes(self, index: int) -> int:
+        """Return what is on its way to the host or back."""
+        return self.coming_gib * GIB
 
     def memory_by_device(self) -> list[int]:
         """Return what its `use` file says, which its user may write."""
@@ -69,6 +74,9 @@ def test_what_nobody_has_looked_at_is_held_whatever_the_slice_tells() -> None:
     assert shrunk.counts() == 5
     assert shrunk.record.lowered is None
     assert Shrunk(0, {"GPU-0": 0}).counts() == 5, "control: a look that finds nothing"
+    restored = Shrunk(0, {"GPU-0": 2 * GIB})
+    restored.coming_gib = 10
+    assert restored.counts() == 11, "a kernel's memory is on its way back, and its slot says nothing of it any more"
     assert Shrunk(9, {"GPU-0": 0}).counts() == 9
     assert Shrunk(0, {}, "prepared", runs=False).counts() == 5, "nothing has ever run in it"
     assert Shrunk(0, {}, "prepared").counts() == 17, "something has just begun"
@@ -161,3 +169,12 @@ def test_the_panel_knows_a_limit_again_in_a_slice_of_another_size(monkeypatch: p
 
     assert shown(as_set) == (now, 500, "notebook")
     assert shown(None) == (now, None, "command"), "control: somebody has set that"
+
+
+@pytest.mark.parametrize(
+    ("phase", "coming_back", "gib"), [("parked", False, 0), ("parked", True, 9), ("restoring", False, 9), ("parking", False, 9)]
+)
+def test_what_comes_back_from_the_host_is_known_by_what_the_driver_saw_go(phase: str, coming_back: bool, gib: int) -> None:
+    away = {"k": SimpleNamespace(phase=phase, device_bytes=(9 * GIB,))}
+    live: Any = SimpleNamespace(record=SimpleNamespace(kernels_away=away), coming_back={"k"} if coming_back else set())
+    assert LiveSlice.coming_bytes(live, 0) == gib * GIB
