@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nbgpu.errors import InvalidValue, NbgpuError
 from nbgpu.models import AgentSlice, AgentSlices, Backend, Device, KernelLimit, Launch, Node, Slice
-from nbgpu.quantities import format_memory, format_time
+from nbgpu.quantities import MIB, format_memory, format_time
 
 from . import adoption, procs, slicedir
 from .away import Away
@@ -39,6 +39,9 @@ GATHER_SECONDS = 0.03
 """Changes within so long after the first are one answer to those who wait for changes."""
 ANSWERED_SECONDS = 0.3
 """The same for changes whose cause has had its answer: a start is two of them, and telling it anew would only slow it down."""
+
+FREED_BYTES = 64 * MIB
+"""What a slice frees of memory above its limits is let go in such pieces: each is written and told to all who follow the slices."""
 
 
 class NoSuchSlice(NbgpuError):
@@ -394,7 +397,8 @@ class Agent:
                 shown = seen[part.uuid] - OVER_LIMIT_TOLERANCE_BYTES + live.coming_bytes(index)
             held.append(min(part.memory_bytes, max(used, shown)))
         counts = holding(limits, held)
-        if counts != live.slice:
+        pairs = zip(live.slice.devices, counts.devices, strict=True)
+        if counts == limits or any(old.memory_bytes - new.memory_bytes >= FREED_BYTES for old, new in pairs):
             live.save(slice=counts, lowered=limits if counts != limits else None)
             mark("limits-settled")
             self.touch()

@@ -10,7 +10,7 @@ import pytest
 from nbgpu.cli_doctor import Facts
 from nbgpu.cli_doctor_checks import books
 from nbgpu.models import AgentSlice, Device, KernelLimit, Node, Owner, Slice, SliceDevice
-from nbgpu.quantities import GIB
+from nbgpu.quantities import GIB, MIB
 from nbgpu_agent.agent import Agent
 from nbgpu_agent.books import Conflict, holding, kernel_limit_in
 from nbgpu_agent.live import LiveSlice
@@ -38,7 +38,7 @@ class Shrunk:
         self.state, self.runs = state, runs
         self.slice, lowered = a_slice((17, 100)), a_slice((5, 100))
         self.record = SimpleNamespace(lowered=lowered)
-        self.told, self.coming_gib = told, 0
+        self.told, self.coming_gib, self.saves = told, 0, 0
         self.agent: Any = SimpleNamespace(seen_bytes=lambda _: seen, touch=lambda: None, on_settled=lambda _: None)
 
     def join_by_lock(self) -> bool:
@@ -55,6 +55,7 @@ class Shrunk:
 
     def save(self, **changes: Any) -> None:
         """Note what it counts."""
+        self.saves += 1
         self.slice, self.record.lowered = changes["slice"], changes["lowered"]
 
     def counts(self) -> int:
@@ -80,6 +81,22 @@ def test_what_nobody_has_looked_at_is_held_whatever_the_slice_tells() -> None:
     assert Shrunk(9, {"GPU-0": 0}).counts() == 9
     assert Shrunk(0, {}, "prepared", runs=False).counts() == 5, "nothing has ever run in it"
     assert Shrunk(0, {}, "prepared").counts() == 17, "something has just begun"
+
+
+def test_freeing_a_little_again_and_again_is_written_and_told_seldom() -> None:
+    """Each time is a write of the record here, and on a cluster one to the API server and to all who follow claims."""
+    seen = {"GPU-0": 15 * GIB}
+    shrunk = Shrunk(0, seen)
+    shrunk.counts()
+    before = shrunk.saves
+    for _ in range(1000):
+        seen["GPU-0"] -= MIB
+        shrunk.counts()
+    assert shrunk.slice.devices[0].memory_bytes < 14 * GIB + 128 * MIB, "the control: others have it"
+    assert shrunk.saves - before <= 20
+    seen["GPU-0"] = 5 * GIB - MIB
+    assert shrunk.counts() == 5
+    assert shrunk.record.lowered is None
 
 
 class Crowded(Shrunk):
