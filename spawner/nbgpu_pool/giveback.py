@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -172,7 +172,8 @@ def plan(
     if not line:
         return found
     tally = Tally(quotas, books.granted_by(frozenset(quotas.groups)))
-    claims = _some(list(_claims(line, lent, tally, books)))
+    unmet = {account: tally.unmet_milli(*account) for account in lent}
+    claims = _some(list(_claims(line, unmet, books)), {ask.claimant for ask in asked.values()})
     if not claims:
         return found
     rooms = {room.device.uuid: replace(room) for room in books.ordered_rooms()}
@@ -195,9 +196,13 @@ def plan(
         def find(want: Entry = entry, barred: set[str] = barred, of: dict[str, Room] = rooms) -> Place | None:
             return place(list(of.values()), want.want, barred=barred, policy=placing)
 
-        mine, gains, spot = entry.slice_id, list[_Gain](), find()
+        mine, gains = entry.slice_id, list[_Gain]()
         own = [offered[one] for one, whose in given.items() if whose == mine]
         given = {one: whose for one, whose in given.items() if whose != mine}
+        claim = next(_claims([entry], unmet, books), None)
+        if claim is None:  # those before have what is left of it
+            continue
+        spot = find()
         if spot is None:
             may_take = not spent & {claim.holder, claim.user}
             instead = [gain for gain in milder.values() if gain.slice_id not in given] if may_take else []
@@ -214,6 +219,8 @@ def plan(
         if gains:
             found.claims.append(claim)
             spot = find()
+        if spot is not None:  # who cannot be helped uses up nothing of what is guaranteed
+            unmet[claim.kind, claim.name] -= _counted(entry, books)
         for room, part in spot or ():
             room.take(part)
             most[room.device.uuid].take(part)
@@ -267,20 +274,22 @@ def _holders(entry: Entry, lent: Sequence[tuple[str, str]]) -> list[tuple[str, s
     return [(kind, name) for kind, name in lent if concerns(kind, name, entry.request.owner, entry.request.groups)]
 
 
-def _claims(line: Iterable[Entry], lent: Sequence[tuple[str, str]], tally: Tally, books: Books) -> Iterable[Claim]:
-    """Yield who waits for what a lent guarantee of theirs keeps."""
-    unmet = {account: tally.unmet_milli(*account) for account in lent}
+def _claims(line: Iterable[Entry], unmet: Mapping[tuple[str, str], int], books: Books) -> Iterator[Claim]:
+    """Yield who waits for what a lent guarantee of theirs keeps, by what is left of each."""
     for entry in line:
-        cost = books.cost(entry.want)
-        for account in _holders(entry, lent):
-            if cost is not None and cost.counted_milli <= unmet[account]:
-                unmet[account] -= cost.counted_milli
-                yield Claim(entry, *account)
-                break
+        account = next((one for one in _holders(entry, list(unmet)) if _counted(entry, books) <= unmet[one]), None)
+        if account is not None:
+            yield Claim(entry, *account)
 
 
-def _some(claims: list[Claim]) -> list[Claim]:
-    """Return those who are looked at, in their order: all guarantees in turn, and of each its users in turn."""
+def _counted(entry: Entry, books: Books) -> int:
+    """Return the least that a request counts, milli-GPU; more than any guarantee where nothing here could hold it."""
+    cost = books.cost(entry.want)
+    return 2**62 if cost is None else cost.counted_milli
+
+
+def _some(claims: list[Claim], asking: Set[str]) -> list[Claim]:
+    """Return those who are looked at, in their order: who has asks open, then all guarantees in turn, and of each its users in turn."""
     if len(claims) <= MOST_CLAIMANTS:
         return claims
     of_user, of_holder = Counter[tuple[str, ...]](), Counter[tuple[str, ...]]()
@@ -288,12 +297,12 @@ def _some(claims: list[Claim]) -> list[Claim]:
     for number, claim in enumerate(claims):
         by_user.append((of_user[claim.user], number, claim))
         of_user[claim.user] += 1
-    turns: list[tuple[int, int, Claim]] = []
+    turns: list[tuple[bool, int, int, Claim]] = []
     for _, number, claim in sorted(by_user, key=lambda one: one[:2]):
-        turns.append((of_holder[claim.holder], number, claim))
+        turns.append((claim.entry.slice_id not in asking, of_holder[claim.holder], number, claim))
         of_holder[claim.holder] += 1
-    chosen = sorted(turns, key=lambda one: one[:2])[:MOST_CLAIMANTS]
-    return [claim for _, _, claim in sorted(chosen, key=lambda one: one[1])]
+    chosen = sorted(turns, key=lambda one: one[:3])[:MOST_CLAIMANTS]
+    return [claim for _, _, _, claim in sorted(chosen, key=lambda one: one[2])]
 
 
 def _on_its_way_back(books: Books, now: float) -> list[tuple[str, Part]]:

@@ -261,3 +261,22 @@ def test_who_is_being_parked_for_ever_is_asked_back() -> None:
     for _ in range(60):
         pool.sync(10)
     assert set(pool.core.asks) == {key}
+
+
+def test_one_who_cannot_be_helped_does_not_use_up_the_guarantee_of_the_others() -> None:
+    """All of the rare model is somebody's own; a member of bio who waits for it has nothing that another one could not have."""
+    groups = {"bio": Limits(guarantee_milli=500, lend=True), "own": Limits(guarantee_milli=1000)}
+    pool = Pool(devices=2, quotas=Quotas(groups=groups))
+    pool.devices = [pool.devices[0], pool.devices[1].model_copy(update={"uuid": "GPU-rare", "model": "Rare"})]
+    pool.sync()
+    pool.running(1000, "owner", groups=["own"], model="Rare")
+    for key in [pool.running(500, user, model="Big") for user in "ab"]:
+        pool.uses(key, 5)
+    waits = pool.ask(500, "m", groups=["bio"], model="Rare").request.request_id
+    mine = pool.ask(250, "n", groups=["bio"]).request.request_id
+    assert len(pool.shrunk()) == 2
+    assert (pool.grant(mine).state, pool.grant(waits).state) == (GrantState.reserved, GrantState.queued)
+    other = pool.ask(500, "o", groups=["bio"]).request.request_id
+    pool.sync(10)
+    assert not pool.shrunk(), "the control: half of it is used by now"
+    assert pool.grant(other).state == GrantState.queued
