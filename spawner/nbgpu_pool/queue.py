@@ -203,6 +203,12 @@ class Pass:
         found = self._here(entry.want, barred | (self.books.rooms.keys() - own), cap) if own else None
         return found or (self._here(entry.want, barred | last, cap) if last else None)
 
+    def bar_for(self, entry: Entry) -> None:
+        """Keep its devices from others, those of one who waits for their own also from those who do."""
+        self.barred.update(entry.earmark)
+        if entry.earmark and self._covered(entry):
+            self.firm.update(entry.earmark)
+
     def would_fit(self, want: Want, uuids: Set[str]) -> bool:
         """Return whether there is room on these devices, whoever they are kept for."""
         barred = self.barred | self.kept | (self.books.rooms.keys() - uuids)
@@ -273,9 +279,7 @@ class Pass:
         elif not entry.earmark or not self._healthy(entry.earmark) or (others | closed).intersection(entry.earmark):
             entry.earmark = nearest(self.rooms, entry.want, barred=others | closed)
         self.protected += anew
-        self.barred.update(entry.earmark)
-        if self._covered(entry):
-            self.firm.update(entry.earmark)
+        self.bar_for(entry)
         if anew and cost is not None and self.books.may_fit(entry.want) and self._fits(entry, closed):
             # It fits, but for others' guarantees: what comes free adds up for it instead of going to smaller ones.
             self.kept_milli += min(cost.counted_milli, WHOLE_MILLI * len(self.rooms))
