@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from pathlib import Path
 
 from .errors import NbgpuError
@@ -31,17 +30,15 @@ def runtime_path() -> Path:
 def runtime_dir() -> Path:
     """Return `runtime_path`, to be used: a pool that answers in it says with which environment programs are started.
 
-    It is not created here: `made` does.
+    It is not created here, but in ``/tmp``, where from then on nobody else can.
 
     Raises
     ------
     NbgpuError
-        In ``/tmp``, where anybody may make it, another user has.
+        In ``/tmp``, where anybody may make it, another user has, or it cannot be made.
     """
     found = runtime_path()
-    with suppress(FileNotFoundError):
-        _must_be_own(found)
-    return found
+    return made(found) if found == _in_tmp() else found
 
 
 def made(runtime: Path) -> Path:
@@ -52,14 +49,16 @@ def made(runtime: Path) -> Path:
     NbgpuError
         As `runtime_dir`: somebody else may have been faster since.
     """
-    runtime.mkdir(mode=0o755, parents=True, exist_ok=True)
-    _must_be_own(runtime)
-    return runtime
-
-
-def _must_be_own(runtime: Path) -> None:
-    if runtime == _in_tmp() and (runtime.lstat().st_uid != os.geteuid() or runtime.is_symlink()):
+    try:
+        runtime.mkdir(mode=0o755, parents=True, exist_ok=True)
+        own = runtime.lstat().st_uid == os.geteuid() and not runtime.is_symlink()
+    except OSError as error:
+        raise NbgpuError(
+            f"{runtime} cannot be made: {error.strerror}. Set NBGPU_RUNTIME_DIR to a folder of your own.", code="runtime"
+        ) from error
+    if runtime == _in_tmp() and not own:
         raise NbgpuError(f"{runtime} belongs to another user: set NBGPU_RUNTIME_DIR to a folder of your own.", code="runtime")
+    return runtime
 
 
 def _in_tmp() -> Path:

@@ -23,8 +23,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return found
 
 
+def test_who_looks_for_it_has_it_from_then_on(place: Path) -> None:
+    """Of a directory that is not there a stranger could make one before it is made, or before a pool in it is spoken to."""
+    assert paths.runtime_dir() == place
+    assert (place.stat().st_uid, place.stat().st_mode & 0o777) == (os.geteuid(), 0o755)
+
+
 def test_a_directory_that_somebody_else_was_faster_to_make_is_not_used(place: Path) -> None:
-    directory = paths.runtime_dir()
+    directory = paths.runtime_path()
     place.mkdir(mode=0o777)
     os.chown(place, STRANGER, STRANGER)
     with pytest.raises(NbgpuError, match="belongs to another user"):
