@@ -280,3 +280,27 @@ def test_one_who_cannot_be_helped_does_not_use_up_the_guarantee_of_the_others() 
     pool.sync(10)
     assert not pool.shrunk(), "the control: half of it is used by now"
     assert pool.grant(other).state == GrantState.queued
+
+
+def test_control_what_is_kept_for_one_who_waits_for_their_own_is_kept_from_the_others_of_it() -> None:
+    pool = Pool(quotas=Quotas(groups={"bio": Limits(guarantee_milli=1000, lend=True)}))
+    pool.running(600, "v", mode="strict")
+    waits = pool.ask(900, "a", groups=["bio"]).request.request_id
+    pool.sync(LONG)
+    assert pool.core.known(waits).protected
+    assert pool.ask(300, "b", groups=["bio"]).state == GrantState.queued
+
+
+def test_a_guarantee_is_met_elsewhere_first() -> None:
+    """What is kept for one who has waited long stays kept while there is other room, also where that fits less well."""
+    pool = Pool(devices=3, quotas=KEPT)
+    first, second = [pool.running(milli, f"u{milli}") for milli in (1000, 300, 400, 500)][1::2]
+    waits = pool.ask(1000, "w").request.request_id
+    pool.sync(LONG)
+    assert pool.core.known(waits).earmark == ("GPU-0-2",)
+    pool.end(first)
+    grant = pool.ask(500, "n", groups=["bio"])
+    assert grant.slice is not None
+    assert grant.slice.devices[0].uuid == "GPU-0-1"
+    pool.end(second)
+    assert pool.grant(waits).state == GrantState.reserved
