@@ -60,6 +60,8 @@ class Ask(NamedTuple):
     """Id of the request that waits for it."""
     used_again: bool = False
     """It has had the notice of a busy one: it has that once."""
+    since: float = 0.0
+    """When something was asked back first for the one who waits."""
 
     @property
     def needs(self) -> str:
@@ -206,6 +208,9 @@ def plan(
         if spot is None:
             may_take = not spent & {claim.holder, claim.user}
             instead = [gain for gain in milder.values() if gain.slice_id not in given] if may_take else []
+            since = min((asked[one.slice_id].since for one in own), default=now)
+            if now - since >= (policy.busy_notice_seconds or 0.0):
+                instead = []  # two who take turns at being idle would have notice anew for ever
             gains = _still_needed(rooms, find, own, instead, policy, now)
             if not gains and may_take and find(of=most) is not None:
                 gains = _needed(rooms, find, [[gain for gain in stage if gain.slice_id not in given] for stage in stages])
@@ -472,7 +477,9 @@ def _ask(entry: Entry, policy: GiveBack, asked: dict[str, Ask], claim: Claim, no
         used_again = before.used_again or not idle
         due = max(due, before.due) if used_again and not before.used_again else before.due
     why = f"it uses what is guaranteed to {claim.whose} and was lent"
-    return Ask(entry.slice_id, entry.request.owner, "guarantee", due, why, idle, claim.entry.slice_id, used_again)
+    claimant = claim.entry.slice_id
+    since = min((one.since for one in asked.values() if one.claimant == claimant), default=now)
+    return Ask(entry.slice_id, entry.request.owner, "guarantee", due, why, idle, claimant, used_again, since)
 
 
 def _less(one: Part, other: Part) -> Part:

@@ -304,3 +304,24 @@ def test_a_guarantee_is_met_elsewhere_first() -> None:
     assert grant.slice.devices[0].uuid == "GPU-0-1"
     pool.end(second)
     assert pool.grant(waits).state == GrantState.reserved
+
+
+def test_two_who_take_turns_at_being_idle_are_not_asked_in_turns_for_ever() -> None:
+    """Whenever the one that is asked back is used again the other has been idle for long enough: it is asked instead, with notice anew."""
+    pool = Pool(quotas=LENT, give_back=GiveBack(False, end_idle_after_seconds=1800, notice_seconds=300, busy_notice_seconds=3600))
+    keys = [pool.running(500, user, mode="strict") for user in "ab"]
+    pool.ask(500, "m", groups=["bio"])
+    begun, exchanged, last = pool.now, 0, ""
+    for number in range(100):
+        idle, used = keys[number % 2], keys[1 - number % 2]
+        pool.uses(used, 5, idle_seconds=0)
+        pool.uses(idle, 5, idle_seconds=1800)
+        pool.sync(10)
+        ((asked, ask),) = pool.core.asks.items()
+        exchanged += asked != last
+        last = asked
+        if ask.due <= pool.now:
+            break
+        pool.sync(200)
+    assert exchanged > 2, "the control: milder means are taken, within reason"
+    assert pool.now <= begun + 2 * 3600 + 3 * 210
