@@ -20,7 +20,7 @@ from .books import Books, Entry
 from .placement import Place, Policy, Room, place
 from .quotas import Quotas, Tally, concerns
 from .resize import grows, must_fit
-from .shapes import Part, resolve
+from .shapes import Part, Want, resolve
 
 STEPS = 4
 """In how many steps a slice is made smaller, down to `GiveBack.least_milli`: several give a little before one gives much."""
@@ -195,8 +195,10 @@ def plan(
         # what is kept for who has waited long is kept from those alone who claim nothing
         barred = {uuid for one in claims if one.entry is not entry for uuid in one.entry.earmark} | books.kept() | books.closed(entry)
 
-        def find(want: Entry = entry, barred: set[str] = barred, of: dict[str, Room] = rooms) -> Place | None:
-            return place(list(of.values()), want.want, barred=barred, policy=placing)
+        cap = tally.cap(entry.request.owner, entry.request.groups, entry.want.device_count)
+
+        def find(want: Want = entry.want, barred: set[str] = barred, cap: Part | None = cap, of: dict[str, Room] = rooms) -> Place | None:
+            return place(list(of.values()), want, barred=barred, cap=cap, policy=placing)
 
         mine, gains = entry.slice_id, list[_Gain]()
         own = [offered[one] for one, whose in given.items() if whose == mine]

@@ -325,3 +325,21 @@ def test_two_who_take_turns_at_being_idle_are_not_asked_in_turns_for_ever() -> N
         pool.sync(200)
     assert exchanged > 2, "the control: milder means are taken, within reason"
     assert pool.now <= begun + 2 * 3600 + 3 * 210
+
+
+def test_nothing_is_taken_where_the_quota_of_who_waits_forbids_to_go() -> None:
+    """20 GiB are a quarter of the large GPU, and half of the small one: with a limit of a quarter only the large one will do."""
+    quotas = Quotas(default=Limits(limit_milli=1000), users={"m": Limits(limit_milli=250)}, groups=LENT.groups)
+    pool = Pool(devices=2, quotas=quotas)
+    small = pool.devices[0].model_copy(update={"uuid": "GPU-a", "index": 0, "memory_bytes": 41 * GIB})
+    pool.devices = [small, pool.devices[1]]
+    pool.sync()
+    for user in "abcd":
+        pool.uses(pool.running(500, user, mode="strict" if user in "cd" else "burst"), 2)
+    (asked,) = {one.slice.devices[0].uuid for key in pool.seen if (one := pool.grant(key)).slice is not None and one.slice.mode == "burst"}
+    assert asked == "GPU-a"
+    mine = pool.ask(200, "m", groups=["bio"], memory_bytes=20 * GIB).request.request_id
+    assert not pool.shrunk()
+    assert pool.grant(mine).state == GrantState.queued
+    pool.ask(200, "n", groups=["bio"], memory_bytes=20 * GIB)
+    assert pool.shrunk(), "the control: who may go there"
