@@ -277,7 +277,8 @@ class Pass:
             entry.earmark = ()
             return
         elif not entry.earmark or not self._healthy(entry.earmark) or (others | closed).intersection(entry.earmark):
-            entry.earmark = nearest(self.rooms, entry.want, barred=others | closed)
+            cap = self.tally.cap(entry.request.owner, entry.request.groups, entry.want.device_count)
+            entry.earmark = nearest(self.rooms, entry.want, barred=others | closed, cap=cap)
         self.protected += anew
         self.bar_for(entry)
         if anew and cost is not None and self.books.may_fit(entry.want) and self._fits(entry, closed):

@@ -343,3 +343,17 @@ def test_nothing_is_taken_where_the_quota_of_who_waits_forbids_to_go() -> None:
     assert pool.grant(mine).state == GrantState.queued
     pool.ask(200, "n", groups=["bio"], memory_bytes=20 * GIB)
     assert pool.shrunk(), "the control: who may go there"
+
+
+def test_what_is_kept_for_one_who_has_waited_long_is_where_their_quota_lets_them_go() -> None:
+    """A small GPU, with least to be freed, of which 20 GiB are half; with a limit of a quarter it stood kept, and empty, for ever."""
+    pool = Pool(devices=2, quotas=Quotas(users={"m": Limits(limit_milli=250)}))
+    pool.devices = [pool.devices[0].model_copy(update={"uuid": "GPU-a", "memory_bytes": 41 * GIB}), pool.devices[1]]
+    pool.sync()
+    pool.running(1000, "a", model="Big", memory_bytes=80 * GIB)
+    pool.sync()
+    mine = pool.ask(200, "m", memory_bytes=20 * GIB).request.request_id
+    pool.sync(LONG)
+    assert pool.core.known(mine).protected
+    assert pool.core.known(mine).earmark == ("GPU-0-1",)
+    assert pool.ask(500, "x").state == GrantState.reserved, "the small one is free for others"
