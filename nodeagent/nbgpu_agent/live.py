@@ -252,6 +252,10 @@ class LiveSlice:
         """Return whether exactly this process is known to belong to the slice, by such signs."""
         return self.has_member(process.pid) and self._known.get(process.pid, process) == process
 
+    def knows(self, process: Process) -> bool:
+        """Return whether exactly this process was learnt to descend from the slice's, whatever has become of those."""
+        return self._known.get(process.pid) == process
+
     def learn_descendants(self) -> None:
         """Without a cgroup: remember who descends from the members now, for when those in between are gone."""
         if self.record.cgroup is None and (self._known or self.record.roots):

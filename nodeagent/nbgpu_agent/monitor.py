@@ -417,7 +417,8 @@ class Monitor:
             if owner is not None:
                 return owner
             pid = parent(pid)
-        return None
+        # of slices in slices the inner one is the later one
+        return next((live.id for live in reversed(list(slices.values())) if live.knows(process)), None)
 
     def _report(self, finding: Finding) -> None:
         agent = self._agent

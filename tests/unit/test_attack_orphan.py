@@ -18,7 +18,6 @@ from nbgpu_agent.monitor import Monitor
 ORPHAN = "import os, time\nif os.fork():\n    os._exit(0)\nos.setsid()\nprint(os.getpid(), flush=True)\ntime.sleep(60)"
 
 
-@pytest.mark.xfail(strict=True, reason="who has no slot and no living parent is of no slice (`foreign`), though the agent knows better")
 def test_an_orphan_that_is_known_is_of_its_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(monitor, "Responses", lambda *_: None)
     starter = subprocess.Popen([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, text=True)
@@ -31,7 +30,9 @@ def test_an_orphan_that_is_known_is_of_its_slice(monkeypatch: pytest.MonkeyPatch
         live: Any = SimpleNamespace(id="s", record=record, tenant=SimpleNamespace(holders=set), _known={pid: process}, _watches={})
         live.knows = lambda one: LiveSlice.knows(live, one)
         cgroups = SimpleNamespace(full_path=lambda _: None, pod_of=lambda _: None)
-        agent: Any = SimpleNamespace(slices={"s": live}, cgroups=cgroups, checkpoints=SimpleNamespace(), settings=SimpleNamespace(policy=None))
+        agent: Any = SimpleNamespace(
+            slices={"s": live}, cgroups=cgroups, checkpoints=SimpleNamespace(), settings=SimpleNamespace(policy=None)
+        )
         nvml: Any = None
         found = Monitor(agent, nvml)._find_slice  # pyright: ignore[reportPrivateUsage]
         assert found(process) == "s"
