@@ -143,8 +143,8 @@ def test_notice_is_given_once_however_often_a_server_is_used_again(idle_after: i
 
 
 def test_who_waits_for_a_quota_keeps_nobody_from_growing_back() -> None:
-    groups = LENT.groups | {"full": Limits(limit_milli=100)}
-    pool = Pool(quotas=Quotas(groups=dict(groups)))
+    groups = {**LENT.groups, "full": Limits(limit_milli=100)}
+    pool = Pool(quotas=Quotas(groups=groups))
     keys = [pool.running(milli, user) for milli, user in ((400, "a"), (400, "b"))]
     pool.running(100, "c", groups=["full"])
     for key in keys:
