@@ -22,8 +22,8 @@ async def test_two_users_together_do_not_have_all_helper_processes() -> None:
     assert await helpers.take("ada", 0.05)
 
 
-def with_a_rare_one(quotas: Quotas, **settings: object) -> Pool:
-    pool = Pool(devices=2, quotas=quotas, **settings)
+def with_a_rare_one(quotas: Quotas) -> Pool:
+    pool = Pool(devices=2, quotas=quotas)
     pool.devices = [pool.devices[0], pool.devices[1].model_copy(update={"uuid": "GPU-rare", "model": "Rare"})]
     pool.sync()
     return pool
