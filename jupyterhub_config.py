@@ -10,7 +10,7 @@ import secrets
 import sys
 from pathlib import Path
 
-from nbgpu.paths import runtime_dir
+from nbgpu.paths import made, runtime_dir
 from nbgpu_spawner import setup
 
 c = get_config()  # noqa: F821
@@ -20,8 +20,7 @@ c.Spawner.cmd = [sys.executable, "-m", "jupyterhub.singleuser"]
 c.Spawner.default_url = "/lab"
 
 # -- the demo: any name logs in with one password, all servers run as this account and are not protected from each other
-runtime = runtime_dir()
-runtime.mkdir(mode=0o755, parents=True, exist_ok=True)
+runtime = made(runtime_dir())
 password = runtime / "login-password"
 if not password.exists():
     with open(os.open(password, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

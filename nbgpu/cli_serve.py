@@ -14,7 +14,7 @@ from pathlib import Path
 from .client import AgentClient, PoolClient
 from .errors import NbgpuError, Unavailable
 from .models import GrantState
-from .paths import AGENT_SOCKET, POOL_SOCKET, SYSTEM_RUNTIME, runtime_dir
+from .paths import AGENT_SOCKET, POOL_SOCKET, SYSTEM_RUNTIME, made, runtime_dir
 from .procs import is_alive
 from .words import counted
 
@@ -182,7 +182,7 @@ def start_in_background(runtime: Path, log: Path) -> int:
 
 def own_directory(runtime: Path) -> None:
     """Make the runtime directory; raise when it is another user's."""
-    runtime.mkdir(parents=True, exist_ok=True, mode=0o755)
+    made(runtime)
     if runtime.stat().st_uid != os.geteuid():
         raise NbgpuError(f"{runtime} belongs to another user: set NBGPU_RUNTIME_DIR to a folder of your own.", code="runtime")
 

@@ -30,22 +30,35 @@ def runtime_path() -> Path:
 def runtime_dir() -> Path:
     """Return `runtime_path`, to be used: a pool that answers in it says with which environment programs are started.
 
-    It is not created here.
+    It is not created here, but in ``/tmp``, where from then on nobody else can.
 
     Raises
     ------
     NbgpuError
-        In ``/tmp``, where anybody may make it, another user has.
+        In ``/tmp``, where anybody may make it, another user has, or it cannot be made.
     """
     found = runtime_path()
-    if found == _in_tmp():
-        try:
-            maker = found.lstat().st_uid
-        except FileNotFoundError:
-            return found
-        if maker != os.geteuid() or found.is_symlink():
-            raise NbgpuError(f"{found} belongs to another user: set NBGPU_RUNTIME_DIR to a folder of your own.", code="runtime")
-    return found
+    return made(found) if found == _in_tmp() else found
+
+
+def made(runtime: Path) -> Path:
+    """Make a runtime directory where there is none, and return it.
+
+    Raises
+    ------
+    NbgpuError
+        As `runtime_dir`: somebody else may have been faster since.
+    """
+    try:
+        runtime.mkdir(mode=0o755, parents=True, exist_ok=True)
+        own = runtime.lstat().st_uid == os.geteuid() and not runtime.is_symlink()
+    except OSError as error:
+        raise NbgpuError(
+            f"{runtime} cannot be made: {error.strerror}. Set NBGPU_RUNTIME_DIR to a folder of your own.", code="runtime"
+        ) from error
+    if runtime == _in_tmp() and not own:
+        raise NbgpuError(f"{runtime} belongs to another user: set NBGPU_RUNTIME_DIR to a folder of your own.", code="runtime")
+    return runtime
 
 
 def _in_tmp() -> Path:

@@ -189,7 +189,7 @@ def _add_slices(app: FastAPI, agent: Agent) -> None:
     @app.patch("/v1/slices/{slice_id}", responses=NOT_FOUND | CONFLICT)
     async def patch(slice_id: SlicePath, body: PatchSlice) -> AgentSlice:  # pyright: ignore[reportUnusedFunction]
         """Give a slice new limits."""
-        return agent.patch(slice_id, body.memory_bytes, body.compute_milli, body.mode, only_unused=body.only_unused)
+        return await agent.patch(slice_id, body.memory_bytes, body.compute_milli, body.mode, only_unused=body.only_unused)
 
     @app.get("/v1/slices/{slice_id}/usage", responses=NOT_FOUND)
     async def usage(slice_id: SlicePath) -> Usage:  # pyright: ignore[reportUnusedFunction]

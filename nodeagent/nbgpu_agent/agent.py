@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nbgpu.errors import InvalidValue, NbgpuError
 from nbgpu.models import AgentSlice, AgentSlices, Backend, Device, KernelLimit, Launch, Node, Slice
-from nbgpu.quantities import format_memory, format_time
+from nbgpu.quantities import MIB, format_memory, format_time
 
 from . import adoption, procs, slicedir
 from .away import Away
@@ -39,6 +39,9 @@ GATHER_SECONDS = 0.03
 """Changes within so long after the first are one answer to those who wait for changes."""
 ANSWERED_SECONDS = 0.3
 """The same for changes whose cause has had its answer: a start is two of them, and telling it anew would only slow it down."""
+
+FREED_BYTES = 64 * MIB
+"""What a slice frees of memory above its limits is let go in such pieces: each is written and told to all who follow the slices."""
 
 
 class NoSuchSlice(NbgpuError):
@@ -107,7 +110,9 @@ class Agent:
         self.on_slice_added: Callable[[LiveSlice], None] = lambda _: None
         self.on_slice_ended: Callable[[LiveSlice], None] = lambda _: None
         self.seen_bytes: Callable[[LiveSlice], Mapping[str, int]] = lambda _: {}
-        """What the driver showed of a slice at the last look, bytes by device uuid; missing where it was not asked yet."""
+        """What the driver showed of a slice at the last look, bytes by device uuid; missing: not asked since its limits changed."""
+        self.look_again: Callable[[LiveSlice], Awaitable[None]] = _no_look
+        """Asks the driver at once."""
         self.on_settled: Callable[[LiveSlice], None] = lambda _: None
         """A slice counts less than before: it has freed memory above its limits."""
         self.last_look: Callable[[LiveSlice], None] = lambda _: None
@@ -320,7 +325,7 @@ class Agent:
 
     # ---- limits
 
-    def patch(
+    async def patch(
         self, slice_id: str, memory_bytes: int | None, compute_milli: int | None, mode: str | None, *, only_unused: bool = False
     ) -> AgentSlice:
         """Give a slice new limits on each of its devices; the books are checked first. `only_unused`: none below what it uses."""
@@ -333,14 +338,19 @@ class Agent:
             raise Conflict(f"Slice {slice_id} is {live.record.parked.phase} because it is idle: its limits change when it is back.")
         before = live.limits
         if only_unused:
-            _must_hold(live, wanted)
+            _must_hold(live, before, wanted)
         self.change(live, wanted)
         if only_unused:
             try:
-                _must_hold(live, wanted)  # from here on it gets no more: what it took meanwhile is its own
+                _must_hold(live, before, wanted)  # from here on it gets no more: what it took meanwhile is its own
             except Conflict:
                 self.change(live, before)
                 raise
+        if live.record.lowered is not None:
+            await self.look_again(live)
+            if live.id not in self.slices:
+                return self._ended_model(live)
+            self.settle(live)
         return live.as_model()
 
     def change(self, live: LiveSlice, wanted: Slice) -> None:
@@ -360,6 +370,7 @@ class Agent:
         if live.record.kernel_limits:
             live.ctl.set_kernels(live.kernel_limits)
         self.write_limits(live)  # from here on it gets no more: what it uses now is the most that it can hold
+        live.limits_at = time.monotonic()
         self.turns.change(live)
         self.turns.change_kernels(live)
         self.settle(live)
@@ -379,14 +390,15 @@ class Agent:
             return
         seen, held = self.seen_bytes(live), list[int]()
         unused = live.state == "prepared" and not live.join_by_lock()
-        for part, used in zip(live.slice.devices, live.memory_by_device(), strict=True):
+        for index, (part, used) in enumerate(zip(live.slice.devices, live.memory_by_device(), strict=True)):
             # What the driver shows counts where it is clearly more: what a slice tells may have been lost. Until it has told, all is held.
             shown = 0 if unused else part.memory_bytes
             if part.uuid in seen:
-                shown = seen[part.uuid] - OVER_LIMIT_TOLERANCE_BYTES
+                shown = seen[part.uuid] - OVER_LIMIT_TOLERANCE_BYTES + live.coming_bytes(index)
             held.append(min(part.memory_bytes, max(used, shown)))
         counts = holding(limits, held)
-        if counts != live.slice:
+        pairs = zip(live.slice.devices, counts.devices, strict=True)
+        if counts == limits or any(old.memory_bytes - new.memory_bytes >= FREED_BYTES for old, new in pairs):
             live.save(slice=counts, lowered=limits if counts != limits else None)
             mark("limits-settled")
             self.touch()
@@ -515,13 +527,17 @@ def limit_words(limit: KernelLimit) -> str:
     return f"is limited to {' and '.join(amounts)}" if amounts else "has no limit of its own any more"
 
 
+async def _no_look(_: LiveSlice) -> None:
+    pass
+
+
 def _in_front(path: str, others: str) -> str:
     return os.pathsep.join([path, *(other for other in others.split(os.pathsep) if other and other != path)])
 
 
-def _must_hold(live: LiveSlice, wanted: Slice) -> None:
-    """Raise Conflict where a slice uses more memory than `wanted` would leave it."""
-    for part, used_bytes in zip(wanted.devices, live.memory_by_device(), strict=True):
-        if used_bytes > part.memory_bytes:
+def _must_hold(live: LiveSlice, before: Slice, wanted: Slice) -> None:
+    """Raise Conflict where a slice uses more memory than `wanted` would leave it; what it may not have anyway is not taken from it."""
+    for part, now, used_bytes in zip(wanted.devices, before.devices, live.memory_by_device(), strict=True):
+        if part.memory_bytes < now.memory_bytes and used_bytes > part.memory_bytes:
             used, left = format_memory(used_bytes), format_memory(part.memory_bytes)
             raise Conflict(f"Slice {live.id} uses {used} of GPU {part.index}: it cannot be left {left}.")

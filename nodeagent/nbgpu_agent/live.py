@@ -76,6 +76,8 @@ class LiveSlice:
         """Its owner may move its kernels' memory to the host."""
         self.one_comes_back = asyncio.Lock()
         """Held while it is looked at whether there is room for a kernel to come back: two at once would refuse each other."""
+        self.limits_at = 0.0
+        """When other limits came in force, CLOCK_MONOTONIC seconds: what was seen before says nothing of what it holds now."""
         self.coming_back: set[str] = set()
         """Kernels on the host that count already, while it is looked at whether there is room for them."""
         self.on_gathered: Callable[[], None] = lambda: None
@@ -250,6 +252,10 @@ class LiveSlice:
         """Return whether exactly this process is known to belong to the slice, by such signs."""
         return self.has_member(process.pid) and self._known.get(process.pid, process) == process
 
+    def knows(self, process: Process) -> bool:
+        """Return whether exactly this process was learnt to descend from the slice's, whatever has become of those."""
+        return self._known.get(process.pid) == process
+
     def learn_descendants(self) -> None:
         """Without a cgroup: remember who descends from the members now, for when those in between are gone."""
         if self.record.cgroup is None and (self._known or self.record.roots):
@@ -375,6 +381,11 @@ class LiveSlice:
         """Return whether the memory of a slot's process is on the host, and counts nothing."""
         words = self.ctl.words
         return bool(words.kernels_away) and words.away[row.slot] == row.owner
+
+    def coming_bytes(self, index: int) -> int:
+        """Return what may be on its `index`-th device again, of kernels whose memory is on its way to the host or back."""
+        moving = (one for name, one in self.record.kernels_away.items() if one.phase != "parked" or name in self.coming_back)
+        return sum(one.device_bytes[index] for one in moving)
 
     def away(self, row: UseRow) -> bool:
         """Return whether it is there, or on its way there or back."""

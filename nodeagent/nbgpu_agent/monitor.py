@@ -33,6 +33,7 @@ TICK_SECONDS = 1.0
 REFUSALS_SECONDS = 0.25
 CONFIRM_SECONDS = 0.25
 """What one sample shows for the first time is looked at again so soon: told within two seconds, and not by mistake."""
+LOOK_AGAIN_SECONDS = 1.0
 LOOKS_BETWEEN = 3
 """So many before the next second's."""
 DESCENDANTS_TICKS = 2
@@ -81,6 +82,8 @@ class SliceMemory:
     """By device: what offences are judged by."""
     seen_bytes: dict[str, int] = field(default_factory=dict[str, int])
     """By device: what NVML saw of its processes at the last look that it answered; missing until it has."""
+    seen_at: dict[str, float] = field(default_factory=dict[str, float])
+    """When that look began, CLOCK_MONOTONIC seconds."""
     calm: dict[str, Look] = field(default_factory=dict[str, Look])
     """By device: the last look, where it found nothing to do and nothing computes; the same look finds the same."""
     happened: Happened = field(default_factory=Happened)
@@ -98,6 +101,8 @@ class Monitor:
         self._responses = Responses(agent, self._find_slice)
         self._offences: list[Offence] = []
         """Of the last look."""
+        self._sampled_at = 0.0
+        """When it began, CLOCK_MONOTONIC seconds."""
         self._blames = False
         """Whether offences were to be looked for in it."""
         self._memory: dict[str, SliceMemory] = {}
@@ -110,6 +115,7 @@ class Monitor:
         self.samples: dict[str, DeviceSample] = {}
         agent.last_look = self._last_look
         agent.seen_bytes = self._seen_bytes
+        agent.look_again = self._look_again
         agent.checkpoints.room = self._room
 
     async def run(self) -> None:
@@ -142,8 +148,7 @@ class Monitor:
         agent = self._agent
         if self._ticks == 1:
             self._inherited = set(agent.slices)
-        loop = asyncio.get_running_loop()
-        self.samples = await loop.run_in_executor(self._pool, self._sample)
+        await self._take_samples()
         wall = time.time()
         rows_of: dict[str, list[UseRow]] = {}
         for live in list(agent.slices.values()):
@@ -159,7 +164,7 @@ class Monitor:
         while looks and (self._confirmed.waits() or self._responses.waits()):
             looks -= 1
             await asyncio.sleep(CONFIRM_SECONDS)
-            self.samples = await loop.run_in_executor(self._pool, self._sample)
+            await self._take_samples()
             rows_of = {live.id: agent.reap(live) for live in list(agent.slices.values())}
             for finding in self._confirmed.pass_again(self._judge(rows_of)):
                 self._report(finding)
@@ -171,12 +176,39 @@ class Monitor:
         for gone in self._memory.keys() - agent.slices.keys():
             del self._memory[gone]
 
+    async def _take_samples(self) -> None:
+        began = time.monotonic()
+        self.samples = await asyncio.get_running_loop().run_in_executor(self._pool, self._sample)
+        self._sampled_at = began
+
     def _sample(self) -> dict[str, DeviceSample]:
         return {uuid: self._nvml.sample(uuid) for uuid in list(self._agent.devices)}
 
     def _seen_bytes(self, live: LiveSlice) -> dict[str, int]:
         remembered = self._memory.get(live.id)
-        return remembered.seen_bytes if remembered is not None else {}
+        seen = remembered.seen_bytes.items() if remembered is not None else ()
+        return {uuid: size for uuid, size in seen if remembered is not None and remembered.seen_at[uuid] > live.limits_at}
+
+    async def _look_again(self, live: LiveSlice) -> None:
+        """Ask the driver at once what a slice holds: who made it smaller is told. Where it takes its time the next look will do."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            for uuid in [part.uuid for part in live.limits.devices if part.uuid in self._agent.devices]:
+                began = time.monotonic()
+                asked = asyncio.get_running_loop().run_in_executor(self._pool, self._nvml.held, uuid)
+                found = await asyncio.wait_for(asked, LOOK_AGAIN_SECONDS)
+                if found is not None and self._agent.slices.get(live.id) is live:
+                    own = live.tenant.holding()
+                    mine = [size for pid, size in found.items() if pid in own or self._is_of(live, pid)]
+                    self._saw(live, uuid, sum(mine), began)
+
+    def _is_of(self, live: LiveSlice, pid: int) -> bool:
+        process = find(pid)
+        return process is not None and self._slice_of(process) == live.id
+
+    def _saw(self, live: LiveSlice, uuid: str, seen_bytes: int, began: float) -> None:
+        remembered = self._memory.setdefault(live.id, SliceMemory())
+        if began >= remembered.seen_at.get(uuid, 0.0):
+            remembered.seen_bytes[uuid], remembered.seen_at[uuid] = seen_bytes, began
 
     async def _room(self, uuid: str, pids: Collection[int]) -> tuple[int, int] | None:
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._nvml.room, uuid, pids)
@@ -295,7 +327,7 @@ class Monitor:
         remembered = self._memory.setdefault(live.id, SliceMemory())
         seen_bytes = sum(memory.values())
         if sample.error is None:
-            remembered.seen_bytes[part.uuid] = seen_bytes
+            self._saw(live, part.uuid, seen_bytes, self._sampled_at)
         if not compute and remembered.calm.get(part.uuid) == look and not any(row.busy_since for row in rows):
             return []
         found = overheads(slots, memory, cap)
@@ -385,7 +417,8 @@ class Monitor:
             if owner is not None:
                 return owner
             pid = parent(pid)
-        return None
+        # of slices in slices the inner one is the later one
+        return next((live.id for live in reversed(list(slices.values())) if live.knows(process)), None)
 
     def _report(self, finding: Finding) -> None:
         agent = self._agent

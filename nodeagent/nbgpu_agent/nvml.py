@@ -171,6 +171,13 @@ class Nvml:
         except nvml.NVMLError as error:
             return DeviceSample(error=str(error))
 
+    def held(self, uuid: str) -> dict[int, int] | None:
+        """Return what processes hold of a device, bytes by pid; None when the driver does not answer."""
+        try:
+            return dict(self._lists.processes(self._handles[uuid]))
+        except self._nvml.NVMLError:
+            return None
+
     def room(self, uuid: str, pids: Collection[int]) -> tuple[int, int] | None:
         """Return (free bytes of a device, bytes that some processes hold there); None when the driver does not answer."""
         nvml, handle = self._nvml, self._handles[uuid]

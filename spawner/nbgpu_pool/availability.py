@@ -49,7 +49,7 @@ class _Looker:
         self.walk = core.walk(now)
         for entry in core.books.waiting():
             if entry is not leaves:
-                self.walk.barred.update(entry.earmark)
+                self.walk.bar_for(entry)
 
     def look(self, shape: Shape) -> Availability:
         try:

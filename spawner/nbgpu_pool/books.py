@@ -105,6 +105,8 @@ class Entry:
     """Since when a parked slice wants to come back."""
     parking: bool = False
     """The ledger is parking it."""
+    parking_until: float = 0.0
+    """From then on nobody counts on it any more."""
     used_bytes: int | None = None
     """GPU memory that it uses in all; None: the ledger does not tell."""
     taken_back: bool = False
@@ -397,6 +399,7 @@ class Books:
             self._book(entry, -1)
         for other in entry.passed:  # to ask and give back again and again must make nobody wait
             other.overtaken -= 1
+            other.passed_from = other.passed_from if other.overtaken else None
         entry.passed = []
         if state == GrantState.queued:
             self.waiting()  # forgets that it was among them once

@@ -39,7 +39,7 @@ class Fair:
             found = self._arranged(waiting)
             self._known = self._books.changes, numbers, found
         # whom others were served before although it was their turn, often or long enough: they wait no longer for anybody
-        return sorted(found, key=lambda one: not one.protected)
+        return sorted(found, key=lambda one: not one.protected or bool(one.holder))
 
     def _arranged(self, waiting: list[Entry]) -> list[Entry]:
         """Play it out: as if each were granted what it asks for at least."""

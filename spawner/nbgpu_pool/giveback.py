@@ -7,7 +7,8 @@ do not use, idle servers are asked back with notice, then busy ones with theirs.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from .books import Books, Entry
 from .placement import Place, Policy, Room, place
 from .quotas import Quotas, Tally, concerns
 from .resize import grows, must_fit
-from .shapes import Part, resolve
+from .shapes import Part, Want, resolve
 
 STEPS = 4
 """In how many steps a slice is made smaller, down to `GiveBack.least_milli`: several give a little before one gives much."""
@@ -57,6 +58,10 @@ class Ask(NamedTuple):
     idle: bool = False
     claimant: str = ""
     """Id of the request that waits for it."""
+    used_again: bool = False
+    """It has had the notice of a busy one: it has that once."""
+    since: float = 0.0
+    """When something was asked back first for the one who waits."""
 
     @property
     def needs(self) -> str:
@@ -125,12 +130,13 @@ class _Gain(NamedTuple):
     @property
     def target(self) -> Slice:
         """Return its new limits."""
-        assert self.entry.slice is not None
+        now = _limits(self.entry)
+        assert now is not None
         devices = [
             part.model_copy(update=_less(Part(part.memory_bytes, part.compute_milli), less)._asdict())
-            for part, (_, less) in zip(self.entry.slice.devices, self.parts, strict=True)
+            for part, (_, less) in zip(now.devices, self.parts, strict=True)
         ]
-        return self.entry.slice.model_copy(update={"devices": devices})
+        return now.model_copy(update={"devices": devices})
 
 
 def what_matters(books: Books, quotas: Quotas) -> tuple[object, ...]:
@@ -168,11 +174,12 @@ def plan(
     if not line:
         return found
     tally = Tally(quotas, books.granted_by(frozenset(quotas.groups)))
-    claims = list(_claims(line, lent, tally, books))[:MOST_CLAIMANTS]
+    unmet = {account: tally.unmet_milli(*account) for account in lent}
+    claims = _some(list(_claims(line, unmet, books)), {ask.claimant for ask in asked.values()})
     if not claims:
         return found
     rooms = {room.device.uuid: replace(room) for room in books.ordered_rooms()}
-    _give(rooms, _on_its_way_back(books))
+    _give(rooms, _on_its_way_back(books, now))
     stages = [list(stage) for stage in _stages(books, quotas, policy, asked, tally, least_bytes, now)]
     offered = _most(stages)
     milder = _most(stages[:-1]) if policy.busy_notice_seconds is not None else {}
@@ -185,17 +192,27 @@ def plan(
     given = {key: ask.claimant for key, ask in asked.items() if ask.claimant in waits and key in offered and offered[key].whole}
     for claim in claims:
         entry = claim.entry
-        barred = {uuid for one in line if one is not entry for uuid in one.earmark} | books.kept() | books.closed(entry)
+        # what is kept for who has waited long is kept from those alone who claim nothing
+        barred = {uuid for one in claims if one.entry is not entry for uuid in one.entry.earmark} | books.kept() | books.closed(entry)
 
-        def find(want: Entry = entry, barred: set[str] = barred, of: dict[str, Room] = rooms) -> Place | None:
-            return place(list(of.values()), want.want, barred=barred, policy=placing)
+        cap = tally.cap(entry.request.owner, entry.request.groups, entry.want.device_count)
 
-        mine, gains, spot = entry.slice_id, list[_Gain](), find()
+        def find(want: Want = entry.want, barred: set[str] = barred, cap: Part | None = cap, of: dict[str, Room] = rooms) -> Place | None:
+            return place(list(of.values()), want, barred=barred, cap=cap, policy=placing)
+
+        mine, gains = entry.slice_id, list[_Gain]()
         own = [offered[one] for one, whose in given.items() if whose == mine]
         given = {one: whose for one, whose in given.items() if whose != mine}
+        claim = next(_claims([entry], unmet, books), None)
+        if claim is None:  # those before have what is left of it
+            continue
+        spot = find()
         if spot is None:
             may_take = not spent & {claim.holder, claim.user}
             instead = [gain for gain in milder.values() if gain.slice_id not in given] if may_take else []
+            since = min((asked[one.slice_id].since for one in own), default=now)
+            if now - since >= (policy.busy_notice_seconds or 0.0):
+                instead = []  # two who take turns at being idle would have notice anew for ever
             gains = _still_needed(rooms, find, own, instead, policy, now)
             if not gains and may_take and find(of=most) is not None:
                 gains = _needed(rooms, find, [[gain for gain in stage if gain.slice_id not in given] for stage in stages])
@@ -209,6 +226,8 @@ def plan(
         if gains:
             found.claims.append(claim)
             spot = find()
+        if spot is not None:  # who cannot be helped uses up nothing of what is guaranteed
+            unmet[claim.kind, claim.name] -= _counted(entry, books)
         for room, part in spot or ():
             room.take(part)
             most[room.device.uuid].take(part)
@@ -216,14 +235,16 @@ def plan(
 
 
 def to_grow(books: Books, quotas: Quotas, shrunk: Iterable[Entry]) -> tuple[Entry, Slice] | None:
-    """Return which of the slices that were made smaller can have back what they were, and that; none while anybody waits."""
-    if books.waiting():
-        return None
+    """Return which of the slices that were made smaller can have back what they were, and that; none while anybody waits for room there."""
+    wants = {one.want for one in books.waiting() if not one.holder}
+    wanted = {uuid for want in wants for uuid in books.of_use(want)}
     for entry in shrunk:
         still = entry.state == GrantState.bound and entry.full is None and entry.wanted is None and entry.moving is None
         if entry.slice is None or entry.whole is None or entry.busy or entry.parking or not still:
             continue
         target = entry.slice.model_copy(update={"devices": entry.whole.devices})
+        if any(part.uuid in wanted for part in target.devices):
+            continue
         if not grows(entry.slice, target) or [part.uuid for part in entry.slice.devices] != [part.uuid for part in target.devices]:
             continue  # its node had refused to make it smaller, or it was moved
         try:
@@ -260,28 +281,47 @@ def _holders(entry: Entry, lent: Sequence[tuple[str, str]]) -> list[tuple[str, s
     return [(kind, name) for kind, name in lent if concerns(kind, name, entry.request.owner, entry.request.groups)]
 
 
-def _claims(line: Iterable[Entry], lent: Sequence[tuple[str, str]], tally: Tally, books: Books) -> Iterable[Claim]:
-    """Yield who waits for what a lent guarantee of theirs keeps."""
-    unmet = {account: tally.unmet_milli(*account) for account in lent}
+def _claims(line: Iterable[Entry], unmet: Mapping[tuple[str, str], int], books: Books) -> Iterator[Claim]:
+    """Yield who waits for what a lent guarantee of theirs keeps, by what is left of each."""
     for entry in line:
-        cost = books.cost(entry.want)
-        for account in _holders(entry, lent):
-            if cost is not None and cost.counted_milli <= unmet[account]:
-                unmet[account] -= cost.counted_milli
-                yield Claim(entry, *account)
-                break
+        account = next((one for one in _holders(entry, list(unmet)) if _counted(entry, books) <= unmet[one]), None)
+        if account is not None:
+            yield Claim(entry, *account)
 
 
-def _on_its_way_back(books: Books) -> list[tuple[str, Part]]:
-    """Return what is coming back anyway: what is asked of the ledger, and shrinks and parkings under way."""
+def _counted(entry: Entry, books: Books) -> int:
+    """Return the least that a request counts, milli-GPU; more than any guarantee where nothing here could hold it."""
+    cost = books.cost(entry.want)
+    return 2**62 if cost is None else cost.counted_milli
+
+
+def _some(claims: list[Claim], asking: Set[str]) -> list[Claim]:
+    """Return those who are looked at, in their order: who has asks open, then all guarantees in turn, and of each its users in turn."""
+    if len(claims) <= MOST_CLAIMANTS:
+        return claims
+    of_user, of_holder = Counter[tuple[str, ...]](), Counter[tuple[str, ...]]()
+    by_user: list[tuple[int, int, Claim]] = []
+    for number, claim in enumerate(claims):
+        by_user.append((of_user[claim.user], number, claim))
+        of_user[claim.user] += 1
+    turns: list[tuple[bool, int, int, Claim]] = []
+    for _, number, claim in sorted(by_user, key=lambda one: one[:2]):
+        turns.append((claim.entry.slice_id not in asking, of_holder[claim.holder], number, claim))
+        of_holder[claim.holder] += 1
+    chosen = sorted(turns, key=lambda one: one[:3])[:MOST_CLAIMANTS]
+    return [claim for _, _, _, claim in sorted(chosen, key=lambda one: one[2])]
+
+
+def _on_its_way_back(books: Books, now: float) -> list[tuple[str, Part]]:
+    """Return what is coming back anyway: what is asked of the ledger, and shrinks and parkings under way, unless they take long."""
     parts: list[tuple[str, Part]] = []
     for entry in books.entries.values():
-        if entry.state == GrantState.releasing or entry.parking:
+        if entry.state == GrantState.releasing or (entry.parking and now < entry.parking_until):
             parts += entry.parts()
         elif entry.wanted is not None and entry.holds:
             for (uuid, part), (_, left) in zip(entry.own_parts(), _left(entry), strict=True):
                 if entry.keeps:  # what is used comes when its programs let go of it, if ever: nobody is left to wait for that
-                    used = part.memory_bytes if entry.used_bytes is None else entry.used_bytes
+                    used = part.memory_bytes if entry.used_bytes is None or now >= entry.wanted_until else entry.used_bytes
                     left = Part(max(left.memory_bytes, used), left.compute_milli)
                 parts.append((uuid, _less(part, left)))
     return parts
@@ -297,7 +337,7 @@ def _stages(
     books: Books, quotas: Quotas, policy: GiveBack, asked: dict[str, Ask], tally: Tally, least_bytes: int, now: float
 ) -> Iterable[list[_Gain]]:
     """Yield, mildest first, what can be taken from those who hold more than is theirs."""
-    lent = [one for one in books.entries.values() if _borrows(one, books, quotas, tally)]
+    lent = [one for one in books.entries.values() if _borrows(one, books, quotas, tally, now)]
     calm = sorted(lent, key=lambda one: (one.unused_from is None, one.unused_from or 0.0, -one.number))
     if policy.shrink:
         for step in range(1, STEPS + 1):
@@ -320,9 +360,10 @@ def _idle_for(entry: Entry, now: float) -> float:
     return -1.0 if entry.unused_from is None else now - entry.unused_from
 
 
-def _borrows(entry: Entry, books: Books, quotas: Quotas, tally: Tally) -> bool:
+def _borrows(entry: Entry, books: Books, quotas: Quotas, tally: Tally, now: float) -> bool:
     """Return whether all that a slice holds is beyond the guarantees of its owner and their groups."""
-    if entry.state != GrantState.bound or entry.slice is None or entry.full is not None or entry.moving is not None or entry.parking:
+    parking = entry.parking and now < entry.parking_until
+    if entry.state != GrantState.bound or entry.slice is None or entry.full is not None or entry.moving is not None or parking:
         return False
     milli = books.amount(entry.own_parts()).counted_milli
     owner, groups = entry.request.owner, {*entry.request.groups, *entry.slice.groups}
@@ -332,24 +373,32 @@ def _borrows(entry: Entry, books: Books, quotas: Quotas, tally: Tally) -> bool:
     return all(tally.unmet_milli(*one) + milli <= 0 for one in guaranteed)
 
 
+def _limits(entry: Entry) -> Slice | None:
+    """Return the limits that are in force; None: others are under way."""
+    if entry.keeps and entry.wanted_acked:
+        return entry.wanted
+    return entry.slice if entry.wanted is None else None
+
+
 def _smaller(entry: Entry, books: Books, keep_milli: int, least_bytes: int, now: float) -> _Gain | None:
     """Return what a burst slice gives that keeps `keep_milli` of what it was granted, all that it uses, and what a program needs."""
-    if entry.slice is None or entry.slice.mode != "burst" or entry.adopted or entry.busy or entry.wanted is not None:
+    limits = _limits(entry)
+    if limits is None or limits.mode != "burst" or entry.adopted or entry.busy:
         return None
     if now < entry.spared_until:
         return None
-    devices = {part.uuid: books.devices.get(part.uuid) for part in entry.slice.devices}
+    devices = {part.uuid: books.devices.get(part.uuid) for part in limits.devices}
     if any(device is None for device in devices.values()):
         return None
     gained = list[tuple[str, Part]]()
-    for part in entry.slice.devices:
+    for part in limits.devices:
         device = devices[part.uuid]
         granted = resolve(entry.want, device) if device is not None else None
         if granted is None:
             return None
         compute = min(part.compute_milli, max(1, granted.compute_milli * keep_milli // 1000))
         memory = part.memory_bytes
-        if entry.used_bytes is not None:
+        if entry.used_bytes is not None and not entry.keeps:  # what it holds above its limit is its own until it is free
             keep = max(granted.memory_bytes * keep_milli // 1000, int(entry.used_bytes * SPARE), least_bytes, MIB)
             memory = min(memory, keep // MIB * MIB)
         gained.append((part.uuid, Part(part.memory_bytes - memory, part.compute_milli - compute)))
@@ -425,11 +474,14 @@ def _ask(entry: Entry, policy: GiveBack, asked: dict[str, Ask], claim: Claim, no
     idle = _is_idle(entry, policy, now)
     notice = policy.notice_seconds if idle else policy.busy_notice_seconds or 0.0
     before = asked.get(entry.slice_id)
-    due = now + notice
-    if before is not None:  # one that is used again has the other notice; what was promised is never cut short
-        due = before.due if before.idle == idle else max(due, before.due)
+    due, used_again = now + notice, not idle
+    if before is not None:  # what was promised is never cut short, and one that is used again has more time once
+        used_again = before.used_again or not idle
+        due = max(due, before.due) if used_again and not before.used_again else before.due
     why = f"it uses what is guaranteed to {claim.whose} and was lent"
-    return Ask(entry.slice_id, entry.request.owner, "guarantee", due, why, idle, claim.entry.slice_id)
+    claimant = claim.entry.slice_id
+    since = min((one.since for one in asked.values() if one.claimant == claimant), default=now)
+    return Ask(entry.slice_id, entry.request.owner, "guarantee", due, why, idle, claimant, used_again, since)
 
 
 def _less(one: Part, other: Part) -> Part:

@@ -32,6 +32,8 @@ SPARED_SECONDS = 600.0
 """For so long nothing more is taken back from a slice whose node has refused that."""
 GROW_SECONDS, GROW_PAUSE_SECONDS = 600.0, 60.0
 """For so long nothing has been made smaller before a slice grows back; and the time from one that does to the next."""
+PARK_SECONDS = 120.0
+"""So long others wait for a slice that is being parked: its user's processes may hold that up."""
 PLAN_SECONDS = 5.0
 """How often it is planned what to take back although nothing has changed but the time."""
 SESSION_NOTICE_SECONDS = 600.0
@@ -274,7 +276,8 @@ class Held(ABC):
 
     def _park_for_others(self, now: float) -> None:
         """Have idle slices parked for those who wait; one who waits at a time."""
-        self._parking &= self.books.entries.keys()
+        held = self.books.entries
+        self._parking = {one for one in self._parking if one in held and now < held[one].parking_until}
         if not self._parking:
             self.parking_for = ""
         if self.settings.idle.after_seconds is None or self._parking:
@@ -285,7 +288,7 @@ class Held(ABC):
         self.parking_for = found[0].slice_id
         self._changed()
         for entry in found[1]:
-            entry.parking = True
+            entry.parking, entry.parking_until = True, now + PARK_SECONDS
             self._parking.add(entry.slice_id)
             self._effects.parks.append(entry.slice_id)
 
@@ -318,7 +321,7 @@ class Held(ABC):
         for entry, target, taken, claim in found.shrinks:
             share = format_gpus(sum(one.compute_milli for one in target.devices))
             note = f"The slice was made smaller, {share} is left: it was lent, and {claim.whose} needs what is guaranteed to them."
-            entry.whole = entry.whole or entry.slice
+            entry.whole = entry.whole or entry.wanted or entry.slice
             self._shrunk[entry.slice_id] = None
             self._taken.setdefault(claim.entry.slice_id, []).append((entry.slice_id, taken))
             self._grow_from = now + GROW_SECONDS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from .giveback import Claim
 
 LEFT_SECONDS = 600.0
@@ -11,18 +13,21 @@ MOST_OF_USER, MOST_OF_HOLDER = 2, 10
 
 
 class Left:
-    """When claims left, by whose they were. What is remembered is bounded by `MOST_OF_HOLDER` and those who wait."""
+    """When claims left, by user (`Claim.user`). What is remembered is bounded by `MOST_OF_HOLDER` and those who wait."""
 
     def __init__(self) -> None:
         self._when: dict[tuple[str, ...], list[float]] = {}
 
     def note(self, claim: Claim, now: float) -> None:
         """A claim left before a server ran."""
-        for whose in (claim.holder, claim.user):
-            self._when.setdefault(whose, []).append(now)
+        self._when.setdefault(claim.user, []).append(now)
 
     def spent(self, now: float) -> frozenset[tuple[str, ...]]:
         """Return for whom nothing is taken now: holders, and users of them (`Claim`)."""
-        recent = {whose: [at for at in when if now - at < LEFT_SECONDS] for whose, when in self._when.items()} if self._when else {}
-        self._when = {whose: when for whose, when in recent.items() if when}
-        return frozenset(one for one, when in self._when.items() if len(when) >= (MOST_OF_HOLDER if len(one) == 2 else MOST_OF_USER))
+        recent = {user: [at for at in when if now - at < LEFT_SECONDS] for user, when in self._when.items()} if self._when else {}
+        self._when = {user: when for user, when in recent.items() if when}
+        counted = Counter[tuple[str, ...]]()
+        for (kind, name, *_), when in self._when.items():
+            counted[kind, name] += min(len(when), MOST_OF_USER)  # of one who had many taken for them at a time no more count
+        holders = {holder for holder, count in counted.items() if count >= MOST_OF_HOLDER}
+        return frozenset(holders | {user for user, when in self._when.items() if len(when) >= MOST_OF_USER})

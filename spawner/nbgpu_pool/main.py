@@ -21,7 +21,7 @@ from fastapi import FastAPI
 from nbgpu import alive, logs
 from nbgpu.errors import NbgpuError
 from nbgpu.http import PatientProtocol
-from nbgpu.paths import AGENT_SOCKET, POOL_SOCKET, runtime_dir
+from nbgpu.paths import AGENT_SOCKET, POOL_SOCKET, made, runtime_dir
 
 from .api import create_app
 from .auth import Guard
@@ -76,7 +76,7 @@ def run(options: Options) -> int:
         if options.listen and not config.tokens:
             raise ConfigError("--listen needs tokens: name at least one under `tokens` in the configuration.")
         address = _address(options.listen) if options.listen else None
-        place.mkdir(mode=0o755, parents=True, exist_ok=True)
+        made(place)
         lock = InstanceLock(place / LOCK_FILE)
         ended = lock.acquire(takeover=options.takeover)
         if ended:

@@ -5,6 +5,9 @@ From then on it is *protected*: the devices on which least must be freed for it 
 Sessions on them end, nothing new begins, so it gets in; the rest of the pool goes on serving others. Where those sessions are long ones
 that does not bound how often it is passed: when that was `Fairness.most` times, nobody who came later gets any device that it could use.
 
+Neither keeps anything from one whose own guarantee covers what they ask for, unless the one that is protected has such a right too. And
+nothing is kept for a request for more than the guarantees of others leave of the pool: it would never have it.
+
 A request is passed when a later one of another user is granted a device that it could use; one that is given back before a server ran in
 it has passed nobody. Who waits for a quota is passed by nobody. A running server that grows passes those who wait too, each of them once:
 else two users, one of whom waits, could have that one protected by growing and shrinking again and again.
@@ -45,7 +48,8 @@ class Fairness:
 
     def protects(self, entry: Entry, now: float) -> bool:
         """Whether nobody may take `entry`'s room any more."""
-        since = entry.passed_from if self.fair else entry.enqueued
+        # who waits for a quota is passed by nobody, and keeps from nobody but those whose quota it is
+        since = entry.passed_from if self.fair and not entry.holder else entry.enqueued
         return entry.overtaken >= self.overtake_count or (since is not None and now - since >= self.overtake_seconds)
 
 
@@ -84,12 +88,15 @@ class Pass:
         self.kept = kept
         self.rooms, self.coming = books.ordered_rooms(), books.coming_rooms()
         self.barred: set[str] = set()
+        self.firm: set[str] = set()
+        """Those of them that are kept from guarantees too: for one who waits for theirs."""
         self.protected = 0
         self.kept_milli = 0
         self.waiting: list[Entry] = []
+        self._whole_milli = 0
         self._closed: set[Want] = set()
         """Of those for whom all that they could use is kept."""
-        self._misfits: set[tuple[Want, Part | None, int, frozenset[str]]] = set()
+        self._misfits: set[tuple[Want, Part | None, int, frozenset[str], bool]] = set()
         self.tally = Tally(quotas, books.granted_by(frozenset(quotas.groups)) if quotas.any() else {})
         if quotas.lent:
             self.tally.call(books.asking())
@@ -113,7 +120,7 @@ class Pass:
 
     def _known_misfit(self, entry: Entry) -> bool:
         """Return what `find` has found for another of its kind; for a queue of thousands without quotas and windows."""
-        key = entry.want, None, len(self.barred) + len(self.kept), frozenset[str]()
+        key = entry.want, None, len(self.barred) + len(self.kept), frozenset[str](), False
         known = not entry.earmark and key in self._misfits
         if known:
             entry.kept = ""
@@ -130,24 +137,18 @@ class Pass:
             entry.holder = words
             return None
         closed = self.books.closed(entry)
-        taken = self.kept | closed
-        barred = (self.barred - set(entry.earmark)) | taken if entry.earmark or taken else self.barred
-        key = entry.want, cap, len(self.barred) + len(self.kept), closed
-        if not entry.earmark and key in self._misfits:
-            return None
-        found = None
-        if self.books.may_fit(entry.want):
-            found = self._preferred(entry, barred, cap) or self._place(entry.want, barred, cap)
+        found = self._search(entry, cap, closed, self.barred)
+        if found is None and len(self.firm) < len(self.barred) and self._covered(entry):
+            found = self._search(entry, cap, closed, self.firm)
+            if found is not None and not self.tally.covers(owner, groups, self._amount(found).counted_milli):
+                found = None  # there it counts more
         if found is None:
-            if not entry.earmark:
-                self._misfits.add(key)
-                if cap is None and self.books.may_fit(entry.want) and (not barred or self._place(entry.want, frozenset(), None) is None):
-                    self.books.misfits(entry.want)
             return None
         if found[0][0].coming:
             return found
         asked = self._amount(found)
-        kept = self.tally.kept_milli(owner, groups, asked.counted_milli) + self.kept_milli
+        covered = self.tally.covers(owner, groups, asked.counted_milli)
+        kept = 0 if covered else self.tally.kept_milli(owner, groups, asked.counted_milli) + self.kept_milli
         # what is closed to this one is free for others, and no use to it
         closed_milli = sum(free_of(self.books.rooms[uuid]) for uuid in closed if uuid in self.books.rooms)
         free_milli = self.books.free_milli - closed_milli
@@ -155,6 +156,27 @@ class Pass:
             entry.kept = f"{format_gpus(max(0, free_milli))} is free in all, of which {format_gpus(kept)} is kept for {KEPT_FOR}"
             entry.kept += f"; {words_of(asked)}" if asked.by_memory else ""
             return None
+        return found
+
+    def _covered(self, entry: Entry) -> bool:
+        """Return whether a guarantee of its owner's covers the least that a request takes."""
+        cost = self.books.cost(entry.want) if self.quotas.guaranteed else None
+        return cost is not None and self.tally.covers(entry.request.owner, entry.request.groups, cost.counted_milli)
+
+    def _search(self, entry: Entry, cap: Part | None, closed: frozenset[str], keeps: set[str]) -> Place | None:
+        """Return where there is room for `entry` beside what is kept for others: `barred`, or `firm`."""
+        taken = self.kept | closed
+        barred = (keeps - set(entry.earmark)) | taken if entry.earmark or taken else keeps
+        key = entry.want, cap, len(keeps) + len(self.kept), closed, keeps is self.firm
+        if not entry.earmark and key in self._misfits:
+            return None
+        found = None
+        if self.books.may_fit(entry.want):
+            found = self._preferred(entry, barred, cap) or self._place(entry.want, barred, cap)
+        if found is None and not entry.earmark:
+            self._misfits.add(key)
+            if cap is None and self.books.may_fit(entry.want) and (not barred or self._place(entry.want, frozenset(), None) is None):
+                self.books.misfits(entry.want)
         return found
 
     def _amount(self, found: Place) -> Amount:
@@ -180,6 +202,12 @@ class Pass:
         own, last = windows.own(entry), windows.last(entry)
         found = self._here(entry.want, barred | (self.books.rooms.keys() - own), cap) if own else None
         return found or (self._here(entry.want, barred | last, cap) if last else None)
+
+    def bar_for(self, entry: Entry) -> None:
+        """Keep its devices from others, those of one who waits for their own also from those who do."""
+        self.barred.update(entry.earmark)
+        if entry.earmark and self._covered(entry):
+            self.firm.update(entry.earmark)
 
     def would_fit(self, want: Want, uuids: Set[str]) -> bool:
         """Return whether there is room on these devices, whoever they are kept for."""
@@ -231,8 +259,11 @@ class Pass:
         """Keep the room of one that waits, when it is protected: again where it was passed once too often in this very walk."""
         if not self.fairness.protects(entry, now):
             return
-        anew, entry.protected = not entry.protected, True
         cost = self.books.cost(entry.want)
+        if cost is not None and self._never(entry, cost):
+            entry.earmark = ()
+            return
+        anew, entry.protected = not entry.protected, True
         if entry.holder:
             if cost is not None:
                 self.tally.reserve(entry.request.owner, self.quotas.counted(entry.request.groups), cost)
@@ -246,12 +277,21 @@ class Pass:
             entry.earmark = ()
             return
         elif not entry.earmark or not self._healthy(entry.earmark) or (others | closed).intersection(entry.earmark):
-            entry.earmark = nearest(self.rooms, entry.want, barred=others | closed)
+            cap = self.tally.cap(entry.request.owner, entry.request.groups, entry.want.device_count)
+            entry.earmark = nearest(self.rooms, entry.want, barred=others | closed, cap=cap)
         self.protected += anew
-        self.barred.update(entry.earmark)
+        self.bar_for(entry)
         if anew and cost is not None and self.books.may_fit(entry.want) and self._fits(entry, closed):
             # It fits, but for others' guarantees: what comes free adds up for it instead of going to smaller ones.
             self.kept_milli += min(cost.counted_milli, WHOLE_MILLI * len(self.rooms))
+
+    def _never(self, entry: Entry, cost: Amount) -> bool:
+        """Return whether a request is for more than the guarantees of others ever leave of the pool."""
+        kept = self.quotas.never_free_milli(entry.request.owner, entry.request.groups)
+        if not kept:
+            return False
+        self._whole_milli = self._whole_milli or self.books.whole()[0]
+        return self._whole_milli - kept < cost.counted_milli and not self._covered(entry)
 
     def _fits(self, entry: Entry, closed: Set[str]) -> bool:
         return self.books.fitting(entry.want, (self.barred - set(entry.earmark)) | closed, None, self.policy) is not None

@@ -51,8 +51,18 @@ class Quotas:
     @cached_property
     def lent(self) -> list[tuple[str, str]]:
         """Return the guarantees that others may use: kind (``group`` or ``user``) and name."""
+        return [(kind, name) for kind, name, limits in self.guaranteed if limits.lend]
+
+    @cached_property
+    def guaranteed(self) -> list[tuple[str, str, Limits]]:
+        """Return all guarantees: kind (``group`` or ``user``), name and limits."""
         kinds = (("group", self.groups), ("user", self.users))
-        return [(kind, name) for kind, of in kinds for name, limits in of.items() if limits.lend and limits.guarantee_milli]
+        return [(kind, name, limits) for kind, of in kinds for name, limits in of.items() if limits.guarantee_milli]
+
+    def never_free_milli(self, owner: Owner, groups: Sequence[str]) -> int:
+        """Return how much of a pool is always held by others whom it is guaranteed to, or kept for them."""
+        others = (one for kind, name, one in self.guaranteed if not one.lend and not concerns(kind, name, owner, groups))
+        return sum(limits.guarantee_milli for limits in others)
 
     def counted(self, groups: Sequence[str]) -> list[str]:
         """Return those of `groups` that have a quota."""
@@ -236,22 +246,27 @@ class Tally:
                 left_milli, left_bytes, why = min(milli, left_milli), min(memory, left_bytes), f"{words} ({_used(limit, held)})"
         return (None, "") if not why else (Part(left_bytes, left_milli), why)
 
+    def cap(self, owner: Owner, groups: Sequence[str], device_count: int) -> Part | None:
+        """Return what `owner` may still take of each of so many devices; None: there is no limit."""
+        left, _ = self.left(owner, groups)
+        return None if left is None else Part(left.memory_bytes // device_count, left.compute_milli // device_count)
+
+    def covers(self, owner: Owner, groups: Sequence[str], asked_milli: int) -> bool:
+        """Return whether what is left of a guarantee of theirs covers so much."""
+        mine = ((kind, name) for kind, name, _ in self.quotas.guaranteed if concerns(kind, name, owner, groups))
+        return any(self.unmet_milli(*one) >= asked_milli for one in mine)
+
     def kept_milli(self, owner: Owner, groups: Sequence[str], asked_milli: int) -> int:
         """Return how much of what is free is kept from `owner` for the guarantees of others.
 
         Nothing is kept from one whose own guarantee covers the request.
         """
+        if self.covers(owner, groups, asked_milli):
+            return 0
         kept = 0
-        for kind, limits_of in (("group", self.quotas.groups), ("user", self.quotas.users)):
-            for name, limits in limits_of.items():
-                if not limits.guarantee_milli:
-                    continue
-                unmet = self.unmet_milli(kind, name)
-                if concerns(kind, name, owner, groups):
-                    if unmet >= asked_milli:
-                        return 0
-                elif unmet > 0:
-                    kept += min(unmet, self.called.get((kind, name), 0)) if limits.lend else unmet
+        for kind, name, limits in self.quotas.guaranteed:
+            unmet = 0 if concerns(kind, name, owner, groups) else max(0, self.unmet_milli(kind, name))
+            kept += min(unmet, self.called.get((kind, name), 0)) if limits.lend else unmet
         return kept
 
     def _held_milli(self, kind: str, name: str) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from jupyterhub.spawner import LocalProcessSpawner, SimpleLocalProcessSpawner
 from traitlets import import_item
 
-from nbgpu.paths import POOL_SOCKET, runtime_dir, runtime_path
+from nbgpu.paths import POOL_SOCKET, made, runtime_dir, runtime_path
 
 from . import resize, z2jh
 from .handlers import HANDLERS
@@ -138,7 +138,7 @@ def services(
     agent_args: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Return the hub's services for one machine: the node agent, and the pool that speaks to it. Writes the pool's configuration."""
-    directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+    made(directory)
     # a hub that was killed leaves its services running: the new hub's take their place
     common = ["--runtime-dir", str(directory), "--takeover"]
     kept = [sys.executable, "-m", "nbgpu.keep", sys.executable, "-m"]

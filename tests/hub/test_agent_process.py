@@ -310,6 +310,8 @@ def test_only_memory_that_is_not_used_is_taken_back(agent: AgentProcess, tenant:
     forced = agent.client.call("PATCH", there, {"memory_bytes": 5 * GIB})  # the control: a user may, and is told
     assert forced["lowered"]["devices"][0]["memory_bytes"] == 5 * GIB
     assert forced["slice"]["devices"][0]["memory_bytes"] >= 6 * GIB, "and nobody else is given what they hold"
+    time_alone = agent.client.call("PATCH", there, {"memory_bytes": 5 * GIB, "compute_milli": 100, "only_unused": True})
+    assert time_alone["lowered"]["devices"][0]["compute_milli"] == 100, "what it may not have anyway is no reason to keep its time"
 
 
 def test_a_refusal_is_told_within_a_second_and_a_burst_once_a_second(agent: AgentProcess, tenant: Callable[..., Tenant]) -> None:

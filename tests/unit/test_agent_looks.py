@@ -39,6 +39,7 @@ class Judged:
 
     def __init__(self) -> None:
         self.id, self.owner = "s", "ada"
+        self.limits_at = -1.0
         part = SliceDevice(uuid="GPU-0", index=0, model="m", memory_bytes=4 * GIB, compute_milli=250)
         self.limits = SimpleNamespace(devices=[part], mode="strict")
         self.state = SlotState(owner=1, process=Process(7, 100))
@@ -170,6 +171,14 @@ def test_what_the_driver_does_not_say_is_not_seen_to_be_free(monkeypatch: pytest
     for _ in range(3):
         look({}, error="GPU is lost")
         assert seen() == {"GPU-0": TOLD[7]}, "as it was when it was looked at last"
+    live.limits_at = 5.0
+    assert seen() == {}, "before its limits changed"
+    look.monitor._sampled_at = 4.0  # pyright: ignore[reportPrivateUsage]
+    look(TOLD)
+    assert seen() == {}, "this look had begun before"
+    look.monitor._sampled_at = 6.0  # pyright: ignore[reportPrivateUsage]
+    look(TOLD)
+    assert seen() == {"GPU-0": TOLD[7]}
 
 
 def test_what_is_seen_of_a_slice_that_was_calm_without_the_driver_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,10 @@ import pytest
 from nbgpu.cli_doctor import Facts
 from nbgpu.cli_doctor_checks import books
 from nbgpu.models import AgentSlice, Device, KernelLimit, Node, Owner, Slice, SliceDevice
-from nbgpu.quantities import GIB
+from nbgpu.quantities import GIB, MIB
 from nbgpu_agent.agent import Agent
 from nbgpu_agent.books import Conflict, holding, kernel_limit_in
+from nbgpu_agent.live import LiveSlice
 from nbgpu_lab import limits, sampler
 
 
@@ -37,12 +38,16 @@ class Shrunk:
         self.state, self.runs = state, runs
         self.slice, lowered = a_slice((17, 100)), a_slice((5, 100))
         self.record = SimpleNamespace(lowered=lowered)
-        self.told = told
+        self.told, self.coming_gib, self.saves = told, 0, 0
         self.agent: Any = SimpleNamespace(seen_bytes=lambda _: seen, touch=lambda: None, on_settled=lambda _: None)
 
     def join_by_lock(self) -> bool:
         """Return whether something of it runs."""
         return self.runs
+
+    def coming_bytes(self, index: int) -> int:
+        """Return what is on its way to the host or back."""
+        return self.coming_gib * GIB
 
     def memory_by_device(self) -> list[int]:
         """Return what its `use` file says, which its user may write."""
@@ -50,6 +55,7 @@ class Shrunk:
 
     def save(self, **changes: Any) -> None:
         """Note what it counts."""
+        self.saves += 1
         self.slice, self.record.lowered = changes["slice"], changes["lowered"]
 
     def counts(self) -> int:
@@ -69,9 +75,28 @@ def test_what_nobody_has_looked_at_is_held_whatever_the_slice_tells() -> None:
     assert shrunk.counts() == 5
     assert shrunk.record.lowered is None
     assert Shrunk(0, {"GPU-0": 0}).counts() == 5, "control: a look that finds nothing"
+    restored = Shrunk(0, {"GPU-0": 2 * GIB})
+    restored.coming_gib = 10
+    assert restored.counts() == 11, "a kernel's memory is on its way back, and its slot says nothing of it any more"
     assert Shrunk(9, {"GPU-0": 0}).counts() == 9
     assert Shrunk(0, {}, "prepared", runs=False).counts() == 5, "nothing has ever run in it"
     assert Shrunk(0, {}, "prepared").counts() == 17, "something has just begun"
+
+
+def test_freeing_a_little_again_and_again_is_written_and_told_seldom() -> None:
+    """Each time is a write of the record here, and on a cluster one to the API server and to all who follow claims."""
+    seen = {"GPU-0": 15 * GIB}
+    shrunk = Shrunk(0, seen)
+    shrunk.counts()
+    before = shrunk.saves
+    for _ in range(1000):
+        seen["GPU-0"] -= MIB
+        shrunk.counts()
+    assert shrunk.slice.devices[0].memory_bytes < 14 * GIB + 128 * MIB, "the control: others have it"
+    assert shrunk.saves - before <= 20
+    seen["GPU-0"] = 5 * GIB - MIB
+    assert shrunk.counts() == 5
+    assert shrunk.record.lowered is None
 
 
 class Crowded(Shrunk):
@@ -161,3 +186,12 @@ def test_the_panel_knows_a_limit_again_in_a_slice_of_another_size(monkeypatch: p
 
     assert shown(as_set) == (now, 500, "notebook")
     assert shown(None) == (now, None, "command"), "control: somebody has set that"
+
+
+@pytest.mark.parametrize(
+    ("phase", "coming_back", "gib"), [("parked", False, 0), ("parked", True, 9), ("restoring", False, 9), ("parking", False, 9)]
+)
+def test_what_comes_back_from_the_host_is_known_by_what_the_driver_saw_go(phase: str, coming_back: bool, gib: int) -> None:
+    away = {"k": SimpleNamespace(phase=phase, device_bytes=(9 * GIB,))}
+    live: Any = SimpleNamespace(record=SimpleNamespace(kernels_away=away), coming_back={"k"} if coming_back else set())
+    assert LiveSlice.coming_bytes(live, 0) == gib * GIB

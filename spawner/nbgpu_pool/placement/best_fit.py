@@ -185,14 +185,14 @@ def score(room: Room, part: Part, policy: Policy, last_idle: bool = False) -> tu
     return int(opens), int(mixes), left_milli + left_memory_milli
 
 
-def nearest(rooms: Sequence[Room], want: Want, *, barred: Set[str] = frozenset()) -> tuple[str, ...]:
-    """Return the devices on which least must be freed before `want` fits; () when none could ever hold it."""
+def nearest(rooms: Sequence[Room], want: Want, *, barred: Set[str] = frozenset(), cap: Part | None = None) -> tuple[str, ...]:
+    """Return the devices on which least must be freed before `want` fits; () when none could ever hold it. `cap`: as in `place`."""
     best: tuple[int, tuple[str, ...]] | None = None
     for _, group in groupby(sorted(rooms, key=_node_and_model), key=_node_and_model):
         missing: list[tuple[int, int, str]] = []
         for number, room in enumerate(group):
             part = resolve(want, room.device)
-            if part is None or not room.device.healthy or room.device.uuid in barred:
+            if part is None or not room.device.healthy or room.device.uuid in barred or not within(part, room.device.usable_bytes, cap):
                 continue
             milli = max(0, part.compute_milli - room.free_milli)
             memory = max(0, part.memory_bytes - room.free_bytes) * WHOLE_MILLI // room.device.usable_bytes
