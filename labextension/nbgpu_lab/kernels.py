@@ -10,6 +10,8 @@ from typing import Any
 
 from jupyter_core.utils import ensure_async
 
+from .activity import Activity
+
 Json = dict[str, Any]
 UNKNOWN: Json = {"name": None, "path": None, "type": None, "state": None, "state_seconds": None, "kernel_name": None, "language": None}
 """What is said of a kernel that the server does not know (any more), and of processes that are no kernel's."""
@@ -17,6 +19,7 @@ UNKNOWN: Json = {"name": None, "path": None, "type": None, "state": None, "state
 STARTED: dict[str, Json] = {}
 """Names and paths of the notebooks of kernels, as their provisioner was told: the server's own list has them a moment later."""
 _MOST = 1000
+ACTIVITY = Activity()
 _TURNS = re.compile("[\u202a-\u202e\u2066-\u2069\x00-\x1f\x7f-\x9f]")
 
 
@@ -45,7 +48,9 @@ async def kernels_of(serverapp: Any) -> dict[str, Json]:
         with suppress(Exception):  # one that is just going, or another manager's
             manager = serverapp.kernel_manager.get_kernel(kernel["id"])
         found = UNKNOWN | {"name": kernel["name"], "type": "kernel", "state": kernel.get("execution_state")}
-        kernels[kernel["id"]] = found | _spec(manager, kernel["name"]) | {"state_seconds": _idle_seconds(manager, found["state"])}
+        seconds = _idle_seconds(kernel["id"], manager, found["state"])
+        kernels[kernel["id"]] = found | _spec(manager, kernel["name"]) | {"state_seconds": seconds}
+    ACTIVITY.keep(set(kernels))
     for session in await serverapp.session_manager.list_sessions():
         kernel = session.get("kernel") or {}
         if kernel.get("id") in kernels:
@@ -63,9 +68,9 @@ def _spec(manager: Any, name: str) -> Json:
     return {"kernel_name": getattr(spec, "display_name", None) or name, "language": getattr(spec, "language", None) or None}
 
 
-def _idle_seconds(manager: Any, state: str | None) -> float | None:
+def _idle_seconds(kernel_id: str, manager: Any, state: str | None) -> float | None:
     """Return how long an idle or starting kernel has been so, by this server's clock alone; None: it is neither, or nobody knows."""
-    since = getattr(manager, "last_activity", None)
-    if state not in ("idle", "starting") or not isinstance(since, datetime):
+    since = ACTIVITY.last(kernel_id, manager)
+    if state not in ("idle", "starting") or since is None:
         return None
     return round(max(0.0, (datetime.now(timezone.utc) - since).total_seconds()), 1)
