@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,12 +21,17 @@ STARTED: dict[str, Json] = {}
 """Names and paths of the notebooks of kernels, as their provisioner was told: the server's own list has them a moment later."""
 _MOST = 1000
 ACTIVITY = Activity()
+_FROM_THE_RIGHT = ("R", "AL", "AN")
 _TURNS = re.compile("[\u202a-\u202e\u2066-\u2069\x00-\x1f\x7f-\x9f]")
 
 
 def in_a_sentence(name: str) -> str:
-    """Return a name without what would turn the sentence around it to another direction, or break it; letters stay, of any script."""
-    return _TURNS.sub("", name)
+    """Return a name without what would turn the sentence around it to another direction, or break it; letters stay, of any script.
+
+    One that has letters which are written from right to left is marked to stand by itself: at the beginning it would turn all of it.
+    """
+    plain = _TURNS.sub("", name)
+    return f"\u2068{plain}\u2069" if any(unicodedata.bidirectional(letter) in _FROM_THE_RIGHT for letter in plain) else plain
 
 
 def starts(kernel_id: str, notebook: str, root: str) -> None:

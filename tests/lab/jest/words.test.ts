@@ -81,6 +81,15 @@ test('a long name gives way first', () => {
   expect(text.length).toBeLessThanOrEqual(50);
 });
 
+test('a name is cut between its letters', () => {
+  const name = `${'📈'.repeat(40)}.ipynb`;
+  for (const length of [60, 61, 62, 63]) {
+    const text = shortened(notice(name, `${name} was refused 2 GiB.`), length);
+    expect(text.length).toBeLessThanOrEqual(length);
+    expect(text).toMatch(/^(📈)+…(📈)+\.ipynb was refused 2 GiB\.$/u);
+  }
+});
+
 test('then the last sentences, never the first', () => {
   for (const name of ['a.ipynb', `${'long-'.repeat(30)}.ipynb`]) {
     const text = shortened(notice(name, `${name} ${REFUSED}`), 140);
