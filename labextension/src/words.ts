@@ -100,15 +100,6 @@ export function isolated(name: string): string {
   return OTHER_DIRECTION.test(name) ? `\u2068${name}\u2069` : name;
 }
 
-const IN_A_LIST = 24;
-
-/** A name at the end of a line that is cut at its right: where that is where the name begins, it is cut in its middle before. */
-export function beforeACut(name: string): string {
-  return OTHER_DIRECTION.test(name)
-    ? isolated(cutInTheMiddle(name, IN_A_LIST))
-    : name;
-}
-
 const UNUSED_SECONDS = 60;
 
 /** "busy", "idle for 12 min"; empty where the server does not know the kernel. */

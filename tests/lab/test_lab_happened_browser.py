@@ -120,6 +120,13 @@ ENDS_AT_THE_RIGHT = """one => {
     return left(text.data.length - 1) > left(text.data.length - 2);
 }"""
 """Whether the full stop is behind the last word."""
+BEGINS_IN_VIEW = """one => {
+    const range = document.createRange();
+    range.setStart(one.querySelector('bdi').firstChild, 0);
+    range.setEnd(one.querySelector('bdi').firstChild, 1);
+    return range.getBoundingClientRect().right <= one.getBoundingClientRect().right + 1;
+}"""
+"""Whether a list that is too narrow for a name shows its first letter."""
 
 
 def test_a_name_from_right_to_left_turns_no_sentence(lab: Lab, page: Any) -> None:
@@ -134,7 +141,9 @@ def test_a_name_from_right_to_left_turns_no_sentence(lab: Lab, page: Any) -> Non
         said.wait_for()
         assert said.evaluate(ENDS_AT_THE_RIGHT)
         page.evaluate("window.jupyterapp.shell.activateById('jp-running-sessions')")
-        page.locator(".jp-RunningSessions-section").get_by_text(f"8 GiB · \u2068{HEBREW[:5]}").wait_for()
+        listed = page.locator(".jp-RunningSessions-itemLabel").filter(has_text=f"8 GiB · {HEBREW}")
+        listed.wait_for()
+        assert listed.evaluate(BEGINS_IN_VIEW)
         shot(page, SHOTS / "happened-right-to-left.png")
         page.evaluate("id => void window.jupyterapp.commands.execute('nbgpu:restart-kernel', {kernelId: id})", lab.kernels[0])
         title = page.locator(".jp-Dialog-header")

@@ -1,5 +1,4 @@
 import {
-  beforeACut,
   computeWords,
   isolated,
   kindWords,
@@ -41,12 +40,6 @@ test('a name from right to left leaves the words around it in their order', () =
   for (const name of ['train.ipynb', 'ノート.ipynb', 'тетрадь.ipynb']) {
     expect(isolated(name)).toBe(name);
   }
-});
-
-test('a long name from right to left keeps its beginning in a list that cuts at the right', () => {
-  const long = 'מחברת ארוכה מאוד של ניסויים.ipynb';
-  expect(beforeACut(long)).toBe('\u2068מחברת ארוכה …סויים.ipynb\u2069');
-  expect(beforeACut('a'.repeat(60))).toBe('a'.repeat(60));
 });
 
 test('says where a limit comes from', () => {
