@@ -46,12 +46,16 @@ def away(usage: Usage, start: str = "") -> list[KernelUsage]:
 
 def _move(own: SliceClient, usage: Usage, kernel: KernelUsage, where: str, *, as_json: bool) -> None:
     kernel_id = kernel.kernel_id or ""
-    now = own.move_kernel(kernel_id, where)
     names = read_names(usage.slice_id)
+    name = kernel_name(kernel_id, names)
+    try:
+        now = own.move_kernel(kernel_id, where)
+    except NbgpuError as error:  # the agent knows ids only
+        error.message = error.message.replace(f"Notebook kernel {kernel_id[:8]}…", name)
+        raise
     if as_json:
         told = {"kernel_id": kernel_id, "away": now and now.model_dump(mode="json")} | name_json(names, kernel_id)
         print_json({"slice_id": usage.slice_id} | told)
         return
-    name = kernel_name(kernel_id, names)
     how = f" `nbgpu resume {name}` brings it back, and so does a cell that runs in it." if where == "suspend" else ""
     console().print(f"{name}: {away_words(now) if now else 'on the GPU'}.{how}", soft_wrap=True)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from jupyter_core.utils import ensure_async
+
+from .activity import Activity
 
 Json = dict[str, Any]
 UNKNOWN: Json = {"name": None, "path": None, "type": None, "state": None, "state_seconds": None, "kernel_name": None, "language": None}
@@ -17,12 +20,18 @@ UNKNOWN: Json = {"name": None, "path": None, "type": None, "state": None, "state
 STARTED: dict[str, Json] = {}
 """Names and paths of the notebooks of kernels, as their provisioner was told: the server's own list has them a moment later."""
 _MOST = 1000
+ACTIVITY = Activity()
+_FROM_THE_RIGHT = ("R", "AL", "AN")
 _TURNS = re.compile("[\u202a-\u202e\u2066-\u2069\x00-\x1f\x7f-\x9f]")
 
 
 def in_a_sentence(name: str) -> str:
-    """Return a name without what would turn the sentence around it to another direction, or break it; letters stay, of any script."""
-    return _TURNS.sub("", name)
+    """Return a name without what would turn the sentence around it to another direction, or break it; letters stay, of any script.
+
+    One that has letters which are written from right to left is marked to stand by itself: at the beginning it would turn all of it.
+    """
+    plain = _TURNS.sub("", name)
+    return f"\u2068{plain}\u2069" if any(unicodedata.bidirectional(letter) in _FROM_THE_RIGHT for letter in plain) else plain
 
 
 def starts(kernel_id: str, notebook: str, root: str) -> None:
@@ -45,7 +54,9 @@ async def kernels_of(serverapp: Any) -> dict[str, Json]:
         with suppress(Exception):  # one that is just going, or another manager's
             manager = serverapp.kernel_manager.get_kernel(kernel["id"])
         found = UNKNOWN | {"name": kernel["name"], "type": "kernel", "state": kernel.get("execution_state")}
-        kernels[kernel["id"]] = found | _spec(manager, kernel["name"]) | {"state_seconds": _idle_seconds(manager, found["state"])}
+        seconds = _idle_seconds(kernel["id"], manager, found["state"])
+        kernels[kernel["id"]] = found | _spec(manager, kernel["name"]) | {"state_seconds": seconds}
+    ACTIVITY.keep(set(kernels))
     for session in await serverapp.session_manager.list_sessions():
         kernel = session.get("kernel") or {}
         if kernel.get("id") in kernels:
@@ -63,9 +74,9 @@ def _spec(manager: Any, name: str) -> Json:
     return {"kernel_name": getattr(spec, "display_name", None) or name, "language": getattr(spec, "language", None) or None}
 
 
-def _idle_seconds(manager: Any, state: str | None) -> float | None:
+def _idle_seconds(kernel_id: str, manager: Any, state: str | None) -> float | None:
     """Return how long an idle or starting kernel has been so, by this server's clock alone; None: it is neither, or nobody knows."""
-    since = getattr(manager, "last_activity", None)
-    if state not in ("idle", "starting") or not isinstance(since, datetime):
+    since = ACTIVITY.last(kernel_id, manager)
+    if state not in ("idle", "starting") or since is None:
         return None
     return round(max(0.0, (datetime.now(timezone.utc) - since).total_seconds()), 1)

@@ -17,7 +17,7 @@ import { kernelMenu } from './kernelmenu';
 import { news } from './news';
 import { sliceApi } from './request';
 import { DOMAIN, ISliceModel } from './tokens';
-import { kernelName } from './words';
+import { isolated, kernelName } from './words';
 
 const FREE = 'nbgpu:free-caches';
 const MOVE = 'nbgpu:move-kernel';
@@ -59,7 +59,7 @@ class Actions {
     if (!kernel) {
       return;
     }
-    const name = kernelName(kernel, trans);
+    const name = isolated(kernelName(kernel, trans));
     const { button } = await showDialog({
       title: trans.__('Free caches of %1?', name),
       body: (
@@ -103,7 +103,10 @@ class Actions {
       return;
     }
     const { button } = await showDialog({
-      title: trans.__('Restart the kernel of %1?', kernelName(kernel, trans)),
+      title: trans.__(
+        'Restart the kernel of %1?',
+        isolated(kernelName(kernel, trans))
+      ),
       body: trans.__(
         'All variables are lost. The %1 of GPU memory that it holds are freed.',
         formatMemory(this._held(kernelId))
@@ -155,7 +158,7 @@ class Actions {
     const { button } = await showDialog({
       title: trans.__(
         'Move the GPU memory of %1 to host memory?',
-        kernelName(kernel, trans)
+        isolated(kernelName(kernel, trans))
       ),
       body: trans.__(
         "Its %1 are then free for this server's other notebooks. Nothing is lost: they come back when it is used again, as soon as there is room for them.",

@@ -92,7 +92,7 @@ function Happening(props: {
           </span>
         )}
       </span>
-      <span dir="auto">{latest.message}</span>
+      <span className="nbgpu-Happened-message">{latest.message}</span>
     </li>
   );
 }

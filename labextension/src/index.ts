@@ -2,7 +2,7 @@ import type {
   JupyterFrontEnd,
   JupyterFrontEndPlugin
 } from '@jupyterlab/application';
-import { ICommandPalette } from '@jupyterlab/apputils';
+import { ICommandPalette, IWindowResolver } from '@jupyterlab/apputils';
 import { ISettingRegistry } from '@jupyterlab/settingregistry';
 import { IStateDB } from '@jupyterlab/statedb';
 import { IStatusBar } from '@jupyterlab/statusbar';
@@ -19,7 +19,7 @@ import { shareModel } from './page';
 import { SlicePanel } from './panel';
 import { onChange, whenPresent } from './present';
 import { keepRange } from './range';
-import { reopen } from './reopen';
+import { reopen, tabMemory } from './reopen';
 import { sliceApi } from './request';
 import { runningPlugin } from './running';
 import { onShutDown } from './shutdown';
@@ -73,13 +73,14 @@ const panelPlugin: JupyterFrontEndPlugin<void> = {
   description: 'A side panel with the GPU slice, its kernels and their limits.',
   autoStart: true,
   requires: [ISliceModel],
-  optional: [ICommandPalette, ITranslator, IStateDB],
+  optional: [ICommandPalette, ITranslator, IStateDB, IWindowResolver],
   activate: (
     app: JupyterFrontEnd,
     model: ISliceModel,
     palette: ICommandPalette | null,
     translator: ITranslator | null,
-    state: IStateDB | null
+    state: IStateDB | null,
+    workspaces: IWindowResolver | null
   ) => {
     const trans = (translator ?? nullTranslator).load(DOMAIN);
     whenPresent(model, () => {
@@ -113,11 +114,10 @@ const panelPlugin: JupyterFrontEndPlugin<void> = {
         command: CommandIDs.showPanel,
         category: trans.__('GPU')
       });
-      if (state) {
-        void app.restored.then(() =>
-          reopen(panel, state, () => app.shell.activateById(panel.id))
-        );
-      }
+      const memory = state && workspaces ? state : tabMemory; // without workspaces Jupyter forgets its state with the page
+      void app.restored.then(() =>
+        reopen(panel, memory, () => app.shell.activateById(panel.id))
+      );
     });
   }
 };

@@ -18,7 +18,14 @@ import { KernelMenuButton } from './kernelmenu';
 import { LimitForm, type SetLimit } from './limitform';
 import { limitTexts } from './limittexts';
 import { suspendedOf, suspendedWords, withSuspended } from './suspended';
-import { clock, kernelName, kindWords, sourceWords, stateWords } from './words';
+import {
+  clock,
+  isolated,
+  kernelName,
+  kindWords,
+  sourceWords,
+  stateWords
+} from './words';
 
 /** A kernel that holds memory and has not used the GPU for so long is said to. */
 const UNUSED_SECONDS = 60;
@@ -167,7 +174,7 @@ function Kernel(props: IKernelProps): JSX.Element {
                 name,
                 source ? `${limit} (${source})` : limit
               )}
-              title={trans.__('Change the limit of %1', name)}
+              title={trans.__('Change the limit of %1', isolated(name))}
               onClick={() => props.edit(!props.editing)}
             >
               {limit}

@@ -4,6 +4,15 @@ import type { Widget } from '@lumino/widgets';
 
 const KEY = 'nbgpu-lab:panel';
 
+/** What outlives a page. */
+export type Memory = Pick<IStateDB, 'fetch' | 'save'>;
+
+/** The browser's tab: in Notebook 7, which has a tab for each notebook, and whose own state ends with the page. */
+export const tabMemory: Memory = {
+  fetch: async id => JSON.parse(sessionStorage.getItem(id) ?? '{}'),
+  save: async (id, value) => sessionStorage.setItem(id, JSON.stringify(value))
+};
+
 /**
  * Open a side panel again that was open when the page was left.
  *
@@ -11,7 +20,7 @@ const KEY = 'nbgpu-lab:panel';
  */
 export async function reopen(
   panel: Widget,
-  state: IStateDB,
+  state: Memory,
   show: () => void
 ): Promise<void> {
   const last = (await state.fetch(KEY).catch(() => undefined)) as

@@ -100,15 +100,6 @@ export function isolated(name: string): string {
   return OTHER_DIRECTION.test(name) ? `\u2068${name}\u2069` : name;
 }
 
-const IN_A_LIST = 24;
-
-/** A name at the end of a line that is cut at its right: where that is where the name begins, it is cut in its middle before. */
-export function beforeACut(name: string): string {
-  return OTHER_DIRECTION.test(name)
-    ? isolated(cutInTheMiddle(name, IN_A_LIST))
-    : name;
-}
-
 const UNUSED_SECONDS = 60;
 
 /** "busy", "idle for 12 min"; empty where the server does not know the kernel. */
@@ -213,15 +204,17 @@ export function shortened(notice: INotice, length: number): string {
   const name = notice.name ?? '';
   const named = notice.message.includes(name)
     ? notice.message
-    : `${name}: ${notice.message}`;
+    : `${isolated(name)}: ${notice.message}`;
   const over = named.length - length;
   if (over <= 0) {
     return named;
   }
   if (name.length - over >= SHORTEST_NAME) {
-    return named.replace(name, cutInTheMiddle(name, name.length - over));
+    const cut = cutInTheMiddle(name, name.length - over);
+    return named.replace(name, () => cut);
   }
-  const short = named.replace(name, cutInTheMiddle(name, SHORTEST_NAME * 2));
+  const cut = cutInTheMiddle(name, SHORTEST_NAME * 2);
+  const short = named.replace(name, () => cut);
   const sentences = short.split(/(?<=\.) /);
   while (sentences.length > 1 && sentences.join(' ').length > length) {
     sentences.pop();
@@ -232,13 +225,17 @@ export function shortened(notice: INotice, length: number): string {
     : `${text.slice(0, text.lastIndexOf(' ', length - 1))}…`;
 }
 
-/** "a-notebook-with-…-name.ipynb". */
+/** "a-notebook-with-…-name.ipynb"; a letter of two halves is never cut in two. */
 function cutInTheMiddle(name: string, length: number): string {
   if (name.length <= length) {
     return name;
   }
   const end = Math.floor((length - 1) / 2);
-  return `${name.slice(0, length - 1 - end)}…${name.slice(name.length - end)}`;
+  const begins = name
+    .slice(0, length - 1 - end)
+    .replace(/[\ud800-\udbff]$/, '');
+  const ends = name.slice(name.length - end).replace(/^[\udc00-\udfff]/, '');
+  return `${begins}…${ends}`;
 }
 
 /** "14:02:31" in the reader's own way. */

@@ -20,11 +20,12 @@ from fake_slice_agent import FakeAgent
 @pytest.fixture(autouse=True)
 def fresh_process(monkeypatch: pytest.MonkeyPatch, jp_asyncio_loop: asyncio.AbstractEventLoop) -> Iterator[None]:
     """A test starts with no notices, and leaves no background task: in production the process ends with its server."""
-    from nbgpu_lab import extension, notices, provisioner
+    from nbgpu_lab import activity, extension, kernels, notices, provisioner
 
     fresh = notices.Notices()
     for module in (notices, extension, provisioner):
         monkeypatch.setattr(module, "SERVER", fresh)
+    monkeypatch.setattr(kernels, "ACTIVITY", activity.Activity())
     yield
     tasks = asyncio.all_tasks(jp_asyncio_loop)
     for task in tasks:

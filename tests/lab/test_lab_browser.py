@@ -190,6 +190,7 @@ def put_settings(lab: Lab, **settings: object) -> None:
 def open_lab(page: Any, lab: Lab, theme: str) -> None:
     page.goto(f"{lab.url}/lab/tree/first.ipynb?token={lab.token}&reset")
     page.wait_for_selector(".nbgpu-Status")
+    page.evaluate("window.jupyterapp.restored.then(() => null)")  # else the layout that comes may close the panel again
     page.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", theme)
     page.get_by_role("button", name="Show the GPU panel").click()
     page.wait_for_selector(".nbgpu-Kernels")

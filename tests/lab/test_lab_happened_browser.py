@@ -96,14 +96,59 @@ def test_names_are_text_everywhere(lab: Lab, page: Any) -> None:
     lab.call(f"api/sessions/{session['id']}", {"path": HOSTILE, "name": HOSTILE}, method="PATCH")
     try:
         tell(lab, "refused", f"Notebook kernel {lab.kernels[0][:8]}… was refused 1 GiB.", kernel_id=lab.kernels[0])
-        page.locator(".nbgpu-Latest").get_by_text(f"{HOSTILE} was refused 1 GiB.").wait_for()
+        page.locator(".nbgpu-Latest").get_by_text(f"\u2068{HOSTILE}\u2069 was refused 1 GiB.").wait_for()
         page.locator(f'[data-kernel="{lab.kernels[0]}"]').get_by_text(HOSTILE).first.wait_for()
         assert page.locator("#nbgpu-panel img").count() == 0
         assert page.title() != "1"
         shot(page, SHOTS / "happened-names.png")
         page.locator(".nbgpu-Latest").get_by_role("button", name="Close").click()
-        page.get_by_role("region", name="What happened").get_by_text(f"{HOSTILE} was refused 1 GiB.").wait_for()
+        page.get_by_role("region", name="What happened").get_by_text(f"\u2068{HOSTILE}\u2069 was refused 1 GiB.").wait_for()
         assert page.locator("#nbgpu-panel img").count() == 0
+    finally:
+        lab.call(f"api/sessions/{session['id']}", {"path": "first.ipynb", "name": "first.ipynb"}, method="PATCH")
+
+
+HEBREW = "אימון-מודל-שפה-גדול-על-עיתונים-ישנים-מהארכיון-הלאומי.ipynb"
+ENDS_AT_THE_RIGHT = """one => {
+    const text = document.createTreeWalker(one, NodeFilter.SHOW_TEXT).nextNode();
+    const left = at => {
+        const range = document.createRange();
+        range.setStart(text, at);
+        range.setEnd(text, at + 1);
+        return range.getBoundingClientRect().left;
+    };
+    return left(text.data.length - 1) > left(text.data.length - 2);
+}"""
+"""Whether the full stop is behind the last word."""
+BEGINS_IN_VIEW = """one => {
+    const range = document.createRange();
+    range.setStart(one.querySelector('bdi').firstChild, 0);
+    range.setEnd(one.querySelector('bdi').firstChild, 1);
+    return range.getBoundingClientRect().right <= one.getBoundingClientRect().right + 1;
+}"""
+"""Whether a list that is too narrow for a name shows its first letter."""
+
+
+def test_a_name_from_right_to_left_turns_no_sentence(lab: Lab, page: Any) -> None:
+    (session,) = (one for one in lab.call("api/sessions") if one["kernel"]["id"] == lab.kernels[0])
+    open_lab(page, lab, "JupyterLab Light")
+    lab.call(f"api/sessions/{session['id']}", {"path": HEBREW, "name": HEBREW}, method="PATCH")
+    page.locator(f'[data-kernel="{lab.kernels[0]}"]').get_by_text(HEBREW).wait_for()
+    try:
+        refused = f"Notebook kernel {lab.kernels[0][:8]}… was refused 1 GiB. Free some."
+        tell(lab, "refused", refused, kernel_id=lab.kernels[0])
+        said = page.locator(".nbgpu-Latest").get_by_text("was refused 1 GiB. Free some.")
+        said.wait_for()
+        assert said.evaluate(ENDS_AT_THE_RIGHT)
+        page.evaluate("window.jupyterapp.shell.activateById('jp-running-sessions')")
+        listed = page.locator(".jp-RunningSessions-itemLabel").filter(has_text=f"8 GiB · {HEBREW}")
+        listed.wait_for()
+        assert listed.evaluate(BEGINS_IN_VIEW)
+        shot(page, SHOTS / "happened-right-to-left.png")
+        page.evaluate("id => void window.jupyterapp.commands.execute('nbgpu:restart-kernel', {kernelId: id})", lab.kernels[0])
+        title = page.locator(".jp-Dialog-header")
+        title.get_by_text(f"Restart the kernel of \u2068{HEBREW}\u2069?").wait_for()
+        page.locator(".jp-Dialog").get_by_role("button", name="Cancel").click()
     finally:
         lab.call(f"api/sessions/{session['id']}", {"path": "first.ipynb", "name": "first.ipynb"}, method="PATCH")
 

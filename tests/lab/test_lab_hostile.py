@@ -214,3 +214,14 @@ async def test_a_name_turns_no_sentence_round(agent: FakeAgent, jp_fetch: Any) -
     await until(lambda: agent.count("/v1/events?after=1"))
     (told,) = json.loads((await jp_fetch("nbgpu/api/events")).body)
     assert told["message"] == "gpj.xipynb was refused 1 GiB."
+
+
+@pytest.mark.parametrize("name", ["אימון.ipynb", "تدريب-2024.ipynb", "\u200fa.ipynb"])
+async def test_a_name_from_right_to_left_stands_by_itself_in_a_sentence(agent: FakeAgent, jp_fetch: Any, name: str) -> None:
+    """Else one at the beginning turns the whole sentence."""
+    body = json.dumps({"name": name, "type": "notebook", "path": "a.ipynb", "kernel": {"name": "python3"}})
+    kernel_id = json.loads((await jp_fetch("api/sessions", method="POST", body=body)).body)["kernel"]["id"]
+    agent.tell("refused", f"Notebook kernel {kernel_id[:8]}… was refused 1 GiB.", kernel_id=kernel_id)
+    await until(lambda: agent.count("/v1/events?after=1"))
+    (told,) = json.loads((await jp_fetch("nbgpu/api/events")).body)
+    assert (told["name"], told["message"]) == (name, f"\u2068{name}\u2069 was refused 1 GiB.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_lab_slice import LIBRARIES, ROOT, Kernel, Server, environment, wait_for
+from test_lab_slice import LIBRARIES, ROOT, Kernel, Server, environment, terminal, wait_for
 
 from nbgpu.client import AgentClient
 from nbgpu_agent import layout
@@ -196,3 +197,30 @@ def test_one_notebook_makes_room_for_the_other(place: Place) -> None:
     assert before.strip() in told(one, cell, before.strip(), 60)
     assert one.run("print('ran' in globals())").strip() == "False", "the cell that was interrupted did not run"
     assert len(notices()) == 1
+
+
+def test_the_command_line_moves_a_notebooks_memory_to_the_host_and_back(place: Place) -> None:
+    """`nbgpu suspend NOTEBOOK`, as typed in a terminal of the server; the driver moves what the notebook's kernel holds."""
+    ada, _ = place.server("ada")
+    wait_for("ada's server", ada.answers, 60)
+    one, shell = ada.open("one.ipynb"), ada.open("shell.ipynb")
+    one.run(HOLD)
+    before = one.run("print(k.hold(256))").strip()
+    held = wait_for("what it holds", lambda: sum(part["memory_used_bytes"] for part in ada.kernel(one.id)["devices"]), 10)
+    assert "No kernel is called 'nobody.ipynb'" in terminal(shell, "suspend", "nobody.ipynb"), "the control"
+    assert "shell.ipynb holds no GPU memory here." in terminal(shell, "suspend", "shell")
+
+    def moved() -> bool:
+        said = terminal(shell, "suspend", "one")
+        return said.startswith("one.ipynb: ") and "`nbgpu resume one.ipynb` brings it back" in said
+
+    wait_for("what ran a moment ago is not counted any more", moved, 30)
+    wait_for("its memory is in the host's", lambda: (away := ada.kernel(one.id)["away"]) and away["phase"] == "parked", 30)
+    assert ada.kernel(one.id)["away"]["memory_bytes"] >= held
+    assert ada.usage()["devices"][0]["memory_used_bytes"] < held
+    listed = json.loads(terminal(shell, "suspend", "one.ipynb", "--json"))
+    assert (listed["kernel_id"], listed["path"], listed["away"]["phase"]) == (one.id, "one.ipynb", "parked")
+    assert "in host memory" in terminal(shell, "limit")
+    assert terminal(shell, "resume", "one").startswith("one.ipynb: ")
+    wait_for("its memory is back", lambda: ada.kernel(one.id)["away"] is None, 30)
+    assert one.run("print(k.sum())").strip() == before, "nothing is lost"

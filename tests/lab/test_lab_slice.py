@@ -96,6 +96,18 @@ class Kernel:
         return "".join(printed)
 
 
+TERMINAL = """
+import subprocess, sys
+done = subprocess.run([sys.executable, "-m", "nbgpu", *WORDS], capture_output=True, text=True, cwd=HOME)
+print(done.stdout + done.stderr, end="")
+"""
+
+
+def terminal(kernel: Kernel, *words: str) -> str:
+    """Return what `nbgpu` says to these words where a kernel runs: its environment is that of a terminal of its server."""
+    return kernel.run(TERMINAL.replace("WORDS", repr(words)).replace("HOME", repr(str(ROOT))))
+
+
 def cells() -> dict[str, str]:
     """The example's code cells by id, the long one cut to half a second."""
     notebook = json.loads(EXAMPLE.read_text())
@@ -214,19 +226,12 @@ def test_limits_of_one_notebook(server: Server) -> None:
     assert abs(server.kernel(kernel.id)["limit"]["memory_bytes"] - half) <= 1024**2
 
 
-TERMINAL = """
-import subprocess, sys
-done = subprocess.run([sys.executable, "-m", "nbgpu", *WORDS], capture_output=True, text=True, cwd=HOME)
-print(done.stdout + done.stderr, end="")
-"""
-
-
 def test_the_command_line_knows_notebooks_by_name_and_limits_them_while_they_run(server: Server) -> None:
     shutil.copy(server.base / "notebooks" / "fractions.ipynb", server.base / "notebooks" / "quiet.ipynb")
     kernel = server.open("quiet.ipynb")
 
     def nbgpu(*words: str) -> str:
-        return kernel.run(TERMINAL.replace("WORDS", repr(words)).replace("HOME", repr(str(ROOT))))
+        return terminal(kernel, *words)
 
     def listed() -> dict[str, Any]:
         return {one["name"]: one for one in json.loads(nbgpu("limit", "--json"))["kernels"]}

@@ -1,5 +1,4 @@
 import {
-  beforeACut,
   computeWords,
   isolated,
   kindWords,
@@ -43,12 +42,6 @@ test('a name from right to left leaves the words around it in their order', () =
   }
 });
 
-test('a long name from right to left keeps its beginning in a list that cuts at the right', () => {
-  const long = 'מחברת ארוכה מאוד של ניסויים.ipynb';
-  expect(beforeACut(long)).toBe('\u2068מחברת ארוכה …סויים.ipynb\u2069');
-  expect(beforeACut('a'.repeat(60))).toBe('a'.repeat(60));
-});
-
 test('says where a limit comes from', () => {
   const from = (limit_source: 'notebook' | 'panel' | 'command' | null) =>
     sourceWords(kernel({ limit_source }), trans);
@@ -79,6 +72,15 @@ test('a long name gives way first', () => {
   const text = shortened(notice(name, `${name} was refused 2 GiB.`), 50);
   expect(text).toBe('a-notebook-with…me-indeed.ipynb was refused 2 GiB.');
   expect(text.length).toBeLessThanOrEqual(50);
+});
+
+test('a name is cut between its letters', () => {
+  const name = `${'📈'.repeat(40)}.ipynb`;
+  for (const length of [60, 61, 62, 63]) {
+    const text = shortened(notice(name, `${name} was refused 2 GiB.`), length);
+    expect(text.length).toBeLessThanOrEqual(length);
+    expect(text).toMatch(/^(📈)+…(📈)+\.ipynb was refused 2 GiB\.$/u);
+  }
 });
 
 test('then the last sentences, never the first', () => {

@@ -7,12 +7,13 @@ import type { IRunningSessions } from '@jupyterlab/running';
 import { ITranslator, nullTranslator } from '@jupyterlab/translation';
 import type { TranslationBundle } from '@jupyterlab/translation';
 import { Signal } from '@lumino/signaling';
+import * as React from 'react';
 
 import { holders, type IHolder } from './holders';
 import { sliceIcon } from './icons';
 import { onChange, whenPresent } from './present';
 import { CommandIDs, DOMAIN, ISliceModel } from './tokens';
-import { beforeACut, isolated } from './words';
+import { isolated } from './words';
 
 /** The section of the Running panel with the kernels that hold GPU memory. */
 class GpuKernels implements IRunningSessions.IManager {
@@ -67,7 +68,12 @@ class GpuKernels implements IRunningSessions.IManager {
     const words = name ?? this._trans.__('Kernel %1', kernelId.slice(0, 8));
     return {
       icon: () => sliceIcon,
-      label: () => `${memory} · ${beforeACut(words)}`, // a long name is cut at its end
+      label: () => (
+        <span className="nbgpu-Running">
+          <span>{memory} · </span>
+          <bdi>{words}</bdi>
+        </span>
+      ),
       labelTitle: () =>
         this._trans.__(
           '%1 holds %2 of GPU memory',
