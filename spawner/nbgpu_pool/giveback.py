@@ -26,6 +26,8 @@ STEPS = 4
 """In how many steps a slice is made smaller, down to `GiveBack.least_milli`: several give a little before one gives much."""
 SPARE = 5 / 4
 """Times what it uses: so much memory is left to a slice."""
+LATE_SECONDS = 300.0
+"""Who has not ended so long after they were to is not waited for: nobody may be there who ends them."""
 MOST_CLAIMANTS = 16
 """Of those who wait, looked at in one go."""
 
@@ -62,6 +64,10 @@ class Ask(NamedTuple):
     """It has had the notice of a busy one: it has that once."""
     since: float = 0.0
     """When something was asked back first for the one who waits."""
+
+    def late(self, now: float) -> bool:
+        """Whether it is not counted on any more."""
+        return now >= self.due + LATE_SECONDS
 
     @property
     def needs(self) -> str:
@@ -201,7 +207,7 @@ def plan(
             return place(list(of.values()), want, barred=barred, cap=cap, policy=placing)
 
         mine, gains = entry.slice_id, list[_Gain]()
-        own = [offered[one] for one, whose in given.items() if whose == mine]
+        own = [offered[one] for one, whose in given.items() if whose == mine and not asked[one].late(now)]
         given = {one: whose for one, whose in given.items() if whose != mine}
         claim = next(_claims([entry], unmet, books), None)
         if claim is None:  # those before have what is left of it
@@ -343,7 +349,8 @@ def _stages(
         for step in range(1, STEPS + 1):
             keep_milli = 1000 - (1000 - policy.least_milli) * step // STEPS
             yield [gain for one in calm if (gain := _smaller(one, books, keep_milli, least_bytes, now)) is not None]
-    calm.sort(key=lambda one: one.slice_id not in asked)
+    # who is asked already comes first, and last whom nobody ends
+    calm.sort(key=lambda one: (one.slice_id in asked and asked[one.slice_id].late(now), one.slice_id not in asked))
     idle_after = policy.end_idle_after_seconds
     if idle_after is not None:
         yield [_Gain(one.slice_id, one, _left(one), whole=True) for one in calm if _idle_for(one, now) >= idle_after]

@@ -11,7 +11,7 @@ from test_pool_held import Pool as Played
 from nbgpu.models import GrantState
 from nbgpu.quantities import GIB
 from nbgpu_pool import giveback
-from nbgpu_pool.giveback import GiveBack
+from nbgpu_pool.giveback import LATE_SECONDS, GiveBack
 from nbgpu_pool.held import GROW_PAUSE_SECONDS, GROW_SECONDS, SPARED_SECONDS
 from nbgpu_pool.idle import IdlePolicy
 from nbgpu_pool.quotas import Limits, Quotas
@@ -160,6 +160,25 @@ def test_a_server_that_never_used_its_gpu_is_idle_too() -> None:
     pool.sync(10)
     assert list(pool.core.asks) == [never]
     assert pool.core.asks[never].idle
+
+
+def test_who_does_not_end_is_not_waited_for_for_ever() -> None:
+    """A program of `nbgpu run`, or a server of a hub that ends none: after a while another is asked in its place, in its turn."""
+    pool = Pool(quotas=LENT, give_back=GiveBack(shrink=False, notice_seconds=60, busy_notice_seconds=90))
+    first, second = pool.running(500, "a"), pool.running(500, "b")
+    mine = pool.ask(500, "m", groups=["bio"]).request.request_id
+    (asked,) = pool.core.asks
+    other = first if asked == second else second
+    pool.sync(90 + LATE_SECONDS - 1)
+    assert list(pool.core.asks) == [asked]
+    pool.sync(6)
+    assert list(pool.core.asks) == [other]
+    assert pool.core.asks[other].due - pool.now == pytest.approx(90)
+    pool.sync(30)
+    assert list(pool.core.asks) == [other], "with all the notice that there is"
+    pool.end(other)
+    assert pool.grant(mine).state == GrantState.reserved
+    assert not pool.core.asks
 
 
 def test_who_is_within_their_own_guarantee_gives_nothing() -> None:
