@@ -91,7 +91,7 @@ END_SESSIONS = """async () => {
 def for_the_staff(told: Json) -> None:
     """Give the hub a group, and the group a profile."""
     told["hub"]["config"]["JupyterHub"]["load_groups"] = {"staff": {"users": ["grace"]}}
-    told["singleuser"]["profileList"].append(STAFF)
+    told["singleuser"]["profileList"].insert(1, STAFF)  # in the picture
 
 
 @pytest.fixture(scope="module")
