@@ -67,6 +67,16 @@ def new_notebook(page: Page) -> None:
     expect(page.locator("#jp-main-statusbar")).to_contain_text("| Idle", timeout=120 * SECOND)
 
 
+def another_notebook(page: Page) -> str:
+    """Make one more notebook in JupyterLab, with a Python kernel that is ready; return its name."""
+    menu(page, "File", "New", "Notebook")
+    page.locator(".jp-Dialog button.jp-mod-accept").click()
+    label = page.locator(".lm-DockPanel-tabBar .lm-TabBar-tab.jp-mod-current .lm-TabBar-tabLabel")
+    expect(label).to_have_text(re.compile(r"^Untitled\d*\.ipynb$"))
+    expect(page.locator("#jp-main-statusbar")).to_contain_text("| Idle", timeout=60 * SECOND)
+    return label.inner_text()
+
+
 NEWS = "Would you like to get notified about official Jupyter news?"
 
 
@@ -116,6 +126,30 @@ def menu(page: Page, *path: str) -> None:
 def kernel_row(page: Page, notebook: str) -> Locator:
     """Return the panel's part for the kernel of `notebook`."""
     return page.locator("#nbgpu-panel tbody").filter(has_text=notebook)
+
+
+def open_panel(page: Page) -> None:
+    """Open the panel from the status bar."""
+    page.locator(".nbgpu-Status").click()
+    page.wait_for_selector("#nbgpu-panel:visible")
+
+
+def kernel_menu(page: Page, name: str) -> Locator:
+    """Open, by keyboard, the menu of what can be done with a notebook's kernel."""
+    page.get_by_role("button", name=f"Actions for {name}").focus()
+    page.keyboard.press("Enter")
+    opened = page.locator(".lm-Menu")
+    opened.wait_for()
+    return opened
+
+
+def set_limit(page: Page, name: str, memory: str, *, keep: bool = True) -> None:
+    """Write a limit of memory into the form at a notebook's kernel; `keep` it in the notebook."""
+    row = kernel_row(page, name)
+    row.get_by_role("button", name="Limit of").click()
+    row.get_by_label("Memory limit").fill(memory)
+    row.get_by_role("checkbox", name="Save it in the notebook").set_checked(keep)
+    row.get_by_role("button", name="Set limit").click()
 
 
 def ask_for_size(page: Page, share: str) -> None:

@@ -128,8 +128,8 @@ def _own(usage: dict[str, Any], kernel_id: str | None) -> tuple[int, int | None,
 
 
 def _row(name: str, memory: str, compute: str) -> str:
-    style = 'style="text-align: left"'
-    return f'<tr><th scope="row" {style}>{escape(name)}</th><td {style}>{memory}</td><td {style}>{compute}</td></tr>'
+    head, cell = 'style="text-align: left"', 'style="text-align: left; white-space: nowrap"'  # a bar stays beside its words
+    return f'<tr><th scope="row" {head}>{escape(name)}</th><td {cell}>{memory}</td><td {cell}>{compute}</td></tr>'
 
 
 def _bar(name: str, value: int, most: int) -> str:

@@ -10,7 +10,7 @@ import { MenuSvg } from '@jupyterlab/ui-components';
 import * as React from 'react';
 
 import type { IKernelUsage } from './api';
-import { whereTo } from './away';
+import { whereTo, whyNotMoved } from './away';
 import { formatMemory, kernelTotals } from './format';
 import { CALLS, EXPRESSION, freedWords, whyNotFree } from './free';
 import { kernelMenu } from './kernelmenu';
@@ -131,8 +131,12 @@ class Actions {
 
   /** Whether its GPU memory may be moved to the host's, or back; null: neither. */
   whereTo(kernelId: unknown): 'suspend' | 'resume' | null {
-    const mayMove = this._model.usage?.may_suspend ?? false;
-    return whereTo(this.find(kernelId), mayMove);
+    return whereTo(this.find(kernelId), this._mayMoveAny);
+  }
+
+  /** Why neither; null where one is. */
+  whyNotMoved(kernelId: unknown): string | null {
+    return whyNotMoved(this.find(kernelId), this._mayMoveAny, this._trans);
   }
 
   async move(kernelId: unknown): Promise<void> {
@@ -151,6 +155,10 @@ class Actions {
     } catch (error) {
       this._say(kernel, 'warning', (error as Error).message);
     }
+  }
+
+  private get _mayMoveAny(): boolean {
+    return this._model.usage?.may_suspend ?? false;
   }
 
   private async _mayMove(kernel: IKernelUsage): Promise<boolean> {
@@ -276,11 +284,16 @@ export const actionsPlugin: JupyterFrontEndPlugin<void> = {
       execute: ({ kernelId }) => actions.free(kernelId)
     });
     app.commands.addCommand(MOVE, {
-      label: ({ kernelId }) =>
-        actions.whereTo(kernelId) === 'resume'
-          ? trans.__('Bring Back to the GPU')
-          : trans.__('Move to Host Memory…'),
-      isVisible: ({ kernelId }) => actions.whereTo(kernelId) !== null,
+      label: ({ kernelId }) => {
+        if (actions.whereTo(kernelId) === 'resume') {
+          return trans.__('Bring Back to the GPU');
+        }
+        const why = actions.whyNotMoved(kernelId);
+        return why
+          ? trans.__('Move to Host Memory (%1)', why)
+          : trans.__('Move to Host Memory…');
+      },
+      isEnabled: ({ kernelId }) => actions.whereTo(kernelId) !== null,
       execute: ({ kernelId }) => actions.move(kernelId)
     });
     app.commands.addCommand(RESTART, {

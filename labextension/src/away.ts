@@ -37,3 +37,17 @@ export function whereTo(
   const holds = kernel?.devices.some(one => one.memory_used_bytes > 0);
   return mayMove && holds ? 'suspend' : null;
 }
+
+/** Why its memory cannot be moved now, short, for a menu; null when it can. */
+export function whyNotMoved(
+  kernel: IKernelUsage | undefined,
+  mayMove: boolean,
+  trans: TranslationBundle
+): string | null {
+  if (whereTo(kernel, mayMove) !== null) {
+    return null;
+  }
+  return mayMove
+    ? trans.__('it holds none')
+    : trans.__('not offered on this server');
+}

@@ -39,6 +39,9 @@ export function LimitForm(props: ILimitFormProps): JSX.Element {
     first.current?.form?.scrollIntoView({ block: 'nearest' });
     first.current?.focus();
   }, []);
+  React.useEffect(() => {
+    first.current?.form?.scrollIntoView({ block: 'nearest' }); // what was refused made it longer
+  }, [error]);
 
   const save = async (limit: IWrittenLimit): Promise<void> => {
     try {

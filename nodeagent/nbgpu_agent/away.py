@@ -188,8 +188,8 @@ class Away:
             It cannot be moved (Conflict), or holds none (NoSuchKernel), and why.
         """
         if not live.may_suspend:
-            why = "Kernels are not suspended on this node: its agent was started without --idle-host-memory, or its server is a pod."
-            raise NbgpuError(why, code="not-offered", status=404)
+            why = "its server is a pod" if live.record.claim is not None else "its agent was started without --idle-host-memory"
+            raise NbgpuError(f"Kernels are not suspended on this node: {why}.", code="not-offered", status=404)
         if self._is_there(live, kernel_id):
             return
         rows = live.tenant.read()

@@ -16,13 +16,16 @@ from lab_pages import (
     CELLS,
     NEWS,
     SECOND,
+    another_notebook,
     ask_for_size,
     in_lab,
     kernel_row,
     log_in,
     menu,
+    open_panel,
     press_start,
     run_cell,
+    set_limit,
     sign_in,
     size_granted,
     size_refused,
@@ -93,8 +96,7 @@ def test_a_notebook_with_a_quarter(chromium: Browser, hub: Hub) -> None:
 
     # the status bar, the panel and every way of asking say the slice's number
     expect(ada.locator(".nbgpu-Status")).to_contain_text("of 19.5 GiB")
-    ada.locator(".nbgpu-Status").click()
-    ada.wait_for_selector("#nbgpu-panel:visible")
+    open_panel(ada)
     menu(ada, "Run", "Run All Cells")
     notice = ada.locator(".nbgpu-Latest").filter(has_text="fractions.ipynb was refused 9.7 GiB: this server's slice of 19.5 GiB")
     expect(notice).to_be_visible(timeout=120 * SECOND)
@@ -116,14 +118,10 @@ def test_a_notebook_with_a_quarter(chromium: Browser, hub: Hub) -> None:
     expect(kernel_row(ada, "fractions.ipynb")).to_contain_text("300 MiB")  # all freed: the context is left
 
     # a second notebook is capped at 5 GiB from the panel
-    menu(ada, "File", "New", "Notebook")
-    ada.locator(".jp-Dialog button.jp-mod-accept").click()
-    expect(ada.locator("#jp-main-statusbar")).to_contain_text("| Idle", timeout=60 * SECOND)
+    assert another_notebook(ada) == "Untitled.ipynb"
     assert "SUCCESS" in run_cell(ada, ALLOCATE + "print(gib(0.5))")
     second = kernel_row(ada, "Untitled.ipynb")
-    second.locator("button.nbgpu-Kernels-limit").click()
-    second.locator("input").first.fill("5 GiB")
-    second.locator("button[type=submit]").click()
+    set_limit(ada, "Untitled.ipynb", "5 GiB")
     expect(second.locator("button.nbgpu-Kernels-limit")).to_contain_text("5 GiB")
     assert "SUCCESS" in run_cell(ada, "print(gib(4))")
     assert "OUT_OF_MEMORY" in run_cell(ada, "print(gib(0.5))")

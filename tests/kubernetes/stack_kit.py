@@ -217,9 +217,16 @@ def shared_directory(path: Path) -> Iterator[None]:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def _as_shipped(told: Json) -> None:
+    del told
+
+
 @contextmanager
-def stack(api: Api, **values: Any) -> Iterator[tuple[Stack, Hub]]:
-    """Run pool, agent and a zero-to-jupyterhub hub with its proxy; nothing of them is left at the end."""
+def stack(api: Api, of_hub: Callable[[Json], None] = _as_shipped, **values: Any) -> Iterator[tuple[Stack, Hub]]:
+    """Run pool, agent and a zero-to-jupyterhub hub with its proxy; nothing of them is left at the end.
+
+    `values` are the chart's; `of_hub` changes the hub's.
+    """
     with ExitStack() as at_end:
         at_end.enter_context(node_lock())
         made = Stack(api)
@@ -233,4 +240,5 @@ def stack(api: Api, **values: Any) -> Iterator[tuple[Stack, Hub]]:
         told = values_of_a_hub(url, made.hub_name, f"{made.release}-hub-{made.hub_name}")
         if others:  # of tests that run beside this one
             told["hub"]["config"]["GPUSliceMixin"] = {"gpu_model": MODEL}
+        of_hub(told)
         yield made, at_end.enter_context(hub(api, made.hub_namespace, told))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from fake_slice_agent import GIB
+from lab_pages import kernel_menu
 from test_lab_browser import BUILT, LONG, SHOTS, Lab, asked_in, fill_slice, open_lab, put_settings, wait_for
 from test_lab_browser import lab as lab  # fixtures
 from test_lab_browser import page as page
@@ -42,21 +43,13 @@ def run_cell(page: Any, code: str, prints: str) -> None:
     cell.locator(".jp-OutputArea").get_by_text(prints, exact=True).wait_for()
 
 
-def open_menu(page: Any, name: str) -> Any:
-    page.get_by_role("button", name=f"Actions for {name}").focus()
-    page.keyboard.press("Enter")
-    menu = page.locator(".lm-Menu")
-    menu.wait_for()
-    return menu
-
-
 def test_one_kernels_caches_are_freed_by_keyboard(lab: Lab, page: Any, tmp_path: Path) -> None:
     open_lab(page, lab, "JupyterLab Light")
     page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for()
     emptied = tmp_path / "emptied"
     run_cell(page, TORCH.replace("EMPTIED", str(emptied)), "ready")
     page.locator(f'[data-kernel="{lab.kernels[0]}"]').get_by_text("idle").wait_for()  # the panel learns of it once a second
-    open_menu(page, "first.ipynb")
+    kernel_menu(page, "first.ipynb")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
     dialog = page.locator(".jp-Dialog")
@@ -76,11 +69,13 @@ def test_one_kernels_caches_are_freed_by_keyboard(lab: Lab, page: Any, tmp_path:
 def test_a_kernels_memory_is_moved_to_the_host_and_back(lab: Lab, page: Any) -> None:
     kernel_id = lab.kernels[0]
     open_lab(page, lab, "JupyterLab Light")
-    assert not open_menu(page, "first.ipynb").get_by_text("Host Memory").is_visible(), "control: it is not offered"
+    off = kernel_menu(page, "first.ipynb").locator(".lm-Menu-item.lm-mod-disabled").filter(has_text="Move to Host Memory")
+    off.get_by_text("(not offered on this server)").wait_for()  # control: it is not offered
+    shot(page, SHOTS / "actions-move-not-offered.png")
     page.keyboard.press("Escape")
     lab.agent.may_suspend = True
     page.wait_for_timeout(2200)
-    menu = open_menu(page, "first.ipynb")
+    menu = kernel_menu(page, "first.ipynb")
     menu.get_by_text("Move to Host Memory…").wait_for()
     shot(page, SHOTS / "actions-move-menu.png")
     menu.get_by_text("Move to Host Memory…").click()
@@ -96,7 +91,7 @@ def test_a_kernels_memory_is_moved_to_the_host_and_back(lab: Lab, page: Any) -> 
     shot(page, SHOTS / "actions-moved.png")
     lab.agent.away[kernel_id]["wanted_seconds"] = 3.0
     row.get_by_text("waits until 8 GiB are free for it").wait_for()
-    open_menu(page, "first.ipynb").get_by_text("Bring Back to the GPU").click()
+    kernel_menu(page, "first.ipynb").get_by_text("Bring Back to the GPU").click()
     wait_for(lambda: not lab.agent.away)
     row.get_by_text("8 GiB", exact=True).wait_for()
     lab.agent.may_suspend = False
@@ -127,7 +122,7 @@ def test_what_cannot_be_freed_is_said_in_the_menu(lab: Lab, page: Any) -> None:
     page.keyboard.press("Control+Enter")
     page.locator("#jp-main-statusbar").get_by_text("| Busy").wait_for()
     page.wait_for_timeout(2200)  # the panel is told at its next look
-    menu = open_menu(page, "first.ipynb")
+    menu = kernel_menu(page, "first.ipynb")
     menu.get_by_text("Free Caches (the kernel is busy)").wait_for()
     shot(page, SHOTS / "actions-busy.png")
     page.keyboard.press("Escape")
@@ -138,13 +133,13 @@ def test_one_kernel_is_restarted(lab: Lab, page: Any) -> None:
     open_lab(page, lab, "JupyterLab Light")
     page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for()
     run_cell(page, "before = 1; print('set')", "set")
-    menu = open_menu(page, "first.ipynb")
+    menu = kernel_menu(page, "first.ipynb")
     menu.get_by_text("Restart Kernel…").click()
     dialog = page.locator(".jp-Dialog")
     dialog.get_by_text("The 8 GiB of GPU memory that it holds are freed.").wait_for()
     dialog.get_by_role("button", name="Cancel").click()
     run_cell(page, "print('before' in globals())", "True")
-    open_menu(page, "first.ipynb").get_by_text("Restart Kernel…").click()
+    kernel_menu(page, "first.ipynb").get_by_text("Restart Kernel…").click()
     page.locator(".jp-Dialog").get_by_role("button", name="Restart").click()
     page.locator(".jp-Dialog").wait_for(state="detached")
     page.wait_for_timeout(1500)

@@ -186,6 +186,19 @@ def test_all_that_happened_is_there(lab: Lab, page: Any) -> None:
     assert region.get_by_role("listitem").count() == 5
 
 
+def test_the_panel_is_full_however_much_happened(lab: Lab, page: Any) -> None:
+    """Its content scrolls, and nothing else: what is there for screen readers alone makes the panel no longer."""
+    open_lab(page, lab, "JupyterLab Light")
+    for number in range(40):
+        tell(lab, "kernel-ended", f"Notebook kernel {number} ended.", level="info", kernel_id=f"k{number}")
+    region = page.get_by_role("region", name="What happened")
+    region.get_by_role("button", name="Show all").click()
+    region.get_by_text("Notebook kernel 39 ended.").wait_for()
+    longer = "one => one.scrollHeight - one.clientHeight"
+    assert page.locator("#nbgpu-panel").evaluate(longer) == 0
+    assert page.locator(".nbgpu-Panel-content").evaluate(longer) > 1000, "control: more than fits"
+
+
 def test_a_kernel_that_ends_gives_its_memory_back_before_the_readers_eyes(lab: Lab, page: Any) -> None:
     open_lab(page, lab, "JupyterLab Light")
     page.locator(f'[data-kernel="{lab.kernels[0]}"]').get_by_text("8 GiB").first.wait_for()

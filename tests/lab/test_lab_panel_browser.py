@@ -16,6 +16,7 @@ from typing import Any
 import pseudo_language
 import pytest
 from fake_slice_agent import GIB
+from playwright.sync_api import expect
 from test_lab_browser import BUILT, LONG, REFUSAL, SHOTS, Lab, asked_in, fill_slice, open_lab, put_settings, wait_for
 from test_lab_browser import lab as lab  # a fixture
 from test_lab_browser import page as page  # a fixture
@@ -226,6 +227,19 @@ def test_a_notebook_that_cannot_be_written_is_said(lab: Lab, page: Any) -> None:
     assert lab.agent.limits[lab.kernels[1]]["memory_bytes"] == 4 * GIB
     page.keyboard.press("Escape")
     row.get_by_text("set here").wait_for()
+
+
+def test_a_refused_limit_is_seen_whole(lab: Lab, page: Any) -> None:
+    """The message makes the form longer: its button stays in view."""
+    open_lab(page, lab, THEMES[0])
+    page.set_viewport_size({"width": 1280, "height": 620})
+    row = page.locator(f'#nbgpu-panel [data-kernel="{lab.kernels[1]}"]')
+    row.get_by_role("button", name=re.compile("^Limit of")).click()
+    row.get_by_label("Memory limit").fill("100 GiB")
+    page.keyboard.press("Enter")
+    message = row.get_by_role("alert").filter(has_text="it must be at most 20 GiB")
+    for seen in (message, row.get_by_role("button", name="Set limit")):
+        expect(seen).to_be_in_viewport(ratio=1)
 
 
 def test_a_part_of_the_time_is_shown_as_it_was_written(lab: Lab, page: Any) -> None:

@@ -58,6 +58,13 @@ def test_every_browser_test_of_the_notebook_shows_a_feature() -> None:
     assert [name for name in TESTS if name.endswith("_browser.py") and TESTS[name].parent.name == "lab" and name not in cells] == []
 
 
+def test_every_chapter_on_kubernetes_shows_a_feature() -> None:
+    cells = " ".join(cell for page in PAGES for _, cell in rows(page))
+    chapters = re.findall(r"def (test_\w+)\(", TESTS["test_cluster_features.py"].read_text())
+    assert len(chapters) > 5
+    assert [name for name in chapters if f"`{name}`" not in cells] == []
+
+
 def test_pictures_are_there_in_both_themes_and_small() -> None:
     text = "\n".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
     named = set(re.findall(r"images/([\w-]+\.png)", text))

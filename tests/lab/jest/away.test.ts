@@ -1,5 +1,9 @@
 import type { IKernelAway, IKernelUsage } from '../../../labextension/src/api';
-import { awayWords, whereTo } from '../../../labextension/src/away';
+import {
+  awayWords,
+  whereTo,
+  whyNotMoved
+} from '../../../labextension/src/away';
 
 const trans = {
   __: (text: string, ...values: unknown[]) =>
@@ -31,4 +35,13 @@ test('where it may go', () => {
   expect(whereTo(kernel(null, 0), true)).toBeNull();
   expect(whereTo(kernel({}), false)).toBe('resume');
   expect(whereTo(undefined, true)).toBeNull();
+});
+
+test('why it cannot be moved is said for the menu', () => {
+  const why = (...args: [Parameters<typeof whereTo>[0], boolean]) =>
+    whyNotMoved(...args, trans);
+  expect(why(kernel(null, 5), true)).toBeNull();
+  expect(why(kernel({}), false)).toBeNull();
+  expect(why(kernel(null, 0), true)).toBe('it holds none');
+  expect(why(kernel(null, 5), false)).toBe('not offered on this server');
 });
