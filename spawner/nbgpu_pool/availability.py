@@ -91,6 +91,11 @@ class _Looker:
         if not ghost.holder and not self.waiting and makes_room(core.books, settings.idle, settings.policy, ghost, self.now):
             words = "in use, but an idle notebook may make room for you within a minute"
             return Availability(state="wait", reason=words, memory=memory, compute_milli=compute)
+        back = None if ghost.holder else core.taken_back_for(ghost, self.now)
+        if back is not None:
+            when = "others make room for you at once" if back == 0 else f"it is asked back, for within {rough_time(back)}"
+            words = f"in use, but what is guaranteed to you was lent: {when}"
+            return Availability(state="wait", reason=words, wait_seconds=back or None, memory=memory, compute_milli=compute)
         wait = None if ghost.holder else core.forecasts.of(want, self.now, core.books.closed(ghost))
         seconds = wait.seconds if wait is not None else None
         return Availability(

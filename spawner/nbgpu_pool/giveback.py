@@ -161,6 +161,7 @@ def plan(
     least_bytes: int,
     now: float,
     spent: Set[tuple[str, ...]] = frozenset(),
+    also: Entry | None = None,
 ) -> Plan:
     """Return what must be taken back for those who wait and have a right to what is lent.
 
@@ -173,10 +174,12 @@ def plan(
         Least memory of a slice.
     spent : set
         Holders and users (`Claim`) for whom nothing more is taken at this time.
+    also : Entry, optional
+        Who would wait behind them.
     """
     found = Plan()
     lent = quotas.lent
-    line = [one for one in books.waiting() if not one.holder] if lent else []
+    line = [one for one in (*books.waiting(), *([also] if also is not None else [])) if not one.holder] if lent else []
     if not line:
         return found
     tally = Tally(quotas, books.granted_by(frozenset(quotas.groups)))
@@ -238,6 +241,18 @@ def plan(
             room.take(part)
             most[room.device.uuid].take(part)
     return found
+
+
+def room_for(
+    books: Books, quotas: Quotas, policy: GiveBack, asked: dict[str, Ask], placing: Policy, least_bytes: int, now: float, ghost: Entry
+) -> float | None:
+    """Return in how many seconds room would be made for one who asks now, 0 where slices are only made smaller; None: it would not be."""
+    if not _holders(ghost, quotas.lent):
+        return None
+    found = plan(books, quotas, policy, asked, placing, least_bytes, now, also=ghost)
+    asks = [ask.due - now for ask in found.asks if ask.claimant == ghost.slice_id]
+    shrinks = any(one.claim.entry is ghost for one in found.shrinks)
+    return max(asks) if asks else 0.0 if shrinks else None
 
 
 def to_grow(books: Books, quotas: Quotas, shrunk: Iterable[Entry]) -> tuple[Entry, Slice] | None:

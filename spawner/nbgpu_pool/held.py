@@ -12,7 +12,7 @@ from nbgpu.words import rough_time
 
 from .books import Books, Entry, Unplaced, slice_at
 from .fair import Fair
-from .giveback import Ask, Claim, Taken, given_back, plan, to_grow, what_matters
+from .giveback import Ask, Claim, Taken, given_back, plan, room_for, to_grow, what_matters
 from .idle import has_room, note_of, to_park
 from .left import Left
 from .queue import Pass, outgrow
@@ -89,7 +89,8 @@ class Held(ABC):
     def configure(self, settings: Settings, now: float) -> None:
         """Go on with other settings, for all that comes: nobody loses what they hold or their place in the queue.
 
-        But who waits for more than their quota is now in all would wait for ever, and is told so instead. How sessions are guessed stays as it was, and so does the rule by value once it is on: both have learnt.
+        But who waits for more than their quota is now in all would wait for ever, and is told so instead. How sessions are guessed stays as
+        it was, and so does the rule by value once it is on: both have learnt.
         """
         self.settings = settings
         self._arrange()
@@ -328,6 +329,12 @@ class Held(ABC):
             self._tell(entry, target, now, note, taken_back=True)
             entry.busy -= 1
         self._ask_back("guarantee", found.asks)
+
+    def taken_back_for(self, ghost: Entry, now: float) -> float | None:
+        """Return in how many seconds what was lent would be taken back for one who asks now (`giveback.room_for`)."""
+        settings = self.settings
+        asked = self._asked.get("guarantee", {})
+        return room_for(self.books, settings.quotas, settings.give_back, asked, settings.policy, settings.smallest_bytes, now, ghost)
 
     def _claim_ended(self, entry: Entry, now: float) -> None:
         """Note what is to be given back where a claimant left before its server ran."""

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from test_pool_held import Pool as Played
 
-from nbgpu.models import GrantState
+from nbgpu.models import AvailabilityQuery, GrantState, Owner, Shape
 from nbgpu.quantities import GIB
 from nbgpu_pool import giveback
+from nbgpu_pool.availability import answer
 from nbgpu_pool.giveback import LATE_SECONDS, GiveBack
 from nbgpu_pool.held import GROW_PAUSE_SECONDS, GROW_SECONDS, SPARED_SECONDS
 from nbgpu_pool.idle import IdlePolicy
@@ -390,3 +391,31 @@ def test_one_whose_node_refused_to_make_it_smaller_has_nothing_to_grow_back_to()
     assert set(pool.shrunk(refuse=True)) == set(keys)
     pool.core.cancel(mine, "h", pool.now)
     assert grown(pool, GROW_SECONDS) == {}
+
+
+@pytest.mark.parametrize(
+    ("policy", "says"),
+    [
+        (GiveBack(), "others make room for you at once"),
+        (GiveBack(shrink=False, notice_seconds=60, busy_notice_seconds=600), "it is asked back, for within 10 minutes"),
+    ],
+)
+def test_the_start_page_says_that_others_make_room(policy: GiveBack, says: str) -> None:
+    """Not when servers usually end: who has a right to it need not wait for that."""
+    pool = Pool(quotas=LENT, give_back=policy)
+    for user in "ab":
+        pool.uses(pool.running(500, user), 5)
+
+    def reason(groups: list[str], milli: int = 250) -> str:
+        query = AvailabilityQuery(owner=Owner(hub="h", user="m"), groups=groups, shapes=[Shape(compute_milli=milli)])
+        (found,) = answer(pool.core, query, pool.now)
+        assert found.state == "wait"
+        return found.reason
+
+    assert reason(["bio"]) == f"in use, but what is guaranteed to you was lent: {says}"
+    assert "perhaps free within" in reason([])
+    assert "perhaps free within" in reason(["bio"], 625), "beyond the guarantee"
+    assert not pool.core.asks, "looking takes nothing"
+    assert pool.shrunk() == {}
+    pool.ask(500, "n", groups=["bio"])
+    assert "lent" not in reason(["bio"]), "another has asked for all of it first"
