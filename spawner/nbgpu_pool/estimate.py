@@ -21,6 +21,8 @@ PARK_SECONDS = 15.0
 """Until a slice that is being parked has given its room back."""
 PLAYS = 14
 """So that `USUALLY` is the eleventh of them. Of many sessions one ends long before each usually has: no single play tells."""
+MANY_SESSIONS = 2000
+"""Where more run every third play is enough: of so many the plays differ little."""
 MOST_WAITING = 500
 """Who is further back is told nothing."""
 MAX_EVENTS = 300
@@ -121,10 +123,11 @@ def queue_forecast(books: Books, kinds: Kinds, now: float, ghosts: Sequence[tupl
     for room in books.rooms.values():
         nodes.setdefault(room.device.node, []).append(room)
     told: dict[str, list[Estimate]] = {one.key: [] for one in waiting}
-    for play in range(PLAYS):
+    plays = range(0, PLAYS, 1 if len(running) <= MANY_SESSIONS else 3)
+    for play in plays:
         for key, estimate in _Play(_Board(nodes, books.rooms), play, _first(running, play), returning, waiting).run().items():
             told[key].append(estimate)
-    usual = math.ceil(USUALLY * PLAYS) - 1
+    usual = math.ceil(USUALLY * len(plays)) - 1
     return {key: sorted(of)[usual] for key, of in told.items() if len(of) > usual}
 
 
