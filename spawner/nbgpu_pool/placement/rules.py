@@ -153,7 +153,7 @@ class Ours:
         c     : such that the V of the pool is what it would be with w = p
         H     = sum over devices of the worth of what is left (`remainders.worth`)
 
-    p_m is learnt from the arrivals so far (`demand`), V is in `values`. Without c all weights grow as the pool fills, and dV outweighs H and
+    p_m is learnt from the arrivals so far (`demand`), V is in `values`. Without c all weights grow as the pool fills: dV outweighs H and
     the step.
 
     Parameters
