@@ -8,7 +8,8 @@
   trace. Without a trace a small one is made up.
 * As FGD's paper measures: the requests arrive in random order, then drawn anew with replacement; nobody leaves; who fits nowhere is
   refused. Mean over the arrivals at which what was asked for rounds to 100 % of the fleet, then mean over the shuffles.
-* `allocated_percent`: our rule, nodes shuffled with the same seed; `allocated_percent_sorted`: the largest nodes first.
+* `allocated_percent`: our rule, nodes shuffled with the same seed; `allocated_percent_sorted`: the largest nodes first. Our
+  rule brings the nodes into an order of its own (`evenly`), which hangs on how they are listed only within a kind of node.
 * `fgd_percent`: FGD as published, with the very nodes of `allocated_percent`: the control, to be within 0.5 of its published figure;
   `fgd_percent_sorted`, and, with `--file-order`, `fgd_percent_file`. FGD knows the trace's demand beforehand, ours learns it.
 * `refused_by_class`: refusals in percent of each class's arrivals until 100 % was asked for, both with the nodes shuffled.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from nbgpu_pool.placement.chooser import Chooser
 from nbgpu_pool.placement.demand import typical
-from nbgpu_pool.placement.fleet import Fleet, Need, Node
+from nbgpu_pool.placement.fleet import Fleet, Need, Node, evenly
 from nbgpu_pool.placement.rules import BestFit, Fgd, Ours, Rule
 from nbgpu_pool.placement.values import ONE
 
@@ -77,7 +77,8 @@ def replay(nodes: Sequence[Node], needs: Sequence[Need], policy: str, order: str
     if not any(need.total_milli for need in needs):
         raise ValueError("no request of the trace asks for a GPU")
     begun = time.process_time()
-    fleet = Fleet(ordered(nodes, order, seed))
+    listed = ordered(nodes, order, seed)
+    fleet = Fleet([listed[index] for index in evenly(listed)] if policy == "ours" else listed)
     chooser = Chooser(fleet, rule_of(policy, fleet, needs))
     capacity, asked, allocated = fleet.capacity_milli, 0, 0
     around: list[int] = []

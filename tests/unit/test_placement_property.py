@@ -133,12 +133,14 @@ class Plain:
     def weights(self, shares: dict[Need, int], most: int) -> dict[Need, int]:
         free = sum(sum(self.lefts(node)) for node in range(len(self.nodes)))
         found: dict[Need, int] = {}
+        even = uneven = 0
         for shape, share in shares.items():
             if shape.device_count:
                 usable = sum(self.usable(shape, node, self.lefts(node), self.cpu[node]) for node in range(len(self.nodes)))
                 scarce = min(most * ONE, isqrt((free**3 << 2 * BITS) // usable**3)) if usable else most * ONE
                 found[shape] = share * scarce >> BITS
-        return found
+                even, uneven = even + share * usable, uneven + found[shape] * usable
+        return {shape: weight * even // uneven if uneven else weight for shape, weight in found.items()}
 
 
 B_A_A_B = Node([Gpu(model) for model in "BAAB"])

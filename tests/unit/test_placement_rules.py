@@ -13,7 +13,7 @@ from nbgpu.quantities import GIB
 from nbgpu_pool.placement import Room, place
 from nbgpu_pool.placement.chooser import Chooser
 from nbgpu_pool.placement.demand import Demand, typical
-from nbgpu_pool.placement.fleet import Asked, Fleet, Gpu, Need, Node, Spot, Taken
+from nbgpu_pool.placement.fleet import Asked, Fleet, Gpu, Need, Node, Spot, Taken, evenly
 from nbgpu_pool.placement.remainders import worth
 from nbgpu_pool.placement.rules import BestFit, Fgd, Ours, Parameters, hash_of
 from nbgpu_pool.placement.values import ONE, scarcity
@@ -89,6 +89,58 @@ def test_scarcity_is_exact(free: int, usable: int) -> None:
         assert found == 50
     else:
         assert found**2 <= Fraction(free, usable) ** 3 < (found + Fraction(1, ONE)) ** 2
+
+
+def test_a_model_that_nobody_has_asked_for_yet_is_not_given_away_first() -> None:
+    """Half want an A, half any device: with nothing known of those who want a B, who can use every device filled all Bs."""
+    fleet = Fleet([Node([Gpu("A")] * 8), Node([Gpu("B")] * 2), Node([Gpu("A")] * 8)])
+    rule = Ours(fleet)
+    chooser = Chooser(fleet, rule)
+    for number in range(12):
+        need = Need(1, 1000, models=None if number % 2 else frozenset({"A"}))
+        rule.arrived(need)
+        spot = chooser.choose(need)
+        assert spot is not None
+        fleet.take(spot, need)
+    assert fleet.left[fleet.model == fleet.models.index("B")].max() == 1000, "somebody may want a B"
+
+
+def test_a_model_that_comes_later_is_expected_too() -> None:
+    before = Ours(Fleet([Node([Gpu("A")])]))
+    before.arrived(Need(1, 500))
+    after = Ours(Fleet([Node([Gpu("A")]), Node([Gpu("B", size_milli=250, fixed=True)] * 4)]), learnt=before)
+    assert set(after.demand.counts) == {
+        Need(1, 500),
+        Need(1, 1000, models=frozenset({"A"})),
+        Need(1, 250, models=frozenset({"B"})),
+    }
+
+
+def test_scarcity_moves_weight_and_adds_none() -> None:
+    """The fuller the pool, the scarcer whole devices and nodes: the V of the pool stays what it is with the bare shares."""
+    fleet = Fleet([Node([Gpu("A")] * 2)] * 20)
+    for node in range(19):
+        for device in range(2):
+            fleet.take(Spot(node, (device,)), Need(1, 600))
+    rule = Ours(fleet, [SHARED, PAIR])
+    shares, usable = rule.demand.shares(ONE), rule.values.usable_by_shape()
+    even = sum(share * one for share, one in zip(shares.values(), usable, strict=True))
+    uneven = sum(weight * one for weight, one in zip(rule.values.weights, usable, strict=True))
+    assert usable == [38 * 400 + 2000, 2000]
+    assert uneven == pytest.approx(even, rel=1e-6)
+    assert rule.values.weights[1] > 5 * rule.values.weights[0], "whole nodes are scarce"
+
+
+def test_nodes_come_in_an_order_of_their_own_each_kind_spread_evenly() -> None:
+    large, small, single = Node([Gpu("A")] * 8, 64_000), Node([Gpu("A")] * 2), Node([Gpu("B")], 8000, 1 << 30, frozenset({("a", "b")}))
+    listed = [large] * 2 + [small] * 4 + [single]
+    assert [listed[index] for index in evenly(listed)] == [small, large, small, single, small, large, small]
+    again = list(listed)
+    for seed in range(5):
+        random.Random(seed).shuffle(again)
+        assert [again[index] for index in evenly(again)] == [listed[index] for index in evenly(listed)]
+    assert evenly([small] * 3) == [0, 1, 2], "nodes of one kind stay as they are listed"
+    assert evenly([]) == []
 
 
 def test_gpu_that_cpu_cannot_feed_counts_half() -> None:

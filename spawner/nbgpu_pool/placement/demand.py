@@ -23,15 +23,19 @@ class Demand:
     memory : int
         After how many more arrivals one counts 1/e of what it did.
     offered : iterable of Need
-        The profiles on offer: each counts as one arrival at the start.
+        The profiles on offer, as in `expect`.
     """
 
     def __init__(self, memory: int, offered: Iterable[Need] = ()):
         self.memory = memory
         self.unit = _FIRST
         self.counts: dict[Need, int] = {}
-        for need in offered:
-            self.counts[shape_of(need)] = self.counts.get(shape_of(need), 0) + self.unit
+        self.expect(offered)
+
+    def expect(self, needs: Iterable[Need]) -> None:
+        """Count one arrival of each shape of which nothing is known yet."""
+        for need in needs:
+            self.counts.setdefault(shape_of(need), self.unit)
 
     def arrived(self, need: Need) -> None:
         """Count an arrival, whether it finds a place or not."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -325,3 +326,21 @@ def kinds_of(needs: Iterable[Need]) -> list[Kind]:
     """Return the kinds of those needs that want a device, each once, in a fixed order."""
     kinds = {Kind(need.device_count, need.compute_milli, need.models) for need in needs if need.device_count}
     return sorted(kinds, key=lambda kind: (kind.device_count, kind.compute_milli, sorted(kind.models or ()), kind.models is None))
+
+
+def evenly(nodes: Sequence[Node]) -> list[int]:
+    """Return an order of nodes in which each kind is spread evenly over the whole, whatever order they are listed in.
+
+    Ties go to the first nodes: where all of one kind come first, those that need just them find them full. Nodes of a kind are
+    interchangeable, and stay in the order in which they are listed.
+    """
+    kinds: dict[tuple[Any, ...], list[int]] = {}
+    for index, node in enumerate(nodes):
+        known = [-1 if amount is None else amount for amount in (node.cpu_milli, node.ram_bytes)]
+        kinds.setdefault((len(node.gpus), tuple(node.gpus), *known, tuple(sorted(node.labels))), []).append(index)
+    spread = [
+        (Fraction(2 * rank + 1, 2 * len(kinds[kind])), number, index)
+        for number, kind in enumerate(sorted(kinds))
+        for rank, index in enumerate(kinds[kind])
+    ]
+    return [index for *_, index in sorted(spread)]

@@ -125,6 +125,10 @@ class Fgd:
         return {"rounded_milli": self.rounded_milli}
 
 
+EDITION = 2
+"""Of the rule `Ours`: another one scores otherwise with the same parameters."""
+
+
 @dataclass(frozen=True)
 class Parameters:
     """Of the rule `Ours`."""
@@ -145,15 +149,18 @@ class Ours:
     ::
 
         score = floor((dV + request + 3 dH) / 40)
-        w_m   = p_m * min(50, (free GPU of the pool / free GPU usable by m) ** 1.5)
+        w_m   = p_m * min(50, (free GPU of the pool / free GPU usable by m) ** 1.5) * c
+        c     : such that the V of the pool is what it would be with w = p
         H     = sum over devices of the worth of what is left (`remainders.worth`)
 
-    p_m is learnt from the arrivals so far (`demand`), V is in `values`.
+    p_m is learnt from the arrivals so far (`demand`), V is in `values`. Without c all weights grow as the pool fills: dV outweighs H and
+    the step.
 
     Parameters
     ----------
     offered : iterable of Need
-        The profiles on offer: what is expected before anything has arrived.
+        The profiles on offer: what is expected before anything has arrived. Without any a whole device of each model is: a model that
+        nobody has asked for yet would be given away first, to those who can use every other one.
     learnt : Ours, optional
         Of the fleet before a change of its devices: what has arrived there is what is expected here.
     """
@@ -164,7 +171,8 @@ class Ours:
         self.fleet = fleet
         self.parameters = parameters or Parameters()
         self.version = 0
-        self.demand = learnt.demand if learnt is not None else Demand(self.parameters.memory_arrivals, offered)
+        self.demand = learnt.demand if learnt is not None else Demand(self.parameters.memory_arrivals)
+        self.demand.expect(list(offered) or _whole_devices(fleet))
         self._arrivals, self._next = (0, 1) if learnt is None else (learnt._arrivals, learnt._next)
         self.reweigh()
 
@@ -193,7 +201,10 @@ class Ours:
         self.values.follow()
         free, usable = int(self.fleet.left.sum()), self.values.usable_by_shape()
         most = self.parameters.most_scarce
-        self.values.weigh([shares[shape] * scarcity(free, one, most) >> BITS for shape, one in zip(shapes, usable, strict=True)])
+        weights = [shares[shape] * scarcity(free, one, most) >> BITS for shape, one in zip(shapes, usable, strict=True)]
+        even = sum(shares[shape] * one for shape, one in zip(shapes, usable, strict=True))
+        uneven = sum(weight * one for weight, one in zip(weights, usable, strict=True))
+        self.values.weigh([weight * even // uneven if uneven else weight for weight in weights])
         sizes: dict[int, int] = {}
         for shape in shapes:
             sizes[shape.compute_milli] = sizes.get(shape.compute_milli, 0) + shape.device_count * shares[shape]
@@ -209,5 +220,11 @@ class Ours:
         return gain // (2 * ONE * self.parameters.rounded_milli)
 
     def describe(self) -> Mapping[str, object]:
-        """Return the parameters."""
-        return asdict(self.parameters)
+        """Return the parameters, and the edition of the rule."""
+        return {**asdict(self.parameters), "edition": EDITION}
+
+
+def _whole_devices(fleet: Fleet) -> list[Need]:
+    """Return for each model a need of its largest device."""
+    sizes = [int(fleet.size_milli[fleet.model == number].max()) for number in range(len(fleet.models))]
+    return [Need(1, size, models=frozenset({model})) for model, size in zip(fleet.models, sizes, strict=True)]

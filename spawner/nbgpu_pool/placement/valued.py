@@ -9,7 +9,7 @@ import numpy as np
 from ..shapes import Part, Want, resolve, within
 from .best_fit import Place, Room
 from .chooser import Chooser
-from .fleet import Fleet, Gpu, Need, Node
+from .fleet import Fleet, Gpu, Need, Node, evenly
 from .rules import Ours
 
 MOST_WANTS = 1024
@@ -23,22 +23,25 @@ class Valued:
     Parameters
     ----------
     rooms : mapping
-        In the fixed order of placement.
+        In a fixed order; the nodes come as `evenly` says.
     before : Valued, optional
         What it has learnt of demand is kept.
     """
 
     def __init__(self, rooms: Mapping[str, Room], before: Valued | None = None):
-        self._nodes: dict[str, list[Room]] = {}
+        listed: dict[str, list[Room]] = {}
         for room in rooms.values():
             if not room.coming:
-                self._nodes.setdefault(room.device.node, []).append(room)
+                listed.setdefault(room.device.node, []).append(room)
+        nodes = [Node([Gpu(_kind(room), max(room.device.usable_bytes, 1)) for room in node]) for node in listed.values()]
+        turn, names = evenly(nodes), list(listed)
+        self._nodes = {names[index]: listed[names[index]] for index in turn}
         self._row = {node: row for row, node in enumerate(self._nodes)}
         self._rooms = list(self._nodes.values())
         self._at = {room.device.uuid: (row, column) for row, node in enumerate(self._rooms) for column, room in enumerate(node)}
         self._kinds = {_kind(room): room for node in self._rooms for room in node}
         self._needs: dict[Want, list[tuple[Need, Part, int]]] = {}
-        self.fleet = Fleet([Node([Gpu(_kind(room), max(room.device.usable_bytes, 1)) for room in node]) for node in self._rooms])
+        self.fleet = Fleet([nodes[index] for index in turn])
         for node in self._nodes:
             self.changed(node)
         self.rule = Ours(self.fleet, learnt=before.rule if before is not None else None)
