@@ -15,6 +15,8 @@ REFUSED_SECONDS = 600.0
 """So long a slice that could not be parked is not tried again."""
 KEPT_BACK = 20
 """A twentieth of the host's memory stays available whatever is parked, and at least a GiB."""
+HEARD_SECONDS = 10.0
+"""As often those who follow the slices ask by themselves (`nbgpu_pool.ledger`)."""
 MOST_KERNELS = 256
 
 Signature = tuple[tuple[int, ...], ...]
@@ -40,6 +42,8 @@ class IdleWatch:
     told_at: float = 0.0
     busy_at: float = 0.0
     """When any kernel was busy last, also one that has nothing on a GPU."""
+    unused: float = 0.0
+    """For how long it had not been used at the last look, seconds."""
     could: bool = False
     """It could be parked at the last look."""
     refused_until: float = 0.0
@@ -64,11 +68,17 @@ class IdleWatch:
     def unused_seconds(self, protected: Collection[str], now: float) -> float | None:
         """Return how long nothing has used the slice's GPUs and no kernel has been busy, whatever it holds.
 
-        None: its Jupyter server does not tell, as there is none of a program of `nbgpu run`, or one of its kernels is protected.
+        None: one is now, its Jupyter server does not tell, as there is none of a program of `nbgpu run`, or one of its kernels is protected.
         """
-        if now - self.told_at > REPORT_SECONDS or any(kernel_id in self.kernels for kernel_id in protected):
+        told = now - self.told_at <= REPORT_SECONDS
+        if not told or any(self.kernels.values()) or any(kernel_id in self.kernels for kernel_id in protected):
             return None
         return max(0.0, now - max(self.active_at, self.busy_at))
+
+    def used_again(self, protected: Collection[str], now: float) -> bool:
+        """Note for how long it has not been used; return whether it is again, after so long that others may have heard of it."""
+        before, self.unused = self.unused, self.unused_seconds(protected, now) or 0.0
+        return self.unused < before >= HEARD_SECONDS
 
     def refuse(self, why: str, now: float) -> None:
         """Leave it alone for a while."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("nbgpu.agent")
 TELL_SECONDS = 2.0
-"""Those who follow the slices are told no oftener that one has become idle."""
+"""Those who follow the slices are told no oftener that one has become idle, or is used again."""
 RESTARTED = "the agent was started anew"
 PASSING = (USED, RESTARTED, TOO_MANY)
 """Reasons that say nothing of the next time."""
@@ -87,7 +87,8 @@ class Parking:
             now, watch = time.time(), self._watch(live)
             watch.look(rows, now)
             could, watch.could = watch.could, watch.why_not(rows, live.record.protected, now) is None
-            self._to_tell = self._to_tell or (watch.could and not could)
+            again = watch.used_again(live.record.protected, now)
+            self._to_tell = self._to_tell or again or (watch.could and not could)
             if self._to_tell and now - self._told_at >= TELL_SECONDS:
                 self._to_tell, self._told_at = False, now
                 self._agent.touch()

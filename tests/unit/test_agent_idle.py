@@ -100,6 +100,21 @@ def test_unused_is_who_holds_nothing_too() -> None:
     watch.look([row(launches=1)], 115.0)
     assert watch.unused_seconds((), 120.0) == 5.0
     watch.hear({"a": True}, [], 120.0)
+    assert watch.unused_seconds((), 125.0) is None, "it is busy until the contrary is told"
     watch.hear({"a": False}, [], 121.0)
     assert watch.unused_seconds((), 130.0) == 10.0, "a cell that uses no GPU is work too"
     assert watch.unused_seconds((), 122.0 + REPORT_SECONDS) is None, "nor does it tell any more"
+
+
+def test_who_is_used_again_is_told_of() -> None:
+    """Who was told how long it had not been used counts on from there."""
+    watch = IdleWatch(0.0)
+    watch.hear({"a": False}, [], 100.0)
+    assert [watch.used_again((), now) for now in (100.0, 101.0)] == [False, False]
+    watch.look([row(launches=1)], 102.0)
+    assert [watch.used_again((), now) for now in (102.0, 103.0)] == [True, False]
+    watch.look([row(launches=2)], 104.0)
+    assert not watch.used_again((), 105.0), "nobody has heard of two seconds"
+    assert not watch.used_again((), 120.0)
+    watch.hear({"a": True}, [], 121.0)
+    assert [watch.used_again((), now) for now in (121.0, 122.0)] == [True, False]
