@@ -68,7 +68,7 @@ class IdleWatch:
     def unused_seconds(self, protected: Collection[str], now: float) -> float | None:
         """Return how long nothing has used the slice's GPUs and no kernel has been busy, whatever it holds.
 
-        None: one is now, its Jupyter server does not tell, as there is none of a program of `nbgpu run`, or one of its kernels is protected.
+        None: one is now, its Jupyter server does not tell (a program of `nbgpu run` has none), or one of its kernels is protected.
         """
         told = now - self.told_at <= REPORT_SECONDS
         if not told or any(self.kernels.values()) or any(kernel_id in self.kernels for kernel_id in protected):

@@ -19,8 +19,9 @@ import pytest
 import test_lab_panel_browser
 from axe_kit import violations
 from fake_slice_agent import GIB
+from lab_pages import kernel_menu
 from playwright.sync_api import TimeoutError as PlaywrightTimeout
-from test_lab_actions_browser import TORCH, open_menu
+from test_lab_actions_browser import TORCH
 from test_lab_browser import BUILT, HIDDEN, LONG, REFUSAL, SHOTS, Lab, asked_in, fill_slice, put_settings, running_lab, wait_for
 from test_lab_browser import page as page
 from test_lab_happened_browser import HOSTILE, TOAST, shot, tell
@@ -94,7 +95,7 @@ def test_memory_that_is_not_needed(lab: Lab, page: Any, tmp_path: Path) -> None:
     # caches, by keyboard and with consent
     run_cell(page, TORCH.replace("EMPTIED", str(emptied))).get_by_text("ready").wait_for()
     row.get_by_text("idle").wait_for()
-    open_menu(page, "first.ipynb")
+    kernel_menu(page, "first.ipynb")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
     dialog.get_by_text("torch.cuda.empty_cache()").wait_for()
@@ -108,20 +109,20 @@ def test_memory_that_is_not_needed(lab: Lab, page: Any, tmp_path: Path) -> None:
 
     # to the host and back
     lab.agent.may_suspend = True
-    wait_for(lambda: page.evaluate("id => window.jupyterapp.commands.isVisible('nbgpu:move-kernel', {kernelId: id})", lab.kernels[0]))
-    open_menu(page, "first.ipynb").get_by_text("Move to Host Memory…").click()
+    wait_for(lambda: page.evaluate("id => window.jupyterapp.commands.isEnabled('nbgpu:move-kernel', {kernelId: id})", lab.kernels[0]))
+    kernel_menu(page, "first.ipynb").get_by_text("Move to Host Memory…").click()
     dialog.get_by_role("button", name="Move").click()
     lab.agent.used_bytes = 4 * GIB + GIB // 2
     row.get_by_text("Its 7 GiB are in host memory.").wait_for()
     panel.get_by_text("more are held than").wait_for(state="detached")
     shot(page, SHOTS / "notebook-7-moved.png")
-    open_menu(page, "first.ipynb").get_by_text("Bring Back to the GPU").click()
+    kernel_menu(page, "first.ipynb").get_by_text("Bring Back to the GPU").click()
     wait_for(lambda: not lab.agent.away)
     lab.agent.may_suspend, lab.agent.used_bytes = False, 11 * GIB + GIB // 2
     row.get_by_text("7 GiB").first.wait_for()
 
     # all of it
-    open_menu(page, "first.ipynb").get_by_text("Restart Kernel…").click()
+    kernel_menu(page, "first.ipynb").get_by_text("Restart Kernel…").click()
     dialog.get_by_text("The 7 GiB of GPU memory that it holds are freed.").wait_for()
     dialog.get_by_role("button", name="Restart").click()
     dialog.wait_for(state="detached")
