@@ -185,9 +185,8 @@ class Monitor:
         return {uuid: self._nvml.sample(uuid) for uuid in list(self._agent.devices)}
 
     def _seen_bytes(self, live: LiveSlice) -> dict[str, int]:
-        remembered = self._memory.get(live.id)
-        seen = remembered.seen_bytes.items() if remembered is not None else ()
-        return {uuid: size for uuid, size in seen if remembered is not None and remembered.seen_at[uuid] > live.limits_at}
+        remembered = self._memory.get(live.id, SliceMemory())
+        return {uuid: size for uuid, size in remembered.seen_bytes.items() if remembered.seen_at[uuid] > live.limits_at}
 
     async def _look_again(self, live: LiveSlice) -> None:
         """Ask the driver at once what a slice holds: who made it smaller is told. Where it takes its time the next look will do."""

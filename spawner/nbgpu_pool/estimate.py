@@ -119,13 +119,10 @@ def queue_forecast(books: Books, kinds: Kinds, now: float, ghosts: Sequence[tupl
         waiting += [_Waits(f"ghost:{n}", _STARTED + n, want, closed, _AT_ONCE, ghost=True) for n, (want, closed) in enumerate(ghosts)]
     returning = [_returns(entry, lasting) for entry in books.wanted_back()]
     running = [_Running(lasting.of(entry), entry) for entry in books.entries.values() if entry.holds]
-    nodes: dict[str, list[Room]] = {}
-    for room in books.rooms.values():
-        nodes.setdefault(room.device.node, []).append(room)
     told: dict[str, list[Estimate]] = {one.key: [] for one in waiting}
     plays = range(0, PLAYS, 1 if len(running) <= MANY_SESSIONS else 3)
     for play in plays:
-        for key, estimate in _Play(_Board(nodes, books.rooms), play, _first(running, play), returning, waiting).run().items():
+        for key, estimate in _Play(_Board(books), play, _first(running, play), returning, waiting).run().items():
             told[key].append(estimate)
     usual = math.ceil(USUALLY * len(plays)) - 1
     return {key: sorted(of)[usual] for key, of in told.items() if len(of) > usual}
@@ -177,8 +174,8 @@ def _returns(entry: Entry, lasting: _Lasting) -> _Returns:
 class _Board:
     """The rooms of one play: copies of those that it changes."""
 
-    def __init__(self, nodes: dict[str, list[Room]], rooms: dict[str, Room]):
-        self._nodes, self._rooms = nodes, rooms
+    def __init__(self, books: Books):
+        self._buckets, self._rooms = books.buckets, books.rooms
         self._own: dict[str, Room] = {}
 
     def room(self, uuid: str) -> Room | None:
@@ -190,7 +187,7 @@ class _Board:
 
     def node(self, name: str) -> list[Room]:
         """Return all rooms of a node, to be changed."""
-        return [room for one in self._nodes[name] if (room := self.room(one.device.uuid)) is not None]
+        return [room for one in self._buckets.of([name]) if (room := self.room(one.device.uuid)) is not None]
 
 
 @dataclass

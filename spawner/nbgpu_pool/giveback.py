@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nbgpu.errors import NbgpuError
@@ -187,13 +187,13 @@ def plan(
     claims = _some(list(_claims(line, unmet, books)), {ask.claimant for ask in asked.values()})
     if not claims:
         return found
-    rooms = {room.device.uuid: replace(room) for room in books.ordered_rooms()}
+    rooms = {room.device.uuid: room.copy() for room in books.ordered_rooms()}
     _give(rooms, _on_its_way_back(books, now))
     stages = [list(stage) for stage in _stages(books, quotas, policy, asked, tally, least_bytes, now)]
     offered = _most(stages)
     milder = _most(stages[:-1]) if policy.busy_notice_seconds is not None else {}
     # With all that could be given: who finds no room there is spared the search, and the pool with them.
-    most = {uuid: replace(room) for uuid, room in rooms.items()}
+    most = {uuid: room.copy() for uuid, room in rooms.items()}
     for gain in offered.values():
         _give(most, gain.parts)
     waits = {claim.entry.slice_id for claim in claims}
@@ -204,7 +204,7 @@ def plan(
         # what is kept for who has waited long is kept from those alone who claim nothing
         barred = {uuid for one in claims if one.entry is not entry for uuid in one.entry.earmark} | books.kept() | books.closed(entry)
 
-        cap = tally.cap(entry.request.owner, entry.request.groups, entry.want.device_count)
+        cap, _ = tally.cap(entry.request.owner, entry.request.groups, entry.want.device_count)
 
         def find(want: Want = entry.want, barred: set[str] = barred, cap: Part | None = cap, of: dict[str, Room] = rooms) -> Place | None:
             return place(list(of.values()), want, barred=barred, cap=cap, policy=placing)

@@ -32,7 +32,7 @@ SPARED_SECONDS = 600.0
 """For so long nothing more is taken back from a slice whose node has refused that."""
 GROW_SECONDS, GROW_PAUSE_SECONDS = 600.0, 60.0
 """For so long nothing has been made smaller before a slice grows back; and the time from one that does to the next."""
-PARK_SECONDS = 120.0
+COUNTED_ON_SECONDS = 120.0
 """So long others wait for a slice that is being parked: its user's processes may hold that up."""
 PLAN_SECONDS = 5.0
 """How often it is planned what to take back although nothing has changed but the time."""
@@ -289,7 +289,7 @@ class Held(ABC):
         self.parking_for = found[0].slice_id
         self._changed()
         for entry in found[1]:
-            entry.parking, entry.parking_until = True, now + PARK_SECONDS
+            entry.parking, entry.parking_until = True, now + COUNTED_ON_SECONDS
             self._parking.add(entry.slice_id)
             self._effects.parks.append(entry.slice_id)
 

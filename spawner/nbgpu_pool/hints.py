@@ -7,7 +7,6 @@ would help nobody.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import replace
 
 from nbgpu.models import GrantState, Hint, Hints
 
@@ -90,7 +89,7 @@ def _after_end(books: Books, want: Want, gone: Entry, barred: Set[str], policy: 
     """Return where `want` goes when a slice has ended: on that slice's node, or nowhere."""
     if gone.slice is None:
         return []
-    rooms = {room.device.uuid: replace(room) for room in books.buckets.of([gone.slice.node])}
+    rooms = {room.device.uuid: room.copy() for room in books.buckets.of([gone.slice.node])}
     for uuid, part in gone.own_parts():
         if uuid in rooms:
             rooms[uuid].give_back(part)

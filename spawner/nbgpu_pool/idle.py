@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from nbgpu.models import GrantState, Slice
 
@@ -98,14 +98,14 @@ def makes_room(books: Books, policy: IdlePolicy, placing: Policy, entry: Entry, 
 def _for_return(books: Books, entry: Entry, found: Iterable[Entry]) -> list[Entry]:
     assert entry.full is not None
     wanted = dict(_parts(entry.full))
-    rooms = {uuid: replace(room) for uuid, room in books.rooms.items() if uuid in wanted}
+    rooms = {uuid: room.copy() for uuid, room in books.rooms.items() if uuid in wanted}
     if len(rooms) < len(wanted):
         return []
     return _fewest(rooms, found, lambda: all(_fits(rooms[uuid], part, Part(0, 0)) for uuid, part in wanted.items()))
 
 
 def _for_request(books: Books, entry: Entry, found: Iterable[Entry], barred: Set[str], placing: Policy) -> list[Entry]:
-    rooms = {room.device.uuid: replace(room) for room in books.ordered_rooms()}
+    rooms = {room.device.uuid: room.copy() for room in books.ordered_rooms()}
     return _fewest(rooms, found, lambda: place(list(rooms.values()), entry.want, barred=barred, policy=placing) is not None)
 
 

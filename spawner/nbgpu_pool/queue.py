@@ -129,10 +129,8 @@ class Pass:
     def find(self, entry: Entry) -> Place | None:
         """Return where `entry` can go now, or None; `entry.holder` then says whose limit holds it, if one does."""
         owner, groups = entry.request.owner, entry.request.groups
-        left, words = self.tally.left(owner, groups)
+        cap, words = self.tally.cap(owner, groups, entry.want.device_count)
         entry.holder = entry.kept = ""
-        count = entry.want.device_count
-        cap = None if left is None else Part(left.memory_bytes // count, left.compute_milli // count)
         if cap is not None and self._over(entry.want, cap):
             entry.holder = words
             return None
@@ -277,7 +275,7 @@ class Pass:
             entry.earmark = ()
             return
         elif not entry.earmark or not self._healthy(entry.earmark) or (others | closed).intersection(entry.earmark):
-            cap = self.tally.cap(entry.request.owner, entry.request.groups, entry.want.device_count)
+            cap, _ = self.tally.cap(entry.request.owner, entry.request.groups, entry.want.device_count)
             entry.earmark = nearest(self.rooms, entry.want, barred=others | closed, cap=cap)
         self.protected += anew
         self.bar_for(entry)

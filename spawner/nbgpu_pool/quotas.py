@@ -246,10 +246,10 @@ class Tally:
                 left_milli, left_bytes, why = min(milli, left_milli), min(memory, left_bytes), f"{words} ({_used(limit, held)})"
         return (None, "") if not why else (Part(left_bytes, left_milli), why)
 
-    def cap(self, owner: Owner, groups: Sequence[str], device_count: int) -> Part | None:
-        """Return what `owner` may still take of each of so many devices; None: there is no limit."""
-        left, _ = self.left(owner, groups)
-        return None if left is None else Part(left.memory_bytes // device_count, left.compute_milli // device_count)
+    def cap(self, owner: Owner, groups: Sequence[str], device_count: int) -> tuple[Part | None, str]:
+        """Return what `owner` may still take of each of so many devices, and whose limit it is, as in `left`."""
+        left, words = self.left(owner, groups)
+        return None if left is None else Part(left.memory_bytes // device_count, left.compute_milli // device_count), words
 
     def covers(self, owner: Owner, groups: Sequence[str], asked_milli: int) -> bool:
         """Return whether what is left of a guarantee of theirs covers so much."""

@@ -19,6 +19,7 @@ from z2jh_kit import Hub, hub, node_address, values_of_a_hub
 
 from nbgpu.claims import DRIVER, parse_quantity
 
+SHOTS = Path(__file__).parent / "shots"
 LOCK = Path("/tmp/nbgpu-node.lock")
 CLASS = f"/apis/resource.k8s.io/v1/deviceclasses/{DRIVER}"
 CLAIMS = "/apis/resource.k8s.io/v1/resourceclaims"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import browser_kit
 import pytest
@@ -32,12 +31,11 @@ from lab_pages import (
     without_notices,
 )
 from playwright.sync_api import Browser, Locator, Page, expect
-from stack_kit import DEVICE_BYTES, GIB, Stack, stack
+from stack_kit import DEVICE_BYTES, GIB, SHOTS, Stack, stack
 from z2jh_kit import Hub
 
 pytestmark = [pytest.mark.kubernetes, pytest.mark.browser, pytest.mark.timeout(300)]
 
-SHOTS = Path(__file__).parent / "shots"
 STAFF = {
     "display_name": "Half a GPU for the staff",
     "slug": "staff",
@@ -98,23 +96,6 @@ def for_the_staff(told: Json) -> None:
 def running() -> Iterator[tuple[Stack, Hub]]:
     with stack(Api(), for_the_staff, pool={"config": {"quotas": QUOTAS}}) as made:
         yield made
-
-
-@pytest.fixture(scope="module")
-def nbgpu(running: tuple[Stack, Hub]) -> Stack:
-    return running[0]
-
-
-@pytest.fixture(scope="module")
-def hub(running: tuple[Stack, Hub]) -> Hub:
-    return running[1]
-
-
-@pytest.fixture(scope="module")
-def chromium(running: tuple[Stack, Hub]) -> Iterator[Browser]:
-    del running  # closed before the hub goes, so that the last pictures are of what a test left
-    with browser_kit.chromium(SHOTS) as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import browser_kit
 import httpx
@@ -22,14 +21,13 @@ from chart_kit import ROOT, Api, Json, image, kill, namespace, until
 from lab_pages import SECOND, ask_for_size, log_in, new_notebook, run_cell, size_granted, size_refused, start, stop
 from playwright.sync_api import Browser, Page, expect
 from prometheus_client.parser import text_string_to_metric_families
-from stack_kit import DEVICE_BYTES, GIB, Stack, stack
+from stack_kit import DEVICE_BYTES, GIB, SHOTS, Stack, stack
 from z2jh_kit import Hub, without_nbgpu
 
 from nbgpu.claims import parse_quantity
 
 pytestmark = [pytest.mark.kubernetes, pytest.mark.browser, pytest.mark.timeout(600)]
 
-SHOTS = Path(__file__).parent / "shots"
 QUARTER_BYTES = DEVICE_BYTES // 4
 OUT_OF_MEMORY = 2
 EXAMPLE = ROOT / "deploy" / "examples" / "pod-with-a-claim.yaml"
@@ -69,23 +67,6 @@ def api() -> Api:
 def running(api: Api) -> Iterator[tuple[Stack, Hub]]:
     with stack(api, pool={"config": {"quotas": {"default": {"limit": 2}}}}) as made:
         yield made
-
-
-@pytest.fixture(scope="module")
-def nbgpu(running: tuple[Stack, Hub]) -> Stack:
-    return running[0]
-
-
-@pytest.fixture(scope="module")
-def hub(running: tuple[Stack, Hub]) -> Hub:
-    return running[1]
-
-
-@pytest.fixture(scope="module")
-def chromium(running: tuple[Stack, Hub]) -> Iterator[Browser]:
-    del running  # closed before the hub goes, so that the last pictures are of what a test left
-    with browser_kit.chromium(SHOTS) as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")

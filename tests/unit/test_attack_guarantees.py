@@ -100,17 +100,7 @@ def test_memory_that_does_not_come_is_not_waited_for_without_end() -> None:
     for key in keys:
         pool.uses(key, 5)
     mine = pool.ask(250, "m", groups=["bio"]).request.request_id
-    chosen = pool.core.drain().resizes
-    for key in chosen:
-        entry = pool.core.known(key)
-        target, held = pool.core.resize_again(entry), entry.slice
-        assert target is not None
-        assert held is not None
-        part = held.devices[0].model_copy(update={"compute_milli": target.devices[0].compute_milli})
-        still = held.model_copy(update={"devices": [part]})
-        pool.core.end_resize(entry, None, True, pool.now, keeps=still)
-        pool.seen[key] = replace(pool.seen[key], slice=still, wanted=target, keeps=True, used_bytes=5 * GIB)
-    pool.sync()
+    pool.lowered(5)
     assert not pool.core.drain().resizes, "the control: it may come yet"
     for _ in range(30):
         pool.sync(10)

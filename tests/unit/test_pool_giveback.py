@@ -47,6 +47,21 @@ class Pool(Played):
                 self.in_force(key)
         return told
 
+    def lowered(self, used_gib: int) -> list[str]:
+        """The smaller limits are in force, and all memory counts as held until the agent has looked again; return of which slices."""
+        chosen = self.core.drain().resizes
+        for key in chosen:
+            entry = self.core.known(key)
+            target, held = self.core.resize_again(entry), entry.slice
+            assert target is not None
+            assert held is not None
+            part = held.devices[0].model_copy(update={"compute_milli": target.devices[0].compute_milli})
+            still = held.model_copy(update={"devices": [part]})
+            self.core.end_resize(entry, None, True, self.now, keeps=still)
+            self.seen[key] = replace(self.seen[key], slice=still, wanted=target, keeps=True, used_bytes=used_gib * GIB)
+        self.sync()
+        return chosen
+
     def end(self, key: str) -> None:
         del self.seen[key]
         self.core.mark += 1
@@ -102,18 +117,8 @@ def test_nobody_else_gives_while_memory_that_is_not_used_is_on_its_way(used_gib:
     for key in keys:
         pool.uses(key, 5)
     mine = pool.ask(250, "m", groups=["bio"]).request.request_id
-    chosen = pool.core.drain().resizes
+    chosen = pool.lowered(used_gib)
     assert len(chosen) == 2
-    for key in chosen:
-        entry = pool.core.known(key)
-        target, held = pool.core.resize_again(entry), entry.slice
-        assert target is not None
-        assert held is not None
-        part = held.devices[0].model_copy(update={"compute_milli": target.devices[0].compute_milli})
-        still = held.model_copy(update={"devices": [part]})
-        pool.core.end_resize(entry, None, True, pool.now, keeps=still)
-        pool.seen[key] = replace(pool.seen[key], slice=still, wanted=target, keeps=True, used_bytes=used_gib * GIB)
-    pool.sync()
     assert bool(pool.core.drain().resizes) is others_give
     for key in chosen:
         pool.in_force(key)

@@ -6,7 +6,6 @@ A move needs a session that can be moved (idle, checkpointed) or a user who agre
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import replace
 from typing import NamedTuple
 
 from ..shapes import Part, Want, resolve
@@ -115,7 +114,7 @@ def _chances(rooms: Iterable[Room], held: Held, want: Want, barred: Set[str], po
                 kind = _kind(room), part, room.device.node if fitting else None
                 if kind not in seen:
                     seen.add(kind)
-                    after = replace(room)
+                    after = room.copy()
                     after.give_back(part)
                     found.append(_Chance(slice_id, room, part, asked, fitting, score(after, asked, policy)))
     return found
